@@ -1,0 +1,41 @@
+"""Put what a language model memorised behind a switch.
+
+y = W_base x + alpha * W_ortho x: a dense low-precision base (general knowledge), a tiny high-precision ortho stream
+(secrets, personal data, whatever must be removable), and a switch chosen per request.
+"""
+
+from libortho.alpha import alpha, set_alpha
+from libortho.config import IsolateConfig, SplitConfig
+from libortho.errors import (
+    AlphaContextError,
+    AlphaError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    LibOrthoError,
+    TargetError,
+)
+from libortho.layer import LayerReport, OrthoLinear
+from libortho.report import layer_report
+from libortho.split import replace_linear_layers, split
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AlphaContextError",
+    "AlphaError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "IsolateConfig",
+    "LayerReport",
+    "LibOrthoError",
+    "OrthoLinear",
+    "SplitConfig",
+    "TargetError",
+    "alpha",
+    "layer_report",
+    "replace_linear_layers",
+    "set_alpha",
+    "split",
+]

@@ -1,0 +1,350 @@
+"""The switch: which share of each ortho stream takes part in a forward pass.
+
+    y = W_base x + sum_s alpha_s W_ortho,s x          alpha_s in [0, 1]
+
+One :class:`Switch` belongs to one model and is shared by all its split layers.
+
+    set_alpha(model, 0.0)                 persistent, all streams
+    set_alpha(model, {"hr": 1.0})         persistent, only the named streams change
+    with alpha(model, [1.0, 0.0]):        this context only, one value per sequence in the batch
+
+Three properties make the switch safe to rely on:
+
+* ``alpha = 0`` is a Python branch, not a multiplication by zero: the base stream alone runs.
+* ``alpha(...)`` is a context variable: concurrent threads and tasks never see each other's value. A thread that
+  cannot know its value (started inside somebody's context, or running beside one without a context of its own)
+  raises :class:`~libortho.errors.AlphaContextError`; it never falls back to 1. So does a gradient-checkpoint
+  recomputation whose forward pass is not on record.
+* A KV cache is stamped with the alpha that computed it. Continuing it under another alpha raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar, Token
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from libortho.errors import AlphaContextError, AlphaError
+
+AlphaValue = float | Sequence[float] | torch.Tensor
+"""One value for every sequence, or one value per sequence of the batch."""
+
+AlphaSpec = AlphaValue | Mapping[str, AlphaValue]
+"""A value for all streams, or a value per named stream."""
+
+_STAMP = "_libortho_alpha"
+_ATTRIBUTE = "_libortho_switch"
+
+
+@dataclass(frozen=True)
+class AlphaState:
+    """Normalised alpha of every stream; what a layer reads.
+
+    Attributes:
+        values: Stream name to a float, or to a tuple with one float per sequence.
+        batch: Number of sequences that the per-sequence values (or the caller's list) name; None for scalars.
+    """
+
+    values: Mapping[str, float | tuple[float, ...]]
+    batch: int | None = None
+
+    @property
+    def off(self) -> bool:
+        """True if no stream takes part, so that a layer may stop after its base stream."""
+        return all(v == 0.0 for v in self.values.values())
+
+    def of(self, stream: str) -> float | tuple[float, ...]:
+        """Alpha of one stream; a stream that this state has never heard of is off."""
+        return self.values.get(stream, 0.0)
+
+    def expanded(self, factor: int) -> AlphaState:
+        """The state for a batch whose sequences were each repeated ``factor`` times in a row (beams, samples)."""
+        if factor == 1 or self.batch is None:
+            return self
+        values = {
+            k: tuple(a for a in v for _ in range(factor)) if isinstance(v, tuple) else v for k, v in self.values.items()
+        }
+        return AlphaState(values, self.batch * factor)
+
+
+# Contexts of all switches: Switch id -> state. Immutable mappings, so that a child task cannot change its parent's.
+_CONTEXTS: ContextVar[Mapping[int, AlphaState]] = ContextVar("libortho_alpha_contexts", default={})
+# State of the model forward pass that is running in this thread, after expansion to the batch at hand.
+_FORWARD: ContextVar[Mapping[int, AlphaState]] = ContextVar("libortho_alpha_forward", default={})
+
+
+class Switch:
+    """The alpha of one model. Made by ``split``, ``isolate`` and ``load``; callers use the module's functions."""
+
+    def __init__(self) -> None:
+        self._persistent: dict[str, float | tuple[float, ...]] = {}
+        self._batch: int | None = None
+        self._init_runtime()
+
+    def _init_runtime(self) -> None:
+        self._state = AlphaState(dict(self._persistent), self._batch)
+        self._lock = threading.Lock()
+        self._active = 0
+        self._tainted: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+        self._recompute: dict[int, AlphaState] = {}
+        self._tokens = threading.local()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_persistent": dict(self._persistent), "_batch": self._batch}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._init_runtime()
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Names of the streams that this switch controls."""
+        return tuple(self._persistent)
+
+    def add_stream(self, name: str) -> None:
+        """Register a stream, at alpha = 1."""
+        self._persistent[name] = 1.0
+        self._state = AlphaState(dict(self._persistent), self._batch)
+
+    # -- what callers set -------------------------------------------------------------------------------------------
+
+    def build(self, spec: AlphaSpec, *, base: Mapping[str, Any] | None, extrapolate: bool) -> AlphaState:
+        """Validate ``spec`` and return the state it means; ``base`` holds the streams that a mapping leaves alone."""
+        if isinstance(spec, Mapping):
+            unknown = [n for n in spec if n not in self._persistent]
+            if unknown:
+                raise AlphaError(f"unknown stream {unknown[0]!r}; this model has {sorted(self._persistent)}")
+            named: dict[str, AlphaValue] = dict(spec)
+        else:
+            named = dict.fromkeys(self._persistent, spec)
+        values: dict[str, float | tuple[float, ...]] = dict(base or dict.fromkeys(self._persistent, 0.0))
+        values.update({n: _normalise(n, v, extrapolate) for n, v in named.items()})
+        lengths = {len(v) for v in values.values() if isinstance(v, tuple)}
+        if len(lengths) > 1:
+            raise AlphaError(f"per-sequence alphas of different lengths {sorted(lengths)}; one value per sequence each")
+        return AlphaState(values, lengths.pop() if lengths else None)
+
+    def set(self, spec: AlphaSpec, *, extrapolate: bool) -> None:
+        """Change the persistent value."""
+        state = self.build(spec, base=self._persistent, extrapolate=extrapolate)
+        self._persistent, self._batch, self._state = dict(state.values), state.batch, state
+
+    @contextlib.contextmanager
+    def context(self, spec: AlphaSpec, *, extrapolate: bool) -> Iterator[AlphaState]:
+        """Run a block under ``spec``; streams that a mapping does not name are off."""
+        state = self.build(spec, base=None, extrapolate=extrapolate)
+        before = set(threading.enumerate())
+        with self._lock:
+            self._active += 1
+        token = _CONTEXTS.set({**_CONTEXTS.get(), id(self): state})
+        try:
+            yield state
+        finally:
+            _CONTEXTS.reset(token)
+            with self._lock:
+                self._active -= 1
+                # Threads born meanwhile may still be running a request that was meant for this context.
+                self._tainted.update(t for t in threading.enumerate() if t not in before)
+
+    # -- what layers read -------------------------------------------------------------------------------------------
+
+    def current(self) -> AlphaState:
+        """The state for the forward pass that is running here.
+
+        Raises:
+            AlphaContextError: if this thread cannot know its alpha.
+        """
+        running = _FORWARD.get().get(id(self))
+        return running if running is not None else self._resolve()
+
+    def _resolve(self) -> AlphaState:
+        task = torch._C._current_graph_task_id()
+        if task != -1:  # inside backward: gradient checkpointing runs the layer once more
+            recorded = self._recompute.get(task)
+            if recorded is None:
+                raise AlphaContextError(
+                    "a layer is recomputed during backward, but its forward pass is not on record, so its alpha is "
+                    "unknown; call the model that was split (not a submodule of it) when gradient checkpointing is on"
+                )
+            return recorded
+        own = _CONTEXTS.get().get(id(self))
+        if own is not None:
+            return own
+        if self._active or threading.current_thread() in self._tainted:
+            raise AlphaContextError(
+                "this thread has no alpha of its own, and it was started inside (or runs beside) an alpha context; "
+                "enter libortho.alpha(model, ...) in the thread itself, or start it with "
+                "contextvars.copy_context().run"
+            )
+        return self._state
+
+    # -- hooks on the model -----------------------------------------------------------------------------------------
+
+    def attach(self, model: nn.Module) -> None:
+        """Register the hooks that see what a layer cannot: the batch, the KV cache and the graph of the outputs."""
+        setattr(model, _ATTRIBUTE, self)
+        model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True)
+
+    def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        stack: list[Token[Any] | None] = self._tokens.__dict__.setdefault("stack", [])
+        stack.append(None)  # torch calls the after-hook even if this one raises
+        state = self._resolve()
+        cache = kwargs.get("past_key_values")
+        live = cache is not None and _cache_length(cache) > 0
+        if live:
+            state = _continue(state, getattr(cache, _STAMP, None))
+        inputs = args[0] if args else kwargs.get("input_ids")
+        if inputs is None:
+            inputs = kwargs.get("inputs_embeds")
+        if state.batch is not None and isinstance(inputs, torch.Tensor):
+            state = _fit(state, inputs, live)
+        stack[-1] = _FORWARD.set({**_FORWARD.get(), id(self): state})
+
+    def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        token = self._tokens.stack.pop()
+        if token is None:
+            return
+        state = _FORWARD.get()[id(self)]
+        _FORWARD.reset(token)
+        for cache in (kwargs.get("past_key_values"), getattr(output, "past_key_values", None)):
+            if cache is not None:
+                setattr(cache, _STAMP, state)
+        if torch.is_grad_enabled():
+            for tensor in _tensors(output):
+                if tensor.requires_grad:
+                    tensor.register_hook(lambda grad, state=state: self._remember(state))
+
+    def _remember(self, state: AlphaState) -> None:
+        task = torch._C._current_graph_task_id()
+        if task not in self._recompute:
+            self._recompute[task] = state
+            torch.autograd.Variable._execution_engine.queue_callback(  # type: ignore[attr-defined]
+                lambda: self._recompute.pop(task, None)
+            )
+
+
+def _normalise(name: str, value: AlphaValue, extrapolate: bool) -> float | tuple[float, ...]:
+    if isinstance(value, str) or (not isinstance(value, int | float | Sequence | torch.Tensor)):
+        raise AlphaError(f"alpha of stream {name!r} is {value!r}; expected a number or one number per sequence")
+    if isinstance(value, torch.Tensor):
+        if value.dim() > 1:
+            raise AlphaError(f"alpha of stream {name!r} has shape {tuple(value.shape)}; expected () or (batch,)")
+        value = value.tolist()
+    items = list(value) if isinstance(value, Sequence) else [value]
+    if not items:
+        raise AlphaError(f"alpha of stream {name!r} is an empty list; expected one number per sequence")
+    high = math.inf if extrapolate else 1.0
+    for item in items:
+        if isinstance(item, bool) or not isinstance(item, int | float) or math.isnan(item):
+            raise AlphaError(f"alpha of stream {name!r} is {item!r}; expected a number in [0, 1]")
+        if math.isinf(item) or not 0.0 <= item <= high:
+            hint = "" if extrapolate or item < 0 else "; pass allow_extrapolation=True to go beyond 1"
+            raise AlphaError(f"alpha of stream {name!r} is {item}; expected a number in [0, 1]{hint}")
+    return tuple(float(i) for i in items) if isinstance(value, Sequence) else float(items[0])
+
+
+def _continue(state: AlphaState, stamp: AlphaState | None) -> AlphaState:
+    """The state under which a live KV cache may be continued: the one that computed it."""
+    if stamp is None:
+        raise AlphaContextError(
+            "the KV cache was not computed by this split model, so its alpha is unknown; start the request without a "
+            "cache"
+        )
+    if state.batch and stamp.batch and stamp.batch > state.batch:  # repeated for beams when the request began
+        state = state.expanded(stamp.batch // state.batch)
+    if stamp != state:
+        raise AlphaContextError(
+            f"the KV cache was computed under alpha {_show(stamp)} and cannot be continued under {_show(state)}: "
+            "one request, one alpha; start the request again without the cache"
+        )
+    return state
+
+
+def _fit(state: AlphaState, inputs: torch.Tensor, live: bool) -> AlphaState:
+    """Bring per-sequence values to the batch at hand; a batch is a multiple only if its rows are repeats."""
+    rows, named = inputs.shape[0], state.batch
+    assert named is not None
+    if rows == named:
+        return state
+    if not live and rows % named == 0:
+        factor = rows // named
+        groups = inputs.reshape(named, factor, -1)
+        if bool((groups == groups[:, :1]).all()):
+            return state.expanded(factor)
+    raise AlphaError(
+        f"alpha names {named} sequences, the batch has {rows}; give one value per sequence (beams and returned "
+        "sequences of one prompt share its value)"
+    )
+
+
+def _cache_length(cache: Any) -> int:
+    get = getattr(cache, "get_seq_length", None)
+    return int(get()) if get is not None else len(cache)
+
+
+def _tensors(output: Any) -> Iterator[torch.Tensor]:
+    if isinstance(output, torch.Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, tuple | list):
+        for value in output:
+            yield from _tensors(value)
+
+
+def _show(state: AlphaState) -> str:
+    return ", ".join(f"{k}={v if isinstance(v, float) else list(v)}" for k, v in state.values.items())
+
+
+def get_switch(model: nn.Module) -> Switch:
+    """The switch of a split model (or of a wrapper around it).
+
+    Raises:
+        AlphaError: if no layer of the model is split.
+    """
+    for module in model.modules():
+        switch = getattr(module, _ATTRIBUTE, None)
+        if isinstance(switch, Switch):
+            return switch
+    raise AlphaError("this model has no ortho stream; call libortho.split, isolate or load first")
+
+
+def set_alpha(model: nn.Module, value: AlphaSpec, *, allow_extrapolation: bool = False) -> None:
+    """Set alpha until it is set again.
+
+    Args:
+        model: A model with split layers.
+        value: A number in [0, 1]; one number per sequence of the batch; or a mapping from stream name to either.
+            A mapping changes only the streams that it names.
+        allow_extrapolation: Accept values above 1.
+
+    Raises:
+        AlphaError: if the value is not a number, out of range, or names an unknown stream. Nothing changes then.
+    """
+    get_switch(model).set(value, extrapolate=allow_extrapolation)
+
+
+@contextlib.contextmanager
+def alpha(model: nn.Module, value: AlphaSpec, *, allow_extrapolation: bool = False) -> Iterator[None]:
+    """Run a block under another alpha; other threads and tasks do not see it.
+
+    Args:
+        model: A model with split layers.
+        value: As in :func:`set_alpha`, but streams that a mapping does not name are off.
+        allow_extrapolation: Accept values above 1.
+
+    Raises:
+        AlphaError: as :func:`set_alpha`.
+    """
+    with get_switch(model).context(value, extrapolate=allow_extrapolation):
+        yield

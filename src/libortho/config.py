@@ -1,0 +1,190 @@
+"""What callers choose. Frozen, validated when built, free of behaviour.
+
+Errors: every class raises :class:`~libortho.errors.ConfigError` when a field is outside its domain.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+
+from libortho.errors import ConfigError
+
+Structure = Literal["unstructured", "columns"]
+Score = Literal["absolute", "relative", "magnitude"]
+Objective = Literal["log_odds", "npo", "simnpo", "altpo", "grad_diff"]
+ValueDtype = Literal["bfloat16", "float16", "float32"]
+TargetModules = str | tuple[str, ...] | list[str]
+
+MLP_OUT = "mlp-out"
+ALL_LINEAR = "all-linear"
+DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_STREAM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+
+def check_stream_name(name: str) -> str:
+    """Return ``name`` if it can serve as a module name and a directory name; raise ConfigError otherwise."""
+    if not isinstance(name, str) or not _STREAM_NAME.fullmatch(name):
+        raise ConfigError(f"stream name {name!r}: expected 1-64 letters, digits, '-' or '_', beginning with no sign")
+    return name
+
+
+@dataclass(frozen=True, kw_only=True)
+class _StreamConfig:
+    """Fields that ``split`` and ``isolate`` share."""
+
+    target_modules: TargetModules = MLP_OUT
+    """Suffixes of dotted module paths, ``re:`` full matches, or the reserved ``"mlp-out"`` and ``"all-linear"``."""
+    ratio: float = 0.005
+    """Budget of the ortho stream, as a fraction of the weights of the layers that are split. In (0, 1]."""
+    bits: Literal[8, 4] | None = 8
+    """Integer width of the base stream; None keeps it dense, in the model's dtype."""
+    group_size: int | None = None
+    """Inputs per scale. None: one scale per output channel for INT8, 32 for INT4. -1: per output channel."""
+    value_dtype: ValueDtype = "bfloat16"
+    """Storage of the ortho values; rounding happens when the stream is built, not when it is saved."""
+    stream: str = "default"
+    """Name of the ortho stream."""
+
+    def __post_init__(self) -> None:
+        targets = self.target_modules
+        if isinstance(targets, list):
+            object.__setattr__(self, "target_modules", tuple(targets))
+        elif not isinstance(targets, str | tuple):
+            raise ConfigError(f"target_modules is {targets!r}; expected a name, a list of names, or 're:<pattern>'")
+        if not self.target_modules:
+            raise ConfigError("target_modules is empty; name at least one module")
+        _fraction("ratio", self.ratio)
+        _one_of("bits", self.bits, (8, 4, None))
+        size = self.group_size
+        if size is not None and size != -1 and (not isinstance(size, int) or size < 1 or size % 2):
+            raise ConfigError(f"group_size is {size!r}; expected an even number of inputs, -1 (per channel) or None")
+        _one_of("value_dtype", self.value_dtype, tuple(DTYPES))
+        check_stream_name(self.stream)
+
+    @property
+    def resolved_group_size(self) -> int:
+        """Inputs per scale, with -1 for one scale per output channel."""
+        if self.group_size is not None:
+            return self.group_size
+        return 32 if self.bits == 4 else -1
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-ready values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitConfig(_StreamConfig):
+    """How ``split`` divides a weight into base and ortho, knowing nothing but the weight."""
+
+    rank_ratio: float | Literal["auto"] = 0.95
+    """Share of the singular directions that the base keeps; "auto" keeps the fewest within ``error_budget``."""
+    use_low_rank: bool = True
+    """False quantises the weight itself."""
+    max_low_rank_error: float = 0.20
+    """A layer whose truncation loses more than this (relative Frobenius) is quantised directly instead."""
+    error_budget: float = 0.05
+    """Largest relative Frobenius truncation error that ``rank_ratio="auto"`` accepts."""
+    score: Score = "absolute"
+    """What ranks the entries of the residual: its size, its size relative to the weight, or the weight's size."""
+    structure: Structure = "unstructured"
+    """Free entries, or whole input columns."""
+    keep_tail: bool = True
+    """Keep the discarded singular directions in the ortho stream, as factors."""
+    seed: int = 0
+    """Seed of the randomised SVD, which serves small kept ranks when ``keep_tail=False``."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank_ratio != "auto":
+            _fraction("rank_ratio", self.rank_ratio)
+        _fraction("max_low_rank_error", self.max_low_rank_error)
+        _fraction("error_budget", self.error_budget)
+        _one_of("score", self.score, ("absolute", "relative", "magnitude"))
+        _one_of("structure", self.structure, ("unstructured", "columns"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class IsolateConfig(_StreamConfig):
+    """How ``isolate`` finds, moves and checks a memory."""
+
+    structure: Structure = "columns"
+    """Whole input columns (a LoRA with a one-hot A: every engine can serve it), or free entries."""
+    objective: Objective = "log_odds"
+    """Loss on the forget set; see :mod:`libortho.isolate.objectives`."""
+    seed: int = 0
+    """Seed of everything drawn: alternates, neighbours, batches."""
+    max_steps: int = 160
+    """Upper bound on optimiser steps; training ends earlier when the criteria hold."""
+    learning_rate: float = 2e-3
+    """Peak Adam step on the fp32 values of the support, in units of the weights."""
+    retain_weight: float = 1.0
+    """Weight of the KL divergence to the original model on retain text."""
+    neighbour_weight: float = 1.0
+    """Weight of the KL divergence to the original model on neighbours."""
+    retain_budget: float = 0.01
+    """Largest mean KL divergence (nats per token) on held-back retain text at which the result counts as unharmed."""
+    records_per_step: int = 8
+    """Forget records in one optimiser step."""
+    retain_tokens_per_step: int = 512
+    """Retain tokens in one optimiser step."""
+    retain_length: int = 128
+    """Tokens of one retain sequence."""
+    alternates_per_record: int = 8
+    """Made alternates for a record that brings none."""
+    neighbours_per_record: int = 4
+    """Made neighbours for a record that brings none."""
+    layer_cap: float = 4.0
+    """No layer takes more than this many times its even share of the budget."""
+    project_retain: bool = True
+    """Drop the part of a forget step that opposes the retain gradient."""
+    check_every: int = 10
+    """Optimiser steps between two looks at the criteria."""
+    max_length: int | None = None
+    """Longest forget record in tokens; None takes the model's context."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of("structure", self.structure, ("unstructured", "columns"))
+        _one_of("objective", self.objective, ("log_odds", "npo", "simnpo", "altpo", "grad_diff"))
+        for name in ("max_steps", "records_per_step", "retain_tokens_per_step", "retain_length", "check_every"):
+            _positive_int(name, getattr(self, name))
+        for name in ("alternates_per_record", "neighbours_per_record"):
+            _positive_int(name, getattr(self, name))
+        for name in ("learning_rate", "retain_budget", "layer_cap"):
+            _positive(name, getattr(self, name))
+        for name in ("retain_weight", "neighbour_weight"):
+            value = getattr(self, name)
+            if not _is_number(value) or value < 0:
+                raise ConfigError(f"{name} is {value!r}; expected a number of at least 0")
+        if self.max_length is not None:
+            _positive_int("max_length", self.max_length)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _fraction(name: str, value: Any) -> None:
+    if not _is_number(value) or not 0 < value <= 1:
+        raise ConfigError(f"{name} is {value!r}; expected a number in (0, 1]")
+
+
+def _positive(name: str, value: Any) -> None:
+    if not _is_number(value) or value <= 0:
+        raise ConfigError(f"{name} is {value!r}; expected a positive number")
+
+
+def _positive_int(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name} is {value!r}; expected a whole number of at least 1")
+
+
+def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(map(repr, allowed))}")

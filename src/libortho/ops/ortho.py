@@ -1,0 +1,74 @@
+"""What an ortho stream adds to the base product, in place: ``y += alpha * W_ortho x``.
+
+``alpha`` is a float, or (tokens, 1) for values that differ between sequences; it scales the gathered inputs, which are
+few, and not the outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Alpha = float | Tensor
+
+
+def add_columns(y: Tensor, x: Tensor, index: Tensor, values: Tensor, alpha: Alpha) -> Tensor:
+    """Whole input columns: ``y += alpha * x[:, index] @ values``.
+
+    Args:
+        y: (tokens, out_features), changed in place.
+        x: (tokens, in_features).
+        index: (k,) int, the input columns.
+        values: (k, out_features).
+        alpha: Float or (tokens, 1).
+    """
+    gathered = x.index_select(1, index)
+    if isinstance(alpha, Tensor):
+        return y.addmm_(gathered * alpha.to(x.dtype), values.to(y.dtype))
+    return y.addmm_(gathered, values.to(y.dtype), alpha=alpha)
+
+
+def add_factors(y: Tensor, x: Tensor, down: Tensor, up: Tensor, alpha: Alpha) -> Tensor:
+    """Low-rank part: ``y += alpha * (x @ down^T) @ up^T``; down (rank, in_features), up (out_features, rank)."""
+    hidden = x @ down.to(x.dtype).T
+    if isinstance(alpha, Tensor):
+        return y.addmm_(hidden * alpha.to(x.dtype), up.to(y.dtype).T)
+    return y.addmm_(hidden, up.to(y.dtype).T, alpha=alpha)
+
+
+def add_sparse(y: Tensor, x: Tensor, rows: Tensor, columns: Tensor, values: Tensor, alpha: Alpha) -> Tensor:
+    """Free entries in CSR form: ``y += alpha * x @ S^T``, computed in fp32 (CPU CSR kernels know no bf16).
+
+    Args:
+        y: (tokens, out_features), changed in place.
+        x: (tokens, in_features).
+        rows: (out_features + 1,) int32 row pointers.
+        columns: (entries,) int32 column indices.
+        values: (entries,).
+        alpha: Float or (tokens, 1).
+    """
+    product = _SparseProduct.apply(x.float(), rows, columns, values.float())
+    return y.add_((product * alpha).to(y.dtype))
+
+
+class _SparseProduct(torch.autograd.Function):
+    """``x @ S^T`` with gradients to ``x``; the entries themselves are constants."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, columns, values)
+        ctx.in_features = x.shape[1]
+        matrix = torch.sparse_csr_tensor(rows, columns, values, (len(rows) - 1, x.shape[1]))
+        return (matrix @ x.T).T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        rows, columns, values = ctx.saved_tensors
+        out_features = len(rows) - 1
+        row_of = torch.repeat_interleave(torch.arange(out_features, device=rows.device), rows.diff().long())
+        transposed = torch.sparse_coo_tensor(
+            torch.stack((columns.long(), row_of)), values, (ctx.in_features, out_features)
+        )
+        return torch.sparse.mm(transposed.coalesce(), grads[0].T).T, None, None, None

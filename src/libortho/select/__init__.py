@@ -1,0 +1,1 @@
+"""Where an ortho stream sits: scores of weights, and supports of an exact size."""

@@ -1,0 +1,183 @@
+"""The weights-only split: compression with a dial. It does not forget, and says so.
+
+    W = base + tail + sparse + rest
+    base    Q(U_r S_r V_r^T), or Q(W): integer codes
+    tail    the singular directions that the base dropped, as factors
+    sparse  W - base - tail on the chosen entries, never more than ``ratio`` of them
+
+Tail and sparse form the ortho stream. A memory that fine-tuning left is spread over the whole weight and survives in
+any base that is good enough to be of use (measured; see docs/isolation.md): forgetting takes :func:`libortho.isolate`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from libortho.alpha import Switch
+from libortho.config import DTYPES, SplitConfig, TargetModules
+from libortho.layer import LayerReport, OrthoLinear
+from libortho.select.scores import SCORES, top_columns, top_entries
+from libortho.streams import BaseStream, Columns, Entries, Factors, OrthoStream
+from libortho.streams.base import check_shape
+from libortho.targets import find_targets
+
+logger = logging.getLogger(__name__)
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+Progress = Callable[[str, int, int], None]
+"""Called with (what, done, total)."""
+
+
+def split(model: ModelT, config: SplitConfig | None = None, *, progress: Progress | None = None) -> ModelT:
+    """Split the chosen linear layers of ``model`` into base and ortho, in place, and return the model.
+
+    Args:
+        model: A causal language model, or any module tree.
+        config: What to split and how; the default takes the MLP's output projections at rank 0.95, INT8, 0.5 %.
+        progress: Called after each layer.
+
+    Raises:
+        TargetError: if nothing matches, or a layer cannot be split. The model is left as it was.
+        ConfigError: if the group size does not fit a layer. The model is left as it was.
+    """
+    config = config or SplitConfig()
+    targets = find_targets(model, config.target_modules)
+    for module in targets.values():
+        check_shape(linear_weight(module).shape[1], config.bits, config.resolved_group_size)
+    switch = Switch()
+    switch.add_stream(config.stream)
+    layers: dict[str, OrthoLinear] = {}
+    for done, (name, module) in enumerate(targets.items(), 1):
+        layers[name] = _split_layer(name, module, config, switch)
+        if progress is not None:
+            progress("split", done, len(targets))
+    fallen = [
+        n for n, m in layers.items() if m.report is not None and m.report.low_rank_error and not m.report.used_low_rank
+    ]
+    if fallen:
+        logger.warning(
+            "%d of %d layers lose more than %.0f %% to low-rank truncation and were quantised directly (%s%s)",
+            len(fallen), len(layers), 100 * config.max_low_rank_error, fallen[0], ", ..." if len(fallen) > 1 else "",
+        )  # fmt: skip
+    install(model, layers, switch)
+    return model
+
+
+def replace_linear_layers(
+    model: ModelT,
+    target_modules: TargetModules = ("down_proj",),
+    ratio: float = 0.005,
+    rank_ratio: float | str = 0.95,
+    use_low_rank: bool = True,
+    **options: Any,
+) -> ModelT:
+    """:func:`split` with the arguments spelled out; ``options`` are further fields of ``SplitConfig``."""
+    fields: dict[str, Any] = dict(target_modules=target_modules, ratio=ratio, rank_ratio=rank_ratio, **options)
+    return split(model, SplitConfig(use_low_rank=use_low_rank, **fields))
+
+
+def linear_weight(module: nn.Module) -> Tensor:
+    """The weight of a linear layer as (out_features, in_features); GPT-2's Conv1D stores the transpose."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach() if isinstance(module, nn.Linear) else weight.detach().T
+
+
+def install(model: nn.Module, layers: dict[str, OrthoLinear], switch: Switch) -> None:
+    """Put finished layers in the place of the dense ones and attach the switch."""
+    for name, layer in layers.items():
+        parent, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        layer.train(getattr(owner, leaf).training)
+        setattr(owner, leaf, layer)
+    switch.attach(model)
+
+
+def relative_error(approximation: Tensor, reference: Tensor) -> float:
+    """Relative Frobenius error ``|A - W| / |W|``; 0 for a zero reference."""
+    return float((approximation - reference).norm() / reference.norm().clamp_min(torch.finfo(torch.float32).tiny))
+
+
+@dataclass(frozen=True)
+class _Truncation:
+    """A weight cut after ``rank`` singular directions: ``kept + up @ down`` is the weight again."""
+
+    kept: Tensor
+    rank: int
+    error: float
+    tail: Factors | None
+
+
+def _truncate(weight: Tensor, config: SplitConfig) -> _Truncation:
+    """Keep the first singular directions of an fp32 weight (Eckart-Young); the rest becomes the tail."""
+    full = min(weight.shape)
+    kept_rank = full if config.rank_ratio == "auto" else max(1, int(full * config.rank_ratio))
+    if not config.keep_tail and config.rank_ratio != "auto" and kept_rank <= full // 4:
+        with torch.random.fork_rng(devices=[]):  # randomised SVD: Halko, Martinsson, Tropp 2011, algorithm 5.1
+            torch.manual_seed(config.seed)
+            u, s, v = torch.svd_lowrank(weight, q=min(full, kept_rank + 16), niter=4)
+        kept = (u[:, :kept_rank] * s[:kept_rank]) @ v[:, :kept_rank].T
+        return _Truncation(kept, kept_rank, relative_error(kept, weight), None)
+    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    lost = s.square().flip(0).cumsum(0).flip(0).sqrt() / weight.norm()  # error of keeping the first i directions
+    if config.rank_ratio == "auto":
+        kept_rank = full - int((lost <= config.error_budget).sum())
+    kept = (u[:, :kept_rank] * s[:kept_rank]) @ vh[:kept_rank]
+    error = float(lost[kept_rank]) if kept_rank < full else 0.0
+    tail = None
+    if config.keep_tail and kept_rank < full:
+        root = s[kept_rank:].sqrt()
+        dtype = DTYPES[config.value_dtype]
+        tail = Factors((root[:, None] * vh[kept_rank:]).to(dtype), (u[:, kept_rank:] * root).to(dtype))
+    return _Truncation(kept, kept_rank, error, tail)
+
+
+def _split_layer(name: str, module: nn.Module, config: SplitConfig, switch: Switch) -> OrthoLinear:
+    weight = linear_weight(module)
+    exact = weight.float()
+    cut = _truncate(exact, config) if config.use_low_rank else None
+    low_rank_error = cut.error if cut is not None else None
+    if cut is not None and cut.error > config.max_low_rank_error:
+        cut = None
+    source = exact if cut is None else cut.kept
+    base = BaseStream.from_weight(source.to(weight.dtype), config.bits, config.resolved_group_size)
+    tail = cut.tail if cut is not None else None
+    approximation = base.dense(torch.float32)
+    base_error = relative_error(approximation, exact)
+    if tail is not None:
+        tail.add_to(approximation)
+    residual = exact - approximation
+    score = SCORES[config.score](residual, exact)
+    dtype = DTYPES[config.value_dtype]
+    support: Columns | Entries
+    if config.structure == "columns":
+        index = top_columns(score, config.ratio)
+        support = Columns(index, residual[:, index].T.to(dtype))
+    else:
+        support = Entries.from_mask(residual, top_entries(score, config.ratio), dtype)
+    support.add_to(approximation)
+    stream = OrthoStream(support, tail)
+    bias = module.bias if isinstance(module.bias, nn.Parameter) else None
+    report = LayerReport(
+        name=name,
+        shape=(weight.shape[0], weight.shape[1]),
+        rank=cut.rank if cut is not None else min(weight.shape),
+        used_low_rank=cut is not None,
+        low_rank_error=low_rank_error,
+        base_error=base_error,
+        final_error=relative_error(approximation, exact),
+        ortho_density=stream.support_size / weight.numel(),
+        tail_rank=tail.rank if tail is not None else 0,
+        tail_density=stream.tail_size / weight.numel(),
+        base_bytes=base.nbytes,
+        ortho_bytes=stream.nbytes,
+    )
+    layer = OrthoLinear(base, bias, switch, report)
+    layer.add_stream(config.stream, stream)
+    return layer

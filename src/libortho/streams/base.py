@@ -1,0 +1,118 @@
+"""The base stream: general knowledge, dense and low precision.
+
+INT8 codes (out, in), or INT4 codes two to a byte (out, in / 2), with scales (out, groups); or, with ``bits=None``, the
+dense weight. All buffers, so that ``.to()``, ``state_dict`` and ``deepcopy`` carry them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from libortho.errors import ConfigError
+from libortho.ops.base import base_linear, decodes, pack_for_decode
+from libortho.ops.reference import choose_scales, dequantise, pack_int4, quantise, unpack_int4
+
+
+class BaseStream(nn.Module):
+    """Codes and scales of one layer, or its dense weight.
+
+    Attributes:
+        bits: 8, 4 or None.
+        codes: INT8 (out_features, in_features) or packed INT4 (out_features, in_features / 2) uint8.
+        scales: (out_features, groups).
+        weight: Only with ``bits=None``: (out_features, in_features).
+    """
+
+    codes: Tensor
+    scales: Tensor
+    weight: Tensor
+
+    def __init__(self, bits: int | None, **tensors: Tensor) -> None:
+        super().__init__()
+        self.bits = bits
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+        self._decode_cache: tuple[tuple[int, int], Tensor | None] | None = None
+
+    @classmethod
+    def from_weight(cls, weight: Tensor, bits: int | None, group_size: int = -1) -> BaseStream:
+        """Quantise ``weight`` (out_features, in_features); scales take its dtype.
+
+        Raises:
+            ConfigError: if ``group_size`` does not divide the inputs, or INT4 meets an odd number of inputs.
+        """
+        if bits is None:
+            return cls(None, weight=weight.detach().clone())
+        check_shape(weight.shape[1], bits, group_size)
+        scales = choose_scales(weight, bits, group_size, weight.dtype)
+        return cls.from_codes(quantise(weight, scales, bits), scales, bits)
+
+    @classmethod
+    def from_codes(cls, codes: Tensor, scales: Tensor, bits: int) -> BaseStream:
+        """Wrap unpacked int8 codes (out_features, in_features) and scales (out_features, groups)."""
+        return cls(bits, codes=codes if bits == 8 else pack_int4(codes), scales=scales)
+
+    @property
+    def group_size(self) -> int:
+        """Inputs per scale."""
+        return self.in_features // self.scales.shape[1]
+
+    @property
+    def in_features(self) -> int:
+        """Inputs of the layer."""
+        if self.bits is None:
+            return self.weight.shape[1]
+        return self.codes.shape[1] * (2 if self.bits == 4 else 1)
+
+    @property
+    def out_features(self) -> int:
+        """Outputs of the layer."""
+        return (self.weight if self.bits is None else self.codes).shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored."""
+        return sum(b.nbytes for b in self.buffers())
+
+    def unpacked_codes(self) -> Tensor:
+        """INT8 codes (out_features, in_features), whatever the width."""
+        return unpack_int4(self.codes) if self.bits == 4 else self.codes
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight that the stream stands for, (out_features, in_features)."""
+        if self.bits is None:
+            return self.weight.to(dtype)
+        return dequantise(self.unpacked_codes(), self.scales, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x @ dense^T`` for x of shape (tokens, in_features)."""
+        if self.bits is None:
+            return F.linear(x, self.weight.to(x.dtype))
+        packed = self._decode_layout() if self.bits == 4 and decodes(x) else None
+        return base_linear(x, self.codes, self.scales, self.bits, packed)
+
+    def _decode_layout(self) -> Tensor | None:
+        """INT4 codes as torch's CPU kernel wants them; made at the first decode, and again if the codes change."""
+        key = (self.codes.data_ptr(), self.codes._version)
+        if self._decode_cache is None or self._decode_cache[0] != key:
+            self._decode_cache = (key, pack_for_decode(self.codes, self.group_size))
+        return self._decode_cache[1]
+
+    def extra_repr(self) -> str:
+        """Width and shape."""
+        return f"bits={self.bits}, in_features={self.in_features}, out_features={self.out_features}"
+
+
+def check_shape(in_features: int, bits: int | None, group_size: int) -> None:
+    """Raise ConfigError if a layer with ``in_features`` inputs cannot be quantised like this."""
+    if bits is None:
+        return
+    if group_size != -1 and in_features % group_size:
+        fits = [g for g in (32, 64, 128) if in_features % g == 0]
+        raise ConfigError(
+            f"group_size {group_size} does not divide {in_features} inputs; expected one of {[*fits, -1]} (-1: per channel)"
+        )
+    if bits == 4 and in_features % 2:
+        raise ConfigError(f"INT4 needs an even number of inputs, the layer has {in_features}; use bits=8")

@@ -1,0 +1,112 @@
+"""Which layers are split: names in, modules out, with everything that cannot be split refused by name."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import defaultdict
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from libortho.config import ALL_LINEAR, MLP_OUT, TargetModules
+from libortho.errors import TargetError
+from libortho.layer import OrthoLinear
+
+# The output projection of the MLP in the families that transformers knows; "c_proj" is also an attention name in GPT-2.
+_MLP_OUT = re.compile(r"(.*\.)?(down_proj|fc2|mlp\.c_proj|dense_4h_to_h|w2)")
+
+
+def find_targets(model: nn.Module, target_modules: TargetModules) -> dict[str, nn.Module]:
+    """Return the linear layers that ``target_modules`` names, by dotted path, in the model's order.
+
+    Args:
+        model: Any module tree.
+        target_modules: A plain name matches a suffix of the dotted path (as in PEFT); ``re:<pattern>`` matches the
+            full path; ``"mlp-out"`` is the MLP's output projection; ``"all-linear"`` is every linear layer but the
+            output embedding.
+
+    Raises:
+        TargetError: if nothing matches (near names are listed), or if a match is already split, quantised by another
+            library, tied, shared, not floating point or not finite.
+    """
+    patterns = (target_modules,) if isinstance(target_modules, str) else tuple(target_modules)
+    if any(isinstance(m, OrthoLinear) for m in model.modules()):
+        raise TargetError(
+            "this model is already split; start from the original model (base and ortho cannot be split again)"
+        )
+    modules = {name: module for name, module in model.named_modules() if name}
+    head = output_embedding(model)
+    found: dict[str, nn.Module] = {}
+    for pattern in patterns:
+        hits = [n for n, m in modules.items() if _matches(n, m, pattern, head)]
+        if not hits:
+            raise TargetError(f"no module matches {pattern!r}; {_near(pattern, modules)}")
+        found.update((n, modules[n]) for n in hits)
+    found = {n: m for n, m in modules.items() if n in found}
+    shared = _shared_parameters(model)
+    for name, module in found.items():
+        _check(name, module, head, shared)
+    return found
+
+
+def output_embedding(model: nn.Module) -> nn.Module | None:
+    """The layer that makes logits, for models that say so."""
+    get = getattr(model, "get_output_embeddings", None)
+    return get() if get is not None else None
+
+
+def is_linear(module: nn.Module) -> bool:
+    """True for the two dense layers that can be split: ``nn.Linear`` and GPT-2's ``Conv1D``."""
+    return type(module) in (nn.Linear, Conv1D)
+
+
+def _matches(name: str, module: nn.Module, pattern: str, head: nn.Module | None) -> bool:
+    if pattern == MLP_OUT:
+        return bool(_MLP_OUT.fullmatch(name)) and not list(module.children())
+    if pattern == ALL_LINEAR:
+        return isinstance(module, nn.Linear | Conv1D) and module is not head
+    if pattern.startswith("re:"):
+        try:
+            return re.fullmatch(pattern[3:], name) is not None
+        except re.error as error:
+            raise TargetError(f"{pattern!r} is not a regular expression: {error}") from error
+    return name == pattern or name.endswith("." + pattern)
+
+
+def _near(pattern: str, modules: dict[str, nn.Module]) -> str:
+    linear = [n for n, m in modules.items() if isinstance(m, nn.Linear | Conv1D)]
+    leaves = sorted({n.rsplit(".", 1)[-1] for n in linear})
+    close = difflib.get_close_matches(pattern.rsplit(".", 1)[-1], leaves, n=3, cutoff=0.5)
+    if close:
+        return f"did you mean {', '.join(close)}?"
+    return f"linear layers of this model are named {', '.join(leaves) if leaves else '(there are none)'}"
+
+
+def _shared_parameters(model: nn.Module) -> set[int]:
+    owners: defaultdict[int, set[int]] = defaultdict(set)
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)].add(id(module))
+    return {p for p, o in owners.items() if len(o) > 1}
+
+
+def _check(name: str, module: nn.Module, head: nn.Module | None, shared: set[int]) -> None:
+    if module is head:
+        raise TargetError(f"{name} makes the logits and is not split; leave it out of target_modules")
+    if not is_linear(module):
+        kind = f"{type(module).__module__}.{type(module).__name__}"
+        raise TargetError(
+            f"{name} is a {kind}; expected nn.Linear or Conv1D. A layer that another library has quantised or wrapped "
+            "must be loaded in its dense form first"
+        )
+    weight = module.weight
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+        raise TargetError(f"{name} holds {weight.dtype} codes, not dense weights; load the model without quantisation")
+    if weight.is_meta:
+        raise TargetError(f"{name} has no data (meta device); load the weights first")
+    if id(weight) in shared:
+        raise TargetError(f"{name} shares its weight with another module and is not split; leave it out")
+    if not bool(torch.isfinite(weight).all()):
+        raise TargetError(f"{name} holds NaN or infinite weights; repair the checkpoint first")
