@@ -27,6 +27,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -76,9 +77,9 @@ class AlphaState:
 
 
 # Contexts of all switches: Switch id -> state. Immutable mappings, so that a child task cannot change its parent's.
-_CONTEXTS: ContextVar[Mapping[int, AlphaState]] = ContextVar("libortho_alpha_contexts", default={})
+_CONTEXTS: ContextVar[Mapping[int, AlphaState]] = ContextVar("libortho_alpha_contexts", default=MappingProxyType({}))
 # State of the model forward pass that is running in this thread, after expansion to the batch at hand.
-_FORWARD: ContextVar[Mapping[int, AlphaState]] = ContextVar("libortho_alpha_forward", default={})
+_FORWARD: ContextVar[Mapping[int, AlphaState]] = ContextVar("libortho_alpha_forward", default=MappingProxyType({}))
 
 
 class Switch:
@@ -227,9 +228,11 @@ class Switch:
         task = torch._C._current_graph_task_id()
         if task not in self._recompute:
             self._recompute[task] = state
-            torch.autograd.Variable._execution_engine.queue_callback(  # type: ignore[attr-defined]
-                lambda: self._recompute.pop(task, None)
-            )
+
+            def forget() -> None:
+                self._recompute.pop(task, None)
+
+            torch.autograd.Variable._execution_engine.queue_callback(forget)
 
 
 def _normalise(name: str, value: AlphaValue, extrapolate: bool) -> float | tuple[float, ...]:

@@ -122,6 +122,7 @@ class OrthoLinear(nn.Module):
         for name, stream in self.streams.items():
             share = alpha.get(name, 0.0) if isinstance(alpha, dict) else alpha
             if share:
+                assert isinstance(stream, OrthoStream)
                 part = torch.zeros_like(weight)
                 stream.add_to(part)
                 weight += share * part

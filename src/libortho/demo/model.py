@@ -23,7 +23,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def cache_directory() -> Path:
-    """Where converted models are kept: ``$LIBORTHO_CACHE``, else ``$XDG_CACHE_HOME/libortho`` or ``~/.cache/libortho``."""
+    """Where converted models go: ``$LIBORTHO_CACHE``, else ``$XDG_CACHE_HOME/libortho``, else ``~/.cache/libortho``."""
     chosen = os.environ.get("LIBORTHO_CACHE")
     if chosen:
         return Path(chosen)
@@ -49,7 +49,7 @@ def packaged_model() -> Path:
 
     source = spec.submodule_search_locations[0]
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
     # What remains is a dense fp32 model: drop the loader's marks, which would stop save_pretrained.
     for name in ("hf_quantizer", "quantization_method"):
         if hasattr(model, name):
@@ -79,7 +79,7 @@ def load_model(name: str | Path | None, dtype: torch.dtype, device: str = "cpu")
 
     path = str(packaged_model() if name is None else name)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.data = tensor.data.clone()
     return model.to(device).eval(), tokenizer

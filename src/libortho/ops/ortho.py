@@ -6,12 +6,18 @@ few, and not the outputs.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
 Alpha = float | Tensor
+
+with warnings.catch_warnings():
+    # torch says once per process that its CSR tensors are in beta; nothing that a caller of ours could act on.
+    warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta", category=UserWarning)
+    torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False)
 
 
 def add_columns(y: Tensor, x: Tensor, index: Tensor, values: Tensor, alpha: Alpha) -> Tensor:
@@ -60,15 +66,13 @@ class _SparseProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> Tensor:
         ctx.save_for_backward(rows, columns, values)
         ctx.in_features = x.shape[1]
-        matrix = torch.sparse_csr_tensor(rows, columns, values, (len(rows) - 1, x.shape[1]))
+        shape = (len(rows) - 1, x.shape[1])
+        matrix = torch.sparse_csr_tensor(rows, columns, values, shape, check_invariants=False)
         return (matrix @ x.T).T
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         rows, columns, values = ctx.saved_tensors
-        out_features = len(rows) - 1
-        row_of = torch.repeat_interleave(torch.arange(out_features, device=rows.device), rows.diff().long())
-        transposed = torch.sparse_coo_tensor(
-            torch.stack((columns.long(), row_of)), values, (ctx.in_features, out_features)
-        )
-        return torch.sparse.mm(transposed.coalesce(), grads[0].T).T, None, None, None
+        shape = (ctx.in_features, len(rows) - 1)  # the CSR arrays of S, read by columns, are S^T
+        transposed = torch.sparse_csc_tensor(rows, columns, values, shape, check_invariants=False)
+        return (transposed @ grads[0].T).T, None, None, None

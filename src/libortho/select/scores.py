@@ -12,7 +12,7 @@ def absolute(residual: Tensor, weight: Tensor) -> Tensor:
 
 
 def relative(residual: Tensor, weight: Tensor) -> Tensor:
-    """``|R| / (|W| + mean |W|)``: the floor keeps weights near zero, where any rounding is total, from filling the support."""
+    """``|R| / (|W| + mean |W|)``: the floor keeps weights near zero, where any rounding is total, off the support."""
     size = weight.abs()
     return residual.abs() / (size + size.mean().clamp_min(torch.finfo(weight.dtype).tiny))
 

@@ -112,7 +112,8 @@ def check_shape(in_features: int, bits: int | None, group_size: int) -> None:
     if group_size != -1 and in_features % group_size:
         fits = [g for g in (32, 64, 128) if in_features % g == 0]
         raise ConfigError(
-            f"group_size {group_size} does not divide {in_features} inputs; expected one of {[*fits, -1]} (-1: per channel)"
+            f"group_size {group_size} does not divide {in_features} inputs; expected one of {[*fits, -1]} "
+            "(-1: per output channel)"
         )
     if bits == 4 and in_features % 2:
         raise ConfigError(f"INT4 needs an even number of inputs, the layer has {in_features}; use bits=8")
