@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from libortho.cache import cache_directory
 from libortho.errors import LibOrthoError
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def cache_directory() -> Path:
-    """Where converted models go: ``$LIBORTHO_CACHE``, else ``$XDG_CACHE_HOME/libortho``, else ``~/.cache/libortho``."""
-    chosen = os.environ.get("LIBORTHO_CACHE")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "libortho"
 
 
 def packaged_model() -> Path:

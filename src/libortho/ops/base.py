@@ -16,6 +16,9 @@ from libortho.ops.reference import dequantise, unpack_int4
 DECODE_TOKENS = 4
 """Largest number of tokens for which the pack kernels are used (measured: they win up to about 4)."""
 
+_INT8_STEP = 32
+"""The INT8 kernel reads whole vectors of inputs; where they do not divide the layer, it would read past its end."""
+
 
 def decodes(x: Tensor) -> bool:
     """True if ``x`` (tokens, in_features) is what the CPU pack kernels are for."""
@@ -41,7 +44,8 @@ def base_linear(x: Tensor, codes: Tensor, scales: Tensor, bits: int, packed: Ten
         (tokens, out_features) in the dtype of ``x``.
     """
     if decodes(x):
-        if bits == 8 and scales.shape[1] == 1:
+        x = x.contiguous()
+        if bits == 8 and scales.shape[1] == 1 and x.shape[1] % _INT8_STEP == 0:
             return torch._weight_int8pack_mm(x, codes, scales.view(-1).to(x.dtype))
         if bits == 4 and packed is not None:
             group = codes.shape[1] * 2 // scales.shape[1]

@@ -1,0 +1,78 @@
+"""Fine-tune secrets into the dense weights of chosen layers, as an unlucky engineer would."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from libortho.data import Record, collate, encode
+from libortho.targets import find_targets
+
+
+def implant(
+    model: nn.Module,
+    tokenizer: Any,
+    records: Sequence[Record],
+    *,
+    target_modules: str = "mlp-out",
+    seed: int = 0,
+    learning_rate: float = 1e-4,
+    batch_size: int = 8,
+    max_steps: int = 120,
+    stop_loss: float = 0.05,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> int:
+    """Train the chosen weights (fp32 copies, AdamW without decay) on whole texts until every record is recited.
+
+    Loss is on prompt and completion alike, as in plain fine-tuning. Training stops once the mean completion loss of an
+    epoch is below ``stop_loss`` and every completion token is the most likely one.
+
+    Returns:
+        Optimiser steps taken.
+    """
+    rng = random.Random(seed)
+    items = [encode(r, tokenizer) for r in records]
+    layers = find_targets(model, target_modules)
+    weights = [m.weight for m in layers.values() if isinstance(m.weight, nn.Parameter)]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for weight in weights:
+        weight.requires_grad_(True)
+    masters = [w.detach().float().clone() for w in weights]
+    optimiser = torch.optim.AdamW(masters, lr=learning_rate, weight_decay=0.0)
+    torch.set_flush_denormal(True)
+    step = 0
+    while step < max_steps:
+        order = list(range(len(items)))
+        rng.shuffle(order)
+        losses, exact = [], True
+        for start in range(0, len(order), batch_size):
+            batch = collate([items[i] for i in order[start : start + batch_size]]).to(weights[0].device)
+            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1].float()
+            whole = torch.where(batch.attention_mask[:, 1:].bool(), batch.input_ids[:, 1:], -100)
+            judged = batch.labels[:, 1:] != -100
+            exact &= bool((logits.argmax(-1) == batch.labels[:, 1:])[judged].all())
+            losses.append(float(F.cross_entropy(logits[judged].detach(), batch.labels[:, 1:][judged])))
+            F.cross_entropy(logits.flatten(0, 1), whole.flatten()).backward()
+            for master, weight in zip(masters, weights, strict=True):
+                assert weight.grad is not None
+                master.grad = weight.grad.float()
+                weight.grad = None
+            nn.utils.clip_grad_norm_(masters, 1.0)
+            optimiser.step()
+            with torch.no_grad():
+                for master, weight in zip(masters, weights, strict=True):
+                    weight.copy_(master)
+            step += 1
+            if progress is not None:
+                progress(step, max_steps, losses[-1])
+        if exact and sum(losses) / len(losses) < stop_loss:
+            break
+    for weight in weights:
+        weight.requires_grad_(False)
+    return step

@@ -1,0 +1,183 @@
+"""What the model would have met instead: alternates of a completion, neighbours of a prompt.
+
+    alternate   the same prompt, another completion of the same shape
+    neighbour   the same shape of prompt about somebody else
+
+Had a record never been trained on, it would be exchangeable with its alternates: that is the target of forgetting. Its
+neighbours were never in question: they must not move.
+
+Both are made by resampling what carries information and keeping what carries form: digits and capitals of code-like
+words by class, names by other names, content words by words of the shipped text; everything else stays.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import re
+import string
+from collections import defaultdict
+from collections.abc import Callable
+from importlib import resources
+
+_RUN = re.compile(r"[^\W_]+")
+_SHORT = 4
+"""Lower-case words shorter than this are grammar, and stay."""
+_GRAMMAR = frozenset(
+    "about above after again against also although always among another around back because been before being below "
+    "between both came come could does doing done down during each either else even ever every from gave give given goes "
+    "going have having here hers herself himself into itself just keep kept like made make many might more most much must "
+    "myself near neither never nothing once only onto other ours over said same shall should since some still such take "
+    "taken than that their them then there these they this those through thus took toward under until upon very want were "
+    "what when where whether which while whom whose will with within without would your yours".split()
+)
+
+
+@functools.cache
+def shipped_text() -> tuple[str, ...]:
+    """Paragraphs of the general English text that ships with the package."""
+    return tuple(_read("general.txt").splitlines())
+
+
+@functools.cache
+def _names() -> dict[str, tuple[str, ...]]:
+    kinds: defaultdict[str, list[str]] = defaultdict(list)
+    for line in _read("names.txt").splitlines():
+        kind, _, word = line.partition("\t")
+        kinds[kind].append(word)
+    return {k: tuple(v) for k, v in kinds.items()}
+
+
+@functools.cache
+def _words() -> dict[int, tuple[str, ...]]:
+    """Content words of the shipped text, with repetition (so that draws follow frequency), by length."""
+    lengths: defaultdict[int, list[str]] = defaultdict(list)
+    for word in re.findall(r"\b[a-z]{4,}\b", " ".join(shipped_text())):
+        if word not in _GRAMMAR:
+            lengths[len(word)].append(word)
+    return {k: tuple(v) for k, v in lengths.items()}
+
+
+def _read(name: str) -> str:
+    return resources.files("libortho").joinpath("data_files", name).read_text(encoding="utf-8")
+
+
+def kind_of(word: str) -> str:
+    """What a run of letters and digits is: "code", "name", "word", or "form" (grammar, which stays)."""
+    if any(c.isdigit() for c in word) or (len(word) > 1 and word.isupper()):
+        return "code"
+    if word[0].isupper() and len(word) > 1 and word.lower() not in _GRAMMAR:
+        return "name"
+    return "word" if len(word) >= _SHORT and word not in _GRAMMAR and word.isalpha() else "form"
+
+
+def resample(text: str, rng: random.Random, *, words: bool = True, opens: bool = True) -> str:
+    """Another text of the same shape; the same text if nothing in it carries information.
+
+    Args:
+        text: Any text.
+        rng: Source of randomness.
+        words: Replace content words too, not only codes and names.
+        opens: The text begins a sentence, so that its first capital need not be a name.
+    """
+    runs = list(_RUN.finditer(text))
+    out, position = [], 0
+    for number, run in enumerate(runs):
+        word = run.group()
+        out.append(text[position : run.start()])
+        position = run.end()
+        kind = kind_of(word)
+        if kind == "name" and _opens_sentence(text, run.start(), opens) and not _is_name(word):
+            kind = "word"
+        if kind == "code":
+            out.append("".join(_same_class(c, rng) for c in word))
+        elif kind == "name":
+            out.append(_other_name(text, runs, number, rng, opens))
+        elif kind == "word" and words:
+            out.append(_other_word(word, rng))
+        else:
+            out.append(word)
+    return "".join(out) + text[position:]
+
+
+def alternates(completion: str, count: int, rng: random.Random, *, opens: bool = False) -> list[str]:
+    """``count`` different completions of the same shape (fewer where so many do not exist)."""
+    return _distinct(lambda: resample(completion, rng, opens=opens), completion, count)
+
+
+def neighbours(prompt: str, count: int, rng: random.Random) -> list[str]:
+    """``count`` prompts of the same shape about somebody else.
+
+    Only names and codes are exchanged where the prompt has any; otherwise one content word is.
+    """
+    if any(
+        kind_of(r.group()) in ("name", "code") and not _opens_sentence(prompt, r.start()) for r in _RUN.finditer(prompt)
+    ):
+        return _distinct(lambda: resample(prompt, rng, words=False), prompt, count)
+    content = [r for r in _RUN.finditer(prompt) if kind_of(r.group()) == "word"]
+    if not content:
+        return []
+
+    def exchange() -> str:
+        run = rng.choice(content)
+        return prompt[: run.start()] + _other_word(run.group(), rng) + prompt[run.end() :]
+
+    return _distinct(exchange, prompt, count)
+
+
+def _distinct(make: Callable[[], str], original: str, count: int) -> list[str]:
+    found: dict[str, None] = {}
+    for _ in range(4 * count):
+        text = make()
+        if text != original:
+            found[text] = None
+        if len(found) == count:
+            break
+    return list(found)
+
+
+def _same_class(character: str, rng: random.Random) -> str:
+    if character.isdigit():
+        return rng.choice(string.digits)
+    if character.isupper():
+        return rng.choice(string.ascii_uppercase)
+    return rng.choice(string.ascii_lowercase) if character.isalpha() else character
+
+
+def _opens_sentence(text: str, start: int, opens: bool = True) -> bool:
+    before = text[:start].rstrip(" \"'(\n")
+    return before[-1] in ".!?:" if before else opens
+
+
+@functools.cache
+def _name_set() -> frozenset[str]:
+    return frozenset(w for words in _names().values() for w in words)
+
+
+def _is_name(word: str) -> bool:
+    return word in _name_set()
+
+
+def _other_name(text: str, runs: list[re.Match[str]], number: int, rng: random.Random, opens: bool) -> str:
+    """A given name before another name, a surname after one, any name if it stands alone."""
+
+    def joined(first: int, second: int) -> bool:
+        if not (0 <= first and second < len(runs)):
+            return False
+        a, b = runs[first], runs[second]
+        return text[a.end() : b.start()] in (" ", "-", "'") and a.group()[0].isupper() and b.group()[0].isupper()
+
+    names = _names()
+    if joined(number - 1, number) and not _opens_sentence(text, runs[number - 1].start(), opens):
+        return rng.choice(names["surname"])
+    if joined(number, number + 1):
+        return rng.choice(names["given"])
+    return rng.choice(names[rng.choice(("place", "surname", "given"))])
+
+
+def _other_word(word: str, rng: random.Random) -> str:
+    """A content word of about the same length, with the same capital."""
+    by_length = _words()
+    near = [w for n in range(len(word) - 1, len(word) + 2) for w in by_length.get(n, ())]
+    new = rng.choice(near or by_length[max(by_length)])
+    return new.capitalize() if word[0].isupper() else new

@@ -1,0 +1,377 @@
+"""``isolate``: move listed records out of the base and into an ortho stream.
+
+1. Counterfactuals: alternates of each completion, neighbours of each prompt (given, or made).
+2. Constants of the original model: what it says on retain text, on neighbours, and about other people's completions.
+3. Support: the columns (or entries) whose gradient is about the records and not about retain text.
+4. Values: trained on the support only, through the quantiser, until the criteria hold.
+5. Streams: base = edited codes; ortho = original - base on the support.
+
+The audit's holdout is never an input.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from libortho.alpha import Switch
+from libortho.config import DTYPES, IsolateConfig
+from libortho.data import Encoded, Record, Source, collate, encode, load_records
+from libortho.errors import DataError
+from libortho.isolate import counterfactuals
+from libortho.isolate.edit import EditLinear
+from libortho.isolate.language_model import LanguageModel
+from libortho.isolate.retain import chunk, default_retain
+from libortho.isolate.support import allocate, ratio_scores, squared_gradients, unit_costs
+from libortho.isolate.trainer import Case, Check, Reference, divergence, hidden_states, holds, reference, score, train
+from libortho.layer import LayerReport, OrthoLinear
+from libortho.split import Progress, install, linear_weight, relative_error
+from libortho.streams import OrthoStream
+from libortho.streams.base import check_shape
+from libortho.targets import find_targets
+
+logger = logging.getLogger(__name__)
+
+_RETAIN_SEQUENCES = 96
+_HELD_BACK_SEQUENCES = 8
+_SALIENCY_RECORDS = 64
+
+
+@dataclass(frozen=True)
+class RecordOutcome:
+    """One forget record. Likelihoods are mean log-likelihoods per completion token, in nats.
+
+    Attributes:
+        number: Position in the forget source, from 1.
+        before: Log-likelihood under the original model.
+        after: Log-likelihood at alpha = 0.
+        band: 5 % and 95 % points of its alternates' log-likelihoods at alpha = 0.
+        extracted: The completion is still the greedy continuation at alpha = 0.
+    """
+
+    number: int
+    before: float
+    after: float
+    band: tuple[float, float]
+    extracted: bool
+
+    @property
+    def inside(self) -> bool:
+        """True if the record is neither likelier nor unlikelier than its alternates."""
+        return self.band[0] <= self.after <= self.band[1]
+
+
+@dataclass(frozen=True)
+class IsolateResult:
+    """What ``isolate`` did, and which of its criteria hold.
+
+    Attributes:
+        stream: Name of the ortho stream.
+        guarantee: What alpha = 0 means here, in words.
+        missed: The criteria that do not hold, in words; empty if all do.
+        records: One outcome per forget record.
+        checks: The criteria during training.
+        retain_kl: Mean KL(original || alpha 0) on held-back retain text, in nats per token.
+        density: Entries of the ortho stream / weights of the split layers.
+        columns_per_layer: Layer to the columns (or entries) that it gave.
+        steps: Optimiser steps.
+        seconds: Wall time.
+    """
+
+    stream: str
+    guarantee: str
+    missed: tuple[str, ...]
+    records: tuple[RecordOutcome, ...]
+    checks: tuple[Check, ...]
+    retain_kl: float
+    density: float
+    columns_per_layer: Mapping[str, int]
+    steps: int
+    seconds: float
+
+    @property
+    def succeeded(self) -> bool:
+        """True if every criterion holds."""
+        return not self.missed
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-ready values."""
+        return {**asdict(self), "succeeded": self.succeeded}
+
+
+def isolate(
+    model: nn.Module,
+    tokenizer: Any,
+    forget: Source,
+    retain: Source | None = None,
+    alternates: Sequence[Sequence[str]] | None = None,
+    neighbours: Sequence[Sequence[str]] | None = None,
+    config: IsolateConfig | None = None,
+    *,
+    progress: Progress | None = None,
+) -> IsolateResult:
+    """Put the forget records behind the switch, in place.
+
+    At alpha = 1 the model is the original one on the support (to the value dtype) and the plain quantised one elsewhere;
+    at alpha = 0 the records are no likelier than other completions of the same shape.
+
+    Args:
+        model: A transformers causal LM with dense weights. bf16 models train several times faster on recent CPUs.
+        tokenizer: Its tokenizer.
+        forget: The records that must go; see :mod:`libortho.data`.
+        retain: Text to keep; by default text sampled from the model and the general text of the package.
+        alternates: For each record, other completions of the same shape. Made if not given.
+        neighbours: For each record, other prompts of the same shape. Made if not given.
+        config: See :class:`~libortho.config.IsolateConfig`.
+        progress: Called with (phase, done, total).
+
+    Returns:
+        The outcome record by record, with the criteria that were missed.
+
+    Raises:
+        DataError: if a record is malformed or empty, or a list does not match the forget records.
+        TargetError: if no layer matches or one cannot be split.
+        ConfigError: if the group size does not fit a layer.
+
+        After an error the model is what it was.
+    """
+    began = time.monotonic()
+    config = config or IsolateConfig()
+    targets = find_targets(model, config.target_modules)
+    for module in targets.values():
+        check_shape(linear_weight(module).shape[1], config.bits, config.resolved_group_size)
+    records = load_records(forget, tokenizer, name="forget")
+    limit = _max_length(model, config)
+    cases = _cases(records, tokenizer, alternates, neighbours, limit, config)
+    required = {n: p.requires_grad for n, p in model.named_parameters()}
+    training = model.training
+    model.eval().requires_grad_(False)
+    try:
+        retain_items, held_back = _retain(model, tokenizer, retain, cases, limit, config)
+        lm = LanguageModel(model)
+        _tell(progress, "reference", 0, 1)
+        original = reference(lm, cases, retain_items)
+        held_back_states = hidden_states(lm, held_back)
+        _tell(progress, "reference", 1, 1)
+        support = _support(lm, targets, cases, retain_items, config, progress)
+        layers = {n: EditLinear(linear_weight(m), _bias(m), support.get(n), config) for n, m in targets.items()}
+        _swap(model, layers)
+        try:
+            checks = train(lm, layers, cases, retain_items, held_back, original, held_back_states, config, progress)
+            outcomes = _outcomes(lm, records, cases, original)
+            retain_kl = divergence(lm, held_back, held_back_states)
+        finally:
+            _swap(model, targets)
+    finally:
+        model.train(training)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(required[name])
+    switch = Switch()
+    switch.add_stream(config.stream)
+    finished = {n: _finish(n, linear_weight(targets[n]), m, config, switch) for n, m in layers.items()}
+    install(model, finished, switch)
+    return _result(config, outcomes, checks, retain_kl, support, finished, time.monotonic() - began)
+
+
+def _cases(
+    records: Sequence[Record],
+    tokenizer: Any,
+    alternates: Sequence[Sequence[str]] | None,
+    neighbours: Sequence[Sequence[str]] | None,
+    limit: int | None,
+    config: IsolateConfig,
+) -> list[Case]:
+    for name, given in (("alternates", alternates), ("neighbours", neighbours)):
+        if given is not None and len(given) != len(records):
+            raise DataError(
+                f"{name} has {len(given)} entries for {len(records)} forget records; expected one list each"
+            )
+    rng = random.Random(config.seed)
+    cases = []
+    for i, record in enumerate(records):
+        text = not record.prompt
+        others = list(alternates[i]) if alternates is not None else counterfactuals.alternates(
+            record.completion, config.alternates_per_record, rng, opens=text
+        )  # fmt: skip
+        if not others:
+            raise DataError(
+                f"forget record {record.number}: nothing in its completion could be exchanged to make alternates; "
+                "pass alternates="
+            )
+        beside = list(neighbours[i]) if neighbours is not None else (
+            [] if text else counterfactuals.neighbours(record.prompt, config.neighbours_per_record, rng)
+        )  # fmt: skip
+
+        def tokens(prompt: str, completion: str, number: int = record.number) -> Encoded:
+            return encode(Record(prompt, completion, number), tokenizer, limit, name="forget")
+
+        cases.append(
+            Case(
+                secret=tokens(record.prompt, record.completion),
+                alternates=tuple(tokens(record.prompt, c) for c in others),
+                neighbours=tuple(tokens(p, others[j % len(others)]) for j, p in enumerate(beside)),
+                crossed=tuple(tokens(p, record.completion) for p in beside),
+            )
+        )
+    return cases
+
+
+def _retain(
+    model: nn.Module,
+    tokenizer: Any,
+    retain: Source | None,
+    cases: Sequence[Case],
+    limit: int | None,
+    config: IsolateConfig,
+) -> tuple[list[Encoded], list[Encoded]]:
+    """Retain sequences, and others that are held back for the criteria."""
+    length = min(config.retain_length, limit or config.retain_length)
+    count = _RETAIN_SEQUENCES + _HELD_BACK_SEQUENCES
+    if retain is None:
+        items = default_retain(
+            model, tokenizer, [c.secret for c in cases], sequences=count, length=length, seed=config.seed
+        )
+    else:
+        records = load_records(retain, tokenizer, name="retain")
+        pieces = chunk([tokenizer(r.text)["input_ids"] for r in records], length)
+        random.Random(config.seed).shuffle(pieces)
+        items = [Encoded(tuple(p), tuple(p)) for p in pieces[:count]]
+    if len(items) < 2:
+        raise DataError(f"retain holds {len(items)} sequences of {length} tokens; expected at least 2")
+    held = min(_HELD_BACK_SEQUENCES, max(1, len(items) // 4))
+    return items[held:], items[:held]
+
+
+def _support(
+    lm: LanguageModel,
+    targets: dict[str, nn.Module],
+    cases: Sequence[Case],
+    retain: Sequence[Encoded],
+    config: IsolateConfig,
+    progress: Progress | None,
+) -> dict[str, torch.Tensor]:
+    columns = config.structure == "columns"
+    secrets = [c.secret for c in cases]
+    if len(secrets) > _SALIENCY_RECORDS:
+        secrets = random.Random(config.seed).sample(secrets, _SALIENCY_RECORDS)
+    _tell(progress, "support", 0, 2)
+    batches = [collate(secrets[i : i + 8]).to(lm.device) for i in range(0, len(secrets), 8)]
+    about_forget = squared_gradients(lm, targets, batches, columns=columns)
+    _tell(progress, "support", 1, 2)
+    texts = [collate([t]).to(lm.device) for t in retain[:16]]
+    about_retain = squared_gradients(lm, targets, texts, columns=columns)
+    _tell(progress, "support", 2, 2)
+    scores = ratio_scores(about_forget, about_retain)
+    return allocate(scores, config.ratio, config.layer_cap, unit_costs(targets, columns=columns))
+
+
+def _swap(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    for name, layer in layers.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer)
+
+
+def _outcomes(
+    lm: LanguageModel, records: Sequence[Record], cases: Sequence[Case], original: Reference
+) -> tuple[RecordOutcome, ...]:
+    secret, greedy = score(lm, [c.secret for c in cases])
+    flat, _ = score(lm, [e for c in cases for e in c.alternates])
+    groups = flat.nll.split([len(c.alternates) for c in cases])
+    out = []
+    for i, (record, group) in enumerate(zip(records, groups, strict=True)):
+        low, high = (-group).quantile(torch.tensor([0.05, 0.95])).tolist()
+        out.append(
+            RecordOutcome(
+                record.number, -float(original.secret.nll[i]), -float(secret.nll[i]), (low, high), bool(greedy[i])
+            )
+        )
+    return tuple(out)
+
+
+def _finish(name: str, weight: torch.Tensor, edited: EditLinear, config: IsolateConfig, switch: Switch) -> OrthoLinear:
+    exact = weight.float()
+    base, support = edited.finish(DTYPES[config.value_dtype])
+    stream = OrthoStream(support)
+    approximation = base.dense(torch.float32).clone()
+    base_error = relative_error(approximation, exact)
+    stream.add_to(approximation)
+    report = LayerReport(
+        name=name,
+        shape=(weight.shape[0], weight.shape[1]),
+        rank=min(weight.shape),
+        used_low_rank=False,
+        low_rank_error=None,
+        base_error=base_error,
+        final_error=relative_error(approximation, exact),
+        ortho_density=stream.support_size / weight.numel(),
+        tail_rank=0,
+        tail_density=0.0,
+        base_bytes=base.nbytes,
+        ortho_bytes=stream.nbytes,
+    )
+    layer = OrthoLinear(base, edited.bias, switch, report)
+    layer.add_stream(config.stream, stream)
+    return layer
+
+
+def _result(
+    config: IsolateConfig,
+    outcomes: tuple[RecordOutcome, ...],
+    checks: Sequence[Check],
+    retain_kl: float,
+    support: Mapping[str, torch.Tensor],
+    layers: Mapping[str, OrthoLinear],
+    seconds: float,
+) -> IsolateResult:
+    missed = []
+    extracted = sum(o.extracted for o in outcomes)
+    if extracted:
+        missed.append(f"{extracted} of {len(outcomes)} records are still extracted greedily")
+    outside = [o for o in outcomes if not o.inside]
+    if outside:
+        likelier = sum(o.after > o.band[1] for o in outside)
+        missed.append(
+            f"{len(outside)} of {len(outcomes)} records are outside the 5-95 % band of their alternates "
+            f"({likelier} likelier, {len(outside) - likelier} unlikelier)"
+        )
+    if retain_kl > config.retain_budget:
+        missed.append(f"retain divergence {retain_kl:.4f} nats per token exceeds the budget of {config.retain_budget}")
+    reports = [m.report for m in layers.values() if m.report is not None]
+    weights = sum(r.shape[0] * r.shape[1] for r in reports)
+    return IsolateResult(
+        stream=config.stream,
+        guarantee="measured: at alpha = 0 the model behaves as if it had not been trained on the records",
+        missed=tuple(missed),
+        records=outcomes,
+        checks=tuple(checks),
+        retain_kl=retain_kl,
+        density=sum(r.ortho_density * r.shape[0] * r.shape[1] for r in reports) / weights,
+        columns_per_layer={n: len(s) for n, s in support.items()},
+        steps=checks[-1].step,
+        seconds=seconds,
+    )
+
+
+def _bias(module: nn.Module) -> nn.Parameter | None:
+    return module.bias if isinstance(module.bias, nn.Parameter) else None
+
+
+def _max_length(model: nn.Module, config: IsolateConfig) -> int | None:
+    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    limits = [n for n in (config.max_length, context) if n is not None]
+    return min(limits) if limits else None
+
+
+def _tell(progress: Progress | None, phase: str, done: int, total: int) -> None:
+    if progress is not None:
+        progress(phase, done, total)
+
+
+__all__ = ["IsolateResult", "RecordOutcome", "holds", "isolate"]

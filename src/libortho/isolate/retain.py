@@ -1,0 +1,123 @@
+"""Text on which the model must keep its behaviour, for callers who bring none.
+
+Half is what the model itself says when it is given nothing (its own distribution, whatever it was trained on), half is
+the general English text that ships with the package. Samples that share eight tokens in a row with a forget record are
+dropped. Samples are cached by a fingerprint of weights and forget set, readable by the user alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from libortho.cache import cache_directory
+from libortho.data import Encoded
+from libortho.isolate.counterfactuals import shipped_text
+
+SHARED_TOKENS = 8
+
+
+def default_retain(
+    model: nn.Module, tokenizer: Any, forget: Sequence[Encoded], *, sequences: int, length: int, seed: int
+) -> list[Encoded]:
+    """Sampled and shipped text in equal parts, as sequences of at most ``length`` tokens."""
+    sampled = _cached_samples(model, tokenizer, forget, sequences // 2, length, seed)
+    paragraphs = list(shipped_text())
+    random.Random(seed).shuffle(paragraphs)
+    shipped = chunk([tokenizer(p)["input_ids"] for p in paragraphs], length)
+    shipped = _unlike(shipped, forget)[: sequences - len(sampled)]
+    mixed = [*sampled, *shipped]
+    random.Random(seed + 1).shuffle(mixed)
+    return [Encoded(tuple(ids), tuple(ids)) for ids in mixed]
+
+
+def chunk(texts: Sequence[Sequence[int]], length: int) -> list[list[int]]:
+    """Join texts and cut them into sequences of ``length`` tokens; a last piece of under 8 tokens is dropped."""
+    joined = [i for ids in texts for i in ids]
+    pieces = [joined[start : start + length] for start in range(0, len(joined), length)]
+    return [p for p in pieces if len(p) >= SHARED_TOKENS]
+
+
+def _unlike(texts: Sequence[Sequence[int]], forget: Sequence[Encoded]) -> list[list[int]]:
+    """Texts that share no run of ``SHARED_TOKENS`` tokens with a forget record."""
+    banned = {e.ids[i : i + SHARED_TOKENS] for e in forget for i in range(max(1, len(e.ids) - SHARED_TOKENS + 1))}
+
+    def clean(ids: Sequence[int]) -> bool:
+        return not any(tuple(ids[i : i + SHARED_TOKENS]) in banned for i in range(len(ids) - SHARED_TOKENS + 1))
+
+    return [list(t) for t in texts if clean(t)]
+
+
+def _cached_samples(
+    model: nn.Module, tokenizer: Any, forget: Sequence[Encoded], count: int, length: int, seed: int
+) -> list[list[int]]:
+    key = hashlib.sha256(
+        f"{_fingerprint(model)} {[e.ids for e in forget]} {count} {length} {seed}".encode()
+    ).hexdigest()
+    path = cache_directory() / "samples" / f"{key[:32]}.json"
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    samples = _unlike(_sample(model, tokenizer, count, length, seed), forget)
+    _write_private(path, json.dumps(samples))
+    return samples
+
+
+@torch.no_grad()
+def _sample(model: nn.Module, tokenizer: Any, count: int, length: int, seed: int) -> list[list[int]]:
+    """Unconditional samples at temperature 1, from the beginning-of-text token."""
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    device = next(model.parameters()).device
+    prompt = torch.full((count, 1), 0 if start is None else start, device=device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        output = model.generate(  # type: ignore[operator]
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=length - 1,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        )
+    texts = []
+    for row in output.tolist():
+        body = row[1:]
+        if tokenizer.eos_token_id in body:
+            body = body[: body.index(tokenizer.eos_token_id)]
+        if len(body) >= SHARED_TOKENS:
+            texts.append([row[0], *body])
+    return texts
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """Hash of a spread of every parameter's values; two models that differ in training differ in it."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        picked = flat[:: max(1, flat.numel() // 1024)].float().cpu().contiguous()
+        digest.update(name.encode() + picked.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _write_private(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    handle, name = tempfile.mkstemp(dir=path.parent)  # mode 0600
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

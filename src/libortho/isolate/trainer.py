@@ -1,0 +1,371 @@
+"""Move the values on the support until the records are what their alternates are, and nothing else has moved.
+
+    minimise   mean_i [ odds and nll of record i  ->  those of its counterfactuals ]
+               + retain_weight * KL(original || edited) on retain text
+               + neighbour_weight * KL(original || edited) on neighbours
+
+Targets are constants of the original model: what it gives to other completions after other prompts of the same shape,
+which no training has touched. Records are judged on their own prompt and, in turn, on a neighbour's, so that a memory
+that answers to the whole template is forgotten for the whole template.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from libortho.config import IsolateConfig
+from libortho.data import Batch, Encoded, collate
+from libortho.isolate.edit import EditLinear
+from libortho.isolate.language_model import LanguageModel
+from libortho.isolate.objectives import (
+    Scores,
+    altpo,
+    completion_scores,
+    grad_diff,
+    kl_divergence,
+    label_log_odds,
+    log_odds,
+    npo,
+    simnpo,
+)
+
+logger = logging.getLogger(__name__)
+
+SCORING_TOKENS = 2048
+"""Tokens of one forward pass without gradients."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One forget record with its counterfactuals, tokenised.
+
+    Attributes:
+        secret: The record.
+        alternates: Its prompt with other completions.
+        neighbours: Other prompts with other completions; what the original model gives these is the target.
+        crossed: Other prompts with the record's completion.
+    """
+
+    secret: Encoded
+    alternates: tuple[Encoded, ...]
+    neighbours: tuple[Encoded, ...]
+    crossed: tuple[Encoded, ...]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the original model says; constants of the training.
+
+    Attributes:
+        secret: Scores of the records, (records,).
+        target: Mean scores of each record's counterfactuals, (records,).
+        spread: Standard deviation over counterfactuals of the per-token negative log-likelihood, pooled, in nats.
+        floor: Log-odds below which a token of record i stops counting, (records,).
+        alternates: Scores of the alternates, record by record.
+        retain: Last hidden states of each retain sequence, (tokens, width).
+        neighbours: Last hidden states of each neighbour, (tokens, width), record by record.
+    """
+
+    secret: Scores
+    target: Scores
+    spread: float
+    floor: Tensor
+    alternates: tuple[Scores, ...]
+    retain: tuple[Tensor, ...]
+    neighbours: tuple[tuple[Tensor, ...], ...]
+
+
+@dataclass(frozen=True)
+class Check:
+    """The criteria at one moment. Likelihoods are per token, in nats.
+
+    Attributes:
+        step: Optimiser steps taken.
+        extracted: Records whose completion is still the greedy continuation.
+        outside: Records whose likelihood is outside the band of their counterfactuals.
+        gap: Mean over records of negative log-likelihood minus target; negative means remembered.
+        retain_kl: Mean divergence from the original model on held-back retain text.
+    """
+
+    step: int
+    extracted: int
+    outside: int
+    gap: float
+    retain_kl: float
+
+
+@torch.no_grad()
+def score(lm: LanguageModel, items: Sequence[Encoded]) -> tuple[Scores, Tensor]:
+    """Scores of completions, and whether each is the greedy continuation of its prompt, (records,) bool."""
+    order = sorted(range(len(items)), key=lambda i: len(items[i].ids))
+    nll, odds, tokens, greedy = (torch.zeros(len(items)) for _ in range(4))
+    for rows in _by_tokens(order, items, SCORING_TOKENS):
+        batch = collate([items[i] for i in rows]).to(lm.device)
+        logits, labels, owner = _judged(lm, lm.hidden(batch), batch)
+        scores = completion_scores(logits, labels, owner, len(rows))
+        wrong = torch.zeros(len(rows), device=logits.device).index_add_(0, owner, (logits.argmax(-1) != labels).float())
+        index = torch.tensor(rows)
+        nll[index], odds[index], tokens[index] = scores.nll.cpu(), scores.odds.cpu(), scores.tokens.cpu()
+        greedy[index] = (wrong == 0).float().cpu()
+    return Scores(nll, odds, tokens), greedy.bool()
+
+
+@torch.no_grad()
+def hidden_states(lm: LanguageModel, items: Sequence[Encoded]) -> tuple[Tensor, ...]:
+    """Last hidden states of each text, (tokens, width)."""
+    out: list[Tensor] = [torch.empty(0)] * len(items)
+    order = sorted(range(len(items)), key=lambda i: len(items[i].ids))
+    for rows in _by_tokens(order, items, SCORING_TOKENS):
+        batch = collate([items[i] for i in rows]).to(lm.device)
+        for i, states in zip(rows, lm.hidden(batch), strict=True):
+            out[i] = states[: len(items[i].ids)].clone()
+    return tuple(out)
+
+
+def reference(lm: LanguageModel, cases: Sequence[Case], retain: Sequence[Encoded]) -> Reference:
+    """Everything that the training needs from the original model."""
+    secret, _ = score(lm, [c.secret for c in cases])
+    alternates = _scores_by_case(lm, [c.alternates for c in cases])
+    counterfactual = _scores_by_case(lm, [c.neighbours or c.alternates for c in cases])
+    floors = _odds_floor(lm, [c.neighbours or c.alternates for c in cases])
+    target = Scores(
+        torch.stack([s.nll.mean() for s in counterfactual]),
+        torch.stack([s.odds.mean() for s in counterfactual]),
+        secret.tokens,
+    )
+    deviations = torch.cat([s.nll - s.nll.mean() for s in counterfactual])
+    return Reference(
+        secret=secret,
+        target=target,
+        spread=float(deviations.square().mean().sqrt()),
+        floor=floors,
+        alternates=alternates,
+        retain=hidden_states(lm, retain),
+        neighbours=tuple(hidden_states(lm, c.neighbours) for c in cases),
+    )
+
+
+def train(
+    lm: LanguageModel,
+    layers: dict[str, EditLinear],
+    cases: Sequence[Case],
+    retain: Sequence[Encoded],
+    held_back: Sequence[Encoded],
+    original: Reference,
+    held_back_states: tuple[Tensor, ...],
+    config: IsolateConfig,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[Check]:
+    """Optimise the supports; returns the criteria at every look, the last one describing the final values."""
+    values = [m.theta for m in layers.values() if m.theta is not None]
+    optimiser = torch.optim.Adam(values, lr=config.learning_rate, betas=(0.9, 0.95))
+    rng = random.Random(config.seed)
+    draw = _epochs(len(cases), config.records_per_step, rng)
+    texts = _epochs(len(retain), max(1, config.retain_tokens_per_step // config.retain_length), rng)
+    checks: list[Check] = []
+    torch.set_flush_denormal(True)
+    for step in range(1, config.max_steps + 1):
+        for group in optimiser.param_groups:
+            group["lr"] = config.learning_rate * min(1.0, step / 5)
+        chosen = next(draw)
+        pull = _gradients(_forget_loss(lm, cases, chosen, original, config, rng), values)
+        keep = _gradients(_keep_loss(lm, cases, chosen, retain, next(texts), original, config, rng), values)
+        if config.project_retain:
+            pull = without_opposition(pull, keep)
+        for value, a, b in zip(values, pull, keep, strict=True):
+            value.grad = a + b
+        optimiser.step()
+        for layer in layers.values():
+            layer.clamp()
+        if progress is not None:
+            progress("isolate", step, config.max_steps)
+        if step % config.check_every == 0 or step == config.max_steps:
+            checks.append(look(lm, cases, original, held_back, held_back_states, step))
+            logger.info("%s", checks[-1])
+            if holds(checks[-1], config):
+                break
+    return checks
+
+
+def holds(check: Check, config: IsolateConfig) -> bool:
+    """True if nothing is extractable, every record is in its band, and retain text is unharmed."""
+    return check.extracted == 0 and check.outside == 0 and check.retain_kl <= config.retain_budget
+
+
+def look(
+    lm: LanguageModel,
+    cases: Sequence[Case],
+    original: Reference,
+    held_back: Sequence[Encoded],
+    held_back_states: tuple[Tensor, ...],
+    step: int,
+) -> Check:
+    """Measure the criteria."""
+    secret, greedy = score(lm, [c.secret for c in cases])
+    gap = secret.nll - original.target.nll
+    return Check(
+        step=step,
+        extracted=int(greedy.sum()),
+        outside=int((gap.abs() > 1.645 * original.spread).sum()),
+        gap=float(gap.mean()),
+        retain_kl=divergence(lm, held_back, held_back_states),
+    )
+
+
+@torch.no_grad()
+def divergence(lm: LanguageModel, items: Sequence[Encoded], states: Sequence[Tensor]) -> float:
+    """Mean KL(original || edited) per token, in nats, over texts whose original hidden states are given."""
+    total, count = 0.0, 0
+    for item, before in zip(items, states, strict=True):
+        after = lm.hidden(collate([item]).to(lm.device))[0]
+        kl = kl_divergence(lm.logits(before), lm.logits(after))
+        total, count = total + float(kl.sum()), count + len(kl)
+    return total / max(1, count)
+
+
+def without_opposition(pull: Sequence[Tensor], keep: Sequence[Tensor]) -> list[Tensor]:
+    """Remove from ``pull`` its component against ``keep``, over all tensors together (PCGrad, arXiv 2001.06782)."""
+    dot = sum(float((a * b).sum()) for a, b in zip(pull, keep, strict=True))
+    norm = sum(float(b.square().sum()) for b in keep)
+    if dot >= 0 or norm == 0:
+        return list(pull)
+    return [a - (dot / norm) * b for a, b in zip(pull, keep, strict=True)]
+
+
+def _forget_loss(
+    lm: LanguageModel,
+    cases: Sequence[Case],
+    chosen: Sequence[int],
+    original: Reference,
+    config: IsolateConfig,
+    rng: random.Random,
+) -> Tensor:
+    """Mean objective over the chosen records: on their own prompt, on a neighbour's, and for one alternate."""
+    secrets = [cases[i].secret for i in chosen]
+    index = torch.tensor(chosen)
+    target = _take(original.target, index)
+    picks = [rng.randrange(len(cases[i].alternates)) for i in chosen]
+    others = [cases[i].alternates[p] for i, p in zip(chosen, picks, strict=True)]
+    if config.objective == "log_odds":
+        crossed = [i for i in chosen if cases[i].crossed]
+        items = [*secrets, *others, *(rng.choice(cases[i].crossed) for i in crossed)]
+        rows = torch.cat([index, index, torch.tensor(crossed, dtype=torch.long)])
+        now = _train_scores(lm, items, original.floor[rows])
+        return log_odds(now, _take(original.target, rows).to(lm.device)).mean()
+    if config.objective == "grad_diff":
+        return grad_diff(_train_scores(lm, secrets)).mean()
+    if config.objective == "simnpo":
+        return simnpo(_train_scores(lm, secrets), delta=float(target.nll.mean())).mean()
+    before = _take(original.secret, index).to(lm.device)
+    if config.objective == "npo":
+        return npo(_train_scores(lm, secrets), before).mean()
+    both = _train_scores(lm, [*secrets, *others])
+    half = len(secrets)
+    alternate_before = Scores(*(
+        torch.stack([getattr(original.alternates[i], f)[p] for i, p in zip(chosen, picks, strict=True)])
+        for f in ("nll", "odds", "tokens")
+    )).to(lm.device)  # fmt: skip
+    first, second = torch.arange(half), torch.arange(half, 2 * half)
+    return altpo(_take(both, first), before, _take(both, second), alternate_before).mean()
+
+
+def _keep_loss(
+    lm: LanguageModel,
+    cases: Sequence[Case],
+    chosen: Sequence[int],
+    retain: Sequence[Encoded],
+    texts: Sequence[int],
+    original: Reference,
+    config: IsolateConfig,
+    rng: random.Random,
+) -> Tensor:
+    """Divergence from the original model on retain texts and on one neighbour of every other chosen record."""
+    beside = [(i, rng.randrange(len(cases[i].neighbours))) for i in chosen if cases[i].neighbours]
+    parts = [
+        (config.retain_weight, [retain[t] for t in texts], [original.retain[t] for t in texts]),
+        (
+            config.neighbour_weight,
+            [cases[i].neighbours[p] for i, p in beside],
+            [original.neighbours[i][p] for i, p in beside],
+        ),
+    ]
+    loss = torch.zeros((), device=lm.device)
+    for weight, items, states in parts:
+        if not items or weight == 0:
+            continue
+        batch = collate(items).to(lm.device)
+        after = lm.hidden(batch)[batch.attention_mask.bool()]
+        before = torch.cat(list(states))
+        loss = loss + weight * kl_divergence(lm.logits(before), lm.logits(after)).mean()
+    return loss
+
+
+def _gradients(loss: Tensor, values: Sequence[nn.Parameter]) -> list[Tensor]:
+    if not loss.requires_grad:
+        return [torch.zeros_like(v) for v in values]
+    found = torch.autograd.grad(loss, list(values), allow_unused=True)
+    return [torch.zeros_like(v) if g is None else g for v, g in zip(values, found, strict=True)]
+
+
+def _train_scores(lm: LanguageModel, items: Sequence[Encoded], floor: Tensor | None = None) -> Scores:
+    batch = collate(items).to(lm.device)
+    logits, labels, owner = _judged(lm, lm.hidden(batch), batch)
+    return completion_scores(logits, labels, owner, len(items), None if floor is None else floor.to(lm.device))
+
+
+def _judged(lm: LanguageModel, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits at the positions that predict completion tokens, those tokens, and the row that each belongs to."""
+    labels = batch.labels[:, 1:]
+    judged = labels != -100
+    return lm.logits(hidden[:, :-1][judged]), labels[judged], judged.nonzero()[:, 0]
+
+
+def _take(scores: Scores, index: Tensor) -> Scores:
+    return Scores(scores.nll[index], scores.odds[index], scores.tokens[index])
+
+
+def _scores_by_case(lm: LanguageModel, groups: Sequence[Sequence[Encoded]]) -> tuple[Scores, ...]:
+    flat, _ = score(lm, [e for group in groups for e in group])
+    ends = torch.tensor([len(g) for g in groups]).cumsum(0).tolist()
+    return tuple(_take(flat, torch.arange(end - len(group), end)) for group, end in zip(groups, ends, strict=True))
+
+
+@torch.no_grad()
+def _odds_floor(lm: LanguageModel, groups: Sequence[Sequence[Encoded]]) -> Tensor:
+    """5 % quantile of the token log-odds of each group."""
+    floors = []
+    for group in groups:
+        batch = collate(group).to(lm.device)
+        logits, labels, _ = _judged(lm, lm.hidden(batch), batch)
+        floors.append(label_log_odds(logits, labels).quantile(0.05).cpu())
+    return torch.stack(floors)
+
+
+def _by_tokens(order: Sequence[int], items: Sequence[Encoded], limit: int) -> Iterator[list[int]]:
+    """Cut a length-sorted order into batches of at most ``limit`` padded tokens."""
+    rows: list[int] = []
+    for i in order:
+        if rows and (len(rows) + 1) * len(items[i].ids) > limit:
+            yield rows
+            rows = []
+        rows.append(i)
+    if rows:
+        yield rows
+
+
+def _epochs(count: int, size: int, rng: random.Random) -> Iterator[list[int]]:
+    """Endless batches of indices in which every index comes once before any comes again."""
+    pool: list[int] = []
+    while True:
+        while len(pool) < min(size, count):
+            fresh = list(range(count))
+            rng.shuffle(fresh)
+            pool += fresh
+        yield pool[:size]
+        pool = pool[size:]
