@@ -1,0 +1,90 @@
+"""Tiny random models: every fast test runs without a download and within milliseconds."""
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+import libortho
+
+VOCABULARY = 128
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def _llama() -> PreTrainedModel:
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.2,  # large enough that the ortho stream shows in the logits
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=None,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def _gpt2() -> PreTrainedModel:
+    torch.manual_seed(2)
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=64,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        n_inner=128,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+@pytest.fixture
+def tiny_llama(_llama: PreTrainedModel) -> PreTrainedModel:
+    return copy.deepcopy(_llama)
+
+
+@pytest.fixture
+def tiny_gpt2(_gpt2: PreTrainedModel) -> PreTrainedModel:
+    return copy.deepcopy(_gpt2)
+
+
+@pytest.fixture
+def split_llama(tiny_llama: PreTrainedModel) -> PreTrainedModel:
+    """Both down projections split into INT8 codes and a tenth of the columns, so that alpha matters."""
+    config = libortho.SplitConfig(bits=4, ratio=0.1, use_low_rank=False, structure="columns", value_dtype="float32")
+    return libortho.split(tiny_llama, config)
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    """Three prompts of six tokens."""
+    return torch.randint(2, VOCABULARY, (3, 6), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def untouched(tiny_llama: PreTrainedModel) -> Iterator[nn.Module]:
+    """A model that must leave the test with the same modules and the same tensors."""
+    state = copy.deepcopy(tiny_llama.state_dict())
+    types = {name: type(module) for name, module in tiny_llama.named_modules()}
+    yield tiny_llama
+    assert {name: type(module) for name, module in tiny_llama.named_modules()} == types
+    after = tiny_llama.state_dict()
+    assert after.keys() == state.keys()
+    assert all(torch.equal(after[name], state[name]) for name in state)
