@@ -67,8 +67,10 @@ def tiny_gpt2(_gpt2: PreTrainedModel) -> PreTrainedModel:
 
 @pytest.fixture
 def split_llama(tiny_llama: PreTrainedModel) -> PreTrainedModel:
-    """Both down projections split into INT8 codes and a tenth of the columns, so that alpha matters."""
-    config = libortho.SplitConfig(bits=4, ratio=0.1, use_low_rank=False, structure="columns", value_dtype="float32")
+    """Half of each down projection's directions and some columns in the ortho stream, so that alpha matters."""
+    config = libortho.SplitConfig(
+        bits=4, rank_ratio=0.5, max_low_rank_error=1.0, ratio=0.1, structure="columns", value_dtype="float32"
+    )
     return libortho.split(tiny_llama, config)
 
 

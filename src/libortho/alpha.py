@@ -21,7 +21,8 @@ Three properties make the switch safe to rely on:
 from __future__ import annotations
 
 import contextlib
-import math
+import inspect
+import sys
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -60,11 +61,12 @@ class AlphaState:
     @property
     def off(self) -> bool:
         """True if no stream takes part, so that a layer may stop after its base stream."""
-        return all(v == 0.0 for v in self.values.values())
+        return all(map(_is_off, self.values.values()))
 
     def of(self, stream: str) -> float | tuple[float, ...]:
-        """Alpha of one stream; a stream that this state has never heard of is off."""
-        return self.values.get(stream, 0.0)
+        """Alpha of one stream, 0.0 if it is off for all sequences; so is a stream unknown to this state."""
+        value = self.values.get(stream, 0.0)
+        return 0.0 if _is_off(value) else value
 
     def expanded(self, factor: int) -> AlphaState:
         """The state for a batch whose sequences were each repeated ``factor`` times in a row (beams, samples)."""
@@ -76,10 +78,14 @@ class AlphaState:
         return AlphaState(values, self.batch * factor)
 
 
-# Contexts of all switches: Switch id -> state. Immutable mappings, so that a child task cannot change its parent's.
-_CONTEXTS: ContextVar[Mapping[int, AlphaState]] = ContextVar("libortho_alpha_contexts", default=MappingProxyType({}))
+def _is_off(value: float | tuple[float, ...]) -> bool:
+    return not any(value) if isinstance(value, tuple) else value == 0.0
+
+
+# Contexts of all switches. Immutable mappings, so that a child task cannot change its parent's.
+_CONTEXTS: ContextVar[Mapping[Switch, AlphaState]] = ContextVar("libortho_alpha_contexts", default=MappingProxyType({}))
 # State of the model forward pass that is running in this thread, after expansion to the batch at hand.
-_FORWARD: ContextVar[Mapping[int, AlphaState]] = ContextVar("libortho_alpha_forward", default=MappingProxyType({}))
+_FORWARD: ContextVar[Mapping[Switch, AlphaState]] = ContextVar("libortho_alpha_forward", default=MappingProxyType({}))
 
 
 class Switch:
@@ -95,7 +101,7 @@ class Switch:
         self._lock = threading.Lock()
         self._active = 0
         self._tainted: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
-        self._recompute: dict[int, AlphaState] = {}
+        self._recompute: dict[int, AlphaState | None] = {}
         self._tokens = threading.local()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -145,7 +151,7 @@ class Switch:
         before = set(threading.enumerate())
         with self._lock:
             self._active += 1
-        token = _CONTEXTS.set({**_CONTEXTS.get(), id(self): state})
+        token = _CONTEXTS.set({**_CONTEXTS.get(), self: state})
         try:
             yield state
         finally:
@@ -163,20 +169,25 @@ class Switch:
         Raises:
             AlphaContextError: if this thread cannot know its alpha.
         """
-        running = _FORWARD.get().get(id(self))
+        running = _FORWARD.get().get(self)
         return running if running is not None else self._resolve()
 
     def _resolve(self) -> AlphaState:
         task = torch._C._current_graph_task_id()
         if task != -1:  # inside backward: gradient checkpointing runs the layer once more
-            recorded = self._recompute.get(task)
-            if recorded is None:
+            if task not in self._recompute:
                 raise AlphaContextError(
                     "a layer is recomputed during backward, but its forward pass is not on record, so its alpha is "
                     "unknown; call the model that was split (not a submodule of it) when gradient checkpointing is on"
                 )
+            recorded = self._recompute[task]
+            if recorded is None:
+                raise AlphaContextError(
+                    "a layer is recomputed during the backward of forward passes under more than one alpha, so its own "
+                    "is unknown; call backward once per alpha, or turn gradient checkpointing off"
+                )
             return recorded
-        own = _CONTEXTS.get().get(id(self))
+        own = _CONTEXTS.get().get(self)
         if own is not None:
             return own
         if self._active or threading.current_thread() in self._tainted:
@@ -199,7 +210,7 @@ class Switch:
         stack: list[Token[Any] | None] = self._tokens.__dict__.setdefault("stack", [])
         stack.append(None)  # torch calls the after-hook even if this one raises
         state = self._resolve()
-        cache = kwargs.get("past_key_values")
+        cache = _given_cache(model, args, kwargs)
         live = cache is not None and _cache_length(cache) > 0
         if live:
             state = _continue(state, getattr(cache, _STAMP, None))
@@ -208,15 +219,15 @@ class Switch:
             inputs = kwargs.get("inputs_embeds")
         if state.batch is not None and isinstance(inputs, torch.Tensor):
             state = _fit(state, inputs, live)
-        stack[-1] = _FORWARD.set({**_FORWARD.get(), id(self): state})
+        stack[-1] = _FORWARD.set({**_FORWARD.get(), self: state})
 
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         token = self._tokens.stack.pop()
         if token is None:
             return
-        state = _FORWARD.get()[id(self)]
+        state = _FORWARD.get()[self]
         _FORWARD.reset(token)
-        for cache in (kwargs.get("past_key_values"), getattr(output, "past_key_values", None)):
+        for cache in (_given_cache(model, args, kwargs), getattr(output, "past_key_values", None)):
             if cache is not None:
                 setattr(cache, _STAMP, state)
         if torch.is_grad_enabled():
@@ -226,17 +237,20 @@ class Switch:
 
     def _remember(self, state: AlphaState) -> None:
         task = torch._C._current_graph_task_id()
-        if task not in self._recompute:
-            self._recompute[task] = state
+        if task in self._recompute:
+            if self._recompute[task] != state:
+                self._recompute[task] = None
+            return
+        self._recompute[task] = state
 
-            def forget() -> None:
-                self._recompute.pop(task, None)
+        def forget() -> None:
+            self._recompute.pop(task, None)
 
-            torch.autograd.Variable._execution_engine.queue_callback(forget)
+        torch.autograd.Variable._execution_engine.queue_callback(forget)
 
 
 def _normalise(name: str, value: AlphaValue, extrapolate: bool) -> float | tuple[float, ...]:
-    if isinstance(value, str) or (not isinstance(value, int | float | Sequence | torch.Tensor)):
+    if isinstance(value, str | bytes) or not isinstance(value, int | float | Sequence | torch.Tensor):
         raise AlphaError(f"alpha of stream {name!r} is {value!r}; expected a number or one number per sequence")
     if isinstance(value, torch.Tensor):
         if value.dim() > 1:
@@ -245,11 +259,11 @@ def _normalise(name: str, value: AlphaValue, extrapolate: bool) -> float | tuple
     items = list(value) if isinstance(value, Sequence) else [value]
     if not items:
         raise AlphaError(f"alpha of stream {name!r} is an empty list; expected one number per sequence")
-    high = math.inf if extrapolate else 1.0
+    high = sys.float_info.max if extrapolate else 1.0
     for item in items:
-        if isinstance(item, bool) or not isinstance(item, int | float) or math.isnan(item):
+        if isinstance(item, bool) or not isinstance(item, int | float):
             raise AlphaError(f"alpha of stream {name!r} is {item!r}; expected a number in [0, 1]")
-        if math.isinf(item) or not 0.0 <= item <= high:
+        if not 0.0 <= item <= high:  # NaN too
             hint = "" if extrapolate or item < 0 else "; pass allow_extrapolation=True to go beyond 1"
             raise AlphaError(f"alpha of stream {name!r} is {item}; expected a number in [0, 1]{hint}")
     return tuple(float(i) for i in items) if isinstance(value, Sequence) else float(items[0])
@@ -289,6 +303,14 @@ def _fit(state: AlphaState, inputs: torch.Tensor, live: bool) -> AlphaState:
     )
 
 
+def _given_cache(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The KV cache among the arguments of a forward call, by name or by position."""
+    if len(args) > 1:
+        names = list(inspect.signature(model.forward).parameters)
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    return kwargs.get("past_key_values")
+
+
 def _cache_length(cache: Any) -> int:
     get = getattr(cache, "get_seq_length", None)
     return int(get()) if get is not None else len(cache)
@@ -313,13 +335,18 @@ def get_switch(model: nn.Module) -> Switch:
     """The switch of a split model (or of a wrapper around it).
 
     Raises:
-        AlphaError: if no layer of the model is split.
+        AlphaError: if no layer of the model is split, or if parts of it were split apart.
     """
-    for module in model.modules():
-        switch = getattr(module, _ATTRIBUTE, None)
-        if isinstance(switch, Switch):
-            return switch
-    raise AlphaError("this model has no ortho stream; call libortho.split, isolate or load first")
+    found = [m.__dict__[_ATTRIBUTE] for m in model.modules() if _ATTRIBUTE in m.__dict__]
+    if not found:
+        raise AlphaError("this model has no ortho stream; call libortho.split, isolate or load first")
+    if len(found) > 1:
+        raise AlphaError(
+            f"this model has more than one switch: {len(found)} parts of it were split apart; set alpha on each part, "
+            "or split the whole model at once"
+        )
+    switch: Switch = found[0]
+    return switch
 
 
 def set_alpha(model: nn.Module, value: AlphaSpec, *, allow_extrapolation: bool = False) -> None:
