@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from libortho.errors import ConfigError
 
@@ -30,6 +31,8 @@ def check_stream_name(name: str) -> str:
     """Return ``name`` if it can serve as a module name and a directory name; raise ConfigError otherwise."""
     if not isinstance(name, str) or not _STREAM_NAME.fullmatch(name):
         raise ConfigError(f"stream name {name!r}: expected 1-64 letters, digits, '-' or '_', beginning with no sign")
+    if hasattr(nn.ModuleDict(), name):
+        raise ConfigError(f"stream name {name!r} is taken by torch's module containers; choose another")
     return name
 
 
@@ -51,12 +54,12 @@ class _StreamConfig:
     """Name of the ortho stream."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.target_modules, list):
+            object.__setattr__(self, "target_modules", tuple(self.target_modules))
         targets = self.target_modules
-        if isinstance(targets, list):
-            object.__setattr__(self, "target_modules", tuple(targets))
-        elif not isinstance(targets, str | tuple):
+        if not isinstance(targets, str | tuple) or not all(isinstance(t, str) for t in targets):
             raise ConfigError(f"target_modules is {targets!r}; expected a name, a list of names, or 're:<pattern>'")
-        if not self.target_modules:
+        if not targets:
             raise ConfigError("target_modules is empty; name at least one module")
         _fraction("ratio", self.ratio)
         _one_of("bits", self.bits, (8, 4, None))

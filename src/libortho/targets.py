@@ -85,10 +85,10 @@ def _near(pattern: str, modules: dict[str, nn.Module]) -> str:
 
 
 def _shared_parameters(model: nn.Module) -> set[int]:
-    owners: defaultdict[int, set[int]] = defaultdict(set)
-    for module in model.modules():
+    owners: defaultdict[int, set[str]] = defaultdict(set)
+    for name, module in model.named_modules(remove_duplicate=False):
         for parameter in module.parameters(recurse=False):
-            owners[id(parameter)].add(id(module))
+            owners[id(parameter)].add(name)
     return {p for p, o in owners.items() if len(o) > 1}
 
 

@@ -95,6 +95,8 @@ class BaseStream(nn.Module):
 
     def _decode_layout(self) -> Tensor | None:
         """INT4 codes as torch's CPU kernel wants them; made at the first decode, and again if the codes change."""
+        if self.codes.is_inference():  # has no version by which a change could be noticed
+            return None
         key = (self.codes.data_ptr(), self.codes._version)
         if self._decode_cache is None or self._decode_cache[0] != key:
             self._decode_cache = (key, pack_for_decode(self.codes, self.group_size))

@@ -1,0 +1,88 @@
+import dataclasses
+import json
+
+import pytest
+
+import libortho
+from libortho import IsolateConfig, SplitConfig
+from libortho.config import check_stream_name
+
+
+@pytest.mark.parametrize("config", [SplitConfig(), IsolateConfig()])
+def test_defaults_that_callers_rely_on(config):
+    assert config.target_modules == "mlp-out"
+    assert (config.ratio, config.bits, config.group_size, config.stream) == (0.005, 8, None, "default")
+    assert config.structure == ("columns" if isinstance(config, IsolateConfig) else "unstructured")
+
+
+@pytest.mark.parametrize(
+    ("fields", "size"),
+    [({}, -1), ({"bits": 4}, 32), ({"bits": 4, "group_size": -1}, -1), ({"bits": 8, "group_size": 64}, 64)],
+)
+def test_group_size_resolves(fields, size):
+    assert SplitConfig(**fields).resolved_group_size == size
+
+
+@pytest.mark.parametrize("cls", [SplitConfig, IsolateConfig])
+def test_configs_are_frozen(cls):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        cls().ratio = 0.5
+
+
+def test_a_list_of_targets_is_copied():
+    names = ["down_proj"]
+    config = SplitConfig(target_modules=names)
+    names.append("up_proj")
+    assert config.target_modules == ("down_proj",)
+
+
+def test_to_dict_is_json():
+    config = SplitConfig(target_modules=["a", "b"], rank_ratio="auto", bits=None)
+    back = json.loads(json.dumps(config.to_dict()))
+    assert SplitConfig(**back) == config
+
+
+BAD = [
+    ("ratio", 0), ("ratio", -0.1), ("ratio", 1.1), ("ratio", float("nan")), ("ratio", True), ("ratio", "0.1"),
+    ("bits", 3), ("bits", 16), ("bits", "8"), ("bits", True),
+    ("group_size", 0), ("group_size", -2), ("group_size", 33), ("group_size", 32.0), ("group_size", True),
+    ("value_dtype", "int8"), ("value_dtype", None),
+    ("stream", ""), ("stream", "a.b"), ("stream", "../up"), ("stream", "x" * 65), ("stream", "-x"), ("stream", 1),
+    ("stream", "values"), ("stream", "training"), ("stream", "a\n"),
+    ("target_modules", []), ("target_modules", ""), ("target_modules", None), ("target_modules", 3),
+    ("target_modules", [1]), ("target_modules", ("down_proj", None)), ("target_modules", {"down_proj"}),
+]  # fmt: skip
+BAD_SPLIT = [
+    ("rank_ratio", 0), ("rank_ratio", 1.5), ("rank_ratio", "most"), ("rank_ratio", None), ("rank_ratio", True),
+    ("max_low_rank_error", 0), ("max_low_rank_error", -1), ("error_budget", 0), ("error_budget", 2),
+    ("score", "fisher"), ("structure", "rows"),
+]  # fmt: skip
+BAD_ISOLATE = [
+    ("structure", "rows"), ("objective", "nll"), ("max_steps", 0), ("max_steps", 1.5), ("check_every", True),
+    ("records_per_step", -1), ("retain_tokens_per_step", 0), ("alternates_per_record", 0), ("learning_rate", 0),
+    ("learning_rate", float("inf")), ("retain_weight", -1), ("neighbour_weight", "1"), ("layer_cap", 0),
+    ("max_length", 0), ("max_length", 1.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value"), BAD + BAD_SPLIT)
+def test_split_config_names_the_bad_field(field, value):
+    with pytest.raises(libortho.ConfigError, match="stream name" if field == "stream" else field):
+        SplitConfig(**{field: value})
+
+
+@pytest.mark.parametrize(("field", "value"), BAD + BAD_ISOLATE)
+def test_isolate_config_names_the_bad_field(field, value):
+    with pytest.raises(libortho.ConfigError, match="stream name" if field == "stream" else field):
+        IsolateConfig(**{field: value})
+
+
+@pytest.mark.parametrize("name", ["hr", "tenant-7", "2024_q1", "x" * 64])
+def test_stream_names(name):
+    assert check_stream_name(name) == name
+
+
+def test_errors_can_be_caught_as_value_errors_and_as_ours():
+    with pytest.raises(ValueError, match="ratio") as caught:
+        SplitConfig(ratio=2)
+    assert isinstance(caught.value, libortho.LibOrthoError)
