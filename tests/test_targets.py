@@ -91,7 +91,7 @@ def test_the_output_embedding_is_refused(untouched, pattern):
 
 @pytest.mark.parametrize("pattern", ["embed_tokens", "input_layernorm", "mlp"])
 def test_modules_that_are_not_linear_are_refused(untouched, pattern):
-    with pytest.raises(libortho.TargetError, match="expected nn.Linear or Conv1D"):
+    with pytest.raises(libortho.TargetError, match=r"expected nn\.Linear or Conv1D"):
         libortho.replace_linear_layers(untouched, [pattern])
 
 
@@ -133,9 +133,8 @@ def test_a_shared_weight_is_refused():
 def test_a_layer_under_two_names_is_refused():
     model = Small()
     model.second = model.first
-    for name in ("first", "second"):
-        with pytest.raises(libortho.TargetError, match="shares its weight"):
-            find_targets(model, name)
+    with pytest.raises(libortho.TargetError, match="shares its weight"):
+        find_targets(model, "all-linear")
 
 
 def test_a_tied_output_embedding_is_refused_under_any_name(tiny_llama):

@@ -114,7 +114,7 @@ class OrthoLinear(nn.Module):
                     y = stream(y, flat, value if isinstance(value, float) else _per_token(value, x))
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def dense_weight(self, alpha: float | dict[str, float] = 1.0) -> Tensor:
         """The fp32 weight (out_features, in_features) that the layer applies under ``alpha``."""

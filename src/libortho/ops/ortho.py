@@ -30,17 +30,17 @@ def add_columns(y: Tensor, x: Tensor, index: Tensor, values: Tensor, alpha: Alph
         values: (k, out_features).
         alpha: Float or (tokens, 1).
     """
-    gathered = x.index_select(1, index)
+    gathered = x.index_select(1, index).to(y.dtype)  # under autocast, x is wider than y
     if isinstance(alpha, Tensor):
-        return y.addmm_(gathered * alpha.to(x.dtype), values.to(y.dtype))
+        return y.addmm_(gathered * alpha.to(y.dtype), values.to(y.dtype))
     return y.addmm_(gathered, values.to(y.dtype), alpha=alpha)
 
 
 def add_factors(y: Tensor, x: Tensor, down: Tensor, up: Tensor, alpha: Alpha) -> Tensor:
     """Low-rank part: ``y += alpha * (x @ down^T) @ up^T``; down (rank, in_features), up (out_features, rank)."""
-    hidden = x @ down.to(x.dtype).T
+    hidden = (x @ down.to(x.dtype).T).to(y.dtype)
     if isinstance(alpha, Tensor):
-        return y.addmm_(hidden * alpha.to(x.dtype), up.to(y.dtype).T)
+        return y.addmm_(hidden * alpha.to(y.dtype), up.to(y.dtype).T)
     return y.addmm_(hidden, up.to(y.dtype).T, alpha=alpha)
 
 
@@ -68,11 +68,17 @@ class _SparseProduct(torch.autograd.Function):
         ctx.in_features = x.shape[1]
         shape = (len(rows) - 1, x.shape[1])
         matrix = torch.sparse_csr_tensor(rows, columns, values, shape, check_invariants=False)
-        return (matrix @ x.T).T
+        return _times(matrix, x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         rows, columns, values = ctx.saved_tensors
         shape = (ctx.in_features, len(rows) - 1)  # the CSR arrays of S, read by columns, are S^T
         transposed = torch.sparse_csc_tensor(rows, columns, values, shape, check_invariants=False)
-        return (transposed @ grads[0].T).T, None, None, None
+        return _times(transposed, grads[0]), None, None, None
+
+
+def _times(matrix: Tensor, x: Tensor) -> Tensor:
+    """``x @ matrix^T`` for a sparse matrix, in the dtype of ``x`` even under autocast."""
+    with torch.autocast(x.device.type, enabled=False):
+        return (matrix @ x.T).T
