@@ -96,6 +96,7 @@ def test_a_dense_base_is_a_copy_of_the_weight():
     base = BaseStream.from_weight(weight, None)
     expected = weight.clone()
     weight.zero_()
+    base.dense().zero_()
     assert torch.equal(base.dense(), expected)
     assert (base.out_features, base.in_features, base.nbytes) == (6, 64, 6 * 64 * 4)
 

@@ -118,7 +118,7 @@ class OrthoLinear(nn.Module):
 
     def dense_weight(self, alpha: float | dict[str, float] = 1.0) -> Tensor:
         """The fp32 weight (out_features, in_features) that the layer applies under ``alpha``."""
-        weight = self.base.dense(torch.float32).clone()
+        weight = self.base.dense(torch.float32)
         for name, stream in self.streams.items():
             share = alpha.get(name, 0.0) if isinstance(alpha, dict) else alpha
             if share:

@@ -125,9 +125,10 @@ def _truncate(weight: Tensor, config: SplitConfig) -> _Truncation:
         kept = (u[:, :kept_rank] * s[:kept_rank]) @ v[:, :kept_rank].T
         return _Truncation(kept, kept_rank, relative_error(kept, weight), None)
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-    lost = s.square().flip(0).cumsum(0).flip(0).sqrt() / weight.norm()  # error of keeping the first i directions
+    norm = weight.norm().clamp_min(torch.finfo(weight.dtype).tiny)
+    lost = s.square().flip(0).cumsum(0).flip(0).sqrt() / norm  # error of keeping the first i directions
     if config.rank_ratio == "auto":
-        kept_rank = full - int((lost <= config.error_budget).sum())
+        kept_rank = max(1, full - int((lost <= config.error_budget).sum()))
     kept = (u[:, :kept_rank] * s[:kept_rank]) @ vh[:kept_rank]
     error = float(lost[kept_rank]) if kept_rank < full else 0.0
     tail = None

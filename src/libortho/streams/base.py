@@ -81,9 +81,9 @@ class BaseStream(nn.Module):
         return unpack_int4(self.codes) if self.bits == 4 else self.codes
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight that the stream stands for, (out_features, in_features)."""
+        """A new tensor with the weight that the stream stands for, (out_features, in_features)."""
         if self.bits is None:
-            return self.weight.to(dtype)
+            return self.weight.to(dtype, copy=True)
         return dequantise(self.unpacked_codes(), self.scales, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
