@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from libortho.errors import TargetError
 from libortho.layer import LayerReport, ortho_layers
+
+_METHODS = "_libortho_methods"
 
 
 class LayerReports(list[LayerReport]):
@@ -71,3 +74,19 @@ def layer_report(model: nn.Module) -> LayerReports:
     if not reports:
         raise TargetError("no layer of this model is split; call libortho.split, isolate or load first")
     return reports
+
+
+def record_method(model: nn.Module, stream: str, method: Mapping[str, Any]) -> None:
+    """Note on the model what made a stream; ``save`` copies it into the stream's manifest.
+
+    Args:
+        model: The model that was split.
+        stream: Name of the stream.
+        method: JSON-ready settings and figures; never a record, a prompt or anything else that the stream hides.
+    """
+    setattr(model, _METHODS, {**methods(model), stream: dict(method)})
+
+
+def methods(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Stream name to what :func:`record_method` noted about it."""
+    return dict(getattr(model, _METHODS, {}))

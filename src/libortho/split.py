@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from libortho.alpha import Switch
 from libortho.config import DTYPES, SplitConfig, TargetModules
 from libortho.layer import LayerReport, OrthoLinear
+from libortho.report import record_method
 from libortho.select.scores import SCORES, top_columns, top_entries
 from libortho.streams import BaseStream, Columns, Entries, Factors, OrthoStream
 from libortho.streams.base import check_shape
@@ -66,6 +67,7 @@ def split(model: ModelT, config: SplitConfig | None = None, *, progress: Progres
             len(fallen), len(layers), 100 * config.max_low_rank_error, fallen[0], ", ..." if len(fallen) > 1 else "",
         )  # fmt: skip
     install(model, layers, switch)
+    record_method(model, config.stream, {"verb": "split", **config.to_dict()})
     return model
 
 
@@ -90,13 +92,14 @@ def linear_weight(module: nn.Module) -> Tensor:
 
 
 def install(model: nn.Module, layers: dict[str, OrthoLinear], switch: Switch) -> None:
-    """Put finished layers in the place of the dense ones and attach the switch."""
+    """Put finished layers in the place of the dense ones and attach the switch, if it controls any stream."""
     for name, layer in layers.items():
         parent, _, leaf = name.rpartition(".")
         owner = model.get_submodule(parent)
         layer.train(getattr(owner, leaf).training)
         setattr(owner, leaf, layer)
-    switch.attach(model)
+    if switch.streams:
+        switch.attach(model)
 
 
 def relative_error(approximation: Tensor, reference: Tensor) -> float:
