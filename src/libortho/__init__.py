@@ -5,6 +5,7 @@ y = W_base x + alpha * W_ortho x: a dense low-precision base (general knowledge)
 """
 
 from libortho.alpha import alpha, set_alpha
+from libortho.checkpoint import load, save
 from libortho.config import IsolateConfig, SplitConfig
 from libortho.errors import (
     AlphaContextError,
@@ -35,7 +36,9 @@ __all__ = [
     "TargetError",
     "alpha",
     "layer_report",
+    "load",
     "replace_linear_layers",
+    "save",
     "set_alpha",
     "split",
 ]

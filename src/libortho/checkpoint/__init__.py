@@ -1,0 +1,15 @@
+"""Keep a split model: the base where stock tools find it, each ortho stream in a folder of its own.
+
+    out/config.json, model.safetensors    the alpha = 0 model; stock transformers and vLLM load it
+    out/libortho.json                     hashes and reports of the base; says nothing about the streams
+    out/ortho/<stream>/                   a PEFT LoRA adapter (or our own file for free entries) and its manifest
+
+A checkpoint is written beside its destination, loaded back with stock transformers, compared, and only then renamed
+into place: a directory under its final name is complete. What is read is checked before anything is built from it.
+"""
+
+from libortho.checkpoint.info import CheckpointInfo, StreamInfo, inspect
+from libortho.checkpoint.reading import load
+from libortho.checkpoint.writing import save
+
+__all__ = ["CheckpointInfo", "StreamInfo", "inspect", "load", "save"]

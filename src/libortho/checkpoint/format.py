@@ -1,0 +1,374 @@
+"""The base stream on disk: compressed-tensors ``pack-quantized`` files that stock transformers and vLLM read.
+
+    X.weight_packed   int32 (out_features, ceil(in_features * bits / 32))   code + 2^(bits - 1), low bits first
+    X.weight_scale    model dtype (out_features, groups)                    w = code * scale
+    X.weight_shape    int64 (2,)                                            (out_features, in_features)
+
+On little-endian machines the lanes of an int32 are the bytes that :class:`~libortho.streams.BaseStream` holds (INT8:
+sign bit flipped; INT4: as they are), so that writing and reading move bytes and never touch a code. With ``bits=None``
+a layer is a plain ``X.weight``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from libortho.config import DTYPES
+from libortho.errors import CheckpointError
+from libortho.layer import LayerReport, OrthoLinear
+from libortho.streams import BaseStream
+
+VERSION = 1
+"""Version of the layout; a reader refuses a newer one."""
+
+BASE_MANIFEST = "libortho.json"
+STREAMS = "ortho"
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the base of every split layer is stored; stock loaders know one scheme per checkpoint.
+
+    Attributes:
+        bits: 8, 4, or None for dense weights.
+        group_size: Inputs per scale; -1 for one scale per output channel (and for dense weights).
+    """
+
+    bits: int | None
+    group_size: int
+
+    def quantization_config(self, targets: list[str]) -> dict[str, Any]:
+        """The entry of ``config.json`` under which transformers and vLLM load the base."""
+        weights: dict[str, Any] = {"num_bits": self.bits, "type": "int", "symmetric": True}
+        if self.group_size == -1:
+            weights["strategy"] = "channel"
+        else:
+            weights |= {"strategy": "group", "group_size": self.group_size}
+        return {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "dequantize": True,  # without it PEFT meets packed layers that have no weight
+            "ignore": ["lm_head"],
+            "config_groups": {"group_0": {"targets": targets, "weights": weights}},
+        }
+
+    def tensor_names(self, layer: str) -> list[str]:
+        """Names of the tensors that hold one layer's base."""
+        kinds = ("weight",) if self.bits is None else ("weight_packed", "weight_scale", "weight_shape")
+        return [f"{layer}.{kind}" for kind in kinds]
+
+    def hashed_names(self, layers: Iterable[str]) -> list[str]:
+        """Names of the tensors that identify the base: codes and scales, or dense weights."""
+        return [n for layer in layers for n in self.tensor_names(layer) if not n.endswith(".weight_shape")]
+
+
+def scheme_of(layers: Mapping[str, OrthoLinear]) -> Scheme:
+    """The one scheme of all layers.
+
+    Raises:
+        CheckpointError: if they differ.
+    """
+    widths = {layer.base.bits for layer in layers.values()}
+    if len(widths) > 1:
+        raise CheckpointError(
+            f"the layers have bits {sorted(map(str, widths))}; stock loaders take one scheme per checkpoint: split all "
+            "layers with the same bits to save them"
+        )
+    bits = widths.pop()
+    if bits is None or all(layer.base.scales.shape[1] == 1 for layer in layers.values()):
+        return Scheme(bits, -1)
+    sizes = {layer.base.group_size for layer in layers.values()}
+    if len(sizes) > 1:
+        raise CheckpointError(
+            f"the layers have group sizes {sorted(sizes)}; stock loaders take one scheme per checkpoint: split all "
+            "layers with the same group_size to save them"
+        )
+    return Scheme(bits, sizes.pop())
+
+
+def encode_base(name: str, base: BaseStream) -> dict[str, Tensor]:
+    """The tensors of one layer's base, as written."""
+    if base.bits is None:
+        return {f"{name}.weight": base.weight}
+    rows = base.codes.view(torch.uint8) ^ 0x80 if base.bits == 8 else base.codes
+    rows = F.pad(rows, (0, -rows.shape[1] % 4)).contiguous()
+    return {
+        f"{name}.weight_packed": rows.view(torch.int32),
+        f"{name}.weight_scale": base.scales,
+        f"{name}.weight_shape": torch.tensor([base.out_features, base.in_features], dtype=torch.int64),
+    }
+
+
+def decode_base(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, int], scheme: Scheme) -> BaseStream:
+    """The base of one layer from its tensors.
+
+    Raises:
+        CheckpointError: if a tensor is missing, or has another dtype, shape or a value that cannot be right.
+    """
+    rows, columns = shape
+    if scheme.bits is None:
+        weight = expect(tensors, f"{name}.weight", shape, tuple(DTYPES.values()))
+        return BaseStream(None, weight=weight)
+    stored = expect(tensors, f"{name}.weight_shape", (2,), (torch.int64,)).tolist()
+    if stored != [rows, columns]:
+        raise CheckpointError(f"{name}.weight_shape says {stored}, expected {[rows, columns]}; {AGAIN}")
+    groups = 1 if scheme.group_size == -1 else columns // scheme.group_size
+    packed = expect(tensors, f"{name}.weight_packed", (rows, -(-columns * scheme.bits // 32)), (torch.int32,))
+    scales = expect(tensors, f"{name}.weight_scale", (rows, groups), tuple(DTYPES.values()))
+    if not bool((scales > 0).all()):
+        raise CheckpointError(f"{name}.weight_scale holds values that are not positive; {AGAIN}")
+    codes = packed.view(torch.uint8)[:, : columns * scheme.bits // 8]
+    codes = (codes ^ 0x80).view(torch.int8) if scheme.bits == 8 else codes
+    return BaseStream(scheme.bits, codes=codes.contiguous(), scales=scales)
+
+
+AGAIN = "the file is damaged or was changed; copy the checkpoint again or save it again"
+
+
+def expect(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> Tensor:
+    """The tensor ``name``, checked.
+
+    Raises:
+        CheckpointError: if it is missing, has another shape or dtype, or holds NaN or infinite values.
+    """
+    if name not in tensors:
+        raise CheckpointError(f"the tensor {name} is missing; {AGAIN}")
+    tensor = tensors[name]
+    if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
+        wanted = " or ".join(map(str, dtypes))
+        raise CheckpointError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {wanted} {shape}; {AGAIN}")
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise CheckpointError(f"{name} holds NaN or infinite values; {AGAIN}")
+    return tensor
+
+
+class TensorFiles:
+    """The tensors of a model directory by name, in one file or in shards.
+
+    Raises:
+        CheckpointError: if a file is missing, truncated, or named outside the directory.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        index = directory / WEIGHTS_INDEX
+        found: dict[str, str] | None = None
+        shards = [WEIGHTS]
+        if index.is_file():
+            found = field(read_json(index), "weight_map", dict, index)
+            if not all(isinstance(f, str) for f in found.values()):
+                raise CheckpointError(f"{index}: weight_map does not map names to files; {AGAIN}")
+            bad = [f for f in found.values() if not _FILE_NAME.fullmatch(f)]
+            if bad:
+                raise CheckpointError(f"{index} names the file {bad[0]!r}; expected a file name in the same directory")
+            shards = sorted(set(found.values()))
+        self._handle: dict[str, Any] = {}
+        for shard in shards:
+            handle = _open(directory / shard)
+            self._handle.update(dict.fromkeys(handle.keys(), handle))
+        if found is not None and set(found) != set(self._handle):
+            name = min(set(found) ^ set(self._handle))
+            raise CheckpointError(f"{index} and its shards disagree about the tensor {name}; {AGAIN}")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._handle
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        return sorted(self._handle)
+
+    def get(self, name: str) -> Tensor:
+        """A copy of one tensor, outside the memory-mapped file."""
+        try:
+            return self._handle[name].get_tensor(name).clone()
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"cannot read the tensor {name}: {error}; {AGAIN}") from error
+
+    def sha256(self, names: Iterable[str]) -> str:
+        """Hash of the named tensors, one in memory at a time."""
+        return sha256_of((name, self.get(name)) for name in sorted(names))
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}; expected a complete safetensors file, {AGAIN}") from error
+
+
+def sha256_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Hash over names, dtypes, shapes and bytes; pass the tensors sorted by name."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+# -- JSON --------------------------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or CheckpointError."""
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing; expected a directory written by libortho.save") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}; {AGAIN}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds a {type(data).__name__}, expected a JSON object; {AGAIN}")
+    return data
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write a JSON object; values that JSON does not know are an error, not a string."""
+    try:
+        text = json.dumps(data, indent=2, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path.name} cannot be written as JSON: {error}") from error
+    path.write_text(text + "\n", "utf-8")
+
+
+def field(data: Mapping[str, Any], key: str, kind: type, where: Path) -> Any:
+    """``data[key]`` if it has the expected type, or CheckpointError."""
+    value = data.get(key)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise CheckpointError(f"{where}: {key!r} is {value!r:.60}, expected a {kind.__name__}; {AGAIN}")
+    return value
+
+
+def count(data: Mapping[str, Any], key: str, where: Path) -> int:
+    """A whole number of at least 0."""
+    value = field(data, key, int, where)
+    if value < 0:
+        raise CheckpointError(f"{where}: {key!r} is {value}, expected a number of at least 0; {AGAIN}")
+    return int(value)
+
+
+def sha256_field(data: Mapping[str, Any], key: str, where: Path) -> str:
+    """A SHA-256 in lower-case hexadecimal."""
+    value = str(field(data, key, str, where))
+    if not _SHA256.fullmatch(value):
+        raise CheckpointError(f"{where}: {key!r} is {value!r:.80}, expected 64 hexadecimal digits; {AGAIN}")
+    return value
+
+
+def check_version(data: Mapping[str, Any], where: Path) -> None:
+    """Raise CheckpointError if a newer library wrote the manifest."""
+    version = count(data, "libortho_format", where)
+    if version != VERSION:
+        raise CheckpointError(f"{where} has format version {version}, this library reads {VERSION}; update libortho")
+
+
+def libraries() -> dict[str, str]:
+    """Versions of what a checkpoint was written with."""
+    from libortho import __version__
+
+    names = ("torch", "transformers", "safetensors", "peft", "compressed-tensors")
+    return {"libortho": __version__, **{name: metadata.version(name) for name in names}}
+
+
+def report_from_json(data: Any, name: str, shape: tuple[int, int], where: Path) -> LayerReport | None:
+    """A layer's report from a manifest."""
+    if data is None:
+        return None
+    if not isinstance(data, dict) or data.get("name") != name or data.get("shape") != list(shape):
+        raise CheckpointError(f"{where}: the report of {name} belongs to another layer; {AGAIN}")
+    numbers = {k: v for k, v in data.items() if k not in ("name", "shape")}
+    if not all(v is None or isinstance(v, int | float) for v in numbers.values()):
+        raise CheckpointError(f"{where}: the report of {name} holds values that are not numbers; {AGAIN}")
+    try:
+        return LayerReport(name=name, shape=shape, **numbers)
+    except TypeError as error:
+        raise CheckpointError(f"{where}: the report of {name} has other fields: {error}; {AGAIN}") from error
+
+
+@dataclass(frozen=True)
+class BaseManifest:
+    """What ``libortho.json`` says about the base; it holds nothing about ortho streams.
+
+    Attributes:
+        scheme: Storage of the split layers.
+        shapes: Split layer to (out_features, in_features), in the model's order.
+        reports: Split layer to its report, ortho fields zeroed.
+        base_sha256: Hash of the split layers' codes and scales (or dense weights).
+        rest_sha256: Hash of all other tensors.
+        files: Files of the checkpoint outside the directory of streams.
+    """
+
+    scheme: Scheme
+    shapes: dict[str, tuple[int, int]]
+    reports: dict[str, LayerReport | None]
+    base_sha256: str
+    rest_sha256: str
+    files: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The manifest as JSON-ready values."""
+        layers = {}
+        for name, shape in self.shapes.items():
+            report = self.reports[name]
+            layers[name] = {"shape": list(shape), "report": None if report is None else report.to_dict()}
+        return {
+            "libortho_format": VERSION,
+            "bits": self.scheme.bits,
+            "group_size": self.scheme.group_size,
+            "base_sha256": self.base_sha256,
+            "rest_sha256": self.rest_sha256,
+            "layers": layers,
+            "files": list(self.files),
+            "libraries": libraries(),
+        }
+
+    @classmethod
+    def read(cls, directory: Path) -> BaseManifest:
+        """The manifest of a checkpoint directory, checked.
+
+        Raises:
+            CheckpointError: if it is missing or malformed.
+        """
+        path = directory / BASE_MANIFEST
+        data = read_json(path)
+        check_version(data, path)
+        bits, group = data.get("bits"), field(data, "group_size", int, path)
+        if bits not in (None, 4, 8) or isinstance(bits, bool) or (group != -1 and (group < 1 or bits is None)):
+            raise CheckpointError(f"{path}: bits {bits!r} and group_size {group} do not describe a base; {AGAIN}")
+        shapes: dict[str, tuple[int, int]] = {}
+        reports: dict[str, LayerReport | None] = {}
+        for name, layer in field(data, "layers", dict, path).items():
+            sizes = layer.get("shape") if isinstance(layer, dict) else None
+            if not isinstance(sizes, list) or len(sizes) != 2 or not all(type(s) is int and s > 0 for s in sizes):
+                raise CheckpointError(f"{path}: the shape of {name} is {sizes!r:.60}, expected two numbers; {AGAIN}")
+            if (group != -1 and sizes[1] % group) or (bits == 4 and sizes[1] % 2):
+                raise CheckpointError(f"{path}: {name} with {sizes[1]} inputs does not fit its scheme; {AGAIN}")
+            shapes[name] = (sizes[0], sizes[1])
+            reports[name] = report_from_json(layer.get("report"), name, shapes[name], path)
+        if not shapes:
+            raise CheckpointError(f"{path} names no split layer; {AGAIN}")
+        files = field(data, "files", list, path)
+        return cls(
+            scheme=Scheme(bits, group),
+            shapes=shapes,
+            reports=reports,
+            base_sha256=sha256_field(data, "base_sha256", path),
+            rest_sha256=sha256_field(data, "rest_sha256", path),
+            files=tuple(str(f) for f in files),
+        )

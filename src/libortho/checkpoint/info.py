@@ -1,0 +1,117 @@
+"""What a checkpoint holds, read from its manifests and headers; no model is built."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from libortho.checkpoint.format import STREAMS, BaseManifest, TensorFiles
+from libortho.checkpoint.stream_files import StreamManifest, stream_names
+from libortho.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class StreamInfo:
+    """One ortho stream of a checkpoint.
+
+    Attributes:
+        name: Name of the stream.
+        kinds: What it consists of: "columns", "entries", "tail".
+        layers: Split layers that it touches.
+        density: Entries that its columns or free entries cover / weights of all split layers.
+        tail_density: Stored values of the tail / weights of all split layers.
+        bytes_on_disk: All files of its folder.
+        needs_libortho: False if it is a PEFT adapter.
+        base_matches: True if it belongs to the base beside it, as that base is now.
+        method: What made it; None if unknown.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    layers: int
+    density: float
+    tail_density: float
+    bytes_on_disk: int
+    needs_libortho: bool
+    base_matches: bool
+    method: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """A checkpoint on disk.
+
+    Attributes:
+        bits: Integer width of the base; None if it is dense.
+        group_size: Inputs per scale; -1 for one scale per output channel.
+        layers: Split layers.
+        weights: Weights of the split layers.
+        base_bytes: Bytes of their codes and scales (or dense weights).
+        bits_per_weight: Of the split layers' base, scales included.
+        streams: The ortho streams, by name.
+    """
+
+    bits: int | None
+    group_size: int
+    layers: int
+    weights: int
+    base_bytes: int
+    bits_per_weight: float
+    streams: tuple[StreamInfo, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-ready values."""
+        data = asdict(self)
+        data["streams"] = [{**s, "kinds": list(s["kinds"])} for s in data["streams"]]
+        return data
+
+
+def inspect(directory: str | Path) -> CheckpointInfo:
+    """Describe a checkpoint without loading it. The base is read once, to compare its hash.
+
+    Raises:
+        CheckpointError: if the directory is no checkpoint, or a manifest or the base cannot be read.
+    """
+    root = Path(directory)
+    base = BaseManifest.read(root)
+    files = TensorFiles(root)
+    hashed = base.scheme.hashed_names(base.shapes)
+    missing = [n for n in hashed if n not in files]
+    if missing:
+        raise CheckpointError(f"the tensor {missing[0]} is missing from {root}; copy the checkpoint again")
+    sha256 = files.sha256(hashed)
+    weights = sum(rows * columns for rows, columns in base.shapes.values())
+    base_bytes = sum(files.get(n).nbytes for n in hashed)
+    return CheckpointInfo(
+        bits=base.scheme.bits,
+        group_size=base.scheme.group_size,
+        layers=len(base.shapes),
+        weights=weights,
+        base_bytes=base_bytes,
+        bits_per_weight=8 * base_bytes / weights,
+        streams=tuple(_stream_info(root, name, base, sha256, weights) for name in stream_names(root)),
+    )
+
+
+def _stream_info(root: Path, name: str, base: BaseManifest, sha256: str, weights: int) -> StreamInfo:
+    manifest = StreamManifest.read(root, name, base)
+    columns = entries = support = tail = 0
+    for layer, (layer_columns, layer_entries, rank) in manifest.sizes.items():
+        rows, inputs = base.shapes[layer]
+        columns += layer_columns
+        entries += layer_entries
+        support += layer_columns * rows + layer_entries
+        tail += rank * (rows + inputs)
+    kinds = (("columns", columns), ("entries", entries), ("tail", tail))
+    return StreamInfo(
+        name=name,
+        kinds=tuple(kind for kind, size in kinds if size),
+        layers=sum(any(s) for s in manifest.sizes.values()),
+        density=support / weights,
+        tail_density=tail / weights,
+        bytes_on_disk=sum(p.stat().st_size for p in (root / STREAMS / name).rglob("*") if p.is_file()),
+        needs_libortho=manifest.needs_libortho,
+        base_matches=manifest.base_sha256 == sha256,
+        method=manifest.method,
+    )

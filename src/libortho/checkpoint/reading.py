@@ -1,0 +1,174 @@
+"""Read a checkpoint: check everything, then build."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
+
+from libortho.alpha import Switch
+from libortho.checkpoint.format import (
+    AGAIN,
+    BASE_MANIFEST,
+    CONFIG,
+    BaseManifest,
+    Scheme,
+    TensorFiles,
+    decode_base,
+    read_json,
+    sha256_of,
+)
+from libortho.checkpoint.hf import LOAD_ERRORS, causal_class, check_loading, of_split_layer
+from libortho.checkpoint.stream_files import checked_name, read_stream, stream_names
+from libortho.errors import CheckpointError
+from libortho.layer import OrthoLinear
+from libortho.report import record_method
+from libortho.split import install
+
+
+def load(
+    directory: str | Path,
+    *,
+    streams: str | list[str] | None = "all",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> tuple[PreTrainedModel, Any]:
+    """Read a checkpoint into split layers; every loaded stream stands at alpha = 1.
+
+    Args:
+        directory: What :func:`save` wrote.
+        streams: ``"all"``, a list of names, or None for the base alone.
+        device: Where the model goes.
+        dtype: Of the dense tensors; None takes the checkpoint's. Codes, scales and ortho values stay as stored.
+
+    Returns:
+        The model in evaluation mode, and its tokenizer (None if none was saved).
+
+    Raises:
+        CheckpointError: if anything is missing, damaged, changed, of another base, or unknown. Nothing is built then.
+    """
+    root = Path(directory)
+    if not root.is_dir():
+        raise CheckpointError(f"{root} is not a directory; expected one written by libortho.save")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise CheckpointError(f"dtype is {dtype!r}; expected a floating-point torch.dtype or None")
+    base = BaseManifest.read(root)
+    _check_quantization(root, base.scheme)
+    wanted = [read_stream(root, name, base) for name in _chosen(root, streams)]
+    wanted.sort(key=lambda s: (s.position, s.name))
+    tokenizer = _load_tokenizer(root)
+    tensors = _read_tensors(root, base)
+    parts = {name: decode_base(name, tensors, shape, base.scheme) for name, shape in base.shapes.items()}
+    rest = {k: v for k, v in tensors.items() if not of_split_layer(k, base.shapes) or k.endswith(".bias")}
+    model = _build(root, rest, base.shapes, dtype)
+    switch = Switch()
+    layers: dict[str, OrthoLinear] = {}
+    for name, part in parts.items():
+        if base.scheme.bits is None:
+            part.weight = part.weight.to(model.dtype)
+        bias = model.get_submodule(name).bias
+        report = wanted[0].reports[name] if wanted else base.reports[name]
+        layers[name] = OrthoLinear(part, bias if isinstance(bias, nn.Parameter) else None, switch, report)
+    for stream in wanted:
+        switch.add_stream(stream.name)
+        for name, ortho in stream.layers.items():
+            layers[name].add_stream(stream.name, ortho)
+        if stream.method is not None:
+            record_method(model, stream.name, stream.method)
+    install(model, layers, switch)
+    model.to(device)  # type: ignore[arg-type]
+    return model, tokenizer
+
+
+def _chosen(root: Path, streams: str | Iterable[str] | None) -> list[str]:
+    present = stream_names(root)
+    if streams is None:
+        return []
+    if isinstance(streams, str):
+        if streams != "all":
+            raise CheckpointError(f"streams is {streams!r}; expected 'all', a list such as [{streams!r}], or None")
+        return present
+    names = list(dict.fromkeys(checked_name(s) for s in streams))
+    missing = [n for n in names if n not in present]
+    if missing:
+        raise CheckpointError(f"{root} has no stream {missing[0]!r}; it has {present}")
+    return names
+
+
+def _check_quantization(root: Path, scheme: Scheme) -> None:
+    found = read_json(root / CONFIG).get("quantization_config")
+    wanted = None if scheme.bits is None else scheme.quantization_config([])
+    if isinstance(found, dict) and wanted is not None:
+        groups = found.get("config_groups")
+        group = groups.get("group_0") if isinstance(groups, dict) else None
+        targets = group.get("targets") if isinstance(group, dict) else None
+        wanted = scheme.quantization_config(targets if isinstance(targets, list) else [])
+    if found != wanted:
+        raise CheckpointError(f"{root / CONFIG}: quantization_config does not describe the base beside it; {AGAIN}")
+
+
+def _read_tensors(root: Path, base: BaseManifest) -> dict[str, Tensor]:
+    """All tensors of the base directory, after their hashes were found to be the manifest's."""
+    files = TensorFiles(root)
+    ours = [n for layer in base.shapes for n in base.scheme.tensor_names(layer)]
+    missing = [n for n in ours if n not in files]
+    if missing:
+        raise CheckpointError(f"the tensor {missing[0]} is missing from {root}; {AGAIN}")
+    tensors = {name: files.get(name) for name in files.names()}
+    hashed = sorted(base.scheme.hashed_names(base.shapes))
+    for what, names, wanted in (
+        ("split layers", hashed, base.base_sha256),
+        ("other tensors", sorted(set(tensors) - set(ours)), base.rest_sha256),
+    ):
+        found = sha256_of((n, tensors[n]) for n in names)
+        if found != wanted:
+            raise CheckpointError(
+                f"the {what} of {root} have the hash {found[:12]}..., {BASE_MANIFEST} and the streams expect "
+                f"{wanted[:12]}...; {AGAIN}"
+            )
+    return tensors
+
+
+def _build(
+    root: Path, rest: dict[str, Tensor], shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype | None
+) -> PreTrainedModel:
+    """The dense model around the split layers, whose weights are a stand-in of one number until they are replaced."""
+    try:
+        config = AutoConfig.from_pretrained(root, trust_remote_code=False, local_files_only=True)
+        if getattr(config, "quantization_config", None) is not None:
+            del config.quantization_config
+        wanted = dtype or config.dtype
+        kind = causal_class(config)
+        if kind is None or not isinstance(wanted, torch.dtype):
+            raise CheckpointError(f"{root / CONFIG} names no causal language model with a dtype; {AGAIN}")
+        with torch.device("meta"):
+            modules = dict(kind(config).named_modules())
+        for name, shape in shapes.items():
+            found = modules.get(name)
+            if type(found) is not nn.Linear or (found.out_features, found.in_features) != shape:
+                raise CheckpointError(f"{root / CONFIG} describes no linear layer {name} of shape {shape}; {AGAIN}")
+        stand_ins = {f"{n}.weight": torch.zeros((), dtype=wanted).expand(s) for n, s in shapes.items()}
+        model, info = kind.from_pretrained(
+            None, config=config, state_dict=rest | stand_ins, dtype=wanted, output_loading_info=True
+        )
+        if (root / "generation_config.json").is_file() and model.can_generate():
+            model.generation_config = GenerationConfig.from_pretrained(root, local_files_only=True)
+    except LOAD_ERRORS as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"transformers cannot build the model of {root / CONFIG}: {error}; {AGAIN}") from error
+    check_loading(info)
+    return model
+
+
+def _load_tokenizer(root: Path) -> Any:
+    if not (root / "tokenizer_config.json").is_file():
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(root, trust_remote_code=False, local_files_only=True)
+    except LOAD_ERRORS as error:
+        raise CheckpointError(f"transformers cannot read the tokenizer of {root}: {error}; {AGAIN}") from error

@@ -1,0 +1,293 @@
+"""Write a checkpoint: plan, write beside the destination, load back, compare, rename."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from libortho.checkpoint.format import (
+    BASE_MANIFEST,
+    CONFIG,
+    STREAMS,
+    BaseManifest,
+    Scheme,
+    TensorFiles,
+    encode_base,
+    read_json,
+    scheme_of,
+    sha256_of,
+    write_json,
+)
+from libortho.checkpoint.hf import LOAD_ERRORS, causal_class, check_loading, of_split_layer
+from libortho.checkpoint.stream_files import (
+    StreamFile,
+    check_stream,
+    checked_name,
+    read_stream,
+    sizes,
+    stream_names,
+    write_stream,
+)
+from libortho.errors import CheckpointError
+from libortho.layer import LayerReport, OrthoLinear, ortho_layers
+from libortho.report import methods
+from libortho.streams import OrthoStream
+
+logger = logging.getLogger(__name__)
+
+
+def save(model: nn.Module, tokenizer: Any, directory: str | Path, *, max_shard_size: int | str = "5GB") -> Path:
+    """Write a split model so that nothing of ours is needed to load it.
+
+    The new directory replaces an earlier checkpoint of the same place in one rename; after an error the earlier one is
+    intact. Alpha is not stored: whoever loads a stream asked for it.
+
+    Args:
+        model: A transformers causal language model after ``split``, ``isolate``, ``tune`` or ``load``.
+        tokenizer: Its tokenizer; None if there is none to keep.
+        directory: Where to; new, empty, or an earlier checkpoint.
+        max_shard_size: Largest size of one file of the base, as in ``save_pretrained``.
+
+    Returns:
+        ``directory``.
+
+    Raises:
+        CheckpointError: if the model is not split, if stock tools could not load what would be written (mixed bits or
+            group sizes, a Conv1D, ranks over 512), if something else is in the directory, or if what was written does
+            not load back equal.
+    """
+    plan = _plan(model)
+    target = Path(os.path.realpath(directory))
+    _check_target(target, plan)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staged = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
+    staged.mkdir()
+    try:
+        base = _write_base(plan, tokenizer, staged, max_shard_size)
+        for stream in plan.streams:
+            write_stream(staged, replace(stream, base_sha256=base.base_sha256), plan.shapes)
+        _verify(plan, staged)
+        _sync(staged)
+        _exchange(staged, target)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return Path(directory)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What will be written, decided before the first byte is."""
+
+    model: PreTrainedModel
+    layers: dict[str, OrthoLinear]
+    shapes: dict[str, tuple[int, int]]
+    scheme: Scheme
+    targets: list[str]
+    streams: list[StreamFile]
+
+
+def _plan(model: nn.Module) -> _Plan:
+    layers = ortho_layers(model)
+    if not layers:
+        raise CheckpointError("no layer of this model is split; call libortho.split, isolate or tune before save")
+    if not isinstance(model, PreTrainedModel) or causal_class(model.config) is not type(model):
+        raise CheckpointError(
+            f"this is a {type(model).__name__}; expected a causal language model of transformers itself, not wrapped, "
+            "since stock transformers builds the model from config.json"
+        )
+    foreign = getattr(model.config, "quantization_config", None) is not None
+    if foreign or getattr(model, "_hf_peft_config_loaded", False):
+        what = "is quantised by another library" if foreign else "has PEFT adapters"
+        raise CheckpointError(f"this model {what}, which one checkpoint cannot hold too; start from the plain model")
+    if any(t.is_meta for t in [*model.parameters(), *model.buffers()]):
+        raise CheckpointError("some tensors have no data (meta device); load the whole model before saving it")
+    targets = _targets(model, layers)
+    scheme = scheme_of(layers)
+    for name, layer in layers.items():
+        stored = layer.base.weight.dtype if scheme.bits is None else layer.base.scales.dtype
+        if stored != model.dtype:
+            raise CheckpointError(
+                f"the base of {name} is kept in {stored}, the model in {model.dtype}; stock loaders would round it. "
+                "Load and split the model in the dtype in which it will be saved"
+            )
+    names = dict.fromkeys(checked_name(s) for layer in layers.values() for s in layer.streams)
+    streams = []
+    for position, stream_name in enumerate(names):
+        parts: dict[str, OrthoStream] = {}
+        for name, layer in layers.items():
+            part = dict(layer.streams.items()).get(stream_name)
+            if isinstance(part, OrthoStream) and any(sizes(part)):
+                parts[name] = part
+        check_stream(stream_name, parts)
+        reports = {n: layer.report for n, layer in layers.items()}
+        streams.append(StreamFile(stream_name, position, "", parts, reports, methods(model).get(stream_name)))
+    shapes = {n: (layer.out_features, layer.in_features) for n, layer in layers.items()}
+    return _Plan(model, layers, shapes, scheme, targets, streams)
+
+
+def _targets(model: PreTrainedModel, layers: Mapping[str, OrthoLinear]) -> list[str]:
+    """One regular expression that matches exactly the split layers, or else their full names."""
+    with torch.device("meta"):
+        skeleton = type(model)(model.config)
+    modules = dict(skeleton.named_modules())
+    for name in layers:
+        kind = type(modules[name]).__name__ if name in modules else "missing module"
+        if name not in modules or type(modules[name]) is not nn.Linear:
+            raise CheckpointError(
+                f"{name} is a {kind} in the original model; stock loaders read packed weights into nn.Linear only. "
+                "This model can be used in memory, but not saved"
+            )
+    leaves = sorted({name.rpartition(".")[2] for name in layers})
+    if {n for n in modules if "." in n and n.rpartition(".")[2] in leaves} == set(layers):
+        return [rf"re:.*\.({'|'.join(leaves)})$" if len(leaves) > 1 else rf"re:.*\.{leaves[0]}$"]
+    return list(layers)
+
+
+def _check_target(target: Path, plan: _Plan) -> None:
+    """Refuse to replace what is not an earlier checkpoint, or to lose a stream or a file that only it holds."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise CheckpointError(f"{target} is a file; expected a directory, new, empty, or an earlier checkpoint")
+    if not any(target.iterdir()):
+        return
+    if not (target / BASE_MANIFEST).is_file():
+        raise CheckpointError(f"{target} is not empty and no checkpoint of libortho; choose another directory")
+    lost = sorted(set(stream_names(target)) - {s.name for s in plan.streams})
+    if lost:
+        raise CheckpointError(
+            f"{target} holds the streams {lost}, which this model has not, and which would be lost; choose another "
+            "directory, or delete their folders first"
+        )
+    known = {*BaseManifest.read(target).files, BASE_MANIFEST}
+    foreign = [f for f in _files(target) if f not in known]
+    if foreign:
+        raise CheckpointError(
+            f"{target} holds {foreign[0]}, which save did not write, and which would be lost; move it, or choose "
+            "another directory"
+        )
+
+
+def _files(directory: Path) -> list[str]:
+    """Files outside the directory of streams, as relative paths."""
+    found = (p.relative_to(directory) for p in directory.rglob("*") if not p.is_dir())
+    return sorted(p.as_posix() for p in found if p.parts[0] != STREAMS)
+
+
+def _write_base(plan: _Plan, tokenizer: Any, staged: Path, max_shard_size: int | str) -> BaseManifest:
+    model = plan.model
+    state = {k: v for k, v in model.state_dict().items() if not of_split_layer(k, plan.shapes) or k.endswith(".bias")}
+    for name, layer in plan.layers.items():
+        state |= encode_base(name, layer.base)
+    model.save_pretrained(staged, state_dict=state, max_shard_size=max_shard_size)
+    if plan.scheme.bits is not None:
+        config = read_json(staged / CONFIG)
+        write_json(staged / CONFIG, config | {"quantization_config": plan.scheme.quantization_config(plan.targets)})
+    if tokenizer is not None:
+        tokenizer.save_pretrained(staged)
+    files = TensorFiles(staged)
+    ours = [n for layer in plan.layers for n in plan.scheme.tensor_names(layer)]
+    renamed = [n for n in ours if n not in files]
+    if renamed:
+        raise CheckpointError(
+            f"transformers stores {renamed[0]} of this model family under another name; not supported"
+        )
+    manifest = BaseManifest(
+        scheme=plan.scheme,
+        shapes=plan.shapes,
+        reports={n: _base_report(layer.report) for n, layer in plan.layers.items()},
+        base_sha256=files.sha256(plan.scheme.hashed_names(plan.layers)),
+        rest_sha256=files.sha256(set(files.names()) - set(ours)),
+        files=tuple(_files(staged)),
+    )
+    write_json(staged / BASE_MANIFEST, manifest.to_dict())
+    return manifest
+
+
+def _base_report(report: LayerReport | None) -> LayerReport | None:
+    """The report of the base alone: a base without its streams does not tell how large they were."""
+    if report is None:
+        return None
+    return replace(
+        report, final_error=report.base_error, ortho_density=0.0, tail_rank=0, tail_density=0.0, ortho_bytes=0,
+        output_error=None,
+    )  # fmt: skip
+
+
+def _verify(plan: _Plan, staged: Path) -> None:
+    """Load what was written, base with stock transformers, and compare; a wrong file must never get its final name."""
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            staged, output_loading_info=True, trust_remote_code=False, local_files_only=True
+        )
+    except LOAD_ERRORS as error:
+        raise CheckpointError(f"stock transformers cannot load what was written: {error}") from error
+    stock, info = loaded
+    check_loading(info)
+    expected = plan.model.state_dict()
+    for name, found in stock.state_dict().items():
+        layer, _, kind = name.rpartition(".")
+        if layer in plan.layers and kind == "weight":
+            wanted = plan.layers[layer].base.dense(found.dtype)
+        else:
+            wanted = expected[name]
+        if wanted.dtype != found.dtype or not torch.equal(wanted.cpu(), found):
+            raise CheckpointError(
+                f"stock transformers reads {name} back with other values ({wanted.dtype} became {found.dtype}); the "
+                f"whole model must be finite and in one dtype, {plan.model.dtype}"
+            )
+    base = BaseManifest.read(staged)
+    for stream in plan.streams:
+        again = read_stream(staged, stream.name, base)
+        if _fingerprint(again) != _fingerprint(stream):
+            raise CheckpointError(f"stream {stream.name!r} reads back with other values; not saved")
+
+
+def _fingerprint(stream: StreamFile) -> str:
+    buffers = {f"{n}.{b}": t for n, s in stream.layers.items() for b, t in s.named_buffers()}
+    return sha256_of(sorted(buffers.items()))
+
+
+def _sync(directory: Path) -> None:
+    """Force files and directories to the disk."""
+    for path in [*directory.rglob("*"), directory]:
+        if path.is_dir() and os.name != "posix":
+            continue
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _exchange(staged: Path, target: Path) -> None:
+    """Rename ``staged`` to ``target``; an earlier directory steps aside first and comes back on failure."""
+    old = staged.with_suffix(".old") if target.exists() else None
+    if old is not None:
+        os.rename(target, old)
+    try:
+        os.replace(staged, target)
+    except BaseException:
+        if old is not None:
+            os.rename(old, target)
+        raise
+    if os.name == "posix":
+        handle = os.open(target.parent, os.O_RDONLY)
+        with suppress(OSError):  # some file systems cannot sync a directory
+            os.fsync(handle)
+        os.close(handle)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+        if old.exists():
+            logger.warning("the earlier checkpoint could not be deleted and lies at %s", old)
