@@ -18,7 +18,15 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 import libortho
 from libortho import AlphaError, CheckpointError, SplitConfig
@@ -729,6 +737,22 @@ def test_a_model_that_is_not_split(tiny_llama: PreTrainedModel, tmp_path: Path) 
 def test_conv1d(tiny_gpt2: PreTrainedModel, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"mlp\.c_proj is a Conv1D"):
         save(make(tiny_gpt2), None, tmp_path / "out")
+
+
+def test_fused_experts(tmp_path: Path) -> None:
+    config = MixtralConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=2,
+    )
+    model = make(MixtralForCausalLM(config).eval(), target_modules="o_proj")
+    with pytest.raises(CheckpointError, match="such as fused experts"):
+        save(model, None, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_bare_module_tree(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:

@@ -232,7 +232,10 @@ def _verify(plan: _Plan, staged: Path) -> None:
             staged, output_loading_info=True, trust_remote_code=False, local_files_only=True
         )
     except LOAD_ERRORS as error:
-        raise CheckpointError(f"stock transformers cannot load what was written: {error}") from error
+        raise CheckpointError(
+            f"stock transformers cannot load this {type(plan.model).__name__} with a packed base, so nothing was saved "
+            f"(families whose weights it converts while loading, such as fused experts, are not supported): {error}"
+        ) from error
     stock, info = loaded
     check_loading(info)
     expected = plan.model.state_dict()
