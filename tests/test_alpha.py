@@ -339,6 +339,8 @@ def test_an_exception_inside_forward_leaves_the_switch_usable(split_llama, token
         logits(split_llama, tokens, 0.0)
     handle.remove()
     libortho.set_alpha(split_llama, 0.5)
+    layer, x = next(iter(ortho_layers(split_llama).values())), torch.randn(2, 128)
+    torch.testing.assert_close(layer(x), x @ layer.dense_weight(0.5).T)
     assert torch.equal(logits(split_llama, tokens), expected[0.5])
     assert torch.equal(logits(split_llama, tokens, 0.0), expected[0.0])
 
@@ -688,7 +690,7 @@ def test_a_cache_from_a_failed_forward_keeps_its_alpha(split_llama, tokens):
     with pytest.raises(ZeroDivisionError):
         logits(split_llama, tokens[:, :4], 1.0, past_key_values=cache)
     handle.remove()
-    with pytest.raises(libortho.AlphaContextError):
+    with pytest.raises(libortho.AlphaContextError, match=r"was computed under alpha default=1\.0"):
         logits(split_llama, tokens[:, 4:], 0.0, past_key_values=cache)
 
 

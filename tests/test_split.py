@@ -406,7 +406,7 @@ def test_bad_requests_leave_the_model_as_it_was(untouched, target, options, erro
 
 def test_a_group_that_fits_one_layer_only_is_refused_before_any_work(untouched):
     seen: list[Any] = []
-    config = libortho.SplitConfig(target_modules=["down_proj", "up_proj"], group_size=128)
+    config = libortho.SplitConfig(target_modules=["layers.0.mlp.down_proj", "layers.1.mlp.up_proj"], group_size=128)
     with pytest.raises(libortho.ConfigError, match="does not divide 64 inputs"):
         libortho.split(untouched, config, progress=lambda *step: seen.append(step))
     assert not seen
