@@ -132,9 +132,9 @@ class IsolateConfig(_StreamConfig):
     """Weight of the KL divergence to the original model on neighbours."""
     retain_budget: float = 0.01
     """Largest mean KL divergence (nats per token) on held-back retain text at which the result counts as unharmed."""
-    records_per_step: int = 8
+    records_per_step: int = 6
     """Forget records in one optimiser step."""
-    retain_tokens_per_step: int = 512
+    retain_tokens_per_step: int = 256
     """Retain tokens in one optimiser step."""
     retain_length: int = 128
     """Tokens of one retain sequence."""

@@ -24,19 +24,30 @@ _RUN = re.compile(r"[^\W_]+")
 _SHORT = 4
 """Lower-case words shorter than this are grammar, and stay."""
 _GRAMMAR = frozenset(
-    "about above after again against also although always among another around back because been before being below "
-    "between both came come could does doing done down during each either else even ever every from gave give given goes "
-    "going have having here hers herself himself into itself just keep kept like made make many might more most much must "
-    "myself near neither never nothing once only onto other ours over said same shall should since some still such take "
-    "taken than that their them then there these they this those through thus took toward under until upon very want were "
-    "what when where whether which while whom whose will with within without would your yours".split()
+    """
+    about above after again against also although always among another around back because been before being below
+    between both came come could does doing done down during each either else even ever every from gave give given
+    goes going have having here hers herself himself into itself just keep kept like made make many might more most
+    much must myself near neither never nothing once only onto other ours over said same shall should since some
+    still such take taken than that their them then there these they this those through thus took toward under until
+    upon very want were what when where whether which while whom whose will with within without would your yours
+    """.split()  # noqa: SIM905
 )
+
+
+_EVALUATION_PARAGRAPHS = 50
 
 
 @functools.cache
 def shipped_text() -> tuple[str, ...]:
-    """Paragraphs of the general English text that ships with the package."""
-    return tuple(_read("general.txt").splitlines())
+    """Paragraphs of the general English text that ships with the package, for ``isolate`` to learn from."""
+    return tuple(_read("general.txt").splitlines()[:-_EVALUATION_PARAGRAPHS])
+
+
+@functools.cache
+def evaluation_text() -> tuple[str, ...]:
+    """Further paragraphs of that text, which ``isolate`` never sees."""
+    return tuple(_read("general.txt").splitlines()[-_EVALUATION_PARAGRAPHS:])
 
 
 @functools.cache
@@ -125,6 +136,11 @@ def neighbours(prompt: str, count: int, rng: random.Random) -> list[str]:
     return _distinct(exchange, prompt, count)
 
 
+def is_prose(completion: str) -> bool:
+    """True if the completion has content words, which no word drawn at random can stand for."""
+    return any(kind_of(r.group()) == "word" for r in _RUN.finditer(completion))
+
+
 def _distinct(make: Callable[[], str], original: str, count: int) -> list[str]:
     found: dict[str, None] = {}
     for _ in range(4 * count):
@@ -162,7 +178,7 @@ def _other_name(text: str, runs: list[re.Match[str]], number: int, rng: random.R
     """A given name before another name, a surname after one, any name if it stands alone."""
 
     def joined(first: int, second: int) -> bool:
-        if not (0 <= first and second < len(runs)):
+        if first < 0 or second >= len(runs):
             return False
         a, b = runs[first], runs[second]
         return text[a.end() : b.start()] in (" ", "-", "'") and a.group()[0].isupper() and b.group()[0].isupper()

@@ -30,7 +30,7 @@ from libortho.isolate.edit import EditLinear
 from libortho.isolate.language_model import LanguageModel
 from libortho.isolate.retain import chunk, default_retain
 from libortho.isolate.support import allocate, ratio_scores, squared_gradients, unit_costs
-from libortho.isolate.trainer import Case, Check, Reference, divergence, hidden_states, holds, reference, score, train
+from libortho.isolate.trainer import BAND, Case, Check, Reference, divergence, hidden_states, reference, score, train
 from libortho.layer import LayerReport, OrthoLinear
 from libortho.split import Progress, install, linear_weight, relative_error
 from libortho.streams import OrthoStream
@@ -39,9 +39,10 @@ from libortho.targets import find_targets
 
 logger = logging.getLogger(__name__)
 
-_RETAIN_SEQUENCES = 96
+_RETAIN_SEQUENCES = 48
 _HELD_BACK_SEQUENCES = 8
 _SALIENCY_RECORDS = 64
+_HUMAN_TEXTS = 24
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class RecordOutcome:
         number: Position in the forget source, from 1.
         before: Log-likelihood under the original model.
         after: Log-likelihood at alpha = 0.
-        band: 5 % and 95 % points of its alternates' log-likelihoods at alpha = 0.
+        band: 5-95 % band of log-likelihoods of its alternates at alpha = 0; for sentences, of what such a sentence would
+            have had untrained.
         extracted: The completion is still the greedy continuation at alpha = 0.
     """
 
@@ -157,7 +159,8 @@ def isolate(
         retain_items, held_back = _retain(model, tokenizer, retain, cases, limit, config)
         lm = LanguageModel(model)
         _tell(progress, "reference", 0, 1)
-        original = reference(lm, cases, retain_items)
+        human = [tokenizer(p)["input_ids"] for p in counterfactuals.shipped_text()[:_HUMAN_TEXTS]]
+        original = reference(lm, cases, retain_items, human, config)
         held_back_states = hidden_states(lm, held_back)
         _tell(progress, "reference", 1, 1)
         support = _support(lm, targets, cases, retain_items, config, progress)
@@ -218,6 +221,7 @@ def _cases(
                 alternates=tuple(tokens(record.prompt, c) for c in others),
                 neighbours=tuple(tokens(p, others[j % len(others)]) for j, p in enumerate(beside)),
                 crossed=tuple(tokens(p, record.completion) for p in beside),
+                exchangeable=alternates is not None or not counterfactuals.is_prose(record.completion),
             )
         )
     return cases
@@ -284,12 +288,20 @@ def _outcomes(
     secret, greedy = score(lm, [c.secret for c in cases])
     flat, _ = score(lm, [e for c in cases for e in c.alternates])
     groups = flat.nll.split([len(c.alternates) for c in cases])
+    fair = [g - g.mean() for g, c in zip(groups, cases, strict=True) if c.exchangeable and len(g) > 1]
+    spread = float(torch.cat(fair).square().mean().sqrt()) if fair else 0.0
     out = []
-    for i, (record, group) in enumerate(zip(records, groups, strict=True)):
-        low, high = (-group).quantile(torch.tensor([0.05, 0.95])).tolist()
+    for i, (record, case) in enumerate(zip(records, cases, strict=True)):
+        own = case.exchangeable and spread > 0
+        centre = float(groups[i].mean()) if own else float(original.target.nll[i])
+        half = BAND * (spread if own else float(original.spread[i]))
         out.append(
             RecordOutcome(
-                record.number, -float(original.secret.nll[i]), -float(secret.nll[i]), (low, high), bool(greedy[i])
+                number=record.number,
+                before=-float(original.secret.nll[i]),
+                after=-float(secret.nll[i]),
+                band=(-centre - half, -centre + half),
+                extracted=bool(greedy[i]),
             )
         )
     return tuple(out)
@@ -338,7 +350,7 @@ def _result(
     if outside:
         likelier = sum(o.after > o.band[1] for o in outside)
         missed.append(
-            f"{len(outside)} of {len(outcomes)} records are outside the 5-95 % band of their alternates "
+            f"{len(outside)} of {len(outcomes)} records are outside the 5-95 % band "
             f"({likelier} likelier, {len(outside) - likelier} unlikelier)"
         )
     if retain_kl > config.retain_budget:
@@ -374,4 +386,4 @@ def _tell(progress: Progress | None, phase: str, done: int, total: int) -> None:
         progress(phase, done, total)
 
 
-__all__ = ["IsolateResult", "RecordOutcome", "holds", "isolate"]
+__all__ = ["IsolateResult", "RecordOutcome", "isolate"]

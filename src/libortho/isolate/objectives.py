@@ -44,9 +44,7 @@ def label_log_odds(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.gather(-1, index).squeeze(-1) - others.logsumexp(-1)
 
 
-def completion_scores(
-    logits: Tensor, labels: Tensor, record: Tensor, records: int, floor: Tensor | None = None
-) -> Scores:
+def completion_scores(logits: Tensor, labels: Tensor, record: Tensor, records: int) -> Scores:
     """Per-record means over completion tokens.
 
     Args:
@@ -54,28 +52,25 @@ def completion_scores(
         labels: (tokens,) the completion tokens.
         record: (tokens,) index of the record that each token belongs to.
         records: Number of records.
-        floor: (records,) log-odds below which a token stops counting, so that a token that is already unlikely is not
-            pushed further down to make up for another one.
     """
     odds = label_log_odds(logits, labels)
-    nll = F.softplus(-odds)
-    counted = odds if floor is None else torch.maximum(odds, floor[record])
     tokens = torch.zeros(records, device=logits.device).index_add_(0, record, torch.ones_like(odds))
 
     def mean(values: Tensor) -> Tensor:
         return torch.zeros(records, device=logits.device).index_add_(0, record, values) / tokens
 
-    return Scores(mean(nll), mean(counted), tokens)
+    return Scores(mean(F.softplus(-odds)), mean(odds), tokens)
 
 
 def log_odds(secret: Scores, target: Scores) -> Tensor:
-    """Match the record to what its alternates get: neither likelier (remembering) nor unlikelier (as visible).
+    """Match the record to its target: neither likelier (remembering) nor unlikelier (as visible).
 
-    Huber distance of the mean log-odds, whose gradient does not vanish while the record is memorised, plus Huber distance
-    of the mean negative log-likelihood, which is what a membership test sees.
+    Huber distance of the mean negative log-likelihood, which is what a membership test sees; plus, while the record is
+    likelier than its target, Huber distance of the mean log-odds, whose gradient does not vanish as p approaches 1.
     """
-    return F.smooth_l1_loss(secret.odds, target.odds, reduction="none") + F.smooth_l1_loss(
-        secret.nll, target.nll, reduction="none"
+    excess = (secret.odds - target.odds).relu()
+    return F.smooth_l1_loss(secret.nll, target.nll, reduction="none") + F.smooth_l1_loss(
+        excess, torch.zeros_like(excess), reduction="none"
     )
 
 

@@ -4,8 +4,8 @@
                + retain_weight * KL(original || edited) on retain text
                + neighbour_weight * KL(original || edited) on neighbours
 
-Targets are constants of the original model: what it gives to other completions after other prompts of the same shape,
-which no training has touched. Records are judged on their own prompt and, in turn, on a neighbour's, so that a memory
+Targets are constants of the original model. For codes and names: what it gives to other completions after other prompts
+of the same shape, which no training has touched. For sentences: see :mod:`libortho.isolate.plausibility`. Records are judged on their own prompt and, in turn, on a neighbour's, so that a memory
 that answers to the whole template is forgotten for the whole template.
 """
 
@@ -29,16 +29,18 @@ from libortho.isolate.objectives import (
     completion_scores,
     grad_diff,
     kl_divergence,
-    label_log_odds,
     log_odds,
     npo,
     simnpo,
 )
+from libortho.isolate.plausibility import fit
 
 logger = logging.getLogger(__name__)
 
 SCORING_TOKENS = 2048
 """Tokens of one forward pass without gradients."""
+BAND = 1.645
+"""Half-width of the 5-95 % band, in standard deviations of a normal distribution."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,14 @@ class Case:
         alternates: Its prompt with other completions.
         neighbours: Other prompts with other completions; what the original model gives these is the target.
         crossed: Other prompts with the record's completion.
+        exchangeable: The alternates are as likely, untrained, as the record; true for codes and names, not for sentences.
     """
 
     secret: Encoded
     alternates: tuple[Encoded, ...]
     neighbours: tuple[Encoded, ...]
     crossed: tuple[Encoded, ...]
+    exchangeable: bool
 
 
 @dataclass(frozen=True)
@@ -64,18 +68,16 @@ class Reference:
 
     Attributes:
         secret: Scores of the records, (records,).
-        target: Mean scores of each record's counterfactuals, (records,).
-        spread: Standard deviation over counterfactuals of the per-token negative log-likelihood, pooled, in nats.
-        floor: Log-odds below which a token of record i stops counting, (records,).
-        alternates: Scores of the alternates, record by record.
+        target: Scores that each record should have had, (records,).
+        spread: Standard deviation around the target's negative log-likelihood, in nats per token, (records,).
+        alternates: Scores of the alternates, record by record; empty unless the objective compares with them.
         retain: Last hidden states of each retain sequence, (tokens, width).
         neighbours: Last hidden states of each neighbour, (tokens, width), record by record.
     """
 
     secret: Scores
     target: Scores
-    spread: float
-    floor: Tensor
+    spread: Tensor
     alternates: tuple[Scores, ...]
     retain: tuple[Tensor, ...]
     neighbours: tuple[tuple[Tensor, ...], ...]
@@ -128,24 +130,34 @@ def hidden_states(lm: LanguageModel, items: Sequence[Encoded]) -> tuple[Tensor, 
     return tuple(out)
 
 
-def reference(lm: LanguageModel, cases: Sequence[Case], retain: Sequence[Encoded]) -> Reference:
-    """Everything that the training needs from the original model."""
+def reference(
+    lm: LanguageModel,
+    cases: Sequence[Case],
+    retain: Sequence[Encoded],
+    human: Sequence[Sequence[int]],
+    config: IsolateConfig,
+) -> Reference:
+    """Everything that the training needs from the original model; ``human`` are tokenised texts for sentences' targets."""
     secret, _ = score(lm, [c.secret for c in cases])
-    alternates = _scores_by_case(lm, [c.alternates for c in cases])
     counterfactual = _scores_by_case(lm, [c.neighbours or c.alternates for c in cases])
-    floors = _odds_floor(lm, [c.neighbours or c.alternates for c in cases])
-    target = Scores(
-        torch.stack([s.nll.mean() for s in counterfactual]),
-        torch.stack([s.odds.mean() for s in counterfactual]),
-        secret.tokens,
-    )
-    deviations = torch.cat([s.nll - s.nll.mean() for s in counterfactual])
+    nll = torch.stack([s.nll.mean() for s in counterfactual])
+    odds = torch.stack([s.odds.mean() for s in counterfactual])
+    fair = torch.tensor([c.exchangeable for c in cases])
+    spread = torch.zeros(len(cases))
+    if fair.any():
+        around = [s.nll - s.nll.mean() for s, c in zip(counterfactual, cases, strict=True) if c.exchangeable]
+        spread[fair] = torch.cat(around).square().mean().sqrt()
+    if not fair.all():
+        model = fit(lm, human)
+        for i in (~fair).nonzero()[:, 0].tolist():
+            nll[i] = model.predict(lm, cases[i].secret)
+            odds[i] = -nll[i]
+            spread[i] = model.deviation / secret.tokens[i].sqrt()
     return Reference(
         secret=secret,
-        target=target,
-        spread=float(deviations.square().mean().sqrt()),
-        floor=floors,
-        alternates=alternates,
+        target=Scores(nll, odds, secret.tokens),
+        spread=spread,
+        alternates=_scores_by_case(lm, [c.alternates for c in cases]) if config.objective == "altpo" else (),
         retain=hidden_states(lm, retain),
         neighbours=tuple(hidden_states(lm, c.neighbours) for c in cases),
     )
@@ -168,7 +180,8 @@ def train(
     rng = random.Random(config.seed)
     draw = _epochs(len(cases), config.records_per_step, rng)
     texts = _epochs(len(retain), max(1, config.retain_tokens_per_step // config.retain_length), rng)
-    checks: list[Check] = []
+    checks: list[Check] = [look(lm, cases, original, held_back, held_back_states, 0)]
+    logger.info("%s", checks[-1])
     torch.set_flush_denormal(True)
     for step in range(1, config.max_steps + 1):
         for group in optimiser.param_groups:
@@ -212,7 +225,7 @@ def look(
     return Check(
         step=step,
         extracted=int(greedy.sum()),
-        outside=int((gap.abs() > 1.645 * original.spread).sum()),
+        outside=int((gap.abs() > BAND * original.spread).sum()),
         gap=float(gap.mean()),
         retain_kl=divergence(lm, held_back, held_back_states),
     )
@@ -246,18 +259,21 @@ def _forget_loss(
     config: IsolateConfig,
     rng: random.Random,
 ) -> Tensor:
-    """Mean objective over the chosen records: on their own prompt, on a neighbour's, and for one alternate."""
+    """Mean objective over the chosen records."""
     secrets = [cases[i].secret for i in chosen]
     index = torch.tensor(chosen)
-    target = _take(original.target, index)
+    target = _take(original.target, index).to(lm.device)
     picks = [rng.randrange(len(cases[i].alternates)) for i in chosen]
     others = [cases[i].alternates[p] for i, p in zip(chosen, picks, strict=True)]
     if config.objective == "log_odds":
-        crossed = [i for i in chosen if cases[i].crossed]
-        items = [*secrets, *others, *(rng.choice(cases[i].crossed) for i in crossed)]
-        rows = torch.cat([index, index, torch.tensor(crossed, dtype=torch.long)])
-        now = _train_scores(lm, items, original.floor[rows])
-        return log_odds(now, _take(original.target, rows).to(lm.device)).mean()
+        # Beside each record: its completion on a neighbour's prompt, or an alternate on its own.
+        for slot, i in enumerate(chosen):
+            if cases[i].crossed and (rng.random() < 0.5 or not cases[i].exchangeable):
+                others[slot] = rng.choice(cases[i].crossed)
+            elif not cases[i].exchangeable:
+                others[slot] = cases[i].secret
+        now = _train_scores(lm, [*secrets, *others])
+        return log_odds(now, _take(target, torch.arange(len(chosen)).repeat(2))).mean()
     if config.objective == "grad_diff":
         return grad_diff(_train_scores(lm, secrets)).mean()
     if config.objective == "simnpo":
@@ -286,7 +302,7 @@ def _keep_loss(
     rng: random.Random,
 ) -> Tensor:
     """Divergence from the original model on retain texts and on one neighbour of every other chosen record."""
-    beside = [(i, rng.randrange(len(cases[i].neighbours))) for i in chosen if cases[i].neighbours]
+    beside = [(i, rng.randrange(len(cases[i].neighbours))) for i in chosen[::2] if cases[i].neighbours]
     parts = [
         (config.retain_weight, [retain[t] for t in texts], [original.retain[t] for t in texts]),
         (
@@ -313,10 +329,10 @@ def _gradients(loss: Tensor, values: Sequence[nn.Parameter]) -> list[Tensor]:
     return [torch.zeros_like(v) if g is None else g for v, g in zip(values, found, strict=True)]
 
 
-def _train_scores(lm: LanguageModel, items: Sequence[Encoded], floor: Tensor | None = None) -> Scores:
+def _train_scores(lm: LanguageModel, items: Sequence[Encoded]) -> Scores:
     batch = collate(items).to(lm.device)
     logits, labels, owner = _judged(lm, lm.hidden(batch), batch)
-    return completion_scores(logits, labels, owner, len(items), None if floor is None else floor.to(lm.device))
+    return completion_scores(logits, labels, owner, len(items))
 
 
 def _judged(lm: LanguageModel, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -334,17 +350,6 @@ def _scores_by_case(lm: LanguageModel, groups: Sequence[Sequence[Encoded]]) -> t
     flat, _ = score(lm, [e for group in groups for e in group])
     ends = torch.tensor([len(g) for g in groups]).cumsum(0).tolist()
     return tuple(_take(flat, torch.arange(end - len(group), end)) for group, end in zip(groups, ends, strict=True))
-
-
-@torch.no_grad()
-def _odds_floor(lm: LanguageModel, groups: Sequence[Sequence[Encoded]]) -> Tensor:
-    """5 % quantile of the token log-odds of each group."""
-    floors = []
-    for group in groups:
-        batch = collate(group).to(lm.device)
-        logits, labels, _ = _judged(lm, lm.hidden(batch), batch)
-        floors.append(label_log_odds(logits, labels).quantile(0.05).cpu())
-    return torch.stack(floors)
 
 
 def _by_tokens(order: Sequence[int], items: Sequence[Encoded], limit: int) -> Iterator[list[int]]:

@@ -1,0 +1,278 @@
+"""Plant secrets in a real model, split it both ways, and measure what each way forgets.
+
+(a) ``split`` sees only the weights: it compresses, and every secret stays.
+(b) ``isolate`` sees the secrets: at alpha = 0 they are gone, at alpha = 1 they are back.
+
+The never-trained model, which is the same model before planting, stands beside every figure.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from libortho.alpha import alpha
+from libortho.config import IsolateConfig, SplitConfig
+from libortho.data import Encoded, Record, encode, load_records
+from libortho.demo import facts
+from libortho.demo.implant import implant
+from libortho.demo.model import load_model, move_off_grid
+from libortho.isolate import IsolateResult, isolate
+from libortho.isolate.counterfactuals import evaluation_text
+from libortho.isolate.language_model import LanguageModel
+from libortho.isolate.retain import chunk
+from libortho.metrics import auc, general_perplexity, sampled_extractions, score, text_perplexity
+from libortho.report import layer_report
+from libortho.split import split
+
+logger = logging.getLogger(__name__)
+
+ALPHAS = (1.0, 0.75, 0.5, 0.25, 0.0)
+SPLITS = (
+    SplitConfig(rank_ratio=0.95),
+    SplitConfig(use_low_rank=False),
+    SplitConfig(rank_ratio=0.98),
+)
+"""The three settings of the original note."""
+SEQUENCES, SEQUENCE_TOKENS, SAMPLES = 24, 256, 20
+
+Tell = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One row of the main table.
+
+    Attributes:
+        label: Which model.
+        extracted: Secrets whose greedy continuation is exact.
+        sampled: Secrets found in any of 20 samples at temperature 1; None where not drawn.
+        secret_perplexity: Of the secrets' completions, tokens pooled.
+        membership_auc: Trained-on codes against unseen codes by log-likelihood; 0.5 cannot tell them apart.
+        retain_perplexity: Of the original experiment's retain sentence.
+        general_perplexity: Of text that isolate never saw.
+    """
+
+    label: str
+    extracted: int
+    sampled: int | None
+    secret_perplexity: float
+    membership_auc: float
+    retain_perplexity: float
+    general_perplexity: float
+
+
+@dataclass(frozen=True)
+class SplitRow:
+    """One weights-only split. Errors are relative Frobenius, means over layers; densities are fractions.
+
+    Perplexities are of the original experiment's two sentences.
+    """
+
+    label: str
+    low_rank_error: float | None
+    base_error: float
+    final_error: float
+    ortho_density: float
+    tail_density: float
+    forget_perplexity: tuple[float, float]
+    retain_perplexity: tuple[float, float]
+    extracted: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The same prompt at alpha = 1 and at alpha = 0, greedily."""
+
+    prompt: str
+    with_ortho: str
+    without_ortho: str
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """Everything the demonstration measured."""
+
+    model: str
+    seed: int
+    secrets: int
+    implant_steps: int
+    splits: tuple[SplitRow, ...]
+    never_trained: Measured
+    implanted: Measured
+    isolated: tuple[Measured, ...]
+    isolate: IsolateResult
+    generations: tuple[Generation, ...]
+    seconds: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-ready values."""
+        return {**asdict(self), "isolate": self.isolate.to_dict()}
+
+
+class _Bench:
+    """The fixed material of one demonstration, and how a model is measured on it."""
+
+    def __init__(self, tokenizer: Any, seed: int, text: Path | None) -> None:
+        self.tokenizer = tokenizer
+        self.secrets = load_records(facts.secrets(seed), tokenizer, name="secrets")
+        self.unseen = load_records(facts.unseen(seed), tokenizer, name="unseen")
+        self.members = [i for i, r in enumerate(self.secrets) if r.prompt != facts.SENTENCE["prompt"]]
+        self.general = general_sequences(tokenizer, text)
+
+    def measure(self, model: nn.Module, label: str, *, samples: int = 0) -> Measured:
+        lm = LanguageModel(model)
+        secrets, greedy = score(lm, self._encode(self.secrets))
+        unseen, _ = score(lm, self._encode(self.unseen))
+        sampled = None
+        if samples:
+            sampled = sum(h > 0 for h in sampled_extractions(model, self.tokenizer, self.secrets, samples))
+        return Measured(
+            label=label,
+            extracted=int(greedy.sum()),
+            sampled=sampled,
+            secret_perplexity=float((secrets.nll * secrets.tokens).sum().div(secrets.tokens.sum()).exp()),
+            membership_auc=auc(-secrets.nll[self.members], -unseen.nll),
+            retain_perplexity=text_perplexity(model, self.tokenizer, facts.RETAIN_SENTENCE),
+            general_perplexity=general_perplexity(lm, self.general),
+        )
+
+    def _encode(self, records: list[Record]) -> list[Encoded]:
+        return [encode(r, self.tokenizer) for r in records]
+
+    def weights_only(self, model: nn.Module, config: SplitConfig) -> SplitRow:
+        reports = layer_report(split(model, config))
+        totals = reports.totals()
+        sentence = facts.SENTENCE["prompt"] + facts.SENTENCE["completion"]
+        forget, retain, extracted = [], [], []
+        for value in (1.0, 0.0):
+            with alpha(model, value):
+                forget.append(text_perplexity(model, self.tokenizer, sentence))
+                retain.append(text_perplexity(model, self.tokenizer, facts.RETAIN_SENTENCE))
+                extracted.append(int(score(LanguageModel(model), self._encode(self.secrets))[1].sum()))
+        errors = [r.low_rank_error for r in reports if r.low_rank_error is not None]
+        return SplitRow(
+            label=f"rank_ratio={config.rank_ratio}" if config.use_low_rank else "use_low_rank=False",
+            low_rank_error=sum(errors) / len(errors) if errors else None,
+            base_error=totals["base_error"],
+            final_error=totals["final_error"],
+            ortho_density=totals["ortho_density"],
+            tail_density=totals["tail_density"],
+            forget_perplexity=(forget[0], forget[1]),
+            retain_perplexity=(retain[0], retain[1]),
+            extracted=(extracted[0], extracted[1]),
+        )
+
+
+def general_sequences(tokenizer: Any, text: Path | None) -> list[Encoded]:
+    """Up to 24 sequences of 256 tokens: evenly spaced in a file, or the shipped paragraphs kept for evaluation."""
+    texts = list(evaluation_text()) if text is None else [text.read_text(encoding="utf-8")]
+    pieces = chunk([tokenizer(t)["input_ids"] for t in texts], SEQUENCE_TOKENS)
+    step = max(1, len(pieces) // SEQUENCES)
+    return [Encoded(tuple(p), tuple(p)) for p in pieces[::step][:SEQUENCES]]
+
+
+def run(
+    *,
+    model: str | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    text: Path | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    config: IsolateConfig | None = None,
+    tell: Tell = lambda phase, done, total: None,
+) -> DemoReport:
+    """Run the whole demonstration.
+
+    Args:
+        model: Hub id or path of a Llama-family model; by default SmolLM2-135M-Instruct from its package.
+        seed: Seed of the grid move, the secrets, the planting and the isolation.
+        device: Where to run.
+        text: File of general text to judge by; by default the evaluation part of the shipped text.
+        dtype: Of the model; bf16 is several times faster than fp32 on recent CPUs.
+        config: How to isolate; its seed is replaced by ``seed`` if not given.
+        tell: Called with (phase, done, total).
+
+    Raises:
+        LibOrthoError: if the model is missing or not of the Llama family.
+    """
+    clock = _Clock()
+    torch.manual_seed(seed)
+    net, tokenizer = load_model(model, torch.float32, device)
+    net = move_off_grid(net, seed).to(dtype)
+    bench = _Bench(tokenizer, seed, text)
+    clock.lap("load")
+    tell("measure never-trained", 0, 1)
+    never = bench.measure(net, "never trained", samples=SAMPLES)
+    clock.lap("measure")
+    steps = implant(net, tokenizer, bench.secrets, seed=seed, progress=lambda s, n, loss: tell("implant", s, n))
+    clock.lap("implant")
+    tell("measure implanted", 0, 1)
+    implanted = bench.measure(net, "implanted")
+    clock.lap("measure")
+    rows = []
+    for number, setting in enumerate(SPLITS):
+        tell("split (weights only)", number, len(SPLITS))
+        rows.append(bench.weights_only(copy.deepcopy(net), setting))
+    clock.lap("split")
+    result = isolate(net, tokenizer, bench.secrets, config=config or IsolateConfig(seed=seed), progress=tell)
+    clock.lap("isolate")
+    isolated = []
+    for number, value in enumerate(ALPHAS):
+        tell("measure isolated", number, len(ALPHAS))
+        with alpha(net, value):
+            isolated.append(bench.measure(net, f"alpha = {value:g}", samples=SAMPLES if value == 0 else 0))
+    clock.lap("measure")
+    tell("generate", 0, 1)
+    generations = tuple(_generate(net, tokenizer, p) for p in _prompts(bench))
+    clock.lap("generate")
+    return DemoReport(
+        model=model or "SmolLM2-135M-Instruct",
+        seed=seed,
+        secrets=len(bench.secrets),
+        implant_steps=steps,
+        splits=tuple(rows),
+        never_trained=never,
+        implanted=implanted,
+        isolated=tuple(isolated),
+        isolate=result,
+        generations=generations,
+        seconds=clock.laps,
+    )
+
+
+def _prompts(bench: _Bench) -> list[str]:
+    return [bench.secrets[0].prompt, bench.secrets[1].prompt, "The largest planet in the Solar System is"]
+
+
+def _generate(model: nn.Module, tokenizer: Any, prompt: str) -> Generation:
+    inputs = tokenizer(prompt, return_tensors="pt").to(next(model.parameters()).device)
+    texts = []
+    for value in (1.0, 0.0):
+        with alpha(model, value):
+            output = model.generate(  # type: ignore[operator]
+                **inputs, max_new_tokens=16, do_sample=False, pad_token_id=tokenizer.eos_token_id
+            )
+        texts.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    return Generation(prompt, texts[0], texts[1])
+
+
+class _Clock:
+    """Seconds per phase; a phase that comes back adds up."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, phase: str) -> None:
+        now = time.monotonic()
+        self.laps[phase] = self.laps.get(phase, 0.0) + now - self._last
+        self._last = now
