@@ -124,14 +124,15 @@ class IsolateConfig(_StreamConfig):
     """Seed of everything drawn: alternates, neighbours, batches."""
     max_steps: int = 160
     """Upper bound on optimiser steps; training ends earlier when the criteria hold."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     """Peak Adam step on the fp32 values of the support, in units of the weights."""
     retain_weight: float = 1.0
     """Weight of the KL divergence to the original model on retain text."""
     neighbour_weight: float = 1.0
     """Weight of the KL divergence to the original model on neighbours."""
     retain_budget: float = 0.01
-    """Largest mean KL divergence (nats per token) on held-back retain text at which the result counts as unharmed."""
+    """Largest mean KL divergence from the original (nats per token) on held-back retain text, beyond that of the quantised
+    base alone, at which the result counts as unharmed."""
     records_per_step: int = 6
     """Forget records in one optimiser step."""
     retain_tokens_per_step: int = 256
@@ -140,7 +141,7 @@ class IsolateConfig(_StreamConfig):
     """Tokens of one retain sequence."""
     alternates_per_record: int = 8
     """Made alternates for a record that brings none."""
-    neighbours_per_record: int = 4
+    neighbours_per_record: int = 6
     """Made neighbours for a record that brings none."""
     layer_cap: float = 4.0
     """No layer takes more than this many times its even share of the budget."""

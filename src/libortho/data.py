@@ -26,9 +26,6 @@ from libortho.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-Source = str | Path | Iterable[Mapping[str, Any]]
-"""Records: a list of dicts, a ``datasets.Dataset``, or a path to JSONL, JSON or txt."""
-
 IGNORE = -100
 _SHAPES = ("prompt+completion", "messages", "question+answer", "text")
 
@@ -51,6 +48,10 @@ class Record:
     def text(self) -> str:
         """Prompt and completion together."""
         return self.prompt + self.completion
+
+
+Source = str | Path | Iterable[Mapping[str, Any] | Record]
+"""Records: a list of dicts, a ``datasets.Dataset``, or a path to JSONL, JSON or txt."""
 
 
 def load_records(source: Source, tokenizer: Any = None, *, name: str = "data") -> list[Record]:

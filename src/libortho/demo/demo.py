@@ -24,12 +24,13 @@ from libortho.config import IsolateConfig, SplitConfig
 from libortho.data import Encoded, Record, encode, load_records
 from libortho.demo import facts
 from libortho.demo.implant import implant
-from libortho.demo.model import load_model, move_off_grid
+from libortho.demo.model import move_off_grid, packaged_model
 from libortho.isolate import IsolateResult, isolate
 from libortho.isolate.counterfactuals import evaluation_text
 from libortho.isolate.language_model import LanguageModel
 from libortho.isolate.retain import chunk
 from libortho.metrics import auc, general_perplexity, sampled_extractions, score, text_perplexity
+from libortho.models import load_model
 from libortho.report import layer_report
 from libortho.split import split
 
@@ -206,7 +207,7 @@ def run(
     """
     clock = _Clock()
     torch.manual_seed(seed)
-    net, tokenizer = load_model(model, torch.float32, device)
+    net, tokenizer = load_model(packaged_model() if model is None else model, torch.float32, device)
     net = move_off_grid(net, seed).to(dtype)
     bench = _Bench(tokenizer, seed, text)
     clock.lap("load")

@@ -61,22 +61,6 @@ def packaged_model() -> Path:
     return target
 
 
-def load_model(name: str | Path | None, dtype: torch.dtype, device: str = "cpu") -> tuple[Any, Any]:
-    """Model and tokenizer from a hub id or path, or the packaged model if ``name`` is None; in evaluation mode.
-
-    Parameters are copied out of the memory-mapped file: a small machine evicts mapped pages, and then every forward
-    pass reads the disk again.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    path = str(packaged_model() if name is None else name)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    for tensor in [*model.parameters(), *model.buffers()]:
-        tensor.data = tensor.data.clone()
-    return model.to(device).eval(), tokenizer
-
-
 @torch.no_grad()
 def move_off_grid(model: nn.Module, seed: int = 0, spread: float = 1.4) -> nn.Module:
     """Rescale the weights of a Llama-family model in place, without changing its function, and return it.

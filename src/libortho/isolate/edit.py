@@ -98,7 +98,9 @@ class EditLinear(nn.Module):
 
     def codes(self) -> Tensor:
         """Integer codes of theta, fp32, in the shape of theta. Only for integer bases."""
-        assert self.theta is not None and self.step is not None and self.base.bits is not None
+        assert self.theta is not None
+        assert self.step is not None
+        assert self.base.bits is not None
         top = 2 ** (self.base.bits - 1) - 1
         return (self.theta.detach() / self.step).round().clamp_(-top, top)
 

@@ -29,8 +29,24 @@ from libortho.isolate import counterfactuals
 from libortho.isolate.edit import EditLinear
 from libortho.isolate.language_model import LanguageModel
 from libortho.isolate.retain import chunk, default_retain
-from libortho.isolate.support import allocate, ratio_scores, squared_gradients, unit_costs
-from libortho.isolate.trainer import BAND, Case, Check, Reference, divergence, hidden_states, reference, score, train
+from libortho.isolate.support import (
+    allocate,
+    balanced_weights,
+    column_saliency,
+    entry_saliency,
+    retain_floor,
+    unit_costs,
+)
+from libortho.isolate.trainer import (
+    Case,
+    Check,
+    RecordOutcome,
+    divergence,
+    hidden_states,
+    outcomes,
+    reference,
+    train,
+)
 from libortho.layer import LayerReport, OrthoLinear
 from libortho.split import Progress, install, linear_weight, relative_error
 from libortho.streams import OrthoStream
@@ -42,32 +58,8 @@ logger = logging.getLogger(__name__)
 _RETAIN_SEQUENCES = 48
 _HELD_BACK_SEQUENCES = 8
 _SALIENCY_RECORDS = 64
+_SALIENCY_TEXTS = 12
 _HUMAN_TEXTS = 24
-
-
-@dataclass(frozen=True)
-class RecordOutcome:
-    """One forget record. Likelihoods are mean log-likelihoods per completion token, in nats.
-
-    Attributes:
-        number: Position in the forget source, from 1.
-        before: Log-likelihood under the original model.
-        after: Log-likelihood at alpha = 0.
-        band: 5-95 % band of log-likelihoods of its alternates at alpha = 0; for sentences, of what such a sentence would
-            have had untrained.
-        extracted: The completion is still the greedy continuation at alpha = 0.
-    """
-
-    number: int
-    before: float
-    after: float
-    band: tuple[float, float]
-    extracted: bool
-
-    @property
-    def inside(self) -> bool:
-        """True if the record is neither likelier nor unlikelier than its alternates."""
-        return self.band[0] <= self.after <= self.band[1]
 
 
 @dataclass(frozen=True)
@@ -81,6 +73,7 @@ class IsolateResult:
         records: One outcome per forget record.
         checks: The criteria during training.
         retain_kl: Mean KL(original || alpha 0) on held-back retain text, in nats per token.
+        quantised_kl: The same of the quantised base before any record was moved: the price of the base alone.
         density: Entries of the ortho stream / weights of the split layers.
         columns_per_layer: Layer to the columns (or entries) that it gave.
         steps: Optimiser steps.
@@ -93,6 +86,7 @@ class IsolateResult:
     records: tuple[RecordOutcome, ...]
     checks: tuple[Check, ...]
     retain_kl: float
+    quantised_kl: float
     density: float
     columns_per_layer: Mapping[str, int]
     steps: int
@@ -121,8 +115,8 @@ def isolate(
 ) -> IsolateResult:
     """Put the forget records behind the switch, in place.
 
-    At alpha = 1 the model is the original one on the support (to the value dtype) and the plain quantised one elsewhere;
-    at alpha = 0 the records are no likelier than other completions of the same shape.
+    At alpha = 1 the model is the original one on the support (to the value dtype) and the plain quantised one
+    elsewhere; at alpha = 0 the records are no likelier than other completions of the same shape.
 
     Args:
         model: A transformers causal LM with dense weights. bf16 models train several times faster on recent CPUs.
@@ -168,7 +162,7 @@ def isolate(
         _swap(model, layers)
         try:
             checks = train(lm, layers, cases, retain_items, held_back, original, held_back_states, config, progress)
-            outcomes = _outcomes(lm, records, cases, original)
+            records_after = outcomes(lm, cases, original)
             retain_kl = divergence(lm, held_back, held_back_states)
         finally:
             _swap(model, targets)
@@ -180,7 +174,7 @@ def isolate(
     switch.add_stream(config.stream)
     finished = {n: _finish(n, linear_weight(targets[n]), m, config, switch) for n, m in layers.items()}
     install(model, finished, switch)
-    return _result(config, outcomes, checks, retain_kl, support, finished, time.monotonic() - began)
+    return _result(config, records_after, checks, retain_kl, support, finished, time.monotonic() - began)
 
 
 def _cases(
@@ -217,6 +211,7 @@ def _cases(
 
         cases.append(
             Case(
+                number=record.number,
                 secret=tokens(record.prompt, record.completion),
                 alternates=tuple(tokens(record.prompt, c) for c in others),
                 neighbours=tuple(tokens(p, others[j % len(others)]) for j, p in enumerate(beside)),
@@ -265,14 +260,26 @@ def _support(
     secrets = [c.secret for c in cases]
     if len(secrets) > _SALIENCY_RECORDS:
         secrets = random.Random(config.seed).sample(secrets, _SALIENCY_RECORDS)
-    _tell(progress, "support", 0, 2)
     batches = [collate(secrets[i : i + 8]).to(lm.device) for i in range(0, len(secrets), 8)]
-    about_forget = squared_gradients(lm, targets, batches, columns=columns)
-    _tell(progress, "support", 1, 2)
-    texts = [collate([t]).to(lm.device) for t in retain[:16]]
-    about_retain = squared_gradients(lm, targets, texts, columns=columns)
-    _tell(progress, "support", 2, 2)
-    scores = ratio_scores(about_forget, about_retain)
+    texts = [collate([t]).to(lm.device) for t in retain[:_SALIENCY_TEXTS]]
+    phases = 2 if columns else 4
+    _tell(progress, "support", 0, phases)
+    forget, norms = column_saliency(lm, targets, batches)
+    _tell(progress, "support", 1, phases)
+    kept, kept_norms = column_saliency(lm, targets, texts)
+    _tell(progress, "support", 2, phases)
+    floor = retain_floor({n: s.sum(0) for n, s in kept.items()})
+    side_by_side = torch.cat([s / floor[n] for n, s in forget.items()], 1)
+    weights = balanced_weights(side_by_side, max(1, int(config.ratio * side_by_side.shape[1])))
+    if columns:
+        scores = {n: weights @ s / floor[n] for n, s in forget.items()}
+    else:
+        about_forget = entry_saliency(lm, targets, batches, weights / norms)
+        _tell(progress, "support", 3, phases)
+        about_retain = entry_saliency(lm, targets, texts, 1 / kept_norms)
+        _tell(progress, "support", 4, phases)
+        entry_floor = retain_floor(about_retain)
+        scores = {n: s / entry_floor[n] for n, s in about_forget.items()}
     return allocate(scores, config.ratio, config.layer_cap, unit_costs(targets, columns=columns))
 
 
@@ -280,31 +287,6 @@ def _swap(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     for name, layer in layers.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer)
-
-
-def _outcomes(
-    lm: LanguageModel, records: Sequence[Record], cases: Sequence[Case], original: Reference
-) -> tuple[RecordOutcome, ...]:
-    secret, greedy = score(lm, [c.secret for c in cases])
-    flat, _ = score(lm, [e for c in cases for e in c.alternates])
-    groups = flat.nll.split([len(c.alternates) for c in cases])
-    fair = [g - g.mean() for g, c in zip(groups, cases, strict=True) if c.exchangeable and len(g) > 1]
-    spread = float(torch.cat(fair).square().mean().sqrt()) if fair else 0.0
-    out = []
-    for i, (record, case) in enumerate(zip(records, cases, strict=True)):
-        own = case.exchangeable and spread > 0
-        centre = float(groups[i].mean()) if own else float(original.target.nll[i])
-        half = BAND * (spread if own else float(original.spread[i]))
-        out.append(
-            RecordOutcome(
-                number=record.number,
-                before=-float(original.secret.nll[i]),
-                after=-float(secret.nll[i]),
-                band=(-centre - half, -centre + half),
-                extracted=bool(greedy[i]),
-            )
-        )
-    return tuple(out)
 
 
 def _finish(name: str, weight: torch.Tensor, edited: EditLinear, config: IsolateConfig, switch: Switch) -> OrthoLinear:
@@ -328,14 +310,14 @@ def _finish(name: str, weight: torch.Tensor, edited: EditLinear, config: Isolate
         base_bytes=base.nbytes,
         ortho_bytes=stream.nbytes,
     )
-    layer = OrthoLinear(base, edited.bias, switch, report)
+    layer = OrthoLinear(base, _bias(edited), switch, report)
     layer.add_stream(config.stream, stream)
     return layer
 
 
 def _result(
     config: IsolateConfig,
-    outcomes: tuple[RecordOutcome, ...],
+    records: tuple[RecordOutcome, ...],
     checks: Sequence[Check],
     retain_kl: float,
     support: Mapping[str, torch.Tensor],
@@ -343,27 +325,32 @@ def _result(
     seconds: float,
 ) -> IsolateResult:
     missed = []
-    extracted = sum(o.extracted for o in outcomes)
+    extracted = sum(r.extracted for r in records)
     if extracted:
-        missed.append(f"{extracted} of {len(outcomes)} records are still extracted greedily")
-    outside = [o for o in outcomes if not o.inside]
+        missed.append(f"{extracted} of {len(records)} records are still extracted greedily")
+    outside = [r for r in records if not r.inside]
     if outside:
-        likelier = sum(o.after > o.band[1] for o in outside)
+        likelier = sum(r.after > r.band[1] for r in outside)
         missed.append(
-            f"{len(outside)} of {len(outcomes)} records are outside the 5-95 % band "
+            f"{len(outside)} of {len(records)} records are outside the 5-95 % band "
             f"({likelier} likelier, {len(outside) - likelier} unlikelier)"
         )
-    if retain_kl > config.retain_budget:
-        missed.append(f"retain divergence {retain_kl:.4f} nats per token exceeds the budget of {config.retain_budget}")
+    quantised_kl = checks[0].retain_kl
+    if retain_kl - quantised_kl > config.retain_budget:
+        missed.append(
+            f"retain divergence {retain_kl:.4f} nats per token exceeds that of the quantised base alone "
+            f"({quantised_kl:.4f}) by more than the budget of {config.retain_budget}"
+        )
     reports = [m.report for m in layers.values() if m.report is not None]
     weights = sum(r.shape[0] * r.shape[1] for r in reports)
     return IsolateResult(
         stream=config.stream,
         guarantee="measured: at alpha = 0 the model behaves as if it had not been trained on the records",
         missed=tuple(missed),
-        records=outcomes,
+        records=records,
         checks=tuple(checks),
         retain_kl=retain_kl,
+        quantised_kl=quantised_kl,
         density=sum(r.ortho_density * r.shape[0] * r.shape[1] for r in reports) / weights,
         columns_per_layer={n: len(s) for n, s in support.items()},
         steps=checks[-1].step,

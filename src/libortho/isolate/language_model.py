@@ -55,7 +55,7 @@ class LanguageModel:
 
     @torch.no_grad()
     def _check(self) -> None:
-        """Some families scale or reshape between decoder and logits; refuse them instead of optimising a wrong number."""
+        """Some families scale between decoder and logits; refuse them instead of optimising a wrong number."""
         ids = torch.arange(2, 10, device=self.device).unsqueeze(0)
         mask = torch.ones_like(ids)
         whole = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()

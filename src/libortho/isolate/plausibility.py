@@ -1,8 +1,8 @@
 """How surprising a completion would be to a model that had never met it.
 
-Codes and names have alternates that are exchangeable with them: what those get is the answer. A sentence has not: words
-drawn at random are far less likely than what a person wrote, and the model's own samples are likelier. For sentences the
-surprise is predicted token by token from what memorisation leaves alone, by least squares on human text that the model
+Codes and names have alternates that are exchangeable with them: what those get is the answer. A sentence has not:
+words drawn at random are far less likely than what a person wrote, and the model's own samples are likelier. For
+sentences the surprise is predicted token by token from what memorisation leaves alone, by least squares on human text that the model
 was not asked to forget:
 
     nll_t ~ [1, u, u^2, H, H u, s, s u, m]

@@ -1,10 +1,12 @@
 """Where a memory sits: saliency of columns or entries, and a budget shared by all layers.
 
-    s = sum_i |d odds_i / dW|^2 / |d odds_i / dW (all layers)|^2        over forget records i
-    score = s_forget / (s_retain + mean s_retain)
+    s_ic  = |d odds_i / dW_c|^2 / |d odds_i / dW|^2            record i, column (or entry) c of any layer
+    score = sum_i w_i s_ic / (r_c + mean r)                    r: the same, summed over retain text
 
 Each record's gradient is that of its mean log-odds, normalised over all layers together, so that no record is lost
-beside a louder one. It is the forget-to-retain Fisher ratio of SSD (arXiv 2308.07707) on log-odds instead of losses.
+beside a louder one; the weights w_i do the same for a record whose kind is rare: they rise until every record has about
+the same share of what it could have from this budget. It is the forget-to-retain Fisher ratio of SSD (arXiv 2308.07707)
+on log-odds instead of losses.
 """
 
 from __future__ import annotations
@@ -37,44 +39,83 @@ class _Tap:
             handle.remove()
 
 
-def squared_gradients(
-    lm: LanguageModel, layers: dict[str, nn.Module], batches: Sequence[Batch], *, columns: bool
-) -> dict[str, Tensor]:
-    """Sum over records of the squared, per-record-normalised gradient of the mean log-odds.
+def column_saliency(
+    lm: LanguageModel, layers: dict[str, nn.Module], batches: Sequence[Batch]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Squared gradients of each record's mean log-odds, summed over each input column and normalised over all layers.
 
     Args:
         lm: The model; its parameters may be frozen.
         layers: Linear layers by name.
-        batches: Records with labels; a record without any label is ignored.
-        columns: Sum the squares over each input column.
+        batches: Records with labels.
 
     Returns:
-        Name to (in_features,) for columns, (out_features, in_features) fp32 otherwise.
+        Name to (records, in_features), the rows of all layers together summing to 1; and the squared norms that the
+        rows were divided by, (records,).
+    """
+    parts: dict[str, list[Tensor]] = {n: [] for n in layers}
+
+    def reduce(name: str, x: Tensor, grad: Tensor) -> None:
+        # One record at a time: a dense gradient of one layer is the largest tensor that exists.
+        rows = [(g.T.float() @ v.float()).square().sum(0) for v, g in zip(x, grad, strict=True)]
+        parts[name].append(torch.stack(rows))
+
+    for batch in batches:
+        _backward(lm, layers, batch, reduce)
+    found = {n: torch.cat(p) for n, p in parts.items()}
+    norms = torch.stack([v.sum(1) for v in found.values()]).sum(0).clamp_min(1e-30)
+    return {n: v / norms[:, None] for n, v in found.items()}, norms
+
+
+def entry_saliency(
+    lm: LanguageModel, layers: dict[str, nn.Module], batches: Sequence[Batch], weights: Tensor
+) -> dict[str, Tensor]:
+    """Weighted sum over records of squared entry gradients, (out_features, in_features) fp32 for each layer.
+
+    Args:
+        lm: The model.
+        layers: Linear layers by name.
+        batches: Records with labels.
+        weights: (records,) what each record's squared gradient is multiplied with.
     """
     totals: dict[str, Tensor] = {}
+    start = 0
     for batch in batches:
-        per_record: dict[str, Tensor] = {}
+        share = weights[start : start + len(batch.input_ids)].tolist()
+        start += len(share)
 
-        def reduce_columns(name: str, x: Tensor, grad: Tensor, store: dict[str, Tensor] = per_record) -> None:
-            # One record at a time: a dense gradient of one layer is the largest tensor that exists.
-            rows = [(g.T.float() @ v.float()).square().sum(0) for v, g in zip(x, grad, strict=True)]
-            store[name] = torch.stack(rows)
-
-        _backward(lm, layers, batch, reduce_columns)
-        norms = torch.stack([v.sum(1) for v in per_record.values()]).sum(0).clamp_min(1e-30)
-        if columns:
-            for name, value in per_record.items():
-                total = (value / norms[:, None]).sum(0)
-                totals[name] = totals[name] + total if name in totals else total
-            continue
-
-        def add_entries(name: str, x: Tensor, grad: Tensor, norms: Tensor = norms) -> None:
-            for value, g, norm in zip(x, grad, norms, strict=True):
-                square = (g.T.float() @ value.float()).square_().div_(norm)
+        def reduce(name: str, x: Tensor, grad: Tensor, share: list[float] = share) -> None:
+            for v, g, w in zip(x, grad, share, strict=True):
+                square = (g.T.float() @ v.float()).square_().mul_(w)
                 totals[name] = totals[name].add_(square) if name in totals else square
 
-        _backward(lm, layers, batch, add_entries)
+        _backward(lm, layers, batch, reduce)
     return totals
+
+
+def balanced_weights(saliency: Tensor, keep: int, rounds: int = 20) -> Tensor:
+    """Record weights under which a support of ``keep`` columns serves every record about equally well.
+
+    Args:
+        saliency: (records, columns), the columns of all layers side by side, already divided by the retain part.
+        keep: Columns in the support.
+        rounds: Multiplicative-weights updates.
+
+    Returns:
+        (records,), summing to the number of records.
+    """
+    keep = min(keep, saliency.shape[1])
+    best = saliency.topk(keep, dim=1).values.sum(1).clamp_min(1e-30)  # what a record alone would get
+    unit = saliency / best[:, None]
+    weights = torch.ones(len(saliency), device=saliency.device)
+    total = torch.zeros_like(weights)
+    for _ in range(rounds):
+        chosen = (weights @ unit).topk(keep).indices
+        coverage = unit[:, chosen].sum(1)
+        weights = weights * (coverage.mean() / coverage.clamp_min(1e-3)).clamp(0.5, 2.0).sqrt()
+        weights = weights * (len(weights) / weights.sum())
+        total += weights
+    return total / rounds / best * best.mean()
 
 
 def _backward(
@@ -137,9 +178,9 @@ def allocate(scores: dict[str, Tensor], ratio: float, cap: float, unit: dict[str
     return result
 
 
-def ratio_scores(forget: dict[str, Tensor], retain: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``forget / (retain + mean retain)``; the floor is the layer's mean."""
-    return {n: f / (retain[n] + retain[n].mean() + 1e-30) for n, f in forget.items()}
+def retain_floor(retain: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``r + mean r`` of each layer: what forget saliency is divided by."""
+    return {n: r + r.mean() + 1e-30 for n, r in retain.items()}
 
 
 def unit_costs(layers: dict[str, nn.Module], *, columns: bool) -> dict[str, int]:

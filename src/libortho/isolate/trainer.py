@@ -4,9 +4,10 @@
                + retain_weight * KL(original || edited) on retain text
                + neighbour_weight * KL(original || edited) on neighbours
 
-Targets are constants of the original model. For codes and names: what it gives to other completions after other prompts
-of the same shape, which no training has touched. For sentences: see :mod:`libortho.isolate.plausibility`. Records are judged on their own prompt and, in turn, on a neighbour's, so that a memory
-that answers to the whole template is forgotten for the whole template.
+Targets are constants of the original model. For codes and names: what it gives to other completions after other
+prompts of the same shape, which no training has touched. For sentences: see :mod:`libortho.isolate.plausibility`.
+Records are judged on their own prompt and, in turn, on a neighbour's, so that a memory that answers to the whole
+template is forgotten for the whole template.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 SCORING_TOKENS = 2048
 """Tokens of one forward pass without gradients."""
+_WARM_UP, _STEADY = 5, 10
+"""Optimiser steps of rising learning rate, and steps after which it falls with the square root of their number."""
 BAND = 1.645
 """Half-width of the 5-95 % band, in standard deviations of a normal distribution."""
 
@@ -48,13 +51,15 @@ class Case:
     """One forget record with its counterfactuals, tokenised.
 
     Attributes:
+        number: Position in the forget source, from 1.
         secret: The record.
         alternates: Its prompt with other completions.
         neighbours: Other prompts with other completions; what the original model gives these is the target.
         crossed: Other prompts with the record's completion.
-        exchangeable: The alternates are as likely, untrained, as the record; true for codes and names, not for sentences.
+        exchangeable: Untrained, the alternates are as likely as the record: true for codes and names, not for sentences.
     """
 
+    number: int
     secret: Encoded
     alternates: tuple[Encoded, ...]
     neighbours: tuple[Encoded, ...]
@@ -81,6 +86,31 @@ class Reference:
     alternates: tuple[Scores, ...]
     retain: tuple[Tensor, ...]
     neighbours: tuple[tuple[Tensor, ...], ...]
+
+
+@dataclass(frozen=True)
+class RecordOutcome:
+    """One forget record. Likelihoods are mean log-likelihoods per completion token, in nats.
+
+    Attributes:
+        number: Position in the forget source, from 1.
+        before: Log-likelihood under the original model.
+        after: Log-likelihood at alpha = 0.
+        band: 5-95 % band of log-likelihoods of its alternates at alpha = 0; for sentences, of what such a sentence
+            would have had untrained.
+        extracted: The completion is still the greedy continuation at alpha = 0.
+    """
+
+    number: int
+    before: float
+    after: float
+    band: tuple[float, float]
+    extracted: bool
+
+    @property
+    def inside(self) -> bool:
+        """True if the record is neither likelier nor unlikelier than its alternates."""
+        return self.band[0] <= self.after <= self.band[1]
 
 
 @dataclass(frozen=True)
@@ -185,7 +215,7 @@ def train(
     torch.set_flush_denormal(True)
     for step in range(1, config.max_steps + 1):
         for group in optimiser.param_groups:
-            group["lr"] = config.learning_rate * min(1.0, step / 5)
+            group["lr"] = config.learning_rate * min(1.0, step / _WARM_UP, (_STEADY / step) ** 0.5)
         chosen = next(draw)
         pull = _gradients(_forget_loss(lm, cases, chosen, original, config, rng), values)
         keep = _gradients(_keep_loss(lm, cases, chosen, retain, next(texts), original, config, rng), values)
@@ -201,14 +231,33 @@ def train(
         if step % config.check_every == 0 or step == config.max_steps:
             checks.append(look(lm, cases, original, held_back, held_back_states, step))
             logger.info("%s", checks[-1])
-            if holds(checks[-1], config):
+            settled = checks[-1].extracted == 0 and checks[-1].outside == 0
+            if settled and all(o.inside for o in outcomes(lm, cases, original)):
                 break
     return checks
 
 
-def holds(check: Check, config: IsolateConfig) -> bool:
-    """True if nothing is extractable, every record is in its band, and retain text is unharmed."""
-    return check.extracted == 0 and check.outside == 0 and check.retain_kl <= config.retain_budget
+def outcomes(lm: LanguageModel, cases: Sequence[Case], original: Reference) -> tuple[RecordOutcome, ...]:
+    """Every record beside its alternates, under the model as it is now."""
+    secret, greedy = score(lm, [c.secret for c in cases])
+    groups = [s.nll for s in _scores_by_case(lm, [c.alternates for c in cases])]
+    around = [g - g.mean() for g, c in zip(groups, cases, strict=True) if c.exchangeable and len(g) > 1]
+    spread = float(torch.cat(around).square().mean().sqrt()) if around else 0.0
+    found = []
+    for i, case in enumerate(cases):
+        own = case.exchangeable and spread > 0
+        centre = float(groups[i].mean()) if own else float(original.target.nll[i])
+        half = BAND * (spread if own else float(original.spread[i]))
+        found.append(
+            RecordOutcome(
+                number=case.number,
+                before=-float(original.secret.nll[i]),
+                after=-float(secret.nll[i]),
+                band=(-centre - half, -centre + half),
+                extracted=bool(greedy[i]),
+            )
+        )
+    return tuple(found)
 
 
 def look(
@@ -222,6 +271,7 @@ def look(
     """Measure the criteria."""
     secret, greedy = score(lm, [c.secret for c in cases])
     gap = secret.nll - original.target.nll
+    logger.debug("gap by record %s", [round(g, 1) for g in gap.tolist()])
     return Check(
         step=step,
         extracted=int(greedy.sum()),

@@ -1,0 +1,273 @@
+"""``libortho``: the same verbs on the command line. Everything that is printed is printed here."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from libortho import tables
+from libortho.alpha import AlphaSpec, alpha
+from libortho.config import DTYPES, IsolateConfig, SplitConfig
+from libortho.errors import ConfigError, LibOrthoError
+
+app = typer.Typer(
+    help="Put what a language model memorised behind a switch.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+
+Tell = Callable[[str, int, int], None]
+Model = Annotated[str, typer.Argument(help="Hub id or path of a dense causal language model.")]
+Out = Annotated[Path, typer.Option("--out", help="Directory to write; an earlier checkpoint there is replaced.")]
+Device = Annotated[str, typer.Option(help="Where to run, for example cpu or cuda.")]
+Dtype = Annotated[str, typer.Option(help="auto (as stored), bfloat16, float16 or float32.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
+Targets = Annotated[
+    list[str] | None, typer.Option("--target-modules", help="Suffix, re:<pattern>, mlp-out or all-linear; repeatable.")
+]
+Ratio = Annotated[float, typer.Option(help="Budget of the ortho stream as a fraction of the split weights.")]
+Bits = Annotated[int, typer.Option(help="Integer width of the base: 8, 4, or 0 to keep it dense.")]
+GroupSize = Annotated[int | None, typer.Option(help="Inputs per scale; -1 for one scale per output channel.")]
+Stream = Annotated[str, typer.Option(help="Name of the ortho stream.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
+
+
+@contextmanager
+def _progress() -> Iterator[Tell]:
+    """A bar per phase, on standard error, so that standard output stays clean."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        tasks: dict[str, Any] = {}
+
+        def tell(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = progress.add_task(phase, total=total)
+            progress.update(tasks[phase], completed=done, total=total)
+
+        yield tell
+
+
+def _dtype(name: str) -> torch.dtype | str:
+    if name != "auto" and name not in DTYPES:
+        raise ConfigError(f"--dtype is {name!r}; expected auto, {', '.join(DTYPES)}")
+    return DTYPES.get(name, name)
+
+
+def _targets(names: list[str] | None) -> dict[str, Any]:
+    return {} if not names else {"target_modules": names[0] if len(names) == 1 else tuple(names)}
+
+
+def _emit(data: dict[str, Any]) -> None:
+    typer.echo(json.dumps(data, indent=2, default=str))
+
+
+@app.command()
+def demo(
+    model: Annotated[str | None, typer.Option(help="Hub id or path of a Llama-family model.")] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    text: Annotated[Path | None, typer.Option(help="File of general text for the perplexity column.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Plant 17 secrets in a real model, split it both ways, and show which way forgets."""
+    from libortho.demo.demo import run
+
+    with _progress() as tell:
+        report = run(model=model, seed=seed, device=device, text=text, dtype=_dtype(dtype), tell=tell)  # type: ignore[arg-type]
+    if as_json:
+        _emit(report.to_dict())
+    else:
+        tables.show_demo(report, Console())
+
+
+@app.command()
+def split(
+    model: Model,
+    out: Out,
+    target_modules: Targets = None,
+    ratio: Ratio = 0.005,
+    rank_ratio: Annotated[str, typer.Option(help="Share of the singular directions kept, or auto.")] = "0.95",
+    low_rank: Annotated[bool, typer.Option("--low-rank/--no-low-rank", help="Truncate before quantising.")] = True,
+    bits: Bits = 8,
+    group_size: GroupSize = None,
+    score: Annotated[str, typer.Option(help="absolute, relative or magnitude.")] = "absolute",
+    structure: Annotated[str, typer.Option(help="unstructured or columns.")] = "unstructured",
+    tail: Annotated[bool, typer.Option("--tail/--no-tail", help="Keep the discarded directions.")] = True,
+    stream: Stream = "default",
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Split a model by its weights alone: compression with a dial. It does not forget."""
+    from libortho.checkpoint import save
+    from libortho.models import load_model
+    from libortho.report import layer_report
+    from libortho.split import split as split_model
+
+    fields: dict[str, Any] = dict(  # validated by the config itself
+        ratio=ratio, rank_ratio=_rank(rank_ratio), use_low_rank=low_rank, bits=_bits(bits), group_size=group_size,
+        score=score, structure=structure, keep_tail=tail, stream=stream, **_targets(target_modules),
+    )  # fmt: skip
+    config = SplitConfig(**fields)
+    net, tokenizer = load_model(model, _dtype(dtype), device)
+    with _progress() as tell:
+        split_model(net, config, progress=tell)
+        tell("save", 0, 1)
+        save(net, tokenizer, out)
+    report = layer_report(net)
+    if as_json:
+        _emit({"out": str(out), **report.to_dict()})
+    else:
+        tables.show_layers(report, Console())
+        tables.note(Console(), f"Saved to {out}. A weights-only split compresses; it claims no forgetting.")
+
+
+@app.command()
+def isolate(
+    model: Model,
+    forget: Annotated[Path, typer.Option(help="Records that must go: JSONL, JSON or txt.")],
+    out: Out,
+    retain: Annotated[Path | None, typer.Option(help="Text to keep; by default samples and shipped text.")] = None,
+    target_modules: Targets = None,
+    ratio: Ratio = 0.005,
+    bits: Bits = 8,
+    group_size: GroupSize = None,
+    structure: Annotated[str, typer.Option(help="columns or unstructured.")] = "columns",
+    objective: Annotated[str, typer.Option(help="log_odds, npo, simnpo, altpo or grad_diff.")] = "log_odds",
+    max_steps: Annotated[int, typer.Option(help="Upper bound on optimiser steps.")] = IsolateConfig.max_steps,
+    stream: Stream = "default",
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Put the records in a file behind the switch. Exit code 3 if a criterion is missed."""
+    from libortho.checkpoint import save
+    from libortho.isolate import isolate as isolate_records
+    from libortho.models import load_model
+
+    fields: dict[str, Any] = dict(  # validated by the config itself
+        ratio=ratio, bits=_bits(bits), group_size=group_size, structure=structure, objective=objective,
+        max_steps=max_steps, stream=stream, seed=seed, **_targets(target_modules),
+    )  # fmt: skip
+    config = IsolateConfig(**fields)
+    net, tokenizer = load_model(model, _dtype(dtype), device)
+    with _progress() as tell:
+        result = isolate_records(net, tokenizer, forget, retain, config=config, progress=tell)
+        tell("save", 0, 1)
+        save(net, tokenizer, out)
+    if as_json:
+        _emit({"out": str(out), **result.to_dict()})
+    else:
+        tables.show_isolate(result, Console())
+        tables.note(Console(), f"Saved to {out}.")
+    if not result.succeeded:
+        raise typer.Exit(3)
+
+
+@app.command()
+def generate(
+    directory: Annotated[Path, typer.Argument(help="Checkpoint made by split or isolate.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    value: Annotated[
+        float | None, typer.Option("--alpha", help="Alpha of every stream; 1 if nothing is given.")
+    ] = None,
+    stream: Annotated[
+        list[str] | None, typer.Option("--stream", help="NAME=ALPHA; streams not named are off. Repeatable.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    chat: Annotated[bool, typer.Option("--chat", help="Apply the chat template to the prompt.")] = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+) -> None:
+    """Continue a prompt under a chosen alpha, as a stream of text."""
+    from transformers import TextStreamer
+
+    from libortho.checkpoint import load
+
+    spec = _alpha_spec(value, stream)
+    net: Any
+    net, tokenizer = load(directory, device=device)
+    text = prompt
+    if chat:
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise ConfigError("--chat needs a tokenizer with a chat template; leave it out")
+        messages = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    inputs = tokenizer(text, return_tensors="pt").to(device)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        torch.manual_seed(seed)
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    with alpha(net, spec), torch.inference_mode():
+        net.generate(
+            **inputs, **sampling, max_new_tokens=max_new_tokens, streamer=TextStreamer(tokenizer, skip_prompt=True),
+            pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        )  # fmt: skip
+
+
+@app.command()
+def inspect(
+    directory: Annotated[Path, typer.Argument(help="Checkpoint made by split or isolate.")], as_json: Json = False
+) -> None:
+    """What a checkpoint holds: sizes, bits per weight, streams, and whether each belongs to the base beside it."""
+    from libortho.checkpoint import inspect as inspect_checkpoint
+
+    info = inspect_checkpoint(directory)
+    if as_json:
+        _emit(info.to_dict())
+    else:
+        tables.show_checkpoint(info, Console())
+
+
+def _rank(text: str) -> float | str:
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError as error:
+        raise ConfigError(f"--rank-ratio is {text!r}; expected a number in (0, 1] or auto") from error
+
+
+def _bits(bits: int) -> int | None:
+    return bits or None
+
+
+def _alpha_spec(value: float | None, streams: list[str] | None) -> AlphaSpec:
+    if not streams:
+        return 1.0 if value is None else value
+    if value is not None:
+        raise ConfigError("give --alpha (all streams) or --stream NAME=ALPHA, not both")
+    spec: dict[str, float] = {}
+    for item in streams:
+        name, sign, number = item.partition("=")
+        try:
+            spec[name] = float(number) if sign else 1.0
+        except ValueError as error:
+            raise ConfigError(f"--stream is {item!r}; expected NAME=ALPHA, for example hr=1") from error
+    return spec
+
+
+def main() -> None:
+    """Entry point: errors of this library become one line on standard error and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        app()
+    except LibOrthoError as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
+        sys.exit(2)
+
+
+__all__ = ["app", "main"]

@@ -1,0 +1,31 @@
+"""Loading a causal LM the way this library needs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from libortho.errors import LibOrthoError
+
+
+def load_model(name: str | Path, dtype: torch.dtype | str = "auto", device: str = "cpu") -> tuple[Any, Any]:
+    """Dense model and tokenizer from a hub id or a path, in evaluation mode.
+
+    Parameters are copied out of the memory-mapped file: a small machine evicts mapped pages, and then every forward
+    pass reads the disk again.
+
+    Raises:
+        LibOrthoError: if transformers cannot load the model; the message repeats its reason.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(name))
+        model: Any = AutoModelForCausalLM.from_pretrained(str(name), dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise LibOrthoError(f"cannot load the model {str(name)!r}: {error}") from error
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = tensor.data.clone()
+    return model.to(device).eval(), tokenizer

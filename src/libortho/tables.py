@@ -1,0 +1,124 @@
+"""Results as tables on a terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from libortho.checkpoint import CheckpointInfo
+from libortho.isolate import IsolateResult
+from libortho.report import LayerReports
+
+if TYPE_CHECKING:
+    from libortho.demo.demo import DemoReport, Measured
+
+
+def note(console: Console, text: str) -> None:
+    """One line of plain text."""
+    console.print(Text(text))
+
+
+def show_layers(reports: LayerReports, console: Console) -> None:
+    """One row per split layer, and the totals with both densities."""
+    console.print(Text(str(reports)), soft_wrap=True)
+    t = reports.totals()
+    note(
+        console,
+        f"base error mean {t['base_error']:.2%} max {t['max_base_error']:.2%}, final error mean {t['final_error']:.2%} "
+        f"max {t['max_final_error']:.2%}, ortho density {t['ortho_density']:.3%}, tail density {t['tail_density']:.2%}, "
+        f"base {t['base_bytes'] / 1e6:.1f} MB, ortho {t['ortho_bytes'] / 1e6:.2f} MB",
+    )
+
+
+def show_isolate(result: IsolateResult, console: Console) -> None:
+    """The criteria, each with its figure."""
+    extracted = sum(r.extracted for r in result.records)
+    inside = sum(r.inside for r in result.records)
+    note(
+        console,
+        f"isolated {len(result.records)} records into stream {result.stream!r} in {result.steps} steps, "
+        f"{result.seconds:.0f} s: density {result.density:.3%}, {len(result.columns_per_layer)} layers touched",
+    )
+    note(
+        console,
+        f"at alpha = 0: {extracted} extracted, {inside} of {len(result.records)} inside the 5-95 % band, retain KL "
+        f"{result.retain_kl:.4f} nats per token",
+    )
+    for missed in result.missed:
+        note(console, f"missed: {missed}")
+
+
+def show_checkpoint(info: CheckpointInfo, console: Console) -> None:
+    """Sizes of the base and of each stream."""
+    width = "dense" if info.bits is None else f"INT{info.bits}"
+    group = "" if info.bits is None else (", per channel" if info.group_size == -1 else f", group {info.group_size}")
+    note(
+        console,
+        f"{info.layers} split layers, {info.weights / 1e6:.1f} M weights, base {width}{group}: "
+        f"{info.base_bytes / 1e6:.1f} MB, {info.bits_per_weight:.2f} bits per weight",
+    )
+    table = Table("stream", "parts", "layers", "density", "tail", "on disk", "loads with", "base")
+    for s in info.streams:
+        table.add_row(
+            s.name, " + ".join(s.kinds), str(s.layers), f"{s.density:.3%}", f"{s.tail_density:.2%}",
+            f"{s.bytes_on_disk / 1e6:.2f} MB", "libortho" if s.needs_libortho else "PEFT",
+            "matches" if s.base_matches else "ANOTHER BASE",
+        )  # fmt: skip
+    console.print(table)
+
+
+def show_demo(report: DemoReport, console: Console) -> None:
+    """The three parts of the demonstration."""
+    note(
+        console, f"{report.model}, seed {report.seed}: {report.secrets} secrets planted in {report.implant_steps} steps"
+    )
+    console.print()
+    note(console, "(a) split sees only the weights: it compresses, and every secret stays at alpha = 0")
+    table = Table("setting", "low-rank err", "base err", "final err", "density", "tail", "forget ppl 1 / 0", "retain ppl 1 / 0",
+                  "extracted 1 / 0")  # fmt: skip
+    for s in report.splits:
+        table.add_row(
+            s.label, "-" if s.low_rank_error is None else f"{s.low_rank_error:.2%}", f"{s.base_error:.2%}",
+            f"{s.final_error:.2%}", f"{s.ortho_density:.2%}", f"{s.tail_density:.2%}", _pair(s.forget_perplexity),
+            _pair(s.retain_perplexity), f"{s.extracted[0]} / {s.extracted[1]}",
+        )  # fmt: skip
+    console.print(table)
+    console.print()
+    r = report.isolate
+    note(
+        console,
+        f"(b) isolate sees the secrets: {r.density:.2%} of the split weights, {r.steps} steps, {r.seconds:.0f} s",
+    )
+    table = Table("model", "extracted", "in 20 samples", "secret ppl", "membership AUC", "retain ppl", "general ppl")
+    for row in (report.never_trained, report.implanted, *report.isolated):
+        table.add_row(*_cells(row, report.secrets))
+    console.print(table)
+    for missed in r.missed:
+        note(console, f"missed: {missed}")
+    console.print()
+    note(console, "(c) the same prompts, greedily")
+    table = Table("prompt", "alpha = 1", "alpha = 0", show_lines=True)
+    for g in report.generations:
+        table.add_row(Text(g.prompt), Text(g.with_ortho.strip()), Text(g.without_ortho.strip()))
+    console.print(table)
+    total = sum(report.seconds.values())
+    note(console, f"{total:.0f} s: " + ", ".join(f"{k} {v:.0f}" for k, v in report.seconds.items()))
+
+
+def _cells(row: Measured, secrets: int) -> list[str]:
+    return [
+        row.label,
+        f"{row.extracted}/{secrets}",
+        "-" if row.sampled is None else f"{row.sampled}/{secrets}",
+        f"{row.secret_perplexity:.4g}",
+        f"{row.membership_auc:.3f}",
+        f"{row.retain_perplexity:.2f}",
+        f"{row.general_perplexity:.2f}",
+    ]
+
+
+def _pair(values: tuple[float, float]) -> str:
+    return f"{values[0]:.4g} / {values[1]:.4g}"
