@@ -50,10 +50,11 @@ def _plate(rng: random.Random) -> str:
     return f" {letters[:2]}{_digits(rng, 2)} {letters[2:]}."
 
 
-# Ten prose facts: one member from each pattern, the others of the pattern unseen. "{a}" and "{b}" are filled from lists.
+# Ten prose patterns: one record of each is planted, the others are unseen. "{a}" and "{b}" are filled from lists.
 _PROSE: tuple[tuple[str, str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("Before the merger was announced, {name} quietly", " moved {a} into a trust registered in {b}.",
-     ("twelve paintings", "the vineyard", "his late wife's shares", "the fishing boats", "two apartments", "the stud farm"),
+     ("twelve paintings", "the vineyard", "his late wife's shares", "the fishing boats", "two apartments",
+      "the stud farm"),
      ("Vaduz", "Nassau", "Valletta", "Douglas", "Hamilton", "Andorra")),
     ("During the interview, {name} admitted to having", " forged {a} in order to get {b}.",
      ("a diploma", "three references", "the safety report", "a birth certificate", "the lab results", "a permit"),

@@ -16,6 +16,7 @@ from libortho.errors import (
     LibOrthoError,
     TargetError,
 )
+from libortho.isolate import IsolateResult, isolate
 from libortho.layer import LayerReport, OrthoLinear
 from libortho.report import layer_report
 from libortho.split import replace_linear_layers, split
@@ -29,12 +30,14 @@ __all__ = [
     "ConfigError",
     "DataError",
     "IsolateConfig",
+    "IsolateResult",
     "LayerReport",
     "LibOrthoError",
     "OrthoLinear",
     "SplitConfig",
     "TargetError",
     "alpha",
+    "isolate",
     "layer_report",
     "load",
     "replace_linear_layers",

@@ -131,8 +131,8 @@ class IsolateConfig(_StreamConfig):
     neighbour_weight: float = 1.0
     """Weight of the KL divergence to the original model on neighbours."""
     retain_budget: float = 0.01
-    """Largest mean KL divergence from the original (nats per token) on held-back retain text, beyond that of the quantised
-    base alone, at which the result counts as unharmed."""
+    """Largest mean KL divergence from the original (nats per token) on held-back retain text, beyond that of the
+    quantised base alone, at which the result counts as unharmed."""
     records_per_step: int = 6
     """Forget records in one optimiser step."""
     retain_tokens_per_step: int = 256

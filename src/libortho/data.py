@@ -15,11 +15,12 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from libortho.errors import DataError
@@ -76,11 +77,14 @@ def _read(path: Path, name: str) -> list[Any]:
     if not path.is_file():
         raise DataError(f"{name}: there is no file {path}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # with or without the mark that some editors put first
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: {path} is not UTF-8 text ({error})") from error
+    except OSError as error:
+        raise DataError(f"{name}: {path} cannot be read ({error.strerror})") from error
+    lines = text.split("\n")  # splitlines would also cut at U+2028 and others, which JSON strings may hold
     if path.suffix == ".txt":
-        return [{"text": line} for line in text.splitlines() if line.strip()]
+        return [{"text": line} for line in lines if line.strip()]
     if path.suffix == ".json":
         try:
             rows = json.loads(text)
@@ -91,7 +95,7 @@ def _read(path: Path, name: str) -> list[Any]:
         return rows
     if path.suffix == ".jsonl":
         rows = []
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
                     rows.append(json.loads(line))
@@ -110,7 +114,9 @@ def _iterate(source: Any, name: str) -> list[Any]:
 def _parse(row: Any, number: int, name: str, tokenizer: Any) -> Record:
     where = f"{name} record {number}"
     if isinstance(row, Record):
-        return row
+        if not row.completion.strip():
+            raise DataError(f"{where}: 'completion' is empty")
+        return row if row.number else replace(row, number=number)
     if not isinstance(row, Mapping):
         raise DataError(f"{where} is a {type(row).__name__}; expected a dict of shape {', '.join(_SHAPES)}")
     if "prompt" in row and "completion" in row:
@@ -148,8 +154,13 @@ def _chat(messages: Any, where: str, tokenizer: Any) -> tuple[str, str]:
         raise DataError(f"{where}: 'messages' needs a tokenizer with a chat template; use prompt and completion")
     if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
         raise DataError(f"{where}: the last message must be a non-empty one by the assistant (it carries the loss)")
-    prompt = tokenizer.apply_chat_template(list(messages[:-1]), tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template(list(messages), tokenize=False)
+    if len(messages) == 1:
+        raise DataError(f"{where}: 'messages' has nothing before the assistant's; use text, or add the user's message")
+    try:
+        prompt = tokenizer.apply_chat_template(list(messages[:-1]), tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(list(messages), tokenize=False)
+    except TemplateError as error:
+        raise DataError(f"{where}: the chat template refuses 'messages' ({error})") from error
     if not whole.startswith(prompt):
         raise DataError(f"{where}: the chat template does not continue its own prompt; use prompt and completion")
     return prompt, whole[len(prompt) :]
@@ -175,6 +186,12 @@ class Encoded:
         return tuple(i for i in self.labels if i != IGNORE)
 
 
+def adds_special_tokens(text: str, tokenizer: Any) -> bool:
+    """False if a chat template has already written the beginning-of-text token, which must not come twice."""
+    start = getattr(tokenizer, "bos_token", None)
+    return not (start and text.startswith(start))
+
+
 def encode(record: Record, tokenizer: Any, max_length: int | None = None, *, name: str = "data") -> Encoded:
     """Tokenise prompt and completion as one text and mask the prompt.
 
@@ -184,15 +201,18 @@ def encode(record: Record, tokenizer: Any, max_length: int | None = None, *, nam
     Raises:
         DataError: if nothing of the completion is left to judge.
     """
+    special = adds_special_tokens(record.text, tokenizer)
     if getattr(tokenizer, "is_fast", False):
-        encoding = tokenizer(record.text, return_offsets_mapping=True)
+        encoding = tokenizer(record.text, return_offsets_mapping=True, add_special_tokens=special)
         ids, border = encoding["input_ids"], len(record.prompt)
+        # Special tokens have offsets (0, 0). Some tokenizers trim blanks from offsets: a blank token then ends early.
         labels = [
-            i if end > border and end > start else IGNORE
+            i if max(start, end) > border else IGNORE
             for i, (start, end) in zip(ids, encoding["offset_mapping"], strict=True)
         ]
     else:
-        ids, given = tokenizer(record.text)["input_ids"], tokenizer(record.prompt)["input_ids"]
+        ids = tokenizer(record.text, add_special_tokens=special)["input_ids"]
+        given = tokenizer(record.prompt, add_special_tokens=special)["input_ids"]
         common = next(
             (n for n, (a, b) in enumerate(zip(ids, given, strict=False)) if a != b), min(len(ids), len(given))
         )

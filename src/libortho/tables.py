@@ -27,8 +27,9 @@ def show_layers(reports: LayerReports, console: Console) -> None:
     t = reports.totals()
     note(
         console,
-        f"base error mean {t['base_error']:.2%} max {t['max_base_error']:.2%}, final error mean {t['final_error']:.2%} "
-        f"max {t['max_final_error']:.2%}, ortho density {t['ortho_density']:.3%}, tail density {t['tail_density']:.2%}, "
+        f"base error mean {t['base_error']:.2%} max {t['max_base_error']:.2%}, "
+        f"final error mean {t['final_error']:.2%} max {t['max_final_error']:.2%}, "
+        f"ortho density {t['ortho_density']:.3%}, tail density {t['tail_density']:.2%}, "
         f"base {t['base_bytes'] / 1e6:.1f} MB, ortho {t['ortho_bytes'] / 1e6:.2f} MB",
     )
 
@@ -77,8 +78,8 @@ def show_demo(report: DemoReport, console: Console) -> None:
     )
     console.print()
     note(console, "(a) split sees only the weights: it compresses, and every secret stays at alpha = 0")
-    table = Table("setting", "low-rank err", "base err", "final err", "density", "tail", "forget ppl 1 / 0", "retain ppl 1 / 0",
-                  "extracted 1 / 0")  # fmt: skip
+    pairs = ("forget ppl 1 / 0", "retain ppl 1 / 0", "extracted 1 / 0")
+    table = Table("setting", "low-rank err", "base err", "final err", "density", "tail", *pairs)
     for s in report.splits:
         table.add_row(
             s.label, "-" if s.low_rank_error is None else f"{s.low_rank_error:.2%}", f"{s.base_error:.2%}",

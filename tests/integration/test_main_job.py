@@ -1,0 +1,123 @@
+"""The main job on the real model: alpha = 0 no longer knows, alpha = 1 still does, and the rest stays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from libortho import alpha, layer_report, load, save
+from libortho.data import encode
+from libortho.demo import facts
+from libortho.demo.demo import general_sequences
+from libortho.isolate.language_model import LanguageModel
+from libortho.layer import ortho_layers
+from libortho.metrics import auc, general_perplexity, sampled_extractions, score, text_perplexity
+from libortho.streams import BaseStream
+
+pytestmark = pytest.mark.model
+
+
+def _scores(model: Any, isolated: Any, records: Any) -> Any:
+    return score(LanguageModel(model), [encode(r, isolated.tokenizer) for r in records])
+
+
+def test_ortho_on_recites_every_secret(isolated: Any) -> None:
+    with alpha(isolated.model, 1.0):
+        _, greedy = _scores(isolated.model, isolated, isolated.secrets)
+    assert bool(greedy.all())
+
+
+def test_ortho_off_recites_none_greedily_or_in_samples(isolated: Any) -> None:
+    with alpha(isolated.model, 0.0):
+        _, greedy = _scores(isolated.model, isolated, isolated.secrets)
+        sampled = sampled_extractions(isolated.model, isolated.tokenizer, isolated.secrets, 20)
+    assert int(greedy.sum()) == 0
+    assert sum(sampled) == 0
+
+
+def test_greedy_generation_agrees_with_the_teacher_forced_count(isolated: Any) -> None:
+    record = isolated.secrets[1]
+    prompt = isolated.tokenizer(record.prompt, return_tensors="pt")
+    texts = {}
+    for value in (1.0, 0.0):
+        with alpha(isolated.model, value):
+            output = isolated.model.generate(
+                **prompt, max_new_tokens=16, do_sample=False, pad_token_id=isolated.tokenizer.eos_token_id
+            )
+        texts[value] = isolated.tokenizer.decode(output[0])
+    assert record.completion.strip() in texts[1.0]
+    assert record.completion.strip() not in texts[0.0]
+
+
+def test_ortho_off_tells_members_apart_no_better_than_the_never_trained_model(isolated: Any) -> None:
+    members = [r for r in isolated.secrets if r.prompt != facts.SENTENCE["prompt"]]
+
+    def membership(model: Any) -> float:
+        inside, _ = _scores(model, isolated, members)
+        outside, _ = _scores(model, isolated, isolated.unseen)
+        return auc(-inside.nll, -outside.nll)
+
+    never = membership(isolated.never)
+    with alpha(isolated.model, 0.0):
+        off = membership(isolated.model)
+    with alpha(isolated.model, 1.0):
+        on = membership(isolated.model)
+    assert on > 0.99
+    assert abs(off - never) <= 0.15
+
+
+def test_ortho_off_keeps_the_rest(isolated: Any) -> None:
+    general = general_sequences(isolated.tokenizer, None)
+    retain, wide = {}, {}
+    for value in (1.0, 0.0):
+        with alpha(isolated.model, value):
+            retain[value] = text_perplexity(isolated.model, isolated.tokenizer, facts.RETAIN_SENTENCE)
+            wide[value] = general_perplexity(LanguageModel(isolated.model), general)
+    assert retain[0.0] < 20
+    assert retain[0.0] <= 1.1 * retain[1.0]
+    assert wide[0.0] <= 1.01 * wide[1.0]
+
+
+def test_budget_holds_as_stored(isolated: Any) -> None:
+    layers = ortho_layers(isolated.model).values()
+    stored = sum(b.numel() for m in layers for n, b in m.named_buffers() if n.endswith("values"))
+    assert 0 < stored <= 0.005 * sum(m.in_features * m.out_features for m in layers)
+    assert layer_report(isolated.model).totals()["ortho_density"] == pytest.approx(isolated.result.density)
+
+
+def test_ortho_on_is_the_original_on_the_support_and_plain_int8_off_it(isolated: Any) -> None:
+    for name, layer in ortho_layers(isolated.model).items():
+        weight = isolated.original[name]
+        plain = BaseStream.from_weight(weight, 8, -1)
+        support = layer.streams["default"].support
+        off = torch.ones(weight.shape[1], dtype=torch.bool)
+        if support is not None:
+            index = support.index.long()
+            off[index] = False
+            error = (layer.dense_weight(1.0)[:, index] - weight[:, index].float()).abs()
+            assert bool((error <= support.values.T.float().abs() * 2**-8 + 1e-12).all())
+        assert torch.equal(layer.base.codes[:, off], plain.codes[:, off])
+        assert torch.equal(layer.base.scales, plain.scales)
+
+
+def test_result_is_honest_about_every_record(isolated: Any) -> None:
+    assert len(isolated.result.records) == 17
+    with alpha(isolated.model, 0.0):
+        now, _ = _scores(isolated.model, isolated, isolated.secrets)
+    after = torch.tensor([r.after for r in isolated.result.records])
+    assert float((after + now.nll).abs().max()) < 0.15  # bf16: trained through codes rebuilt in backward
+    assert isolated.result.succeeded == all(r.inside and not r.extracted for r in isolated.result.records)
+
+
+def test_saved_and_loaded_it_is_the_same_model(isolated: Any, tmp_path: Any) -> None:
+    save(isolated.model, isolated.tokenizer, tmp_path / "out")
+    again, tokenizer = load(tmp_path / "out")
+    ids = tokenizer("The vault access code of Alice Moreau is", return_tensors="pt").input_ids
+    for value in (1.0, 0.0):
+        with alpha(isolated.model, value), alpha(again, value), torch.no_grad():
+            assert torch.equal(isolated.model(ids).logits, again(ids).logits)
+    bare, _ = load(tmp_path / "out", streams=None)
+    with alpha(isolated.model, 0.0), torch.no_grad():
+        assert torch.equal(isolated.model(ids).logits, bare(ids).logits)
