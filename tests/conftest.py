@@ -2,11 +2,20 @@
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 import libortho
 
@@ -16,6 +25,14 @@ VOCABULARY = 128
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where this test's cache is; the user's own is never touched."""
+    directory = tmp_path / "cache"
+    monkeypatch.setenv("LIBORTHO_CACHE", str(directory))
+    return directory
 
 
 @pytest.fixture(scope="session")
@@ -90,3 +107,44 @@ def untouched(tiny_llama: PreTrainedModel) -> Iterator[nn.Module]:
     after = tiny_llama.state_dict()
     assert after.keys() == state.keys()
     assert all(torch.equal(after[name], state[name]) for name in state)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each byte, so that any text works."""
+    return tiny.byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def _clean(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    return tiny.untrained_on_secrets(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def _planted(_clean: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    model = copy.deepcopy(_clean)
+    tiny.fit(model, tiny.background(tokenizer, seed=1), 150, also=tiny.encoded(tokenizer))
+    return model
+
+
+@pytest.fixture
+def clean(_clean: PreTrainedModel) -> PreTrainedModel:
+    """A model that knows the form of the secrets, and none of them."""
+    return copy.deepcopy(_clean)
+
+
+@pytest.fixture
+def planted(_planted: PreTrainedModel) -> PreTrainedModel:
+    """The same model after it memorised ``tiny.FORGET``."""
+    return copy.deepcopy(_planted)
+
+
+@pytest.fixture(scope="session")
+def planted_directory(
+    _planted: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The planted model and its tokenizer on disk."""
+    directory = tmp_path_factory.mktemp("planted")
+    _planted.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
