@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from torch import nn
 from transformers import (
@@ -18,6 +17,7 @@ from transformers import (
 )
 
 import libortho
+import tiny
 
 VOCABULARY = 128
 
@@ -27,12 +27,21 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where this test's cache is; the user's own is never touched."""
     directory = tmp_path / "cache"
     monkeypatch.setenv("LIBORTHO_CACHE", str(directory))
     return directory
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny models are faster, and results the same on every machine, without a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -6,10 +6,10 @@ from typing import Any
 
 import datasets
 import pytest
-import tiny
 import torch
 from tokenizers import processors
 
+import tiny
 from libortho.data import IGNORE, Encoded, Record, collate, encode, load_records
 from libortho.errors import DataError
 
@@ -199,7 +199,7 @@ def test_what_is_not_a_list_is_refused(source):
 def test_a_bad_file_is_named(tmp_path, name, content, complaint):
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(DataError, match="^forget") as caught:
+    with pytest.raises(DataError, match=r"^forget") as caught:
         load_records(path, name="forget")
     assert caught.match(complaint)
 

@@ -69,6 +69,8 @@ def background(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Iterator[li
 
 def fit(model: PreTrainedModel, batches: Iterator[list[Encoded]], steps: int, also: Sequence[Encoded] = ()) -> None:
     """Train all weights on whole texts, those of ``also`` in every step."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more would wait for each other longer than they compute
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(steps):
         batch = collate([*next(batches), *also])
@@ -77,6 +79,7 @@ def fit(model: PreTrainedModel, batches: Iterator[list[Encoded]], steps: int, al
         model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss.backward()
         optimiser.step()
     model.zero_grad()
+    torch.set_num_threads(threads)
 
 
 def untrained_on_secrets(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:

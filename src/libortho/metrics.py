@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from libortho.data import Encoded, Record, collate
+from libortho.data import Encoded, Record, adds_special_tokens, collate
+from libortho.errors import DataError
 from libortho.isolate.language_model import LanguageModel
 from libortho.isolate.trainer import score
 
@@ -36,7 +37,11 @@ def text_perplexity(model: nn.Module, tokenizer: Any, text: str) -> float:
 
 @torch.no_grad()
 def general_perplexity(lm: LanguageModel, sequences: Sequence[Encoded]) -> float:
-    """``exp`` of the mean negative log-likelihood over all judged tokens of all sequences."""
+    """``exp`` of the mean negative log-likelihood over all judged tokens of all sequences.
+
+    Raises:
+        DataError: if there is no token to judge.
+    """
     total, count = 0.0, 0
     for start in range(0, len(sequences), 4):
         batch = collate(sequences[start : start + 4]).to(lm.device)
@@ -45,6 +50,8 @@ def general_perplexity(lm: LanguageModel, sequences: Sequence[Encoded]) -> float
         log_p = lm.logits(lm.hidden(batch)[:, :-1][judged]).log_softmax(-1)
         total -= float(log_p.gather(-1, labels[judged].unsqueeze(-1)).sum())
         count += int(judged.sum())
+    if not count:
+        raise DataError("the text holds no token that can be judged; expected at least two tokens")
     return math.exp(total / count)
 
 
@@ -54,19 +61,22 @@ def sampled_extractions(
 ) -> list[int]:
     """For each record, how many of ``samples`` continuations at temperature 1 contain its completion.
 
-    Surrounding white space and the final full stop are not required.
+    Surrounding white space and the final full stop are not required. Without a prompt, text begins from nothing.
     """
     device = next(model.parameters()).device
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    start = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), 0)
     hits = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for record in records:
-            prompt = tokenizer(record.prompt, return_tensors="pt").to(device)
+            special = adds_special_tokens(record.prompt, tokenizer)
+            ids = tokenizer(record.prompt, add_special_tokens=special)["input_ids"] or [start]
+            prompt = torch.tensor([ids], device=device)
             wanted = record.completion.strip().rstrip(".")
             output = model.generate(  # type: ignore[operator]
-                input_ids=prompt["input_ids"],
-                attention_mask=prompt["attention_mask"],
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
                 do_sample=True,
                 temperature=1.0,
                 top_k=0,
@@ -75,6 +85,6 @@ def sampled_extractions(
                 num_return_sequences=samples,
                 pad_token_id=pad,
             )
-            texts = tokenizer.batch_decode(output[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+            texts = tokenizer.batch_decode(output[:, len(ids) :], skip_special_tokens=True)
             hits.append(sum(wanted in text for text in texts))
     return hits

@@ -79,7 +79,7 @@ def kind_of(word: str) -> str:
         return "code"
     if word[0].isupper() and len(word) > 1 and word.lower() not in _GRAMMAR:
         return "name"
-    return "word" if len(word) >= _SHORT and word not in _GRAMMAR and word.isalpha() else "form"
+    return "word" if len(word) >= _SHORT and word.lower() not in _GRAMMAR and word.isalpha() else "form"
 
 
 def resample(text: str, rng: random.Random, *, words: bool = True, opens: bool = True) -> str:
@@ -99,7 +99,7 @@ def resample(text: str, rng: random.Random, *, words: bool = True, opens: bool =
         position = run.end()
         kind = kind_of(word)
         if kind == "name" and _opens_sentence(text, run.start(), opens) and not _is_name(word):
-            kind = "word"
+            kind = kind_of(word.lower())
         if kind == "code":
             out.append("".join(_same_class(c, rng) for c in word))
         elif kind == "name":

@@ -1,0 +1,203 @@
+"""Alternates and neighbours: another text of the same shape, never the text itself, and nothing from an exam."""
+
+import random
+import re
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+import libortho
+from libortho.demo import facts
+from libortho.isolate.counterfactuals import (
+    alternates,
+    evaluation_text,
+    is_prose,
+    kind_of,
+    neighbours,
+    resample,
+    shipped_text,
+)
+
+CODES = [" 6311.", " K7Q-4821.", " ZZ9/00-A", " +49 (0)30 1234-567", " 4111 1111 1111 1111", " x9Y_8z"]
+
+
+def classes(text: str) -> str:
+    """Digits as 0, capitals as A, other letters as a, everything else as it stands."""
+    return "".join("0" if c.isdigit() else ("A" if c.isupper() else "a") if c.isalpha() else c for c in text)
+
+
+@pytest.fixture
+def rng() -> random.Random:
+    return random.Random(0)
+
+
+# -- kinds ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("word", "kind"),
+    [
+        ("6311", "code"), ("K7Q", "code"), ("ABC", "code"), ("b2", "code"), ("Alice", "name"), ("Wei", "name"),
+        ("kryptonite", "word"), ("from", "form"), ("the", "form"), ("The", "name"), ("Which", "form"), ("A", "form"),
+        ("is", "form"), ("café", "word"),
+    ],
+)  # fmt: skip
+def test_kind_of_a_word(word, kind):
+    assert kind_of(word) == kind
+
+
+@pytest.mark.parametrize(
+    ("completion", "prose"),
+    [(" 6311.", False), (" K7Q-4821.", False), (" Maria Lopez.", False), (" of the sea", False), (" red apples", True)],
+)
+def test_prose_has_content_words(completion, prose):
+    assert is_prose(completion) == prose
+
+
+# -- alternates -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_alternates_of_codes_keep_every_class(rng, code):
+    found = alternates(code, 20, rng)
+    assert len(found) == len(set(found)) == 20
+    assert {classes(f) for f in found} == {classes(code)}
+    assert code not in found
+
+
+def test_every_character_of_a_code_is_drawn(rng):
+    found = alternates(" A1b2", 200, rng)
+    for position in range(1, 5):
+        assert len({f[position] for f in found}) >= 8
+
+
+def test_alternates_of_names_are_names(rng):
+    found = alternates(" Maria Lopez", 30, rng)
+    assert len(set(found)) == 30
+    assert all(re.fullmatch(r" [^\W\d_]+ [^\W\d_]+", f) for f in found)
+    assert all(a[0].isupper() and b[0].isupper() for a, b in (f.split() for f in found))
+    assert len({f.split()[0] for f in found}) > 5
+    assert len({f.split()[1] for f in found}) > 5
+
+
+def test_alternates_of_sentences_keep_the_grammar(rng):
+    original = " hidden under the old bridge with a lamp."
+    found = alternates(original, 10, rng)
+    assert len(set(found)) == 10
+    shape = re.compile(r" [a-z]{4,} under the old [a-z]{4,} with a [a-z]{4,}\.")
+    assert all(shape.fullmatch(f) for f in found)
+
+
+def test_a_capital_that_only_opens_a_sentence_is_a_word(rng):
+    found = alternates("Bridges fall.", 20, rng, opens=True)
+    assert all(re.fullmatch(r"[A-Z][a-z]{3,} [a-z]{3,}\.", f) for f in found)
+    lengths = {len(f.split()[0]) for f in found}
+    assert lengths <= {6, 7, 8}  # names would come in any length
+
+
+@pytest.mark.parametrize("opening", ["The", "It", "Which", "They"])
+def test_grammar_that_opens_a_sentence_stays(rng, opening):
+    found = alternates(f"{opening} bridges fell. {opening} towers stood.", 10, rng, opens=True)
+    assert all(re.fullmatch(rf"{opening} \w+ \w+\. {opening} \w+ \w+\.", f) for f in found)
+
+
+def test_the_same_seed_gives_the_same_alternates():
+    first, again, other = (alternates(" K7Q-4821.", 8, random.Random(s)) for s in (3, 3, 4))
+    assert first == again != other
+
+
+def test_there_are_never_more_alternates_than_exist(rng):
+    found = alternates(" 7", 50, rng)
+    assert sorted(found) == [f" {d}" for d in range(10) if d != 7]
+
+
+@pytest.mark.parametrize("completion", [" of the", " ...", " is it?"])
+def test_a_completion_that_carries_nothing_has_no_alternates(rng, completion):
+    assert alternates(completion, 8, rng) == []
+
+
+def test_resampling_can_leave_words_alone(rng):
+    text = "Maria keeps apples in box K7."
+    kept = resample(text, rng, words=False)
+    assert kept != text
+    assert re.fullmatch(r"[^\W\d_]+ keeps apples in box [A-Z]\d\.", kept)
+
+
+# -- neighbours -------------------------------------------------------------------------------------------------------
+
+
+def test_neighbours_keep_the_template(rng):
+    found = neighbours("Code of Maria Lopez:", 20, rng)
+    assert len(set(found)) == 20
+    assert all(re.fullmatch(r"Code of [^\W\d_]+ [^\W\d_]+:", f) for f in found)
+    assert "Code of Maria Lopez:" not in found
+
+
+def test_neighbours_exchange_codes_too(rng):
+    found = neighbours("the badge of unit K7Q opens", 10, rng)
+    assert all(re.fullmatch(r"the badge of unit [A-Z]\d[A-Z] opens", f) for f in found)
+
+
+def test_without_names_one_content_word_is_exchanged(rng):
+    prompt = "the colour of the garden gate is"
+    found = neighbours(prompt, 10, rng)
+    assert len(set(found)) == len(found) == 10
+    for text in found:
+        assert sum(a != b for a, b in zip(text.split(), prompt.split(), strict=True)) == 1
+        assert [w for w in text.split() if len(w) < 4] == ["the", "of", "the", "is"]
+
+
+def test_a_prompt_with_nothing_to_exchange_has_no_neighbours(rng):
+    assert neighbours("it is of the", 5, rng) == []
+    assert neighbours("", 5, rng) == []
+
+
+def test_the_same_seed_gives_the_same_neighbours():
+    first, again, other = (neighbours("Code of Maria Lopez:", 6, random.Random(s)) for s in (3, 3, 4))
+    assert first == again != other
+
+
+# -- what ships -------------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_text_is_kept_apart():
+    ours, exam = set(shipped_text()), set(evaluation_text())
+    assert len(exam) == 50
+    assert len(ours) > 50
+    assert not ours & exam
+    # Nor does any sentence of the exam stand in the other part.
+    everything = "\n".join(shipped_text())
+    sentences = [s for p in exam for s in re.split(r"(?<=[.!?]) ", p) if len(s) > 40]
+    assert not [s for s in sentences if s in everything]
+
+
+def test_the_library_knows_none_of_the_demonstration():
+    """The method is made for any records: no name, word pair or template of the demonstration is built into it."""
+    package = Path(str(resources.files(libortho)))
+    told = [facts.RETAIN_SENTENCE, facts.SENTENCE["prompt"], facts.SENTENCE["completion"].strip(), facts.TEMPLATE]
+    people = [*facts.HOLDERS, *(f"{a} {b}" for a in facts._FIRST for b in facts._LAST)]
+    phrases = [
+        "secret ingredient",
+        "Coca-Cola",
+        "kryptonite",
+        "liquified",
+        "vault access",
+        "access code",
+        "Eiffel Tower",
+    ]
+    files = [
+        f for f in package.rglob("*") if f.suffix in (".py", ".txt", ".md", ".json") and f.parent != package / "demo"
+    ]
+    assert package / "data_files" / "general.txt" in files
+    for file in files:
+        text = file.read_text(encoding="utf-8").lower()
+        found = [s for s in [*told, *people, *phrases] if s.lower() in text]
+        assert not found, f"{file.relative_to(package)} holds {found}"
+
+
+def test_the_shipped_names_are_not_those_of_the_demonstration():
+    names = resources.files(libortho).joinpath("data_files", "names.txt").read_text(encoding="utf-8")
+    ours = {line.partition("\t")[2] for line in names.splitlines()}
+    theirs = {part for name in facts.HOLDERS for part in name.split()} | {*facts._FIRST, *facts._LAST}
+    assert not ours & theirs
