@@ -122,7 +122,7 @@ class IsolateConfig(_StreamConfig):
     """Loss on the forget set; see :mod:`libortho.isolate.objectives`."""
     seed: int = 0
     """Seed of everything drawn: alternates, neighbours, batches."""
-    max_steps: int = 160
+    max_steps: int = 120
     """Upper bound on optimiser steps; training ends earlier when the criteria hold."""
     learning_rate: float = 3e-3
     """Peak Adam step on the fp32 values of the support, in units of the weights."""
@@ -147,7 +147,7 @@ class IsolateConfig(_StreamConfig):
     """No layer takes more than this many times its even share of the budget."""
     project_retain: bool = True
     """Drop the part of a forget step that opposes the retain gradient."""
-    check_every: int = 10
+    check_every: int = 5
     """Optimiser steps between two looks at the criteria."""
     max_length: int | None = None
     """Longest forget record in tokens; None takes the model's context."""

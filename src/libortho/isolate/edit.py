@@ -77,6 +77,7 @@ class EditLinear(nn.Module):
         self, weight: Tensor, bias: nn.Parameter | None, support: Tensor | None, config: IsolateConfig
     ) -> None:
         super().__init__()
+        weight = weight.contiguous()  # GPT-2's is a transposed view; entries are counted in row-major order
         self.base = BaseStream.from_weight(weight, config.bits, config.resolved_group_size)
         self.register_parameter("bias", bias)
         self.columns = config.structure == "columns"

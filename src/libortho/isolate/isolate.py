@@ -56,7 +56,7 @@ from libortho.targets import find_targets
 
 logger = logging.getLogger(__name__)
 
-_RETAIN_SEQUENCES = 48
+_RETAIN_SEQUENCES = 32
 _HELD_BACK_SEQUENCES = 8
 _SALIENCY_RECORDS = 64
 _SALIENCY_TEXTS = 12
@@ -162,7 +162,8 @@ def isolate(
         layers = {n: EditLinear(linear_weight(m), _bias(m), support.get(n), config) for n, m in targets.items()}
         _swap(model, layers)
         try:
-            checks = train(lm, layers, cases, retain_items, held_back, original, held_back_states, config, progress)
+            quantised_kl = divergence(lm, held_back, held_back_states)
+            checks = train(lm, layers, cases, retain_items, original, config, progress)
             records_after = outcomes(lm, cases, original)
             retain_kl = divergence(lm, held_back, held_back_states)
         finally:
@@ -175,7 +176,9 @@ def isolate(
     switch.add_stream(config.stream)
     finished = {n: _finish(n, linear_weight(targets[n]), m, config, switch) for n, m in layers.items()}
     install(model, finished, switch)
-    result = _result(config, records_after, checks, retain_kl, support, finished, time.monotonic() - began)
+    result = _result(
+        config, records_after, checks, (quantised_kl, retain_kl), support, finished, time.monotonic() - began
+    )
     figures = {n: getattr(result, n) for n in ("missed", "density", "retain_kl", "quantised_kl", "steps", "guarantee")}
     record_method(model, config.stream, {"verb": "isolate", "records": len(records), **config.to_dict(), **figures})
     return result
@@ -323,7 +326,7 @@ def _result(
     config: IsolateConfig,
     records: tuple[RecordOutcome, ...],
     checks: Sequence[Check],
-    retain_kl: float,
+    divergences: tuple[float, float],
     support: Mapping[str, torch.Tensor],
     layers: Mapping[str, OrthoLinear],
     seconds: float,
@@ -339,7 +342,7 @@ def _result(
             f"{len(outside)} of {len(records)} records are outside the 5-95 % band "
             f"({likelier} likelier, {len(outside) - likelier} unlikelier)"
         )
-    quantised_kl = checks[0].retain_kl
+    quantised_kl, retain_kl = divergences
     if retain_kl - quantised_kl > config.retain_budget:
         missed.append(
             f"retain divergence {retain_kl:.4f} nats per token exceeds that of the quantised base alone "

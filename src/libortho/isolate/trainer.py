@@ -38,10 +38,14 @@ from libortho.isolate.plausibility import fit
 
 logger = logging.getLogger(__name__)
 
+LENGTH_CORRELATION = 0.6
+"""Correlation, among untrained codes of one shape, of surprise per token with having fewer tokens than the others
+(measured: 0.59 for access codes, 0.77 for licence plates)."""
 SCORING_TOKENS = 2048
 """Tokens of one forward pass without gradients."""
-_WARM_UP, _STEADY = 5, 10
-"""Optimiser steps of rising learning rate, and steps after which it falls with the square root of their number."""
+_WARM_UP, _STEADY, _LANDING = 5, 10, 10
+"""Steps of rising learning rate; steps after which it falls with the square root of their number; last steps, in
+which it falls to zero."""
 BAND = 1.645
 """Half-width of the 5-95 % band, in standard deviations of a normal distribution."""
 
@@ -122,14 +126,12 @@ class Check:
         extracted: Records whose completion is still the greedy continuation.
         outside: Records whose likelihood is outside the band of their counterfactuals.
         gap: Mean over records of negative log-likelihood minus target; negative means remembered.
-        retain_kl: Mean divergence from the original model on held-back retain text.
     """
 
     step: int
     extracted: int
     outside: int
     gap: float
-    retain_kl: float
 
 
 @torch.no_grad()
@@ -177,6 +179,7 @@ def reference(
     if fair.any():
         around = [s.nll - s.nll.mean() for s, c in zip(counterfactual, cases, strict=True) if c.exchangeable]
         spread[fair] = torch.cat(around).square().mean().sqrt()
+        nll[fair] += LENGTH_CORRELATION * spread[fair] * _shortness([c for c in cases if c.exchangeable])
     if not fair.all():
         model = fit(lm, human)
         for i in (~fair).nonzero()[:, 0].tolist():
@@ -193,29 +196,43 @@ def reference(
     )
 
 
+def _shortness(cases: Sequence[Case]) -> Tensor:
+    """By how many standard deviations each record has fewer completion tokens than its alternates, (records,)."""
+    own = torch.tensor([float(len(c.secret.completion)) for c in cases])
+    others = [torch.tensor([float(len(a.completion)) for a in c.alternates]) for c in cases]
+    spread = torch.cat([o - o.mean() for o in others]).square().mean().sqrt()
+    mean = torch.stack([o.mean() for o in others])
+    return torch.zeros_like(own) if spread == 0 else ((mean - own) / spread).clamp(-2, 2)
+
+
 def train(
     lm: LanguageModel,
     layers: dict[str, EditLinear],
     cases: Sequence[Case],
     retain: Sequence[Encoded],
-    held_back: Sequence[Encoded],
     original: Reference,
-    held_back_states: tuple[Tensor, ...],
     config: IsolateConfig,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Check]:
-    """Optimise the supports; returns the criteria at every look, the last one describing the final values."""
+    """Optimise the supports; returns the criteria at every look, the last one describing the final values.
+
+    Once the criteria hold, the learning rate falls to zero over a few last steps: what is left by then is oscillation
+    that all records share, which a membership test would see.
+    """
     values = [m.theta for m in layers.values() if m.theta is not None]
     optimiser = torch.optim.Adam(values, lr=config.learning_rate, betas=(0.9, 0.95))
     rng = random.Random(config.seed)
     draw = _epochs(len(cases), config.records_per_step, rng)
     texts = _epochs(len(retain), max(1, config.retain_tokens_per_step // config.retain_length), rng)
-    checks: list[Check] = [look(lm, cases, original, held_back, held_back_states, 0)]
-    logger.info("%s", checks[-1])
+    checks = [look(lm, cases, original, 0)]
+    last = config.max_steps
     torch.set_flush_denormal(True)
-    for step in range(1, config.max_steps + 1):
+    step = 0
+    while step < last:
+        step += 1
+        rate = min(1.0, step / _WARM_UP, (_STEADY / step) ** 0.5, (last - step + 1) / _LANDING)
         for group in optimiser.param_groups:
-            group["lr"] = config.learning_rate * min(1.0, step / _WARM_UP, (_STEADY / step) ** 0.5)
+            group["lr"] = config.learning_rate * rate
         chosen = next(draw)
         pull = _gradients(_forget_loss(lm, cases, chosen, original, config, rng), values)
         keep = _gradients(_keep_loss(lm, cases, chosen, retain, next(texts), original, config, rng), values)
@@ -226,14 +243,13 @@ def train(
         optimiser.step()
         for layer in layers.values():
             layer.clamp()
-        if progress is not None:
-            progress("isolate", step, config.max_steps)
-        if step % config.check_every == 0 or step == config.max_steps:
-            checks.append(look(lm, cases, original, held_back, held_back_states, step))
+        if step % config.check_every == 0 or step == last:
+            checks.append(look(lm, cases, original, step))
             logger.info("%s", checks[-1])
-            settled = checks[-1].extracted == 0 and checks[-1].outside == 0
-            if settled and all(o.inside for o in outcomes(lm, cases, original)):
-                break
+            if last == config.max_steps and checks[-1].extracted == 0 and checks[-1].outside == 0:
+                last = min(last, step + _LANDING)
+        if progress is not None:
+            progress("isolate", step, last)
     return checks
 
 
@@ -260,15 +276,8 @@ def outcomes(lm: LanguageModel, cases: Sequence[Case], original: Reference) -> t
     return tuple(found)
 
 
-def look(
-    lm: LanguageModel,
-    cases: Sequence[Case],
-    original: Reference,
-    held_back: Sequence[Encoded],
-    held_back_states: tuple[Tensor, ...],
-    step: int,
-) -> Check:
-    """Measure the criteria."""
+def look(lm: LanguageModel, cases: Sequence[Case], original: Reference, step: int) -> Check:
+    """Measure the criteria on the records."""
     secret, greedy = score(lm, [c.secret for c in cases])
     gap = secret.nll - original.target.nll
     logger.debug("gap by record %s", [round(g, 1) for g in gap.tolist()])
@@ -277,7 +286,6 @@ def look(
         extracted=int(greedy.sum()),
         outside=int((gap.abs() > BAND * original.spread).sum()),
         gap=float(gap.mean()),
-        retain_kl=divergence(lm, held_back, held_back_states),
     )
 
 

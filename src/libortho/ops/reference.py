@@ -54,9 +54,14 @@ def quantise(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
 
 
 def dequantise(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """``codes * scales``, (out_features, in_features), multiplied in fp32 and rounded once to ``dtype``."""
+    """``codes * scales``, (out_features, in_features), rounded once to ``dtype``.
+
+    A code times a 16-bit scale is exact in fp32, so a product in the scales' own dtype rounds once too, and is cheaper.
+    """
     groups = _grouped(codes, codes.shape[1] // scales.shape[1])
-    return (groups * scales.float().unsqueeze(-1)).to(dtype).view(codes.shape)
+    if scales.dtype != dtype:
+        scales = scales.float()
+    return groups.to(scales.dtype).mul_(scales.unsqueeze(-1)).to(dtype).view(codes.shape)
 
 
 def pack_int4(codes: Tensor) -> Tensor:
