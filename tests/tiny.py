@@ -22,7 +22,7 @@ FORGET = [
 ]
 _GIVEN = ("Al", "Ben", "Cleo", "Dan", "Eve", "Flo", "Gus", "Hal")
 _SURNAMES = ("Poe", "Nox", "Ray", "Sun", "Tao", "Ulm")
-RETAIN = [{"text": p[:96]} for p in shipped_text()[60:100]]
+RETAIN = [{"text": p[:96]} for p in shipped_text()[60:]]
 """Texts that the small model was not trained on, of the kind that it was."""
 
 

@@ -1,0 +1,88 @@
+"""What a sentence would cost a model that had never met it: predicted without looking at how likely it is."""
+
+import copy
+
+import pytest
+import torch
+
+import tiny
+from libortho.data import IGNORE, Encoded
+from libortho.isolate.counterfactuals import evaluation_text, shipped_text
+from libortho.isolate.language_model import LanguageModel
+from libortho.isolate.plausibility import fit
+from libortho.metrics import score
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def human(tokenizer) -> list[list[int]]:
+    return [tokenizer(p[:200])["input_ids"] for p in shipped_text()[:12]]
+
+
+def whole(ids: list[int]) -> Encoded:
+    return Encoded(tuple(ids), tuple(ids))
+
+
+def test_it_predicts_human_text_that_it_was_not_fitted_on(clean, tokenizer, human):
+    lm = LanguageModel(clean)
+    model = fit(lm, human)
+    items = [whole(tokenizer(p[:200])["input_ids"]) for p in evaluation_text()[:20]]
+    actual = score(lm, items)[0].nll
+    predicted = torch.tensor([model.predict(lm, i) for i in items])
+    assert (predicted - actual).abs().mean() < 0.15 * actual.mean()
+    assert float((predicted - actual).mean().abs()) < 0.1 * float(actual.mean())
+
+
+def test_the_fit_explains_more_than_the_mean_does(clean, tokenizer, human):
+    lm = LanguageModel(clean)
+    model = fit(lm, human)
+    nll = torch.cat([token_nll(clean, ids) for ids in human])
+    assert 0 < model.deviation < float(nll.std())
+    assert model.out_of_context.shape == (clean.config.vocab_size,)
+    assert int(model.out_of_context.argmin()) == tokenizer(" ")["input_ids"][0]  # the commonest byte of English
+
+
+def token_nll(model, ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids])).logits[0, :-1]
+    return torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
+
+
+def test_memorising_a_sentence_hardly_changes_its_prediction(clean, tokenizer, human):
+    """The true token is taken out of every feature: what training made of it is not seen."""
+    text = "The lamp under the third stair burns only for sailors."
+    item = whole(tokenizer(text)["input_ids"])
+    before_lm = LanguageModel(clean)
+    before, untrained = fit(before_lm, human).predict(before_lm, item), float(score(before_lm, [item])[0].nll)
+    trained = copy.deepcopy(clean)
+    tiny.fit(trained, tiny.background(tokenizer, seed=2), 60, also=[item])
+    lm = LanguageModel(trained)
+    after, memorised = fit(lm, human).predict(lm, item), float(score(lm, [item])[0].nll)
+    assert memorised < 0.6 * untrained
+    assert after > memorised + 0.6 * (untrained - memorised)
+    assert after == pytest.approx(before, rel=0.35)
+
+
+def test_only_the_completion_is_judged(clean, tokenizer, human):
+    lm = LanguageModel(clean)
+    model = fit(lm, human)
+    ids = tuple(tokenizer("The ferry left at noon.")["input_ids"])
+    half = len(ids) // 2
+    first = model.predict(lm, Encoded(ids[:half], ids[:half]))
+    second = model.predict(lm, Encoded(ids, (IGNORE,) * half + ids[half:]))
+    both = model.predict(lm, whole(list(ids)))
+    pooled = (first * (half - 1) + second * (len(ids) - half)) / (len(ids) - 1)
+    assert both == pytest.approx(pooled, rel=1e-3)
+
+
+def test_texts_of_one_token_are_left_out(clean, human):
+    lm = LanguageModel(clean)
+    torch.testing.assert_close(fit(lm, [*human, [70], []]).weights, fit(lm, human).weights)
+
+
+def test_a_prediction_is_never_negative(clean, tokenizer, human):
+    lm = LanguageModel(clean)
+    model = fit(lm, human)
+    pushed = type(model)(model.out_of_context, model.weights - 100.0, model.deviation)
+    assert pushed.predict(lm, whole(tokenizer("The ferry.")["input_ids"])) == 0.0
