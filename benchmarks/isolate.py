@@ -109,7 +109,7 @@ def run(case: str, seed: int, config: IsolateConfig) -> dict[str, Any]:
     original = {n: linear_weight(m).clone() for n, m in find_targets(model, config.target_modules).items()}
     result = isolate(model, tokenizer, forget, config=config)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    for value in (1.0, 0.5, 0.0):
+    for value in (1.0, 0.0):
         with alpha(model, value):
             rows[f"alpha = {value:g}"] = measure(model, tokenizer, forget, unseen, general, samples=0 if value else 20)
     return {

@@ -3,7 +3,7 @@
     python benchmarks/split.py [--seeds 0 1 2]
 
 Errors are relative Frobenius norms of the tensors as stored; perplexity is WikiText-2, 24 sequences of 256 tokens, in
-fp32. The seed moves the weights off the grid of the file that they come from.
+bf16. The seed moves the weights off the grid of the file that they come from.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SETTINGS = {
 
 def run(seed: int) -> list[dict[str, Any]]:
     model, tokenizer = load_model(packaged_model(), torch.float32)
-    model = move_off_grid(model, seed)
+    model = move_off_grid(model, seed).to(torch.bfloat16)
     general = general_sequences(tokenizer, wikitext())
     dense = general_perplexity(LanguageModel(model), general)
     rows: list[dict[str, Any]] = [{"seed": seed, "setting": "dense", "perplexity": {"1": dense, "0": dense}}]

@@ -130,7 +130,7 @@ class IsolateConfig(_StreamConfig):
     """Weight of the KL divergence to the original model on retain text."""
     neighbour_weight: float = 1.0
     """Weight of the KL divergence to the original model on neighbours."""
-    retain_budget: float = 0.01
+    retain_budget: float = 0.02
     """Largest mean KL divergence from the original (nats per token) on held-back retain text, beyond that of the
     quantised base alone, at which the result counts as unharmed."""
     records_per_step: int = 6
