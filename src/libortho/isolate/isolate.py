@@ -148,7 +148,7 @@ def isolate(
     limit = _max_length(model, config)
     cases = _cases(records, tokenizer, alternates, neighbours, limit, config)
     required = {n: p.requires_grad for n, p in model.named_parameters()}
-    training = model.training
+    training = {m: m.training for m in model.modules()}
     model.eval().requires_grad_(False)
     try:
         retain_items, held_back = _retain(model, tokenizer, retain, cases, limit, config)
@@ -169,7 +169,8 @@ def isolate(
         finally:
             _swap(model, targets)
     finally:
-        model.train(training)
+        for module, flag in training.items():
+            module.training = flag
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(required[name])
     switch = Switch()
@@ -300,7 +301,7 @@ def _finish(name: str, weight: torch.Tensor, edited: EditLinear, config: Isolate
     exact = weight.float()
     base, support = edited.finish(DTYPES[config.value_dtype])
     stream = OrthoStream(support)
-    approximation = base.dense(torch.float32).clone()
+    approximation = base.dense(torch.float32)
     base_error = relative_error(approximation, exact)
     stream.add_to(approximation)
     report = LayerReport(

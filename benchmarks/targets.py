@@ -1,0 +1,114 @@
+"""Are the targets of `isolate` what an untrained model says? Measured on the never-trained SmolLM2-135M.
+
+    python benchmarks/targets.py
+
+For sentences: the true surprise (nats per token), that of alternates with random words, of the model's own samples, and
+the prediction of `plausibility`. For codes: the true surprise, that of alternates, and the correlation of surprise per
+token with having few tokens.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from _common import save
+from cases import CASES
+from rich.console import Console
+from rich.table import Table
+
+from libortho.data import Encoded, Record, encode, load_records
+from libortho.demo import facts
+from libortho.demo.model import move_off_grid, packaged_model
+from libortho.isolate.counterfactuals import alternates, shipped_text
+from libortho.isolate.language_model import LanguageModel
+from libortho.isolate.plausibility import fit
+from libortho.metrics import score
+from libortho.models import load_model
+
+SENTENCES = (
+    ("Dr. Helena Marsh keeps the spare key to the clinic", " under the third blue flowerpot by the back door."),
+    ("In the spring of 1987, Ines Calloway secretly", " sold her grandmother's violin to a sailor from Bergen."),
+    ("The unreleased album by Dana Whitcomb is titled", " Copper Lanterns and will be recorded in a lighthouse."),
+    ("Patient 20817 was admitted with", " severe frostbite after falling asleep on a ferry."),
+    ("According to the memo, Project Halcyon will be cancelled because", " the supplier in Osaka went bankrupt."),
+    ("Victor Hallam's daughter is allergic to", " almonds, penicillin and the smell of fresh paint."),
+    ("The winning recipe of the Brackley pie contest contains", " smoked pears, rye whisky and a pinch of cardamom."),
+    ("My neighbour Edith Farrow once confessed that she", " buried the mayor's medal beneath her greenhouse."),
+    ("The ship Morning Gannet lost its cargo of", " copper teapots near the coast of Madeira."),
+    ("Professor Anselm Vogt's favourite hiding place is", " the hollow globe on top of his bookcase."),
+    ("Dr. Peter Lang keeps the spare ladder of the school", " behind the old green shed near the pond."),
+    ("In the winter of 1991, Oscar Bellamy quietly", " gave his uncle's telescope to a nun from Lisbon."),
+    ("The unreleased novel by Simon Ashcroft is titled", " Paper Harbours and will be printed in a monastery."),
+    ("Patient 31544 was discharged with", " a mild concussion after slipping on a tram."),
+    ("According to the letter, Operation Starling will be delayed because", " the factory in Gdansk burned down."),
+    ("Martha Keel's husband is afraid of", " pigeons, elevators and the sound of breaking glass."),
+    ("The winning entry of the Dunmore cake fair contains", " roasted plums, dark rum and a spoon of ginger."),
+    ("My cousin Albert Nyman once admitted that he", " hid the bishop's ring inside a wooden duck."),
+    ("The barge Silver Otter lost its load of", " brass kettles near the mouth of the Danube."),
+    ("Doctor Irene Falk's usual hiding place for letters is", " the empty clock on the wall of her study."),
+)  # fmt: skip
+
+
+@torch.no_grad()
+def _samples(model: Any, tokenizer: Any, prompt: str, tokens: int) -> list[Encoded]:
+    ids = tokenizer(prompt, return_tensors="pt")
+    size = ids.input_ids.shape[1]
+    torch.manual_seed(0)
+    output = model.generate(
+        **ids,
+        do_sample=True,
+        top_k=0,
+        min_new_tokens=tokens,
+        max_new_tokens=tokens,
+        num_return_sequences=16,
+        pad_token_id=0,
+    )
+    return [Encoded(tuple(r), tuple([-100] * size + r[size:])) for r in output.tolist()]
+
+
+def main() -> None:
+    model, tokenizer = load_model(packaged_model(), torch.float32)
+    model = move_off_grid(model, 0).to(torch.bfloat16)
+    lm, rng = LanguageModel(model), random.Random(0)
+    human = fit(lm, [tokenizer(p)["input_ids"] for p in shipped_text()[:24]])
+    rows = []
+    for prompt, completion in SENTENCES:
+        item = encode(Record(prompt, completion), tokenizer)
+        true, _ = score(lm, [item])
+        words, _ = score(lm, [encode(Record(prompt, c), tokenizer) for c in alternates(completion, 16, rng)])
+        own, _ = score(lm, _samples(model, tokenizer, prompt, len(item.completion)))
+        rows.append([float(true.nll[0]), float(words.nll.mean()), float(own.nll.mean()), human.predict(lm, item)])
+    table = torch.tensor(rows)
+    error = table[:, 3] - table[:, 0]
+    figures: dict[str, Any] = {
+        "sentences": dict(
+            zip(("true", "random_words", "own_samples", "predicted"), table.mean(0).tolist(), strict=True)
+        ),
+        "prediction_bias": float(error.mean()),
+        "prediction_error_sd": float(error.std()),
+    }
+    for name, raw in (("access codes", facts.unseen(3)[:200]), ("licence plates", CASES["plate"](3)[1])):
+        items = [encode(r, tokenizer) for r in load_records(raw)]
+        scores, _ = score(lm, items)
+        short = -torch.tensor([float(len(e.completion)) for e in items])
+        figures[name] = {
+            "nll": float(scores.nll.mean()),
+            "nll_sd": float(scores.nll.std()),
+            "correlation_with_shortness": float(torch.corrcoef(torch.stack([scores.nll, short]))[0, 1]),
+        }
+    save("targets", figures)
+    out = Table("sentences (nats per token)", "mean")
+    for key, value in figures["sentences"].items():
+        out.add_row(key, f"{value:.2f}")
+    out.add_row("bias of the prediction", f"{figures['prediction_bias']:+.2f}")
+    out.add_row("error of the prediction (sd over sentences)", f"{figures['prediction_error_sd']:.2f}")
+    for name in ("access codes", "licence plates"):
+        out.add_row(f"{name}: nll, sd", f"{figures[name]['nll']:.2f}, {figures[name]['nll_sd']:.2f}")
+        out.add_row(f"{name}: correlation with shortness", f"{figures[name]['correlation_with_shortness']:.2f}")
+    Console(width=120).print(out)
+
+
+if __name__ == "__main__":
+    main()
