@@ -117,6 +117,57 @@ class _Truncation:
     tail: Factors | None
 
 
+def bias_of(module: nn.Module) -> nn.Parameter | None:
+    """The bias of a linear layer, or None."""
+    return module.bias if isinstance(module.bias, nn.Parameter) else None
+
+
+def assemble(
+    name: str,
+    weight: Tensor,
+    base: BaseStream,
+    stream: OrthoStream,
+    bias: nn.Parameter | None,
+    switch: Switch,
+    stream_name: str,
+    cut: _Truncation | None = None,
+    low_rank_error: float | None = None,
+) -> OrthoLinear:
+    """A finished layer with its report; errors are measured on the tensors as stored.
+
+    Args:
+        name: Dotted path.
+        weight: fp32 weight (out_features, in_features) that the streams stand for.
+        base: The base stream.
+        stream: The ortho stream.
+        bias: Bias of the layer.
+        switch: Switch of the model.
+        stream_name: Name of the ortho stream.
+        cut: The low-rank truncation that the base was made from, if any.
+        low_rank_error: Error of the truncation that was tried, if any.
+    """
+    approximation = base.dense(torch.float32)
+    base_error = relative_error(approximation, weight)
+    stream.add_to(approximation)
+    report = LayerReport(
+        name=name,
+        shape=(weight.shape[0], weight.shape[1]),
+        rank=cut.rank if cut is not None else min(weight.shape),
+        used_low_rank=cut is not None,
+        low_rank_error=low_rank_error,
+        base_error=base_error,
+        final_error=relative_error(approximation, weight),
+        ortho_density=stream.support_size / weight.numel(),
+        tail_rank=stream.tail.rank if stream.tail is not None else 0,
+        tail_density=stream.tail_size / weight.numel(),
+        base_bytes=base.nbytes,
+        ortho_bytes=stream.nbytes,
+    )
+    layer = OrthoLinear(base, bias, switch, report)
+    layer.add_stream(stream_name, stream)
+    return layer
+
+
 def _truncate(weight: Tensor, config: SplitConfig) -> _Truncation:
     """Keep the first singular directions of an fp32 weight (Eckart-Young); the rest becomes the tail."""
     full = min(weight.shape)
@@ -153,7 +204,6 @@ def _split_layer(name: str, module: nn.Module, config: SplitConfig, switch: Swit
     base = BaseStream.from_weight(source.to(weight.dtype), config.bits, config.resolved_group_size)
     tail = cut.tail if cut is not None else None
     approximation = base.dense(torch.float32)
-    base_error = relative_error(approximation, exact)
     if tail is not None:
         tail.add_to(approximation)
     residual = exact - approximation
@@ -165,23 +215,5 @@ def _split_layer(name: str, module: nn.Module, config: SplitConfig, switch: Swit
         support = Columns(index, residual[:, index].T.to(dtype))
     else:
         support = Entries.from_mask(residual, top_entries(score, config.ratio), dtype)
-    support.add_to(approximation)
     stream = OrthoStream(support, tail)
-    bias = module.bias if isinstance(module.bias, nn.Parameter) else None
-    report = LayerReport(
-        name=name,
-        shape=(weight.shape[0], weight.shape[1]),
-        rank=cut.rank if cut is not None else min(weight.shape),
-        used_low_rank=cut is not None,
-        low_rank_error=low_rank_error,
-        base_error=base_error,
-        final_error=relative_error(approximation, exact),
-        ortho_density=stream.support_size / weight.numel(),
-        tail_rank=tail.rank if tail is not None else 0,
-        tail_density=stream.tail_size / weight.numel(),
-        base_bytes=base.nbytes,
-        ortho_bytes=stream.nbytes,
-    )
-    layer = OrthoLinear(base, bias, switch, report)
-    layer.add_stream(config.stream, stream)
-    return layer
+    return assemble(name, exact, base, stream, bias_of(module), switch, config.stream, cut, low_rank_error)

@@ -47,9 +47,9 @@ from libortho.isolate.trainer import (
     reference,
     train,
 )
-from libortho.layer import LayerReport, OrthoLinear
+from libortho.layer import OrthoLinear
 from libortho.report import record_method
-from libortho.split import Progress, install, linear_weight, relative_error
+from libortho.split import Progress, assemble, bias_of, install, linear_weight
 from libortho.streams import OrthoStream
 from libortho.streams.base import check_shape
 from libortho.targets import find_targets
@@ -159,7 +159,7 @@ def isolate(
         held_back_states = hidden_states(lm, held_back)
         _tell(progress, "reference", 1, 1)
         support = _support(lm, targets, cases, retain_items, config, progress)
-        layers = {n: EditLinear(linear_weight(m), _bias(m), support.get(n), config) for n, m in targets.items()}
+        layers = {n: EditLinear(linear_weight(m), bias_of(m), support.get(n), config) for n, m in targets.items()}
         _swap(model, layers)
         try:
             quantised_kl = divergence(lm, held_back, held_back_states)
@@ -298,29 +298,8 @@ def _swap(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
 
 
 def _finish(name: str, weight: torch.Tensor, edited: EditLinear, config: IsolateConfig, switch: Switch) -> OrthoLinear:
-    exact = weight.float()
     base, support = edited.finish(DTYPES[config.value_dtype])
-    stream = OrthoStream(support)
-    approximation = base.dense(torch.float32)
-    base_error = relative_error(approximation, exact)
-    stream.add_to(approximation)
-    report = LayerReport(
-        name=name,
-        shape=(weight.shape[0], weight.shape[1]),
-        rank=min(weight.shape),
-        used_low_rank=False,
-        low_rank_error=None,
-        base_error=base_error,
-        final_error=relative_error(approximation, exact),
-        ortho_density=stream.support_size / weight.numel(),
-        tail_rank=0,
-        tail_density=0.0,
-        base_bytes=base.nbytes,
-        ortho_bytes=stream.nbytes,
-    )
-    layer = OrthoLinear(base, _bias(edited), switch, report)
-    layer.add_stream(config.stream, stream)
-    return layer
+    return assemble(name, weight.float(), base, OrthoStream(support), bias_of(edited), switch, config.stream)
 
 
 def _result(
@@ -364,10 +343,6 @@ def _result(
         steps=checks[-1].step,
         seconds=seconds,
     )
-
-
-def _bias(module: nn.Module) -> nn.Parameter | None:
-    return module.bias if isinstance(module.bias, nn.Parameter) else None
 
 
 def _max_length(model: nn.Module, config: IsolateConfig) -> int | None:
