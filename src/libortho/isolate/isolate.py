@@ -154,14 +154,14 @@ def isolate(
         retain_items, held_back = _retain(model, tokenizer, retain, cases, limit, config)
         lm = LanguageModel(model)
         _tell(progress, "reference", 0, 1)
-        human = [tokenizer(p)["input_ids"] for p in counterfactuals.shipped_text()[:_HUMAN_TEXTS]]
+        human = [tokenizer(p)["input_ids"][:limit] for p in counterfactuals.shipped_text()[:_HUMAN_TEXTS]]
         original = reference(lm, cases, retain_items, human, config)
         held_back_states = hidden_states(lm, held_back)
         _tell(progress, "reference", 1, 1)
         support = _support(lm, targets, cases, retain_items, config, progress)
         layers = {n: EditLinear(linear_weight(m), bias_of(m), support.get(n), config) for n, m in targets.items()}
-        _swap(model, layers)
         try:
+            _swap(model, layers)
             quantised_kl = divergence(lm, held_back, held_back_states)
             checks = train(lm, layers, cases, retain_items, original, config, progress)
             records_after = outcomes(lm, cases, original)
@@ -198,6 +198,8 @@ def _cases(
             raise DataError(
                 f"{name} has {len(given)} entries for {len(records)} forget records; expected one list each"
             )
+        if given is not None and any(isinstance(texts, str) for texts in given):
+            raise DataError(f"{name} holds a string where a list of strings, one list for each record, was expected")
     rng = random.Random(config.seed)
     cases = []
     for i, record in enumerate(records):
