@@ -61,6 +61,17 @@ def _dtype(name: str) -> torch.dtype | str:
     return DTYPES.get(name, name)
 
 
+def _device(name: str) -> str:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"--device is {name!r}; expected cpu, or a device that torch finds here ({reason})"
+        ) from error
+    return name
+
+
 def _targets(names: list[str] | None) -> dict[str, Any]:
     return {} if not names else {"target_modules": names[0] if len(names) == 1 else tuple(names)}
 
@@ -82,7 +93,7 @@ def demo(
     from libortho.demo.demo import run
 
     with _progress() as tell:
-        report = run(model=model, seed=seed, device=device, text=text, dtype=_dtype(dtype), tell=tell)  # type: ignore[arg-type]
+        report = run(model=model, seed=seed, device=_device(device), text=text, dtype=_dtype(dtype), tell=tell)  # type: ignore[arg-type]
     if as_json:
         _emit(report.to_dict())
     else:
@@ -118,7 +129,7 @@ def split(
         score=score, structure=structure, keep_tail=tail, stream=stream, **_targets(target_modules),
     )  # fmt: skip
     config = SplitConfig(**fields)
-    net, tokenizer = load_model(model, _dtype(dtype), device)
+    net, tokenizer = load_model(model, _dtype(dtype), _device(device))
     with _progress() as tell:
         split_model(net, config, progress=tell)
         tell("save", 0, 1)
@@ -160,7 +171,7 @@ def isolate(
         max_steps=max_steps, stream=stream, seed=seed, **_targets(target_modules),
     )  # fmt: skip
     config = IsolateConfig(**fields)
-    net, tokenizer = load_model(model, _dtype(dtype), device)
+    net, tokenizer = load_model(model, _dtype(dtype), _device(device))
     with _progress() as tell:
         result = isolate_records(net, tokenizer, forget, retain, config=config, progress=tell)
         tell("save", 0, 1)
@@ -197,21 +208,25 @@ def generate(
 
     spec = _alpha_spec(value, stream)
     net: Any
-    net, tokenizer = load(directory, device=device)
+    net, tokenizer = load(directory, device=_device(device))
     text = prompt
     if chat:
         if getattr(tokenizer, "chat_template", None) is None:
             raise ConfigError("--chat needs a tokenizer with a chat template; leave it out")
         messages = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    inputs = tokenizer(text, return_tensors="pt").to(device)
+    ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]
+    if not ids:
+        raise ConfigError("the prompt is empty; give at least one token to continue")
+    inputs = torch.tensor([ids], device=device)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         torch.manual_seed(seed)
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     with alpha(net, spec), torch.inference_mode():
         net.generate(
-            **inputs, **sampling, max_new_tokens=max_new_tokens, streamer=TextStreamer(tokenizer, skip_prompt=True),
+            inputs, attention_mask=torch.ones_like(inputs), **sampling, max_new_tokens=max_new_tokens,
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
             pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         )  # fmt: skip
 
