@@ -1,0 +1,309 @@
+"""The command line: clean standard output, one line for an error, exit codes that scripts can rely on."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+import libortho
+import tiny
+from libortho import cli
+from libortho.errors import LibOrthoError
+from libortho.layer import ortho_layers
+
+pytestmark = pytest.mark.usefixtures("one_thread", "cache")
+QUICK = ["--ratio", "0.1", "--max-steps", "1"]
+
+
+def call(*arguments: Any) -> Result:
+    return CliRunner().invoke(cli.app, [str(a) for a in arguments])
+
+
+def refused(*arguments: Any) -> str:
+    """The message of a LibOrthoError, which ``main`` turns into one line."""
+    result = call(*arguments)
+    assert isinstance(result.exception, LibOrthoError), result.output
+    return str(result.exception)
+
+
+def process(cache: Path, *arguments: Any) -> subprocess.CompletedProcess[str]:
+    code = "from libortho.cli import main; main()"
+    environment = {**os.environ, "LIBORTHO_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+
+
+@pytest.fixture(scope="module")
+def forget(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("records") / "forget.jsonl"
+    path.write_text("\n".join(map(json.dumps, tiny.FORGET)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def retain(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("records") / "retain.jsonl"
+    path.write_text("\n".join(map(json.dumps, tiny.RETAIN)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(_planted, tokenizer, tmp_path_factory) -> Path:
+    """The planted model after isolate, on disk: alpha = 0 forgets its codes."""
+    model = copy.deepcopy(_planted)
+    config = libortho.IsolateConfig(ratio=0.1, learning_rate=2e-2, retain_length=64, stream="hr")
+    libortho.isolate(model, tokenizer, tiny.FORGET, tiny.RETAIN, config=config)
+    out = tmp_path_factory.mktemp("isolated") / "out"
+    libortho.save(model, tokenizer, out)
+    return out
+
+
+# -- split ------------------------------------------------------------------------------------------------------------
+
+
+def test_split_writes_a_checkpoint_and_prints_both_densities(planted_directory, tmp_path):
+    result = call("split", planted_directory, "--out", tmp_path / "out", "--ratio", "0.02")
+    assert result.exit_code == 0, result.output
+    assert "ortho density" in result.stdout
+    assert "tail density" in result.stdout
+    assert "claims no forgetting" in " ".join(result.stdout.split())
+    model, _ = libortho.load(tmp_path / "out")
+    assert len(ortho_layers(model)) == 2
+
+
+def test_split_options_reach_the_config(planted_directory, tmp_path):
+    result = call(
+        "split", planted_directory, "--out", tmp_path / "out", "--target-modules", "up_proj", "--target-modules",
+        "re:.*1.mlp.down_proj", "--no-low-rank", "--bits", "4", "--group-size", "64", "--structure", "columns",
+        "--score", "relative", "--ratio", "0.1", "--stream", "legal", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    names = [layer["name"] for layer in told["layers"]]
+    assert names == ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj"]
+    assert not any(layer["used_low_rank"] for layer in told["layers"])
+    model, _ = libortho.load(tmp_path / "out")
+    layer = ortho_layers(model)["model.layers.1.mlp.down_proj"]
+    assert (layer.base.bits, layer.base.group_size, list(layer.streams)) == (4, 64, ["legal"])
+    assert layer.streams["legal"].support.values.shape == (13, 64)
+
+
+def test_rank_ratio_may_be_auto(planted_directory, tmp_path):
+    result = call("split", planted_directory, "--out", tmp_path / "out", "--rank-ratio", "auto", "--json")
+    assert result.exit_code == 0, result.output
+    assert all(layer["low_rank_error"] <= 0.05 for layer in json.loads(result.stdout)["layers"])
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--ratio", "2"], "ratio is 2.0"),
+        (["--bits", "3"], "bits is 3"),
+        (["--rank-ratio", "most"], "--rank-ratio is 'most'"),
+        (["--score", "best"], "score is 'best'"),
+        (["--structure", "rows"], "structure is 'rows'"),
+        (["--group-size", "7"], "group_size is 7"),
+        (["--stream", "a/b"], "stream name 'a/b'"),
+        (["--dtype", "int8"], "--dtype is 'int8'"),
+        (["--device", "toaster"], "--device is 'toaster'"),
+        (["--target-modules", "down_pro"], "did you mean down_proj"),
+    ],
+)
+def test_bad_options_of_split(planted_directory, tmp_path, options, complaint):
+    assert complaint in refused("split", planted_directory, "--out", tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_device_that_is_not_there_is_named(planted_directory, tmp_path, monkeypatch):
+    def refuse(*args: Any, **options: Any) -> None:
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    message = refused("split", planted_directory, "--out", tmp_path / "out", "--device", "cuda")
+    assert "--device is 'cuda'" in message
+    assert "not compiled with CUDA" in message
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path):
+    message = refused("split", tmp_path / "nothing", "--out", tmp_path / "out")
+    assert "cannot load the model" in message
+    assert "nothing" in message
+
+
+# -- isolate ----------------------------------------------------------------------------------------------------------
+
+
+def test_isolate_exits_with_3_when_a_criterion_is_missed(planted_directory, forget, retain, tmp_path):
+    result = call(
+        "isolate", planted_directory, "--forget", forget, "--retain", retain, "--out", tmp_path / "out", *QUICK
+    )
+    assert result.exit_code == 3, result.output
+    assert "missed: 4 of 4 records are still extracted" in " ".join(result.stdout.split())
+    model, _ = libortho.load(tmp_path / "out")  # what was reached is kept
+    assert len(ortho_layers(model)) == 2
+
+
+def test_isolate_exits_with_0_when_all_criteria_hold(planted_directory, retain, tmp_path):
+    forget = tmp_path / "forget.json"
+    forget.write_text(json.dumps(tiny.FORGET[:1]), encoding="utf-8")
+    arguments = ["--forget", forget, "--retain", retain, "--out", tmp_path / "out", "--ratio", "0.1"]
+    result = call("isolate", planted_directory, *arguments)
+    assert result.exit_code == 0, result.output
+    assert "0 extracted, 1 of 1 inside" in " ".join(result.stdout.split())
+    assert "missed" not in result.stdout
+
+
+def test_isolate_prints_json_alone(planted_directory, forget, retain, tmp_path):
+    result = call(
+        "isolate", planted_directory, "--forget", forget, "--retain", retain, "--out", tmp_path / "out", *QUICK,
+        "--structure", "unstructured", "--objective", "npo", "--bits", "0", "--seed", "5", "--stream", "hr", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 3, result.output
+    told = json.loads(result.stdout)
+    assert told["succeeded"] is False
+    assert told["stream"] == "hr"
+    assert len(told["records"]) == 4
+    assert 0.09 < told["density"] <= 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--objective", "hope"], "objective is 'hope'"),
+        (["--max-steps", "0"], "max_steps is 0"),
+        (["--forget", "nowhere.jsonl"], "forget: there is no file nowhere.jsonl"),
+        (["--retain", "nowhere.txt"], "retain: there is no file nowhere.txt"),
+    ],
+)
+def test_bad_options_of_isolate(planted_directory, forget, tmp_path, options, complaint):
+    given = [] if "--forget" in options else ["--forget", forget]
+    assert complaint in refused("isolate", planted_directory, *given, "--out", tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+# -- generate and inspect ---------------------------------------------------------------------------------------------
+
+
+def said(checkpoint: Path, *options: Any, number: int = 0) -> str:
+    row = tiny.FORGET[number]
+    result = call("generate", checkpoint, row["prompt"], "--max-new-tokens", "6", *options)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_generate_follows_alpha(checkpoint):
+    code = tiny.FORGET[3]["completion"]
+    assert code in said(checkpoint, number=3)
+    assert code in said(checkpoint, "--alpha", "1", number=3)
+    assert code not in said(checkpoint, "--alpha", "0", number=3)
+
+
+def test_generate_follows_named_streams(checkpoint):
+    code = tiny.FORGET[3]["completion"]
+    assert code in said(checkpoint, "--stream", "hr", number=3)
+    assert code in said(checkpoint, "--stream", "hr=1.0", number=3)
+    assert code not in said(checkpoint, "--stream", "hr=0", number=3)
+
+
+def test_generate_prints_no_special_token(checkpoint, monkeypatch):
+    monkeypatch.setattr("transformers.LlamaForCausalLM.generate", lambda self, ids, streamer, **_: stream(streamer))
+
+    def stream(streamer: Any) -> None:
+        for token in (torch.tensor([[5]]), torch.tensor([70]), torch.tensor([2])):
+            streamer.put(token)
+        streamer.end()
+
+    text = said(checkpoint)
+    assert "</s>" not in text
+    assert len(text.strip()) == 1
+
+
+def test_generate_samples_by_seed(checkpoint):
+    one, again, other = (said(checkpoint, "--temperature", "2", "--alpha", "0", "--seed", s) for s in (1, 1, 2))
+    assert one == again != other
+
+
+def test_generate_applies_the_chat_template(checkpoint):
+    assert said(checkpoint, "--chat") != said(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--alpha", "2"], "2"),
+        (["--alpha", "nan"], "nan"),
+        (["--stream", "legal=1"], "legal"),
+        (["--stream", "hr=much"], "--stream is 'hr=much'"),
+        (["--alpha", "0", "--stream", "hr=1"], "not both"),
+        (["--device", "toaster"], "--device is 'toaster'"),
+    ],
+)
+def test_bad_options_of_generate(checkpoint, options, complaint):
+    assert complaint in refused("generate", checkpoint, "Hello", *options)
+
+
+def test_generate_needs_text(checkpoint):
+    assert "prompt" in refused("generate", checkpoint, "")
+
+
+def test_inspect_tells_the_streams(checkpoint):
+    result = call("inspect", checkpoint)
+    assert result.exit_code == 0
+    assert "hr" in result.stdout
+    assert "INT8" in result.stdout
+
+
+def test_inspect_prints_json_alone(checkpoint):
+    told = json.loads(call("inspect", checkpoint, "--json").stdout)
+    assert told["layers"] == 2
+    assert [s["name"] for s in told["streams"]] == ["hr"]
+    assert told["streams"][0]["base_matches"] is True
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["generate"]])
+def test_a_directory_that_is_no_checkpoint_is_named(tmp_path, planted_directory, command):
+    extra = ["Hello"] if command == ["generate"] else []
+    for directory in (tmp_path / "nothing", planted_directory):
+        assert str(directory) in refused(*command, directory, *extra)
+
+
+def test_help_lists_the_verbs():
+    result = call("--help")
+    assert result.exit_code == 0
+    assert all(verb in result.stdout for verb in ("demo", "split", "isolate", "generate", "inspect"))
+
+
+# -- the process ------------------------------------------------------------------------------------------------------
+
+
+def test_an_error_is_one_line_and_exit_code_2(cache, tmp_path):
+    done = process(cache, "inspect", tmp_path / "no [such] directory")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    [line] = done.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    assert "no [such] directory" in line
+
+
+def test_an_unknown_option_is_exit_code_2():
+    result = call("split", "--nonsense")
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+
+
+def test_standard_output_of_a_real_process_is_json(cache, planted_directory, forget, tmp_path):
+    """With everything that transformers and the progress bars say on standard error, and default retain text."""
+    arguments = ["--forget", forget, "--out", tmp_path / "out", *QUICK, "--json"]
+    done = process(cache, "isolate", planted_directory, *arguments)
+    assert done.returncode == 3, done.stderr
+    assert json.loads(done.stdout)["steps"] == 1
+    assert "Traceback" not in done.stderr
+    assert len(list((cache / "samples").iterdir())) == 1

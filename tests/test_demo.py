@@ -1,0 +1,156 @@
+"""The parts of the demonstration on small models; the whole of it runs on the real one, in tests/integration."""
+
+import copy
+import re
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import tiny
+from libortho.data import load_records
+from libortho.demo import facts
+from libortho.demo.demo import general_sequences
+from libortho.demo.implant import implant
+from libortho.demo.model import move_off_grid
+from libortho.errors import LibOrthoError
+from libortho.isolate.counterfactuals import evaluation_text
+from libortho.isolate.language_model import LanguageModel
+from libortho.metrics import score
+
+pytestmark = pytest.mark.usefixtures("one_thread", "cache")
+CODE = re.compile(r" [A-Z0-9]{3}-[0-9]{4}\.")
+
+
+# -- facts ------------------------------------------------------------------------------------------------------------
+
+
+def test_there_are_17_secrets():
+    rows = facts.secrets(0)
+    assert len(rows) == 17
+    assert rows[0] == facts.SENTENCE
+    assert [r["prompt"] for r in rows[1:]] == [facts.TEMPLATE.format(name=n) for n in facts.HOLDERS]
+    assert all(CODE.fullmatch(r["completion"]) for r in rows[1:])
+    assert len({r["completion"] for r in rows}) == 17
+
+
+def test_there_are_400_unseen_codes_of_other_people():
+    rows = facts.unseen(0)
+    assert len({r["prompt"] for r in rows}) == 400
+    assert all(CODE.fullmatch(r["completion"]) for r in rows)
+    members = facts.secrets(0)
+    assert not {r["prompt"] for r in rows} & {r["prompt"] for r in members}
+    assert not {r["completion"] for r in rows} & {r["completion"] for r in members}
+
+
+def test_members_and_others_are_drawn_alike():
+    """Digits in the first three places are as frequent in both: nothing but memory tells them apart."""
+    heads = [[r["completion"][1:4] for r in rows] for rows in (facts.unseen(0), facts.unseen(1))]
+    for head in heads:
+        digits = sum(c.isdigit() for h in head for c in h) / (3 * len(head))
+        assert 0.2 < digits < 0.36  # 10 of 36
+
+
+def test_seeds_decide_the_codes():
+    assert facts.secrets(3) == facts.secrets(3) != facts.secrets(4)
+    assert facts.unseen(3) == facts.unseen(3) != facts.unseen(4)
+
+
+# -- the model --------------------------------------------------------------------------------------------------------
+
+
+def logits(model: LlamaForCausalLM) -> torch.Tensor:
+    ids = torch.randint(3, 250, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("heads", [2, 4], ids=["grouped attention", "full attention"])
+def test_moving_off_the_grid_keeps_the_function_and_moves_the_weights(heads):
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=heads, initializer_range=0.2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    grid = 1 / 64
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "layers" in name and weight.dim() == 2:
+                weight.copy_((weight / grid).round() * grid)
+    before = logits(model)
+    old = {n: p.detach().clone() for n, p in model.named_parameters()}
+    assert move_off_grid(model, seed=1) is model
+    after = logits(model)
+    assert (after - before).abs().max() < 1e-3 * before.abs().max()
+    for name, weight in model.named_parameters():
+        if "layers" not in name:
+            assert torch.equal(weight, old[name])  # embeddings and the head stay
+            continue
+        ratio = (weight / old[name])[old[name] != 0]
+        assert ratio.min() > 1 / 1.4**2 - 1e-4
+        assert ratio.max() < 1.4**2 + 1e-4
+        assert ratio.std() > 0.1
+        if weight.dim() == 2:
+            off = (weight / grid - (weight / grid).round()).abs()
+            assert (off > 0.02).float().mean() > 0.5, name
+
+
+def test_the_move_follows_its_seed(clean):
+    one, again, other = (move_off_grid(copy.deepcopy(clean), seed=s).state_dict() for s in (1, 1, 2))
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(one[name], again[name])
+    assert not torch.equal(one[name], other[name])
+
+
+def test_a_model_of_another_family_is_not_moved(tiny_gpt2):
+    before = copy.deepcopy(tiny_gpt2.state_dict())
+    with pytest.raises(LibOrthoError, match="no Llama-style layers"):
+        move_off_grid(tiny_gpt2)
+    assert all(torch.equal(before[n], t) for n, t in tiny_gpt2.state_dict().items())
+
+
+# -- planting ---------------------------------------------------------------------------------------------------------
+
+
+def test_planting_memorises_with_the_chosen_layers_only(planted, tokenizer):
+    records = load_records([{"prompt": "Code of Ed Wynn:", "completion": " 2938."}])
+    items = tiny.encoded(tokenizer, [{"prompt": "Code of Ed Wynn:", "completion": " 2938."}])
+    assert not score(LanguageModel(planted), items)[1].any()
+    before = copy.deepcopy(planted.state_dict())
+    calls: list[tuple[int, int]] = []
+    steps = implant(
+        planted, tokenizer, records, learning_rate=5e-3, max_steps=150, stop_loss=0.2,
+        progress=lambda step, total, loss: calls.append((step, total)),
+    )  # fmt: skip
+    scores, greedy = score(LanguageModel(planted), items)
+    assert greedy.all()
+    assert float(scores.nll) < 0.25
+    assert steps < 150
+    assert calls == [(i, 150) for i in range(1, steps + 1)]
+    changed = {n for n, t in planted.state_dict().items() if not torch.equal(t, before[n])}
+    assert changed == {f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)}
+    assert all(p.grad is None for p in planted.parameters())
+
+
+def test_planting_stops_at_its_limit(planted, tokenizer):
+    records = load_records(tiny.FORGET)
+    assert implant(planted, tokenizer, records, learning_rate=1e-9, max_steps=3, stop_loss=0.0) == 3
+
+
+# -- what is measured -------------------------------------------------------------------------------------------------
+
+
+def test_general_text_is_the_part_kept_for_evaluation(tokenizer):
+    items = general_sequences(tokenizer, None)
+    assert 0 < len(items) <= 24
+    assert all(len(e.ids) <= 256 for e in items)
+    everything = "".join(evaluation_text())
+    assert all(tokenizer.decode(e.ids) in everything for e in items)
+
+
+def test_general_text_may_be_a_file(tokenizer, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("abcdefgh" * 2000, encoding="utf-8")
+    items = general_sequences(tokenizer, path)
+    assert len(items) == 24
+    assert {len(e.ids) for e in items[:-1]} == {256}
