@@ -183,7 +183,6 @@ def test_the_library_knows_none_of_the_demonstration():
         "kryptonite",
         "liquified",
         "vault access",
-        "access code",
         "Eiffel Tower",
     ]
     files = [
