@@ -11,6 +11,7 @@ import libortho
 from libortho.demo import facts
 from libortho.isolate.counterfactuals import (
     alternates,
+    common_form,
     evaluation_text,
     is_prose,
     kind_of,
@@ -200,3 +201,17 @@ def test_the_shipped_names_are_not_those_of_the_demonstration():
     ours = {line.partition("\t")[2] for line in names.splitlines()}
     theirs = {part for name in facts.HOLDERS for part in name.split()} | {*facts._FIRST, *facts._LAST}
     assert not ours & theirs
+
+
+def test_what_all_records_of_a_shape_share_is_form() -> None:
+    phones = [" +44 7907 196010.", " +44 7057 746813.", " +44 7123 555019.", " +44 7999 320417."]
+    forms = common_form(phones)
+    for made in alternates(phones[0], 20, random.Random(0), keep=forms[0]):
+        assert made.startswith(" +44 7")
+        assert made != phones[0]
+    assert len({m[6:9] for m in alternates(phones[0], 20, random.Random(0), keep=forms[0])}) > 10
+
+
+def test_too_few_records_of_a_shape_say_nothing_about_form() -> None:
+    forms = common_form([" +44 7907.", " +44 7057.", " +44 7123.", " red house."])
+    assert forms[0] == frozenset()

@@ -17,10 +17,12 @@ import random
 import re
 import string
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from importlib import resources
 
 _RUN = re.compile(r"[^\W_]+")
+_ENOUGH_TO_COMPARE = 4
+"""Completions of one shape that must agree on a character before it counts as form."""
 _SHORT = 4
 """Lower-case words shorter than this are grammar, and stay."""
 _GRAMMAR = frozenset(
@@ -82,7 +84,30 @@ def kind_of(word: str) -> str:
     return "word" if len(word) >= _SHORT and word.lower() not in _GRAMMAR and word.isalpha() else "form"
 
 
-def resample(text: str, rng: random.Random, *, words: bool = True, opens: bool = True) -> str:
+def common_form(completions: Sequence[str]) -> list[frozenset[int]]:
+    """For each completion, the character positions at which all completions of its shape agree.
+
+    Such a position is form, not information: the country code of telephone numbers, the letters before every invoice
+    number. Shapes are equal if digits, capitals and small letters stand at the same places; fewer than
+    ``_ENOUGH_TO_COMPARE`` completions of a shape say nothing.
+    """
+    shapes: defaultdict[str, list[str]] = defaultdict(list)
+    for completion in completions:
+        shapes[_shape(completion)].append(completion)
+    agreed: dict[str, frozenset[int]] = {}
+    for shape, same in shapes.items():
+        constant = (i for i, characters in enumerate(zip(*same, strict=True)) if len(set(characters)) == 1)
+        agreed[shape] = frozenset(constant) if len(same) >= _ENOUGH_TO_COMPARE else frozenset()
+    return [agreed[_shape(c)] for c in completions]
+
+
+def _shape(text: str) -> str:
+    return re.sub(r"[0-9]", "0", re.sub(r"[A-Z]", "A", re.sub(r"[a-z]", "a", text)))
+
+
+def resample(
+    text: str, rng: random.Random, *, words: bool = True, opens: bool = True, keep: Collection[int] = ()
+) -> str:
     """Another text of the same shape; the same text if nothing in it carries information.
 
     Args:
@@ -90,6 +115,7 @@ def resample(text: str, rng: random.Random, *, words: bool = True, opens: bool =
         rng: Source of randomness.
         words: Replace content words too, not only codes and names.
         opens: The text begins a sentence, so that its first capital need not be a name.
+        keep: Positions of characters that stay although they stand in a code.
     """
     runs = list(_RUN.finditer(text))
     out, position = [], 0
@@ -101,7 +127,8 @@ def resample(text: str, rng: random.Random, *, words: bool = True, opens: bool =
         if kind == "name" and _opens_sentence(text, run.start(), opens) and not _is_name(word):
             kind = kind_of(word.lower())
         if kind == "code":
-            out.append("".join(_same_class(c, rng) for c in word))
+            start = run.start()
+            out.append("".join(c if start + i in keep else _same_class(c, rng) for i, c in enumerate(word)))
         elif kind == "name":
             out.append(_other_name(text, runs, number, rng, opens))
         elif kind == "word" and words:
@@ -111,9 +138,11 @@ def resample(text: str, rng: random.Random, *, words: bool = True, opens: bool =
     return "".join(out) + text[position:]
 
 
-def alternates(completion: str, count: int, rng: random.Random, *, opens: bool = False) -> list[str]:
-    """``count`` different completions of the same shape (fewer where so many do not exist)."""
-    return _distinct(lambda: resample(completion, rng, opens=opens), completion, count)
+def alternates(
+    completion: str, count: int, rng: random.Random, *, opens: bool = False, keep: Collection[int] = ()
+) -> list[str]:
+    """``count`` different completions of the same shape (fewer where so many do not exist); see ``resample``."""
+    return _distinct(lambda: resample(completion, rng, opens=opens, keep=keep), completion, count)
 
 
 def neighbours(prompt: str, count: int, rng: random.Random) -> list[str]:

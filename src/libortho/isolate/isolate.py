@@ -201,11 +201,12 @@ def _cases(
         if given is not None and any(isinstance(texts, str) for texts in given):
             raise DataError(f"{name} holds a string where a list of strings, one list for each record, was expected")
     rng = random.Random(config.seed)
+    forms = counterfactuals.common_form([r.completion for r in records])
     cases = []
     for i, record in enumerate(records):
         text = not record.prompt
         others = list(alternates[i]) if alternates is not None else counterfactuals.alternates(
-            record.completion, config.alternates_per_record, rng, opens=text
+            record.completion, config.alternates_per_record, rng, opens=text, keep=forms[i]
         )  # fmt: skip
         if not others:
             raise DataError(
@@ -215,21 +216,27 @@ def _cases(
         beside = list(neighbours[i]) if neighbours is not None else (
             [] if text else counterfactuals.neighbours(record.prompt, config.neighbours_per_record, rng)
         )  # fmt: skip
-
-        def tokens(prompt: str, completion: str, number: int = record.number) -> Encoded:
-            return encode(Record(prompt, completion, number), tokenizer, limit, name="forget")
-
+        secret = encode(record, tokenizer, limit, name="forget")
+        same_prompt = [(record.prompt, c) for c in others]
+        same_shape = [(p, others[j % len(others)]) for j, p in enumerate(beside)]
         cases.append(
             Case(
                 number=record.number,
-                secret=tokens(record.prompt, record.completion),
-                alternates=tuple(tokens(record.prompt, c) for c in others),
-                neighbours=tuple(tokens(p, others[j % len(others)]) for j, p in enumerate(beside)),
-                crossed=tuple(tokens(p, record.completion) for p in beside),
+                secret=secret,
+                alternates=_fitting(same_prompt, tokenizer, limit) or (secret,),
+                neighbours=_fitting(same_shape, tokenizer, limit),
+                crossed=_fitting([(p, record.completion) for p in beside], tokenizer, limit),
                 exchangeable=alternates is not None or not counterfactuals.is_prose(record.completion),
             )
         )
     return cases
+
+
+def _fitting(pairs: Sequence[tuple[str, str]], tokenizer: Any, limit: int | None) -> tuple[Encoded, ...]:
+    """Tokenised (prompt, completion) pairs, cut to the limit; a pair whose completion falls away is left out."""
+    items = [encode(Record(p, c), tokenizer) for p, c in pairs]
+    cut = [Encoded(e.ids[:limit], e.labels[:limit]) for e in items]
+    return tuple(e for e in cut if e.completion)
 
 
 def _retain(
