@@ -46,6 +46,8 @@ SCORING_TOKENS = 2048
 _WARM_UP, _STEADY, _LANDING = 5, 10, 10
 """Steps of rising learning rate; steps after which it falls with the square root of their number; last steps, in
 which it falls to zero."""
+_STRETCH, _SECANT_STEPS, _CLOSE = (0.8, 1.25), 3, 0.05
+"""Range of the factor of the finished edit, secant steps to find it, and nats per token that need none."""
 BAND = 1.645
 """Half-width of the 5-95 % band, in standard deviations of a normal distribution."""
 
@@ -78,6 +80,7 @@ class Reference:
     Attributes:
         secret: Scores of the records, (records,).
         target: Scores that each record should have had, (records,).
+        beside: Mean negative log-likelihood of each record's counterfactuals, in nats per token, (records,).
         spread: Standard deviation around the target's negative log-likelihood, in nats per token, (records,).
         alternates: Scores of the alternates, record by record; empty unless the objective compares with them.
         retain: Last hidden states of each retain sequence, (tokens, width).
@@ -86,6 +89,7 @@ class Reference:
 
     secret: Scores
     target: Scores
+    beside: Tensor
     spread: Tensor
     alternates: tuple[Scores, ...]
     retain: tuple[Tensor, ...]
@@ -173,6 +177,7 @@ def reference(
     secret, _ = score(lm, [c.secret for c in cases])
     counterfactual = _scores_by_case(lm, [c.neighbours or c.alternates for c in cases])
     nll = torch.stack([s.nll.mean() for s in counterfactual])
+    beside = nll.clone()
     odds = torch.stack([s.odds.mean() for s in counterfactual])
     fair = torch.tensor([c.exchangeable for c in cases])
     spread = torch.zeros(len(cases))
@@ -190,6 +195,7 @@ def reference(
         secret=secret,
         target=Scores(nll, odds, secret.tokens),
         spread=spread,
+        beside=beside,
         alternates=_scores_by_case(lm, [c.alternates for c in cases]) if config.objective == "altpo" else (),
         retain=hidden_states(lm, retain),
         neighbours=tuple(hidden_states(lm, c.neighbours) for c in cases),
@@ -250,7 +256,54 @@ def train(
                 last = min(last, step + _LANDING)
         if progress is not None:
             progress("isolate", step, last)
+    if config.objective == "log_odds" and not checks[-1].extracted:
+        calibrate(lm, layers, cases, original)
+        checks.append(look(lm, cases, original, step))
     return checks
+
+
+def calibrate(lm: LanguageModel, layers: dict[str, EditLinear], cases: Sequence[Case], original: Reference) -> float:
+    """Lengthen or shorten the whole edit until the records, on average, are where they belong, and return the factor.
+
+    What training leaves is mostly an offset that all records share, and that is what a membership test sees. One number
+    takes it out: secant steps on the factor, within ``_STRETCH``.
+    """
+    trained = {n: m.theta.detach().clone() for n, m in layers.items() if m.theta is not None}
+
+    def stretch(factor: float) -> None:
+        for name, theta in trained.items():
+            layers[name].rescale(theta, factor)
+
+    def offset(factor: float) -> float:
+        stretch(factor)
+        return float(_distances(lm, cases, original).mean())
+
+    tried = {1.0: offset(1.0)}
+    previous, factor = 1.0, 1.05 if tried[1.0] < 0 else 0.95
+    for _ in range(_SECANT_STEPS):
+        if abs(tried[previous]) < _CLOSE or factor in tried:
+            break
+        tried[factor] = offset(factor)
+        slope = (tried[factor] - tried[previous]) / (factor - previous)
+        if slope <= 0:  # more edit no longer means less memory
+            break
+        previous, factor = factor, min(_STRETCH[1], max(_STRETCH[0], factor - tried[factor] / slope))
+    best = min(tried, key=lambda f: abs(tried[f]))
+    stretch(best)
+    logger.info("edit rescaled by %.3f, offset %.2f to %.2f nats per token", best, tried[1.0], tried[best])
+    return best
+
+
+def _distances(lm: LanguageModel, cases: Sequence[Case], original: Reference) -> Tensor:
+    """Surprise of each record minus what it should be, given how its neighbours moved: (records,), nats per token."""
+    secret, _ = score(lm, [c.secret for c in cases])
+    moved = torch.zeros(len(cases))
+    fair = [i for i, c in enumerate(cases) if c.exchangeable and c.neighbours]
+    if fair:
+        now = _scores_by_case(lm, [cases[i].neighbours for i in fair])
+        moved[fair] = torch.stack([s.nll.mean() for s in now]) - original.beside[fair]
+        moved[fair] = moved[fair].mean()
+    return secret.nll - original.target.nll - moved
 
 
 def outcomes(lm: LanguageModel, cases: Sequence[Case], original: Reference) -> tuple[RecordOutcome, ...]:

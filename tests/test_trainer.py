@@ -1,0 +1,73 @@
+"""The pieces of the trainer that are plain arithmetic."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from libortho.config import IsolateConfig
+from libortho.data import Encoded
+from libortho.isolate import trainer
+from libortho.isolate.edit import EditLinear
+from libortho.isolate.trainer import Case, calibrate, without_opposition
+
+
+def _case(tokens: int, alternates: tuple[int, ...]) -> Case:
+    def item(count: int) -> Encoded:
+        return Encoded((0, *range(count)), (-100, *range(count)))
+
+    return Case(1, item(tokens), tuple(item(n) for n in alternates), (), (), True)
+
+
+def test_opposition_is_removed_and_agreement_is_left() -> None:
+    keep = [torch.tensor([1.0, 0.0]), torch.tensor([2.0])]
+    against = [torch.tensor([-3.0, 5.0]), torch.tensor([-1.0])]
+    cleaned = without_opposition(against, keep)
+    assert sum(float((a * b).sum()) for a, b in zip(cleaned, keep, strict=True)) == pytest.approx(0.0, abs=1e-6)
+    assert float(cleaned[0][1]) == 5.0
+    along = [torch.tensor([1.0, 1.0]), torch.tensor([0.5])]
+    assert all(torch.equal(a, b) for a, b in zip(without_opposition(along, keep), along, strict=True))
+
+
+def test_every_record_comes_once_before_any_comes_again() -> None:
+    batches = trainer._epochs(5, 2, random.Random(0))
+    drawn = [i for _ in range(10) for i in next(batches)]
+    for start in range(0, 20, 5):
+        assert sorted(drawn[start : start + 5]) == [0, 1, 2, 3, 4]
+
+
+def test_fewer_tokens_than_the_alternates_count_as_short() -> None:
+    shortness = trainer._shortness([_case(7, (8, 10)), _case(9, (8, 10)), _case(11, (8, 10))])
+    assert shortness[0] > 0
+    assert shortness[1] == 0
+    assert shortness[2] < 0
+    assert torch.equal(trainer._shortness([_case(4, (4, 4))]), torch.zeros(1))
+
+
+@dataclass
+class _Linear:
+    """Records whose distance is the mean edit minus ``root``: the factor that calibrate must find is ``root``."""
+
+    layer: EditLinear
+    root: float
+
+    def __call__(self, *arguments: Any) -> torch.Tensor:
+        assert self.layer.theta is not None
+        return (self.layer.theta - self.layer.original).mean().reshape(1) - self.root
+
+
+@pytest.mark.parametrize(("root", "found"), [(1.12, 1.12), (0.9, 0.9), (1.0, 1.0), (3.0, 1.25)])
+def test_one_factor_takes_the_common_offset_out(monkeypatch: pytest.MonkeyPatch, root: float, found: float) -> None:
+    weight = torch.randn(6, 8)
+    layer = EditLinear(weight, None, torch.tensor([1, 4]), IsolateConfig(bits=None))
+    assert layer.theta is not None
+    with torch.no_grad():
+        layer.theta += 1.0
+    monkeypatch.setattr(trainer, "_distances", _Linear(layer, root))
+    factor = calibrate(None, {"layer": layer}, [], None)  # type: ignore[arg-type]
+    assert factor == pytest.approx(found, abs=0.06)
+    assert torch.allclose(layer.theta, layer.original + factor, atol=1e-5)
