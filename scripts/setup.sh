@@ -7,7 +7,7 @@ PYTHON="${PYTHON:-python3}"
   echo "LibOrtho needs Python 3.11 or later; $PYTHON is $("$PYTHON" --version 2>&1). Set PYTHON=..." >&2
   exit 1
 }
-wanted="$(cat pyproject.toml constraints.txt scripts/setup.sh | sha256sum)"
+wanted="$(cat pyproject.toml constraints.txt scripts/setup.sh | cksum)"
 if [ "$(cat "$VENV/.libortho" 2>/dev/null || true)" != "$wanted" ]; then
   "$PYTHON" -m venv "$VENV"
   "$VENV/bin/pip" install -q -c constraints.txt torch  # first, so that nothing else chooses another build

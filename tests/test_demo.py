@@ -1,22 +1,27 @@
 """The parts of the demonstration on small models; the whole of it runs on the real one, in tests/integration."""
 
 import copy
+import io
+import json
 import re
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tiny
+from libortho.config import IsolateConfig
 from libortho.data import load_records
 from libortho.demo import facts
-from libortho.demo.demo import general_sequences
+from libortho.demo.demo import general_sequences, run
 from libortho.demo.implant import implant
 from libortho.demo.model import move_off_grid
 from libortho.errors import LibOrthoError
 from libortho.isolate.counterfactuals import evaluation_text
 from libortho.isolate.language_model import LanguageModel
 from libortho.metrics import score
+from libortho.tables import show_demo
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 CODE = re.compile(r" [A-Z0-9]{3}-[0-9]{4}\.")
@@ -154,3 +159,34 @@ def test_general_text_may_be_a_file(tokenizer, tmp_path):
     items = general_sequences(tokenizer, path)
     assert len(items) == 24
     assert {len(e.ids) for e in items[:-1]} == {256}
+
+
+# -- the whole, small -------------------------------------------------------------------------------------------------
+
+
+def test_the_whole_demonstration_measures_and_prints(planted_directory, monkeypatch):
+    few = facts.unseen(0)[:20]
+    monkeypatch.setattr(facts, "unseen", lambda seed: few)
+    phases = []
+    report = run(
+        model=str(planted_directory),
+        dtype=torch.float32,
+        config=IsolateConfig(max_steps=2, retain_length=32),
+        tell=lambda phase, done, total: phases.append(phase),
+    )
+    assert [m.label for m in report.isolated] == [
+        "alpha = 1",
+        "alpha = 0.75",
+        "alpha = 0.5",
+        "alpha = 0.25",
+        "alpha = 0",
+    ]
+    assert report.implanted.secret_perplexity < report.never_trained.secret_perplexity
+    assert [s.label for s in report.splits] == ["rank_ratio=0.95", "use_low_rank=False", "rank_ratio=0.98"]
+    assert report.isolate.missed  # two steps cannot be enough, and it says so
+    assert {"implant", "split (weights only)", "isolate"} <= set(phases)
+    assert json.loads(json.dumps(report.to_dict()))["secrets"] == 17
+    console = Console(record=True, width=200, file=io.StringIO())
+    show_demo(report, console)
+    printed = console.export_text()
+    assert all(label in printed for label in ("never trained", "alpha = 0.25", "use_low_rank=False", "missed:"))
