@@ -105,7 +105,6 @@ def run(case: str, seed: int, config: IsolateConfig) -> dict[str, Any]:
     began = time.monotonic()
     steps = implant(model, tokenizer, forget, seed=seed)
     planted = time.monotonic() - began
-    rows["implanted"] = measure(model, tokenizer, forget, unseen, general)
     original = {n: linear_weight(m).clone() for n, m in find_targets(model, config.target_modules).items()}
     result = isolate(model, tokenizer, forget, config=config)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

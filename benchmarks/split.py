@@ -41,16 +41,14 @@ def run(seed: int) -> list[dict[str, Any]]:
     model = move_off_grid(model, seed).to(torch.bfloat16)
     general = general_sequences(tokenizer, wikitext())
     dense = general_perplexity(LanguageModel(model), general)
-    rows: list[dict[str, Any]] = [{"seed": seed, "setting": "dense", "perplexity": {"1": dense, "0": dense}}]
+    rows: list[dict[str, Any]] = [{"seed": seed, "setting": "dense", "perplexity": dense}]
     for label, config in SETTINGS.items():
         copied = copy.deepcopy(model)
         began = time.monotonic()
         split(copied, config)
         seconds = time.monotonic() - began
-        lm, perplexity = LanguageModel(copied), {}
-        for value in (1, 0):
-            with alpha(copied, value):
-                perplexity[str(value)] = general_perplexity(lm, general)
+        with alpha(copied, 0.0):
+            perplexity = general_perplexity(LanguageModel(copied), general)
         totals = layer_report(copied).totals()
         rows.append({"seed": seed, "setting": label, "seconds": seconds, "perplexity": perplexity, **totals})
     return rows
@@ -62,22 +60,22 @@ def main() -> None:
     rows = [row for seed in parser.parse_args().seeds for row in run(seed)]
     save("split", {"rows": rows})
     table = Table(
-        "seed", "setting", "low-rank layers", "base err (max)", "final err (max)", "density", "tail", "ppl alpha 1",
-        "ppl alpha 0", "ppl 0 / dense", "seconds",
+        "seed", "setting", "low-rank layers", "base err (max)", "final err (max)", "density", "tail", "ppl alpha 0",
+        "ppl / dense", "seconds",
     )  # fmt: skip
     dense = 1.0
     for r in rows:
         if r["setting"] == "dense":
-            dense = r["perplexity"]["1"]
+            dense = r["perplexity"]
             table.add_section()
-            table.add_row(str(r["seed"]), "dense", "", "", "", "", "", f"{dense:.3f}", "", "", "")
+            table.add_row(str(r["seed"]), "dense", "", "", "", "", "", f"{dense:.3f}", "", "")
             continue
         table.add_row(
             str(r["seed"]), r["setting"], f"{r['low_rank_layers']}/{r['layers']}",
             f"{r['base_error']:.2%} ({r['max_base_error']:.2%})",
             f"{r['final_error']:.2%} ({r['max_final_error']:.2%})",
-            f"{r['ortho_density']:.3%}", f"{r['tail_density']:.2%}", f"{r['perplexity']['1']:.3f}",
-            f"{r['perplexity']['0']:.3f}", f"{r['perplexity']['0'] / dense:.4f}", f"{r['seconds']:.1f}",
+            f"{r['ortho_density']:.3%}", f"{r['tail_density']:.2%}", f"{r['perplexity']:.3f}",
+            f"{r['perplexity'] / dense:.4f}", f"{r['seconds']:.1f}",
         )  # fmt: skip
     Console(width=170).print(table)
 

@@ -13,11 +13,11 @@ import random
 from typing import Any
 
 import torch
-from _common import save
-from cases import CASES
 from rich.console import Console
 from rich.table import Table
 
+from _common import save
+from cases import CASES
 from libortho.data import Encoded, Record, encode, load_records
 from libortho.demo import facts
 from libortho.demo.model import move_off_grid, packaged_model

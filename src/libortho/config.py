@@ -141,7 +141,7 @@ class IsolateConfig(_StreamConfig):
     """Tokens of one retain sequence."""
     alternates_per_record: int = 8
     """Made alternates for a record that brings none."""
-    neighbours_per_record: int = 6
+    neighbours_per_record: int = 8
     """Made neighbours for a record that brings none."""
     layer_cap: float = 4.0
     """No layer takes more than this many times its even share of the budget."""

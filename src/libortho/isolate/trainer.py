@@ -176,15 +176,17 @@ def reference(
     """Everything that the training needs from the original model; ``human`` are texts for the targets of sentences."""
     secret, _ = score(lm, [c.secret for c in cases])
     counterfactual = _scores_by_case(lm, [c.neighbours or c.alternates for c in cases])
-    nll = torch.stack([s.nll.mean() for s in counterfactual])
-    beside = nll.clone()
-    odds = torch.stack([s.odds.mean() for s in counterfactual])
+    beside = torch.stack([s.nll.mean() for s in counterfactual])
+    nll, odds = beside.clone(), torch.stack([s.odds.mean() for s in counterfactual])
     fair = torch.tensor([c.exchangeable for c in cases])
     spread = torch.zeros(len(cases))
     if fair.any():
-        around = [s.nll - s.nll.mean() for s, c in zip(counterfactual, cases, strict=True) if c.exchangeable]
-        spread[fair] = torch.cat(around).square().mean().sqrt()
-        nll[fair] += LENGTH_CORRELATION * spread[fair] * _shortness([c for c in cases if c.exchangeable])
+        own = [s for s, c in zip(counterfactual, cases, strict=True) if c.exchangeable]
+        deviation = torch.cat([s.nll - s.nll.mean() for s in own]).square().mean().sqrt()
+        spread[fair] = deviation
+        noise = deviation.square() / torch.tensor([float(len(s.nll)) for s in own])
+        nll[fair], odds[fair] = shrunk(nll[fair], noise), shrunk(odds[fair], noise)
+        nll[fair] += LENGTH_CORRELATION * deviation * _shortness([c for c in cases if c.exchangeable])
     if not fair.all():
         model = fit(lm, human)
         for i in (~fair).nonzero()[:, 0].tolist():
@@ -200,6 +202,21 @@ def reference(
         retain=hidden_states(lm, retain),
         neighbours=tuple(hidden_states(lm, c.neighbours) for c in cases),
     )
+
+
+def shrunk(means: Tensor, noise: Tensor) -> Tensor:
+    """Pull noisy means together as far as their spread is noise (empirical Bayes; Efron and Morris 1973).
+
+    Args:
+        means: (records,) one mean of a few counterfactuals for each record.
+        noise: (records,) the sampling variance of each mean.
+    """
+    if len(means) < 2:
+        return means
+    between = float((means - means.mean()).square().sum() / (len(means) - 1))
+    signal = max(0.0, between - float(noise.mean()))
+    weight = signal / (signal + noise).clamp_min(1e-12)
+    return means.mean() + weight * (means - means.mean())
 
 
 def _shortness(cases: Sequence[Case]) -> Tensor:
@@ -295,15 +312,15 @@ def calibrate(lm: LanguageModel, layers: dict[str, EditLinear], cases: Sequence[
 
 
 def _distances(lm: LanguageModel, cases: Sequence[Case], original: Reference) -> Tensor:
-    """Surprise of each record minus what it should be, given how its neighbours moved: (records,), nats per token."""
-    secret, _ = score(lm, [c.secret for c in cases])
-    moved = torch.zeros(len(cases))
+    """Surprise of each record minus what it should be, given how its neighbours moved; nats per token."""
     fair = [i for i, c in enumerate(cases) if c.exchangeable and c.neighbours]
+    judged = fair or list(range(len(cases)))  # sentences only where there is nothing better: their targets are rougher
+    secret, _ = score(lm, [cases[i].secret for i in judged])
+    distance = secret.nll - original.target.nll[judged]
     if fair:
         now = _scores_by_case(lm, [cases[i].neighbours for i in fair])
-        moved[fair] = torch.stack([s.nll.mean() for s in now]) - original.beside[fair]
-        moved[fair] = moved[fair].mean()
-    return secret.nll - original.target.nll - moved
+        distance -= (torch.stack([s.nll.mean() for s in now]) - original.beside[fair]).mean()
+    return distance
 
 
 def outcomes(lm: LanguageModel, cases: Sequence[Case], original: Reference) -> tuple[RecordOutcome, ...]:
