@@ -1,6 +1,6 @@
 """Put two records of a fine-tuned model behind the switch, and answer three requests in one batch.
 
-    python examples/quickstart.py path/to/your/model forget.jsonl
+python examples/quickstart.py path/to/your/model forget.jsonl
 """
 
 import sys

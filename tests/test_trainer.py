@@ -13,7 +13,7 @@ from libortho.config import IsolateConfig
 from libortho.data import Encoded
 from libortho.isolate import trainer
 from libortho.isolate.edit import EditLinear
-from libortho.isolate.trainer import Case, calibrate, without_opposition
+from libortho.isolate.trainer import Case, calibrate, shrunk, without_opposition
 
 
 def _case(tokens: int, alternates: tuple[int, ...]) -> Case:
@@ -46,6 +46,15 @@ def test_fewer_tokens_than_the_alternates_count_as_short() -> None:
     assert shortness[1] == 0
     assert shortness[2] < 0
     assert torch.equal(trainer._shortness([_case(4, (4, 4))]), torch.zeros(1))
+
+
+def test_means_shrink_as_far_as_their_spread_is_noise() -> None:
+    means = torch.tensor([4.0, 5.0, 6.0])
+    assert torch.equal(shrunk(means, torch.zeros(3)), means)
+    assert torch.allclose(shrunk(means, torch.full((3,), 9.0)), torch.full((3,), 5.0))
+    half = shrunk(means, torch.full((3,), 0.5))
+    assert torch.allclose(half, torch.tensor([4.5, 5.0, 5.5]))
+    assert torch.equal(shrunk(means[:1], torch.ones(1)), means[:1])
 
 
 @dataclass
