@@ -114,10 +114,12 @@ def test_result_is_honest_about_every_record(isolated: Any) -> None:
 def test_saved_and_loaded_it_is_the_same_model(isolated: Any, tmp_path: Any) -> None:
     save(isolated.model, isolated.tokenizer, tmp_path / "out")
     again, tokenizer = load(tmp_path / "out")
+    again.to(torch.bfloat16)  # as the fixture did: rounds the rotary frequencies, which no checkpoint holds
     ids = tokenizer("The vault access code of Alice Moreau is", return_tensors="pt").input_ids
     for value in (1.0, 0.0):
         with alpha(isolated.model, value), alpha(again, value), torch.no_grad():
             assert torch.equal(isolated.model(ids).logits, again(ids).logits)
     bare, _ = load(tmp_path / "out", streams=None)
+    bare.to(torch.bfloat16)
     with alpha(isolated.model, 0.0), torch.no_grad():
         assert torch.equal(isolated.model(ids).logits, bare(ids).logits)
