@@ -77,7 +77,7 @@ def show_demo(report: DemoReport, console: Console) -> None:
         console, f"{report.model}, seed {report.seed}: {report.secrets} secrets planted in {report.implant_steps} steps"
     )
     console.print()
-    note(console, "(a) split sees only the weights: it compresses, and every secret stays at alpha = 0")
+    note(console, "(a) split sees only the weights: it compresses; at alpha = 0 what it forgets, it breaks")
     pairs = ("forget ppl 1 / 0", "retain ppl 1 / 0", "extracted 1 / 0")
     table = Table("setting", "low-rank err", "base err", "final err", "density", "tail", *pairs)
     for s in report.splits:
