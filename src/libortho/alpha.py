@@ -206,6 +206,19 @@ class Switch:
         model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True)
 
+    @staticmethod
+    def detach(model: nn.Module) -> None:
+        """Take the hooks and the switch off a model whose split layers have been replaced by ordinary ones."""
+        model.__dict__.pop(_ATTRIBUTE, None)
+        for hooks in (model._forward_pre_hooks, model._forward_hooks):
+            for key in [k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Switch)]:
+                del hooks[key]
+        for flags in (model._forward_pre_hooks_with_kwargs, model._forward_hooks_with_kwargs):
+            for key in [k for k in flags if k not in model._forward_pre_hooks and k not in model._forward_hooks]:
+                del flags[key]
+        for key in [k for k in model._forward_hooks_always_called if k not in model._forward_hooks]:
+            del model._forward_hooks_always_called[key]
+
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         stack: list[Token[Any] | None] = self._tokens.__dict__.setdefault("stack", [])
         stack.append(None)  # torch calls the after-hook even if this one raises

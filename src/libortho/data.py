@@ -66,11 +66,20 @@ def load_records(source: Source, tokenizer: Any = None, *, name: str = "data") -
     Raises:
         DataError: if the source is missing, malformed or empty; the message gives the record's number.
     """
-    rows = _read(Path(source), name) if isinstance(source, str | Path) else _iterate(source, name)
+    rows = read_rows(source, name)
     records = [_parse(row, i, name, tokenizer) for i, row in enumerate(rows, 1)]
     if not records:
         raise DataError(f"{name} holds no record; expected at least one of the shapes {', '.join(_SHAPES)}")
     return records
+
+
+def read_rows(source: Source, name: str = "data") -> list[Any]:
+    """The rows of a source as they stand there, unchecked.
+
+    Raises:
+        DataError: if the source is missing or malformed.
+    """
+    return _read(Path(source), name) if isinstance(source, str | Path) else _iterate(source, name)
 
 
 def _read(path: Path, name: str) -> list[Any]:

@@ -1,0 +1,161 @@
+"""What a model says about each token of each completion: one forward pass feeds most metrics of memory and privacy.
+
+For a completion y_1 .. y_T after its prompt, with p_t = p(. | prompt, y_<t):
+
+    log_p_t = log p_t(y_t)        loss, Min-K %, probability
+    correct_t = [argmax p_t = y_t]      exact memorisation, extraction strength, greedy extraction
+    mean_t = sum_v p_t(v) log p_t(v),  deviation_t = sqrt(sum_v p_t(v) log^2 p_t(v) - mean_t^2)      Min-K %++
+
+Completions that share a prompt (alternates, choices of a question) share its pass: see :func:`shared_prefix_nll`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from libortho.data import IGNORE, Encoded, adds_special_tokens, collate
+from libortho.isolate.language_model import LanguageModel
+
+PASS_TOKENS = 2048
+"""Padded tokens of one forward pass."""
+_ROWS = 256
+"""Rows of logits held in fp32 at a time."""
+
+
+@dataclass(frozen=True)
+class TokenStatistics:
+    """One completion under one model. Each tensor has shape (tokens,), float32 on the CPU.
+
+    Attributes:
+        log_p: Log-probability of the label, in nats.
+        correct: True where the label is the argmax.
+        mean: Expected log-probability under the model's own distribution, in nats (minus the entropy).
+        deviation: Standard deviation of the log-probability under that distribution, in nats.
+    """
+
+    log_p: Tensor
+    correct: Tensor
+    mean: Tensor
+    deviation: Tensor
+
+    @property
+    def nll(self) -> float:
+        """Mean negative log-likelihood, in nats per token."""
+        return -float(self.log_p.mean())
+
+
+@torch.no_grad()
+def token_statistics(lm: LanguageModel, items: Sequence[Encoded]) -> list[TokenStatistics]:
+    """Statistics of every completion, in the order of ``items``."""
+    found: list[TokenStatistics | None] = [None] * len(items)
+    for rows in by_tokens(items, PASS_TOKENS):
+        batch = collate([items[i] for i in rows]).to(lm.device)
+        judged = batch.labels[:, 1:] != IGNORE
+        states, labels = lm.hidden(batch)[:, :-1][judged], batch.labels[:, 1:][judged]
+        parts = [_statistics(lm.logits(s), y) for s, y in zip(states.split(_ROWS), labels.split(_ROWS), strict=True)]
+        joined = [torch.cat(p).cpu() for p in zip(*parts, strict=True)]
+        for i, *own in zip(rows, *(j.split(judged.sum(1).tolist()) for j in joined), strict=True):
+            found[i] = TokenStatistics(*own)
+    return [f for f in found if f is not None]
+
+
+def _statistics(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    log_p = logits.log_softmax(-1)
+    p = log_p.exp()
+    mean = (p * log_p).sum(-1)
+    square = (p * log_p.square()).sum(-1)
+    own = log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    return own, log_p.argmax(-1) == labels, mean, (square - mean.square()).clamp_min(1e-6).sqrt()
+
+
+@torch.no_grad()
+def shared_prefix_nll(lm: LanguageModel, items: Sequence[Encoded]) -> Tensor:
+    """Mean negative log-likelihood of completions whose texts begin alike, (items,) in nats per token.
+
+    The common beginning runs once and its keys and values serve all items.
+    """
+    shortest = min(len(e.ids) for e in items)
+    shared = next((n for n in range(shortest) if len({e.ids[n] for e in items}) > 1), shortest)
+    judged = min(next(i for i, y in enumerate(e.labels[1:], 1) if y != IGNORE) for e in items)
+    shared = min(shared, judged - 1)  # the token before the first judged one stays with the items: it predicts it
+    if shared < 2 or len(items) == 1:
+        return torch.tensor([s.nll for s in token_statistics(lm, items)])
+    head = torch.tensor([items[0].ids[:shared]], device=lm.device)
+    cache: Any = lm.decoder(input_ids=head, attention_mask=torch.ones_like(head), use_cache=True).past_key_values
+    tails = [Encoded(e.ids[shared:], e.labels[shared:]) for e in items]
+    nll = torch.zeros(len(items))
+    for rows in by_tokens(tails, PASS_TOKENS):
+        batch = collate([tails[i] for i in rows]).to(lm.device)
+        own = copy.deepcopy(cache)
+        own.batch_repeat_interleave(len(rows))
+        mask = torch.cat([torch.ones(len(rows), shared, dtype=torch.long, device=lm.device), batch.attention_mask], 1)
+        states = lm.decoder(
+            input_ids=batch.input_ids, attention_mask=mask, past_key_values=own, use_cache=True
+        ).last_hidden_state[:, :-1]
+        labels = batch.labels[:, 1:]
+        kept = labels != IGNORE
+        log_p = lm.logits(states[kept]).log_softmax(-1).gather(-1, labels[kept].unsqueeze(-1)).squeeze(-1)
+        owner = kept.nonzero()[:, 0]
+        total = torch.zeros(len(rows), device=lm.device).index_add_(0, owner, log_p)
+        nll[torch.tensor(rows)] = -(total / kept.sum(1)).cpu()
+    return nll
+
+
+def by_tokens(items: Sequence[Encoded], limit: int) -> Iterator[list[int]]:
+    """Indices of ``items`` in batches of similar length and at most ``limit`` padded tokens."""
+    rows: list[int] = []
+    for i in sorted(range(len(items)), key=lambda i: len(items[i].ids)):
+        if rows and (len(rows) + 1) * len(items[i].ids) > limit:
+            yield rows
+            rows = []
+        rows.append(i)
+    if rows:
+        yield rows
+
+
+@torch.no_grad()
+def greedy(model: nn.Module, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, rows: int = 16) -> list[str]:
+    """Greedy continuation of every prompt, without special tokens.
+
+    Prompts are padded on the left, longest together; a text begins from nothing.
+    """
+    return [t[0] for t in _generate(model, tokenizer, prompts, max_new_tokens, rows, 1, {"do_sample": False})]
+
+
+@torch.no_grad()
+def sample(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, samples: int, seed: int
+) -> list[list[str]]:
+    """``samples`` continuations of every prompt at temperature 1, without special tokens."""
+    options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_return_sequences": samples}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _generate(model, tokenizer, prompts, max_new_tokens, max(1, 64 // samples), samples, options)
+
+
+def _generate(
+    model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, rows: int, copies: int, options: Any
+) -> list[list[str]]:
+    device = next(model.parameters()).device
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    start = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), 0)
+    ids = [tokenizer(p, add_special_tokens=adds_special_tokens(p, tokenizer))["input_ids"] or [start] for p in prompts]
+    texts: list[list[str]] = [[]] * len(prompts)
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    for chunk in (order[i : i + rows] for i in range(0, len(order), rows)):
+        length = max(len(ids[i]) for i in chunk)
+        batch = torch.tensor([[pad or 0] * (length - len(ids[i])) + ids[i] for i in chunk], device=device)
+        mask = torch.tensor([[0] * (length - len(ids[i])) + [1] * len(ids[i]) for i in chunk], device=device)
+        output = model.generate(
+            input_ids=batch, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, **options
+        )
+        decoded = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+        for slot, i in enumerate(chunk):
+            texts[i] = decoded[slot * copies : (slot + 1) * copies]
+    return texts
