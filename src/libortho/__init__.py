@@ -5,8 +5,9 @@ y = W_base x + alpha * W_ortho x: a dense low-precision base (general knowledge)
 """
 
 from libortho.alpha import alpha, set_alpha
+from libortho.audit import AuditReport, audit
 from libortho.checkpoint import load, save
-from libortho.config import IsolateConfig, SplitConfig
+from libortho.config import AuditConfig, IsolateConfig, SplitConfig
 from libortho.errors import (
     AlphaContextError,
     AlphaError,
@@ -26,6 +27,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AlphaContextError",
     "AlphaError",
+    "AuditConfig",
+    "AuditReport",
     "CheckpointError",
     "ConfigError",
     "DataError",
@@ -37,6 +40,7 @@ __all__ = [
     "SplitConfig",
     "TargetError",
     "alpha",
+    "audit",
     "isolate",
     "layer_report",
     "load",

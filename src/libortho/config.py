@@ -186,7 +186,7 @@ class AuditConfig:
     """Continuations drawn for each record at temperature 1."""
     alphas: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     """Grid of the alpha curve."""
-    min_k: float = 0.2
+    min_k: float = 0.4
     """Share of the least likely tokens that the Min-K % scores look at."""
     reveal: bool = False
     """Print secrets in the report. By default all but their first two characters are masked wherever they appear."""

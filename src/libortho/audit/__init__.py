@@ -1,1 +1,91 @@
-"""``audit``: is it really gone, and is the rest unharmed."""
+"""``audit``: is it really gone, and is the rest unharmed.
+
+The work is in :mod:`libortho.audit.run`, which needs the extra ``audit`` (scipy, rapidfuzz, rouge-score).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from libortho.audit.report import AuditReport, Check, Verdict
+from libortho.config import AuditConfig
+from libortho.data import Source
+from libortho.errors import LibOrthoError
+from libortho.split import Progress
+
+
+def audit(
+    model: nn.Module,
+    tokenizer: Any,
+    forget: Source,
+    retain: Source | None = None,
+    holdout: Source | None = None,
+    *,
+    reference: nn.Module | None = None,
+    original: nn.Module | None = None,
+    others: Mapping[str, nn.Module] | None = None,
+    associations: Source | None = None,
+    question_sets: Mapping[str, Source] | None = None,
+    general: str | Path | None = None,
+    tasks: Sequence[str | Path] = (),
+    name: str | None = None,
+    config: AuditConfig | None = None,
+    progress: Progress | None = None,
+) -> AuditReport:
+    """Measure whether the forget set is gone at alpha = 0 and whether the rest is unharmed. Changes nothing.
+
+    Args:
+        model: A split model, or any transformers causal LM, which is then audited as it is.
+        tokenizer: Its tokenizer.
+        forget: The records that must be gone. Rows with ``perturbed_answer`` (TOFU) get truth ratios as well.
+        retain: Records that must still be known.
+        holdout: Records of the same kind that were never trained on. Without them there is no privacy verdict.
+        reference: A model that was never trained on the forget set; the best yardstick there is.
+        original: The dense model before isolation.
+        others: Further models to stand beside, by label.
+        associations: Questions that ask for the secrets the other way round or over one step.
+        question_sets: "retain", "real_authors" and "world_facts" as TOFU's perturbed files: model utility.
+        general: Text file for perplexity; by default the general text of the package that isolate never sees.
+        tasks: JSONL files of tasks; see :mod:`libortho.audit.utility`. Arithmetic is always measured.
+        name: What the report calls the model.
+        config: See :class:`~libortho.config.AuditConfig`.
+        progress: Called with (phase, done, total); total is a size of work, so that time can be estimated.
+
+    Returns:
+        Figures, controls beside them, and verdicts.
+
+    Raises:
+        DataError: if data is missing or malformed, or holdout and forget overlap; the message names the records.
+        TargetError: if the model is not a causal LM.
+        LibOrthoError: if the extra ``audit`` is not installed.
+    """
+    try:
+        from libortho.audit.run import run
+    except ImportError as error:
+        if error.name not in ("scipy", "rapidfuzz", "rouge_score"):
+            raise
+        raise LibOrthoError(f"audit needs {error.name}; install the extra: pip install 'libortho[audit]'") from error
+    return run(
+        model,
+        tokenizer,
+        forget,
+        retain,
+        holdout,
+        reference=reference,
+        original=original,
+        others=others or {},
+        associations=associations,
+        question_sets=question_sets,
+        general=general,
+        tasks=tasks,
+        name=name,
+        config=config or AuditConfig(),
+        progress=progress,
+    )
+
+
+__all__ = ["AuditReport", "Check", "Verdict", "audit"]

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from libortho.alpha import Switch, alpha
 from libortho.isolate.language_model import LanguageModel
 from libortho.layer import OrthoLinear, ortho_layers
+from libortho.split import bias_of
 from libortho.streams import BaseStream, Columns, Entries, OrthoStream
 
 
@@ -36,7 +37,7 @@ class Subject:
     Attributes:
         key: Short name in the report.
         label: What readers see.
-        role: "audited", "switch on", "control" or "reference".
+        role: "audited", "switch on", "control", "other" or "reference".
         model: The model that is run inside ``enter()``.
         enter: Makes the context in which ``model`` is this subject.
     """
@@ -53,7 +54,12 @@ class Subject:
 
 
 def subjects(
-    model: nn.Module, *, original: nn.Module | None, reference: nn.Module | None, controls: bool, seed: int
+    model: nn.Module,
+    *,
+    original: nn.Module | None,
+    reference: nn.Module | None,
+    others: Mapping[str, nn.Module],
+    seed: int,
 ) -> list[Subject]:
     """The audited subject first, then its controls.
 
@@ -61,7 +67,7 @@ def subjects(
         model: A split model, or any causal LM (then it is audited as it is, without switch and controls).
         original: The dense model before isolation.
         reference: A model of the same architecture that was never trained on the forget set.
-        controls: Include plain quantised, random and largest columns.
+        others: Further models to stand beside, by label.
         seed: Seed of the random columns.
     """
     layers = ortho_layers(model)
@@ -73,7 +79,7 @@ def subjects(
         found.append(Subject("model", "model", "audited", model, contextlib.nullcontext))
     if original is not None:
         found.append(Subject("original", "original", "control", original, contextlib.nullcontext))
-    if layers and controls:
+    if any(bool(touched(m).any()) for m in layers.values()):
         generator = torch.Generator().manual_seed(seed)
         bases: dict[str, tuple[str, Callable[[OrthoLinear], BaseStream]]] = {
             "quantised": ("plain quantised", plain_base),
@@ -83,6 +89,7 @@ def subjects(
         for key, (label, make) in bases.items():
             made = {n: make(m) for n, m in layers.items()}
             found.append(Subject(key, label, "control", model, _exchanged(model, made)))
+    found += [Subject(n, n, "other", m, contextlib.nullcontext) for n, m in others.items()]
     if reference is not None:
         found.append(Subject("reference", "never trained", "reference", reference, contextlib.nullcontext))
     return found
@@ -193,7 +200,7 @@ def dense_copy(subject: Subject) -> nn.Module:
     memo: dict[int, Any] = {id(m): m for m in layers.values()}  # the split layers themselves are not copied
     copied = copy.deepcopy(subject.model, memo)
     for name, weight in dense.items():
-        bias = layers[name].bias
+        bias = bias_of(layers[name])
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
         linear.weight = nn.Parameter(weight)
         if bias is not None:

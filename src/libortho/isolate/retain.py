@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from torch import nn
 
 from libortho.cache import cache_directory
 from libortho.data import Encoded
+from libortho.files import write_atomically
 from libortho.isolate.counterfactuals import shipped_text
 
 SHARED_TOKENS = 8
@@ -67,7 +66,7 @@ def _cached_samples(
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
     samples = _unlike(_sample(model, tokenizer, count, length, seed), forget)
-    _write_private(path, json.dumps(samples))
+    write_atomically(path, json.dumps(samples))
     return samples
 
 
@@ -107,17 +106,3 @@ def _fingerprint(model: nn.Module) -> str:
         picked = flat[:: max(1, flat.numel() // 1024)].float().cpu().contiguous()
         digest.update(name.encode() + picked.numpy().tobytes())
     return digest.hexdigest()
-
-
-def _write_private(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handle, name = tempfile.mkstemp(dir=path.parent)  # mode 0600
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

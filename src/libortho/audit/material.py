@@ -1,0 +1,207 @@
+"""What every subject of one audit is asked: the same records, probes, fillings and texts for all of them."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from libortho.audit import prompts, utility
+from libortho.audit.memory import fillings as filling_count
+from libortho.config import AuditConfig
+from libortho.data import Encoded, Record, Source, encode, load_records, read_rows
+from libortho.errors import DataError
+from libortho.isolate import counterfactuals
+
+logger = logging.getLogger(__name__)
+
+HOLDOUT_EXPOSURES = 16
+"""Holdout records whose exposure is measured, as the level of a secret that was never seen."""
+SHOWN = 16
+"""Records whose generations are printed."""
+FEW = 8
+"""Below this many records the intervals are too wide to say much."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A record that brings a paraphrase and wrong answers, as TOFU's perturbed files do.
+
+    Attributes:
+        answer: The record itself.
+        paraphrase: The same question with the answer in other words; the answer itself where none is given.
+        perturbed: The same question with wrong answers.
+    """
+
+    answer: Record
+    paraphrase: Record
+    perturbed: tuple[Record, ...]
+
+
+@dataclass(frozen=True)
+class Material:
+    """The audit's questions.
+
+    Attributes:
+        forget: Records that must be gone.
+        holdout: Records of the same kind that nobody trained on; may be empty.
+        retain: Records that must stay; may be empty.
+        probed: Indices into ``forget`` of the records that samples, fillings and other prompts look at.
+        prefixes: Share of the completion that is given, to (index into ``forget``, record) pairs.
+        variants: Name of the changed prompt, to (index into ``forget``, record) pairs.
+        fillings: For each probed record, other completions of the same shape; empty for prose.
+        holdout_fillings: The same for the first holdout records.
+        spaces: For each probed record, how many fillings there are; None for prose.
+        questions: Forget records with paraphrase and wrong answers, by index.
+        question_sets: Name ("retain", "real_authors", "world_facts"), to questions that must stay.
+        associations: Records that ask for the secret the other way round or over one step.
+        general: Windows of general text.
+        tasks: Tasks that measure ability.
+        warnings: What a reader should know about the data.
+    """
+
+    tokenizer: Any
+    forget: tuple[Record, ...]
+    holdout: tuple[Record, ...]
+    retain: tuple[Record, ...]
+    probed: tuple[int, ...]
+    prefixes: Mapping[float, tuple[tuple[int, Record], ...]]
+    variants: Mapping[str, tuple[tuple[int, Record], ...]]
+    fillings: tuple[tuple[Record, ...], ...]
+    holdout_fillings: tuple[tuple[Record, ...], ...]
+    spaces: tuple[int | None, ...]
+    questions: Mapping[int, Question]
+    question_sets: Mapping[str, tuple[Question, ...]]
+    associations: tuple[Record, ...]
+    general: tuple[Encoded, ...]
+    tasks: tuple[utility.Task, ...]
+    warnings: tuple[str, ...]
+    limit: int | None = None
+    _encoded: dict[Record, Encoded] = field(default_factory=dict, repr=False, compare=False)
+
+    def encode(self, records: Sequence[Record]) -> list[Encoded]:
+        """Tokenise, once for each record."""
+        for record in records:
+            if record not in self._encoded:
+                self._encoded[record] = encode(record, self.tokenizer, self.limit, name="audit")
+        return [self._encoded[r] for r in records]
+
+
+def gather(
+    tokenizer: Any,
+    forget: Source,
+    *,
+    retain: Source | None,
+    holdout: Source | None,
+    associations: Source | None,
+    question_sets: Mapping[str, Source] | None,
+    general: Path | None,
+    tasks: Sequence[str | Path],
+    limit: int | None,
+    config: AuditConfig,
+) -> Material:
+    """Read and check everything that an audit asks.
+
+    Raises:
+        DataError: if data is missing or malformed, or a holdout record is also in the forget set.
+    """
+    rows = read_rows(forget, "forget")
+    records = tuple(load_records(rows, tokenizer, name="forget"))
+    unseen = tuple(load_records(holdout, tokenizer, name="holdout")) if holdout is not None else ()
+    _check_overlap(records, unseen)
+    rng = random.Random(config.seed)
+    size = config.resolved("probe_records")
+    probed = tuple(range(len(records)) if len(records) <= size else sorted(rng.sample(range(len(records)), size)))
+    forms = counterfactuals.common_form([r.completion for r in records])
+    count = config.resolved("fillings")
+
+    def others(record: Record, keep: frozenset[int]) -> tuple[Record, ...]:
+        if counterfactuals.is_prose(record.completion):
+            return ()
+        texts = counterfactuals.alternates(record.completion, count, rng, opens=not record.prompt, keep=keep)
+        return tuple(Record(record.prompt, t, record.number) for t in texts)
+
+    prefixes: dict[float, list[tuple[int, Record]]] = {}
+    variants: dict[str, list[tuple[int, Record]]] = {}
+    for i in probed:
+        for share, record in prompts.prefixes(records[i], tokenizer=tokenizer).items():
+            prefixes.setdefault(share, []).append((i, record))
+        own = prompts.variants(records[i], tokenizer)
+        if isinstance(rows[i], Mapping):
+            own |= prompts.user_variants(rows[i], tokenizer, records[i].number)
+        for name, record in own.items():
+            variants.setdefault(name, []).append((i, record))
+    arithmetic = utility.arithmetic_rows(config.resolved("task_rows"), config.seed)
+    fillings = tuple(others(records[i], forms[i]) for i in probed)
+    return Material(
+        tokenizer=tokenizer,
+        forget=records,
+        holdout=unseen,
+        retain=tuple(load_records(retain, tokenizer, name="retain")) if retain is not None else (),
+        probed=probed,
+        prefixes={k: tuple(v) for k, v in sorted(prefixes.items())},
+        variants={k: tuple(v) for k, v in variants.items()},
+        fillings=fillings,
+        holdout_fillings=tuple(others(r, frozenset()) for r in unseen[:HOLDOUT_EXPOSURES]) if any(fillings) else (),
+        spaces=tuple(filling_count(records[i].completion) for i in probed),
+        questions={i: q for i, row in enumerate(rows) if (q := _question(row, records[i], tokenizer)) is not None},
+        question_sets={n: _questions(s, n, tokenizer) for n, s in (question_sets or {}).items()},
+        associations=tuple(load_records(associations, tokenizer, name="associations")) if associations else (),
+        general=tuple(utility.general_items(tokenizer, general, config.resolved("general_sequences"), 256)),
+        tasks=(utility.load_task(arithmetic, "arithmetic"), *(utility.load_task(t) for t in tasks)),
+        warnings=_warnings(records, unseen, tokenizer),
+        limit=limit,
+    )
+
+
+def _check_overlap(forget: Sequence[Record], holdout: Sequence[Record]) -> None:
+    known = {(r.prompt.strip(), r.completion.strip()): r.number for r in forget}
+    both = [(known[k], r.number) for r in holdout if (k := (r.prompt.strip(), r.completion.strip())) in known]
+    if both:
+        shown = ", ".join(f"forget {a} = holdout {b}" for a, b in both[:5]) + (", ..." if len(both) > 5 else "")
+        raise DataError(
+            f"{len(both)} records are in both forget and holdout ({shown}); a holdout must hold "
+            "records that were never trained on; remove them from one of the two"
+        )
+
+
+def _question(row: Any, record: Record, tokenizer: Any) -> Question | None:
+    """The record's paraphrase and wrong answers, if its row brings them."""
+    if not isinstance(row, Mapping) or "perturbed_answer" not in row or "question" not in row:
+        return None
+    wrong = row["perturbed_answer"]
+    if not isinstance(wrong, Sequence) or isinstance(wrong, str) or not all(isinstance(w, str) for w in wrong):
+        raise DataError(f"record {record.number}: 'perturbed_answer' must be a list of strings")
+    answers = [row.get("paraphrased_answer", row["answer"]), *wrong]
+    paraphrase, *others = load_records([{"question": row["question"], "answer": a} for a in answers], tokenizer)
+    return Question(record, paraphrase, tuple(others))
+
+
+def _questions(source: Source, name: str, tokenizer: Any) -> tuple[Question, ...]:
+    rows = read_rows(source, name)
+    records = load_records(rows, tokenizer, name=name)
+    found = [_question(row, record, tokenizer) for row, record in zip(rows, records, strict=True)]
+    missing = [r.number for r, q in zip(records, found, strict=True) if q is None]
+    if missing:
+        raise DataError(f"{name} record {missing[0]}: expected question, answer and perturbed_answer")
+    return tuple(q for q in found if q is not None)
+
+
+def _warnings(forget: Sequence[Record], holdout: Sequence[Record], tokenizer: Any) -> tuple[str, ...]:
+    found = []
+    if len(forget) < FEW:
+        found.append(
+            f"only {len(forget)} forget records: every interval is wide, and a verdict can rest on one of them"
+        )
+    if 0 < len(holdout) < FEW:
+        found.append(f"only {len(holdout)} holdout records: membership figures are hardly more than noise")
+    single = [r.number for r in forget if len(tokenizer(r.completion.strip())["input_ids"]) == 1]
+    if single:
+        found.append(
+            f"{len(single)} secrets are a single token (record {single[0]}{', ...' if len(single) > 1 else ''}): a "
+            "guess can hit them, and exact memorisation, extraction strength and extraction are then one and the same"
+        )
+    return tuple(found)

@@ -1,0 +1,456 @@
+"""``audit``: run every measurement on every subject, and draw the conclusions.
+
+memory, privacy, utility      all subjects, on the same records (controls on fewer of them)
+alpha curve                   the same figures over a grid of alpha
+attacks, depth                profile "full"
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import libortho
+from libortho.audit import attacks, prompts
+from libortho.audit import measure as measuring
+from libortho.audit import statistics as st
+from libortho.audit import summary as summaries
+from libortho.audit.depth import logit_lens, unlearning_depth
+from libortho.audit.gradients import forget_gradient, gradient_cosine, gradient_norm
+from libortho.audit.material import SHOWN, Material, gather
+from libortho.audit.measure import Before, Measurement
+from libortho.audit.privacy import template_of
+from libortho.audit.report import AuditReport
+from libortho.audit.subjects import Subject, at, subjects, touched
+from libortho.audit.verdicts import verdicts
+from libortho.config import AuditConfig
+from libortho.data import Encoded, Record, Source
+from libortho.errors import TargetError
+from libortho.isolate.language_model import LanguageModel
+from libortho.layer import OrthoLinear, ortho_layers
+from libortho.split import Progress
+from libortho.streams import OrthoStream
+from libortho.targets import find_targets
+
+SCHEMA = "libortho-audit/1"
+_CURVE_HOLDOUT, _CURVE_WINDOWS = 64, 8
+"""Holdout records and windows of general text at each point of the alpha curve."""
+_GRADIENT_RECORDS = 16
+"""Forget records whose summed gradient is compared between subjects."""
+_ATTACKED = 64
+"""Forget records that attacks and depth score look at; a random choice beyond."""
+_TASK_TOKENS = 80
+"""Typical tokens of one row of a task, to estimate time."""
+
+
+@dataclass
+class _Step:
+    """One piece of work and its size, in tokens that pass through the model."""
+
+    name: str
+    cost: float
+    run: Callable[[], None]
+
+
+@dataclass
+class _State:
+    """What the steps have found so far."""
+
+    measured: dict[str, Measurement] = field(default_factory=dict)
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    attacks: dict[str, Any] | None = None
+    depth: dict[str, Any] | None = None
+    gradient: dict[str, torch.Tensor] | None = None
+    before: Before | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def run(
+    model: nn.Module,
+    tokenizer: Any,
+    forget: Source,
+    retain: Source | None,
+    holdout: Source | None,
+    *,
+    reference: nn.Module | None,
+    original: nn.Module | None,
+    others: Mapping[str, nn.Module],
+    associations: Source | None,
+    question_sets: Mapping[str, Source] | None,
+    general: str | Path | None,
+    tasks: Sequence[str | Path],
+    name: str | None,
+    config: AuditConfig,
+    progress: Progress | None,
+) -> AuditReport:
+    """The work behind :func:`libortho.audit`, whose arguments these are."""
+    material = gather(
+        tokenizer,
+        forget,
+        retain=retain,
+        holdout=holdout,
+        associations=associations,
+        question_sets=question_sets,
+        general=None if general is None else Path(general),
+        tasks=tasks,
+        limit=config.max_length,
+        config=config,
+    )
+    standing = subjects(model, original=original, reference=reference, others=others, seed=config.seed)
+    state = _State()
+    flags = [(m, m.training) for s in standing for m in s.model.modules()]
+    try:
+        for subject in standing:
+            subject.model.eval()
+        steps = _Plan(standing, material, config, state).steps
+        total = sum(s.cost for s in steps)
+        done = 0.0
+        for step in steps:
+            began = time.monotonic()
+            step.run()
+            done += step.cost
+            state.seconds[step.name] = state.seconds.get(step.name, 0.0) + time.monotonic() - began
+            if progress is not None:
+                progress("audit", int(done), int(total))
+    finally:
+        for module, flag in flags:
+            module.training = flag
+    data = _data(model, standing, material, config, state, name)
+    found = verdicts(data)
+    data["verdicts"] = [
+        {"key": v.key, "status": v.status, "text": v.text, "checks": [vars(c) for c in v.checks]} for v in found
+    ]
+    return AuditReport(data, found, state.seconds)
+
+
+class _Plan:
+    """All work of one audit, in order; each step has its size in tokens, so that time can be estimated."""
+
+    def __init__(self, standing: Sequence[Subject], material: Material, config: AuditConfig, state: _State) -> None:
+        self.standing, self.material, self.config, self.state = standing, material, config, state
+        self.steps: list[_Step] = []
+        self.by_key = {s.key: s for s in standing}
+        self.audited = standing[0]
+        self.split = bool(ortho_layers(self.audited.model))
+        self.anchor = next((s.key for s in standing if s.key in ("on", "original")), None)
+        """Who has its memory, and is what others diverge from."""
+        self.targets = list(ortho_layers(self.audited.model)) or _output_projections(self.audited.model)
+        rng = random.Random(config.seed)
+        few = min(_ATTACKED, len(material.forget))
+        self.attacked = [material.forget[i] for i in sorted(rng.sample(range(len(material.forget)), few))]
+        first = [s for s in standing if s.key == self.anchor]
+        for subject in first + [s for s in standing if s.key != self.anchor]:
+            self._measure(subject)
+        if self.split:
+            for value in config.alphas:
+                self._curve(value)
+        if config.profile == "full":
+            self._attacks()
+            self._depth()
+
+    def _add(self, name: str, tokens: float, run: Callable[[], None]) -> None:
+        self.steps.append(_Step(name, max(1.0, tokens), run))
+
+    def _tokens(self, records: Iterable[Record]) -> int:
+        return sum(len(e.ids) for e in self.material.encode(list(records)))
+
+    def _inside(self, subject: Subject, work: Callable[[LanguageModel, Measurement], None]) -> Callable[[], None]:
+        def run() -> None:
+            with subject.enter():
+                work(subject.language_model(), self.state.measured[subject.key])
+
+        return run
+
+    def _measure(self, subject: Subject) -> None:
+        m, config, state = self.material, self.config, self.state
+        control = subject.role == "control" and subject.key != "original"
+
+        def records() -> None:
+            with subject.enter():
+                state.measured[subject.key] = measuring.records(subject.language_model(), m, config)
+
+        def ability(lm: LanguageModel, into: Measurement) -> None:
+            found = measuring.ability(lm, m, config, into, state.before, tasks=not control)
+            if subject.key == self.anchor:
+                state.before = found
+
+        self._add("records", self._tokens([*m.forget, *m.holdout]), records)
+        text = sum(len(e.ids) for e in m.general)
+        asked = sum(min(len(t.questions), config.resolved("task_rows")) for t in m.tasks) * _TASK_TOKENS
+        self._add("utility", text + (0 if control else asked), self._inside(subject, ability))
+        if control:
+            return
+        probes = [r for pairs in [*m.prefixes.values(), *m.variants.values()] for _, r in pairs]
+        self._add(
+            "prompts", self._tokens([*probes, *m.associations]),
+            self._inside(subject, lambda lm, into: measuring.probes(lm, m, into)),
+        )  # fmt: skip
+        fillings = [r for group in [*m.fillings, *m.holdout_fillings] for r in group]
+        self._add(
+            "exposure", 0.5 * self._tokens(fillings),
+            self._inside(subject, lambda lm, into: measuring.exposures(lm, m, into)),
+        )  # fmt: skip
+        answers = sum(len(e.completion) for e in m.encode([m.forget[i] for i in m.probed]))
+        self._add(
+            "generation", 3 * answers,
+            self._inside(subject, lambda lm, into: measuring.generations(subject, m, config, into)),
+        )  # fmt: skip
+        if subject.key != self.anchor or config.profile == "full":
+            self._add(
+                "samples", config.samples * answers,
+                self._inside(subject, lambda lm, into: measuring.sampled(subject, m, config, into)),
+            )  # fmt: skip
+        asked_sets = [q for qs in m.question_sets.values() for q in qs]
+        if m.questions or asked_sets:
+            texts = [r for q in [*m.questions.values(), *asked_sets] for r in (q.answer, q.paraphrase, *q.perturbed)]
+            self._add(
+                "questions", self._tokens(texts),
+                self._inside(subject, lambda lm, into: measuring.questions(subject, lm, m, config, into)),
+            )  # fmt: skip
+        self._add("gradients", 3 * self._tokens(m.forget[:_GRADIENT_RECORDS]), lambda: self._gradient(subject))
+        if config.profile == "full" and m.holdout:
+            self._add(
+                "gradients", 3 * self._tokens([*m.forget, *m.holdout]),
+                self._inside(subject, lambda lm, into: measuring.gradient_scores(subject, m, self.targets, into)),
+            )  # fmt: skip
+
+    def _gradient(self, subject: Subject) -> None:
+        """Norm of the forget gradient, and its direction beside that of the model with its memory."""
+        gradient = forget_gradient(
+            subject, self.material.encode(self.material.forget[:_GRADIENT_RECORDS]), self.targets
+        )
+        if subject.key == self.anchor:
+            self.state.gradient = gradient
+        found = {"norm": gradient_norm(gradient)}
+        if self.state.gradient is not None:
+            found["cosine"] = gradient_cosine(gradient, self.state.gradient)
+        self.state.measured[subject.key].gradient = found
+
+    def _curve(self, value: float) -> None:
+        m = self.material
+        holdout = m.holdout[:_CURVE_HOLDOUT]
+
+        def run() -> None:
+            subject = at(self.audited.model, value)
+            with subject.enter():
+                lm = subject.language_model()
+                found = measuring.records(lm, replace(m, holdout=holdout), self.config)
+                measuring.ability(
+                    lm, replace(m, general=m.general[:_CURVE_WINDOWS], retain=()), self.config, found,
+                    self._before_part(), tasks=False,
+                )  # fmt: skip
+            self.state.curve.append(summaries.curve_point(value, found))
+
+        text = sum(len(e.ids) for e in m.general[:_CURVE_WINDOWS])
+        self._add("curve", self._tokens([*m.forget, *holdout]) + text, run)
+
+    def _before_part(self) -> Before | None:
+        before = self.state.before
+        return None if before is None else Before(before.lm, before.states[:_CURVE_WINDOWS])
+
+    def _attacks(self) -> None:
+        items, general = self.material.encode(self.attacked), list(self.material.general)
+        seed, tokens = self.config.seed, self._tokens(self.attacked)
+        found: dict[str, Any] = {}
+        self.state.attacks = found
+        standing = list(self.standing)
+        asked: list[tuple[str, float, Callable[[], Any]]] = []
+        if len(items) >= 2:
+            asked.append(("relearning", 60 * tokens, lambda: attacks.relearning(standing, items, general, seed=seed)))
+            asked.append(
+                ("prefix", 60 * tokens, lambda: attacks.adversarial_prefix(
+                    standing, self.attacked, self.material.tokenizer, seed=seed
+                ))
+            )  # fmt: skip
+        asked.append(("requantisation", 5 * tokens, lambda: attacks.requantisation(self.audited, items, general)))
+        asked.append(("pruning", 4 * tokens, lambda: attacks.pruning(self.audited, items, general)))
+        if self.split:
+            on = self.by_key["on"]
+            asked.append(("noise", 4 * tokens, lambda: attacks.noise(on, items, general, seed=seed)))
+            asked.append(
+                ("recovery", 4 * tokens, lambda: attacks.stream_recovery(self.audited.model, items, seed=seed))
+            )
+        for name, cost, attack in asked:
+
+            def run(name: str = name, attack: Callable[[], Any] = attack) -> None:
+                found[name] = attack().to_dict()
+
+            self._add(name, cost, run)
+
+    def _depth(self) -> None:
+        items, tokens = self.material.encode(self.attacked), self._tokens(self.attacked)
+        lens = [s for s in self.standing if s.role != "control" or s.key == "original"]
+
+        def run() -> None:
+            self.state.depth = depth_figures(self.by_key, self.audited, self.anchor, items, self.config.seed)
+            self.state.depth["logit_lens"] = {s.key: logit_lens(s, items) for s in lens}
+
+        self._add("depth", 62 * tokens, run)
+
+
+def depth_figures(
+    by_key: Mapping[str, Subject], audited: Subject, anchor: str | None, items: Sequence[Encoded], seed: int
+) -> dict[str, Any]:
+    """The unlearning depth score, or why there is none."""
+    missing = None
+    if anchor is None:
+        missing = "the depth score needs the model with its memory; pass original"
+    elif "reference" not in by_key:
+        missing = "the depth score needs a model that was never trained on the forget set; pass reference"
+    if missing is not None:
+        return {"uds": None, "withheld": missing, "layers": [], "unscored": None}
+    assert anchor is not None
+    score = unlearning_depth(by_key[anchor], audited, by_key["reference"], items)
+    if not score.values:
+        why = "no layer encodes any record: the model with its memory is no surer of them than the reference"
+        return {"uds": None, "withheld": why, "unscored": score.unscored, **score.to_dict()}
+    uds = st.mean_estimate(score.values, seed=seed).to_dict()
+    return {"uds": uds, "withheld": None, "unscored": score.unscored, **score.to_dict()}
+
+
+def _output_projections(model: nn.Module) -> list[str]:
+    """Names of the MLP output projections of a dense model; empty for a family that is not known."""
+    try:
+        return list(find_targets(model, "mlp-out"))
+    except TargetError:
+        return []
+
+
+def _data(
+    model: nn.Module, standing: Sequence[Subject], m: Material, config: AuditConfig, state: _State, name: str | None
+) -> dict[str, Any]:
+    """The report's JSON, verdicts aside."""
+    by_key = {s.key: s for s in standing}
+    anchor = next((k for k in ("on", "original") if k in by_key), None)
+    context = summaries.Context(
+        material=m,
+        reference=state.measured.get("reference"),
+        before=None if anchor is None else state.measured[anchor],
+        seed=config.seed,
+    )
+    hide = (lambda text, secret: text) if config.reveal else prompts.mask
+    secrets = [r.completion.strip() for r in m.forget]
+    layers = ortho_layers(model)
+    rows = [
+        {
+            "key": s.key,
+            "label": s.label,
+            "role": s.role,
+            "memory": summaries.memory_summary(found, context),
+            "unseen": summaries.unseen_summary(found, context),
+            "per_record": summaries.record_figures(found, m),
+            "prefixes": summaries.prefix_rows(found, m),
+            "variants": summaries.variant_rows(found),
+            "privacy": summaries.privacy_summary(found, context),
+            "utility": summaries.utility_summary(found, context),
+        }
+        for s in standing
+        for found in (state.measured[s.key],)
+    ]
+    shown = m.probed[:SHOWN]
+    uds = (state.depth or {}).get("uds")
+    scores = {
+        s.key: summaries.composite_summary(
+            state.measured[s.key], context, uds["value"] if uds is not None and s is standing[0] else None
+        )
+        for s in standing
+    }
+    data: dict[str, Any] = {
+        "schema": SCHEMA,
+        "libortho": libortho.__version__,
+        "profile": config.profile,
+        "seed": config.seed,
+        "config": config.to_dict(),
+        "model": {
+            "name": name,
+            "split": bool(layers),
+            "streams": sorted({n for layer in layers.values() for n in layer.streams}),
+            "layers": len(layers),
+            "bits": next((layer.base.bits for layer in layers.values()), None),
+            "density": density(layers.values()),
+        },
+        "counts": {
+            "forget": len(m.forget),
+            "holdout": len(m.holdout),
+            "retain": len(m.retain),
+            "probed": len(m.probed),
+            "general_tokens": sum(len(e.ids) for e in m.general),
+            "unigram_perplexity": measuring.unigram_perplexity([e.ids for e in m.general]),
+            "samples": config.samples,
+            "fillings": config.resolved("fillings"),
+        },
+        "verdicts": [],
+        "warnings": list(m.warnings),
+        "records": [
+            {
+                "number": r.number,
+                "prompt": r.prompt,
+                "completion": hide(r.completion, secret),
+                "tokens": len(e.completion),
+                "template": template_of(r.prompt),
+            }
+            for r, secret, e in zip(m.forget, secrets, m.encode(m.forget), strict=True)
+        ],
+        "subjects": rows,
+        "curve": state.curve,
+        "goldilocks": summaries.goldilocks(state.curve, context),
+        "attacks": state.attacks,
+        "depth": state.depth,
+        "layer_map": layer_map(layers),
+        "generations": [
+            {
+                "number": m.forget[i].number,
+                "prompt": m.forget[i].prompt,
+                "texts": {
+                    s.key: hide(texts[place], secrets[i])
+                    for s in standing
+                    if (texts := state.measured[s.key].generated) is not None
+                },
+            }
+            for place, i in enumerate(shown)
+        ],
+        "composite": scores if any(scores.values()) else None,
+    }
+    return json_ready(data)
+
+
+def density(layers: Iterable[OrthoLinear]) -> float | None:
+    """Entries of all supports / weights of the split layers."""
+    stored = weights = 0
+    for layer in layers:
+        weights += layer.in_features * layer.out_features
+        stored += sum(s.support_size for s in layer.streams.values() if isinstance(s, OrthoStream))
+    return stored / weights if weights else None
+
+
+def layer_map(layers: Mapping[str, OrthoLinear]) -> list[dict[str, Any]]:
+    """Where the memory sat: columns that each layer gave, and its share of the ortho stream's squared norm."""
+    energy, columns = {}, {}
+    for name, layer in layers.items():
+        change = layer.dense_weight(1.0) - layer.base.dense(torch.float32)
+        energy[name] = float(change.square().sum())
+        columns[name] = int(touched(layer).any(0).sum())
+    total = sum(energy.values())
+    return [
+        {"name": n, "index": i, "columns": columns[n], "share": energy[n] / total if total else 0.0}
+        for i, n in enumerate(layers)
+    ]
+
+
+def json_ready(value: Any) -> Any:
+    """The same structure with every float finite or None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {k: json_ready(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(v) for v in value]
+    return value
