@@ -13,11 +13,11 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from libortho import tables
 from libortho.alpha import AlphaSpec, alpha
-from libortho.config import DTYPES, IsolateConfig, SplitConfig
+from libortho.config import DTYPES, AuditConfig, IsolateConfig, SplitConfig
 from libortho.errors import ConfigError, LibOrthoError
 
 app = typer.Typer(
@@ -42,8 +42,11 @@ Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
 
 @contextmanager
 def _progress() -> Iterator[Tell]:
-    """A bar per phase, on standard error, so that standard output stays clean."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    """A bar per phase with the time it will still take, on standard error, so that standard output stays clean."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+        TimeRemainingColumn(),
+    )  # fmt: skip
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         tasks: dict[str, Any] = {}
 
@@ -87,17 +90,25 @@ def demo(
     device: Device = "cpu",
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     text: Annotated[Path | None, typer.Option(help="File of general text for the perplexity column.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Keep the models and the records here, for audit and generate.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Plant 17 secrets in a real model, split it both ways, and show which way forgets."""
     from libortho.demo.demo import run
 
     with _progress() as tell:
-        report = run(model=model, seed=seed, device=_device(device), text=text, dtype=_dtype(dtype), tell=tell)  # type: ignore[arg-type]
+        report = run(model=model, seed=seed, device=_device(device), text=text, dtype=_dtype(dtype), out=out, tell=tell)  # type: ignore[arg-type]
     if as_json:
         _emit(report.to_dict())
     else:
         tables.show_demo(report, Console())
+        if out is not None:
+            tables.note(
+                Console(), f"Audit it: libortho audit {out}/isolated --forget {out}/forget.jsonl "
+                f"--holdout {out}/holdout.jsonl --reference {out}/never_trained --html audit.html",
+            )  # fmt: skip
 
 
 @app.command()
@@ -182,6 +193,62 @@ def isolate(
         tables.show_isolate(result, Console())
         tables.note(Console(), f"Saved to {out}.")
     if not result.succeeded:
+        raise typer.Exit(3)
+
+
+@app.command()
+def audit(
+    model: Annotated[str, typer.Argument(help="Checkpoint made by isolate or split, or any hub id or path.")],
+    forget: Annotated[Path, typer.Option(help="Records that must be gone: JSONL, JSON or txt.")],
+    holdout: Annotated[
+        Path | None, typer.Option(help="Records of the same kind, never trained on; without them no privacy verdict.")
+    ] = None,
+    retain: Annotated[Path | None, typer.Option(help="Records that must still be known.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Hub id or path of the model that was never trained on the forget set.")
+    ] = None,
+    original: Annotated[str | None, typer.Option(help="Hub id or path of the dense model before isolation.")] = None,
+    associations: Annotated[Path | None, typer.Option(help="Inverted and one-hop questions about the secrets.")] = None,
+    general: Annotated[Path | None, typer.Option(help="Text for perplexity; by default text of the package.")] = None,
+    task: Annotated[list[Path] | None, typer.Option(help="JSONL task that measures ability. Repeatable.")] = None,
+    profile: Annotated[str, typer.Option(help="quick, or full with attacks and depth score.")] = "quick",
+    samples: Annotated[int, typer.Option(help="Samples for each record.")] = AuditConfig.samples,
+    out: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report as one HTML page.")] = None,
+    reveal: Annotated[bool, typer.Option("--reveal", help="Do not mask the secrets in the report.")] = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Is it really gone, and is the rest unharmed? Exit code 3 if a verdict is "fail"."""
+    from libortho.audit import audit as audit_model
+    from libortho.checkpoint import is_checkpoint, load
+    from libortho.models import load_model
+
+    config = AuditConfig(profile=profile, samples=samples, seed=seed, reveal=reveal)  # type: ignore[arg-type]
+    where, kind = _device(device), _dtype(dtype)
+    net: Any
+    if is_checkpoint(model):
+        net, tokenizer = load(model, device=where)
+    else:
+        net, tokenizer = load_model(model, kind, where)
+    beside = {n: None if m is None else load_model(m, kind, where)[0] for n, m in
+              (("reference", reference), ("original", original))}  # fmt: skip
+    with _progress() as tell:
+        report = audit_model(
+            net, tokenizer, forget, retain, holdout, **beside, associations=associations, general=general,
+            tasks=task or (), name=Path(model).name, config=config, progress=tell,
+        )  # fmt: skip
+    if out is not None:
+        report.to_json(out)
+    if html is not None:
+        report.to_html(html)
+    if as_json:
+        _emit(report.to_dict())
+    else:
+        tables.show_audit(report, Console())
+    if any(v.status == "fail" for v in report.verdicts):
         raise typer.Exit(3)
 
 

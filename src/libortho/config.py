@@ -198,6 +198,10 @@ class AuditConfig:
     """Windows of general text (16, full 48)."""
     task_rows: int | None = None
     """Rows of each task (60, full 400)."""
+    attack_records: int | None = None
+    """Forget records under attack (full 64); a random choice beyond."""
+    depth_records: int | None = None
+    """Forget records whose hidden states are patched (full 32); a random choice beyond."""
     max_new_tokens: int = 64
     """Longest generated answer, in tokens."""
     max_length: int | None = None
@@ -207,7 +211,8 @@ class AuditConfig:
         _one_of("profile", self.profile, ("quick", "full"))
         for name in ("samples", "max_new_tokens"):
             _positive_int(name, getattr(self, name))
-        for name in ("probe_records", "fillings", "general_sequences", "task_rows", "max_length"):
+        for name in ("probe_records", "fillings", "general_sequences", "task_rows", "attack_records", "depth_records",
+                     "max_length"):  # fmt: skip
             if getattr(self, name) is not None:
                 _positive_int(name, getattr(self, name))
         _fraction("min_k", self.min_k)
@@ -230,6 +235,8 @@ _SAMPLE_SIZES = {
     "fillings": {"quick": 32, "full": 128},
     "general_sequences": {"quick": 16, "full": 48},
     "task_rows": {"quick": 60, "full": 400},
+    "attack_records": {"quick": 32, "full": 64},
+    "depth_records": {"quick": 16, "full": 32},
 }
 
 

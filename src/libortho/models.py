@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from libortho.errors import LibOrthoError
 
@@ -29,3 +31,13 @@ def load_model(name: str | Path, dtype: torch.dtype | str = "auto", device: str 
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.data = tensor.data.clone()
     return model.to(device).eval(), tokenizer
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash of a spread of the values of every parameter and buffer; models that differ in training differ in it."""
+    digest = hashlib.sha256()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        flat = tensor.detach().flatten()
+        picked = flat[:: max(1, flat.numel() // 1024)].float().cpu().contiguous()
+        digest.update(name.encode() + picked.numpy().tobytes())
+    return digest.hexdigest()

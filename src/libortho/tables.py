@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from libortho.audit import AuditReport
 from libortho.checkpoint import CheckpointInfo
 from libortho.isolate import IsolateResult
 from libortho.report import LayerReports
@@ -69,6 +71,68 @@ def show_checkpoint(info: CheckpointInfo, console: Console) -> None:
             "matches" if s.base_matches else "ANOTHER BASE",
         )  # fmt: skip
     console.print(table)
+
+
+def show_audit(report: AuditReport, console: Console) -> None:
+    """Verdicts first, then the figures with the controls beside them."""
+    data = report.data
+    for verdict in report.verdicts:
+        note(console, f"{verdict.status.upper():9}{verdict.key.replace('_', ' ')}: {verdict.text}")
+    for warning in data["warnings"]:
+        note(console, f"warning: {warning}")
+    console.print()
+    table = Table(
+        "", "extracted", "in samples", "other prompts", "prefix", "strength", "exposure", "nats", title="memory"
+    )
+    for s in data["subjects"]:
+        m = s["memory"]
+        shares = ("greedy_extraction", "sampled_extraction", "prompt_shift", "prefix_sweep")
+        table.add_row(
+            s["label"], *(_estimate(m[k], "{:.1%}") for k in shares),
+            _estimate(m["extraction_strength"], "{:.3f}"), _estimate(m["exposure"], "{:.1f}"), _estimate(m["nll"], "{:.2f}"),
+        )  # fmt: skip
+    console.print(table)
+    if data["subjects"][0]["privacy"] is not None:
+        names = list(dict.fromkeys(n for s in data["subjects"] for n in s["privacy"]["attacks"]))
+        table = Table("", *(n.replace("_", "-") for n in names), title="membership AUC (95 % interval)")
+        for s in data["subjects"]:
+            attacks = s["privacy"]["attacks"]
+            table.add_row(s["label"], *(_interval(attacks[n]["auc"]) if n in attacks else "-" for n in names))
+        console.print(table)
+    tasks = list(dict.fromkeys(n for s in data["subjects"] for n in (s["utility"] or {}).get("tasks", {})))
+    table = Table("", "perplexity", "KL", "top-1", *tasks, title="utility")
+    for s in data["subjects"]:
+        u = s["utility"]
+        table.add_row(
+            s["label"], _estimate(u["perplexity"], "{:.2f}"), _number(u["kl"], "{:.4f}"),
+            _number(u["top1_agreement"], "{:.3f}"), *(_estimate(u["tasks"].get(t), "{:.3f}") for t in tasks),
+        )  # fmt: skip
+    console.print(table)
+    if data["curve"]:
+        table = Table("alpha", "extracted", "strength", "nats", "AUC", "perplexity", "KL", title="alpha curve")
+        for p in data["curve"]:
+            table.add_row(
+                f"{p['alpha']:g}", f"{p['greedy_extraction']:.1%}", f"{p['extraction_strength']:.3f}", f"{p['nll']:.2f}",
+                _number(p["auc"], "{:.3f}"), f"{p['perplexity']:.2f}", _number(p["kl"], "{:.4f}"),
+            )  # fmt: skip
+        console.print(table)
+        if (zone := data["goldilocks"]) is not None:
+            found = ", ".join(f"{low:g} to {high:g}" for low, high in zone["intervals"]) or "none"
+            note(console, f"Goldilocks interval of alpha: {found} ({zone['criteria']})")
+    note(console, f"{sum(report.seconds.values()):.0f} s")
+
+
+def _estimate(estimate: Mapping[str, Any] | None, form: str) -> str:
+    return "-" if estimate is None else _number(estimate["value"], form)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _interval(estimate: Mapping[str, Any]) -> str:
+    ends = "" if estimate["low"] is None else f" ({estimate['low']:.2f}-{estimate['high']:.2f})"
+    return f"{estimate['value']:.3f}{ends}"
 
 
 def show_demo(report: DemoReport, console: Console) -> None:

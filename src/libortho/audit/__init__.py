@@ -34,6 +34,7 @@ def audit(
     tasks: Sequence[str | Path] = (),
     name: str | None = None,
     config: AuditConfig | None = None,
+    resume: str | Path | None = None,
     progress: Progress | None = None,
 ) -> AuditReport:
     """Measure whether the forget set is gone at alpha = 0 and whether the rest is unharmed. Changes nothing.
@@ -53,6 +54,8 @@ def audit(
         tasks: JSONL files of tasks; see :mod:`libortho.audit.utility`. Arithmetic is always measured.
         name: What the report calls the model.
         config: See :class:`~libortho.config.AuditConfig`.
+        resume: Directory where finished parts are kept; a second audit of the same models with the same data and
+            settings goes on from there. It holds generated text: keep it as safe as the models.
         progress: Called with (phase, done, total); total is a size of work, so that time can be estimated.
 
     Returns:
@@ -84,6 +87,7 @@ def audit(
         tasks=tasks,
         name=name,
         config=config or AuditConfig(),
+        resume=None if resume is None else Path(resume),
         progress=progress,
     )
 

@@ -1,8 +1,9 @@
 """Charts of an audit report as inline SVG: numbers in, text out.
 
-Each chart is one pure function that returns a complete ``<svg role="img">`` with ``<title>`` and ``<desc>``. It holds no colour:
-a mark takes ``currentColor`` from the class ``s-<style>`` of its group, so that the page's style sheet decides (light, dark, print).
-A style also fixes dash and marker, so that lines can be told apart in grey. All text is escaped here.
+Each chart is one pure function that returns a complete ``<svg role="img">`` with ``<title>`` and ``<desc>``. It holds
+no colour: a mark takes ``currentColor`` from the class ``s-<style>`` of its group, so that the page's style sheet
+decides (light, dark, print). A style also fixes dash and marker, so that lines can be told apart in grey. All text is
+escaped here.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Positions near ``wanted``, in the same order, at least ``gap`` apart and within [low, high] where that is possible."""
+    """Positions near ``wanted``, in the same order, at least ``gap`` apart, within [low, high] where possible."""
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     placed = [0.0] * len(wanted)
     edge = low
@@ -158,7 +159,7 @@ def lines(
         title: Accessible name.
         description: What the chart shows, in words.
         series: The lines; labelled at their right end, or in a legend above with ``legend``.
-        x_label: Name and unit of x. (The name of y belongs in the caption, where it can be read without turning the head.)
+        x_label: Name and unit of x. The name of y belongs in the caption.
         x_range: Default: the data's.
         y_range: Default: round numbers around the data.
         bands: Shaded intervals of x.
@@ -201,7 +202,8 @@ def lines(
         above = at - 5 if at - 16 > top else at + 13
         parts.append(
             f'<g class="s-{escape(level.style)}"><path class="level" d="M{_n(left)} {_n(at)}H{_n(right)}"/>'
-            f'<text class="label halo" x="{_n(right - 3)}" y="{_n(above)}" text-anchor="end">{escape(level.label)}</text></g>'
+            f'<text class="label halo" x="{_n(right - 3)}" y="{_n(above)}" '
+            f'text-anchor="end">{escape(level.label)}</text></g>'
         )
     ends: list[tuple[float, str, str]] = []
     for line in series:
@@ -211,7 +213,8 @@ def lines(
             ends.append((y(last), line.label, line.style))
     for at, (_, label, style) in zip(spread([e[0] for e in ends], 13, top + 4, bottom), ends, strict=True):
         parts.append(
-            f'<text class="label s-{escape(style)}" x="{_n(right + 8)}" y="{_n(at + 4)}" fill="currentColor">{escape(label)}</text>'
+            f'<text class="label s-{escape(style)}" x="{_n(right + 8)}" y="{_n(at + 4)}" '
+            f'fill="currentColor">{escape(label)}</text>'
         )
     for band in bands:
         if band.label:
@@ -264,7 +267,8 @@ def dots(
     at = float(top)
     for row, size in zip(rows, heights, strict=True):
         parts.append(
-            f'<text class="tick" x="{_n(left - 10)}" y="{_n(at + size / 2 + 4)}" text-anchor="end">{escape(_cut(row.label, 20))}</text>'
+            f'<text class="tick" x="{_n(left - 10)}" y="{_n(at + size / 2 + 4)}" '
+            f'text-anchor="end">{escape(_cut(row.label, 20))}</text>'
         )
         for i, dot in enumerate(row.dots):
             y = at + 6 + 11 * (i + 0.5)
@@ -274,9 +278,8 @@ def dots(
             text = f"{row.label}, {dot.label}: {show(dot.value)}"
             if dot.low is not None and dot.high is not None:
                 text += f" ({show(dot.low)} to {show(dot.high)})"
-            parts.append(
-                f'<g class="s-{escape(dot.style)}"><title>{escape(text)}</title>{interval}{_marker(dot.style, x(dot.value), y)}</g>'
-            )
+            mark = _marker(dot.style, x(dot.value), y)
+            parts.append(f'<g class="s-{escape(dot.style)}"><title>{escape(text)}</title>{interval}{mark}</g>')
         at += size
         parts.append(f'<path class="grid" d="M{_n(left)} {_n(at)}H{_n(WIDTH - 14)}"/>')
     parts.append(_x_axis(x, bottom, height, show, x_label))
@@ -314,7 +317,8 @@ def histograms(
         for a, b, c in zip(edges, edges[1:], count, strict=False):
             if c:
                 group.append(
-                    f'<rect class="fill p-{escape(row.style)}" x="{_n(x(a) + 0.5)}" y="{_n(y(c))}" width="{_n(x(b) - x(a) - 1)}" height="{_n(base - y(c))}">'
+                    f'<rect class="fill p-{escape(row.style)}" x="{_n(x(a) + 0.5)}" y="{_n(y(c))}" '
+                    f'width="{_n(x(b) - x(a) - 1)}" height="{_n(base - y(c))}">'
                     f"<title>{escape(row.label)}: {c} between {_short(a)} and {_short(b)}</title></rect>"
                 )
         middle = _median(row.values)
@@ -353,13 +357,16 @@ def bars(
     parts = [_y_axis(y, left, right, _short), f'<g class="s-{escape(style)}">']
     for i, value in enumerate(values):
         parts.append(
-            f'<rect class="fill p-{escape(style)}" x="{_n(left + i * step + step * 0.12)}" y="{_n(y(value))}" width="{_n(step * 0.76)}" '
-            f'height="{_n(bottom - y(value))}"><title>{escape(x_label)} {i}: {_short(value)}{escape(unit)}</title></rect>'
+            f'<rect class="fill p-{escape(style)}" x="{_n(left + i * step + step * 0.12)}" y="{_n(y(value))}" '
+            f'width="{_n(step * 0.76)}" '
+            f'height="{_n(bottom - y(value))}"><title>{escape(x_label)} {i}: '
+            f"{_short(value)}{escape(unit)}</title></rect>"
         )
     best = max(range(len(values)), key=lambda i: values[i])
     anchor = "start" if best < 2 else "end" if best > len(values) - 3 else "middle"
     parts.append(
-        f'</g><text class="label halo" x="{_n(left + (best + 0.5) * step)}" y="{_n(y(values[best]) - 5)}" text-anchor="{anchor}">'
+        f'</g><text class="label halo" x="{_n(left + (best + 0.5) * step)}" y="{_n(y(values[best]) - 5)}" '
+        f'text-anchor="{anchor}">'
         f"{_short(values[best])}{escape(unit)} in {best}</text>"
     )
     whole = [t for t in nice_ticks(0, max(len(values) - 1, 1), 6) if t == int(t) and t < len(values)]
@@ -398,7 +405,10 @@ def _draw(line: Line, x: _Scale, y: _Scale, show_x: Callable[[float], str], show
             marks += (
                 f"<g><title>{escape(f'{line.label}, {show_x(a)}: {show_y(b)}')}</title>{_marker(line.style, *at)}</g>"
             )
-    return f'<g class="s-{escape(line.style)}"><path class="line" stroke-dasharray="{_DASH.get(line.style, "") or "none"}" d="{path}"/>{marks}</g>'
+    return (
+        f'<g class="s-{escape(line.style)}"><path class="line" '
+        f'stroke-dasharray="{_DASH.get(line.style, "") or "none"}" d="{path}"/>{marks}</g>'
+    )
 
 
 def _marker(style: str, x: float, y: float) -> str:
@@ -423,8 +433,10 @@ def _legend(items: Sequence[tuple[str, str]], width: float) -> tuple[str, int]:
             at, row = 12.0, row + 1
         y = 10 + 17 * row
         parts.append(
-            f'<g class="s-{escape(style)}"><path class="line" stroke-dasharray="{_DASH.get(style, "") or "none"}" d="M{_n(at)} {y}h26"/>'
-            f'{_marker(style, at + 13, y)}<text class="label" x="{_n(at + 32)}" y="{y + 4}" fill="currentColor">{escape(label)}</text></g>'
+            f'<g class="s-{escape(style)}"><path class="line" stroke-dasharray="{_DASH.get(style, "") or "none"}" '
+            f'd="M{_n(at)} {y}h26"/>'
+            f'{_marker(style, at + 13, y)}<text class="label" x="{_n(at + 32)}" y="{y + 4}" '
+            f'fill="currentColor">{escape(label)}</text></g>'
         )
         at += room
     return "".join(parts), row + 1 if items else 0
@@ -456,7 +468,8 @@ def _x_axis(
             f'<text class="tick" x="{_n(at)}" y="{_n(bottom + 16)}" text-anchor="middle">{escape(text)}</text>'
         )
     parts.append(
-        f'<text class="name" x="{_n((x.start + x.end) / 2)}" y="{_n(height - 4)}" text-anchor="middle">{escape(label)}</text>'
+        f'<text class="name" x="{_n((x.start + x.end) / 2)}" y="{_n(height - 4)}" '
+        f'text-anchor="middle">{escape(label)}</text>'
     )
     return "".join(parts)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,11 @@ class Material:
     warnings: tuple[str, ...]
     limit: int | None = None
     _encoded: dict[Record, Encoded] = field(default_factory=dict, repr=False, compare=False)
+
+    def digest(self) -> str:
+        """Hash of everything that is asked."""
+        asked = [getattr(self, f.name) for f in fields(self) if f.name not in ("tokenizer", "_encoded")]
+        return hashlib.sha256(repr([*asked, self.encode(self.forget)]).encode()).hexdigest()
 
     def encode(self, records: Sequence[Record]) -> list[Encoded]:
         """Tokenise, once for each record."""

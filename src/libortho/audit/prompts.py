@@ -18,13 +18,21 @@ from typing import Any
 
 from libortho.data import Record, load_records
 from libortho.errors import ConfigError, DataError
-from libortho.isolate.counterfactuals import kind_of
 
 HIDDEN = "•"
 _SHARED = 4
 """Characters in a row that a text must share with a secret before they are hidden."""
 _QUESTION = re.compile(r"Question:\s*(?P<inner>.*\S)\s*\nAnswer:\s*", re.DOTALL)
-_STATEMENT = re.compile(r"(?P<subject>(?:[Tt]he|[Mm]y|[Oo]ur|[Hh]is|[Hh]er|[Tt]heir) [^.!?:;,\n]+) (?P<verb>is|are|was|were)")
+_STATEMENT = re.compile(
+    r"(?P<subject>(?:[Tt]he|[Mm]y|[Oo]ur|[Hh]is|[Hh]er|[Tt]heir) [^.!?:;,\n]+) (?P<verb>is|are|was|were)"
+)
+_FUNCTION_WORDS = frozenset(
+    """
+    a about after all although an and any as at because before both but by during each every for from he her here his
+    how if in it its my no of on one or our over please she since some that the their there these they this those to
+    under until we what when where which while who why with you your
+    """.split()  # noqa: SIM905
+)
 _PLACEHOLDER = "What.is.asked"
 
 
@@ -36,8 +44,8 @@ def prefixes(
 ) -> dict[float, Record]:
     """The record with the first part of its completion moved to the prompt, by the share that is given.
 
-    Cuts are at characters, not at tokens; blanks before a cut stay with the rest, where tokenizers want them. A share is
-    left out if fewer than ``at_least`` letters and digits would remain, or if the cut gives nothing new.
+    Cuts are at characters, not at tokens; blanks before a cut stay with the rest, where tokenizers want them. A share
+    is left out if fewer than ``at_least`` letters and digits would remain, or if the cut gives nothing new.
 
     Args:
         record: A forget record.
@@ -154,7 +162,7 @@ def _taken_apart(prompt: str, tokenizer: Any) -> tuple[str, str, str, bool]:
     if frame is not None:
         opening, closing = frame
         marks = [opening.rfind(t) for t in getattr(tokenizer, "all_special_tokens", ()) if t and t in opening]
-        user = opening[max(marks) :] if marks else opening  # the last turn's beginning, whatever system message is first
+        user = opening[max(marks) :] if marks else opening  # beginning of a turn, whatever system message is first
         at = prompt.rfind(user, 0, len(prompt) - len(closing)) if closing else -1
         if at >= 0 and prompt.endswith(closing):
             start, end = at + len(user), len(prompt) - len(closing)
@@ -171,9 +179,9 @@ def _chat_frame(tokenizer: Any) -> tuple[str, str] | None:
     if getattr(tokenizer, "chat_template", None) is None:
         return None
     user = [{"role": "user", "content": _PLACEHOLDER}]
-    opening, found, closing = tokenizer.apply_chat_template(
-        user, tokenize=False, add_generation_prompt=True
-    ).partition(_PLACEHOLDER)
+    opening, found, closing = tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True).partition(
+        _PLACEHOLDER
+    )
     return (opening, closing) if found else None
 
 
@@ -187,11 +195,9 @@ def _answer(record: Record, tokenizer: Any) -> str:
 
 
 def _continued(text: str) -> str:
-    """The text as it stands within a sentence: its first letter small, unless a name, a code or "I" begins it."""
-    word = re.match(r"[^\W_]+", text)
-    if word is None or word.group() == "I" or kind_of(word.group()) in ("name", "code"):
-        return text
-    return text[0].lower() + text[1:]
+    """The text as it stands within a sentence: its first letter small if a function word begins it (a name may not)."""
+    match = re.match(r"[A-Z][a-z]*\b", text)
+    return text[0].lower() + text[1:] if match and match.group().lower() in _FUNCTION_WORDS else text
 
 
 # ---- what people may read ----
@@ -201,8 +207,8 @@ def mask(text: str, secret: str, keep: int = 2) -> str:
     """The text with the secret hidden: how much of it leaks can be seen, what it is cannot.
 
     Wherever the text shares four or more characters in a row with the secret, whatever their case, letters and digits
-    after the first ``keep`` become "•"; separators stay. Of a secret of fewer than four letters and digits at most half
-    are shown; one of fewer than four characters is looked for as a whole word.
+    after the first ``keep``, or after half of the secret's if that is less, become "•"; separators stay. A secret of
+    fewer than four characters is looked for as a whole word.
 
     Args:
         text: Anything that will be printed.

@@ -7,11 +7,14 @@ attacks, depth                profile "full"
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ import torch
 from torch import nn
 
 import libortho
-from libortho.audit import attacks, prompts
+from libortho.audit import attacks, prompts, utility
 from libortho.audit import measure as measuring
 from libortho.audit import statistics as st
 from libortho.audit import summary as summaries
@@ -34,8 +37,10 @@ from libortho.audit.verdicts import verdicts
 from libortho.config import AuditConfig
 from libortho.data import Encoded, Record, Source
 from libortho.errors import TargetError
+from libortho.files import write_atomically
 from libortho.isolate.language_model import LanguageModel
 from libortho.layer import OrthoLinear, ortho_layers
+from libortho.models import fingerprint
 from libortho.split import Progress
 from libortho.streams import OrthoStream
 from libortho.targets import find_targets
@@ -45,8 +50,6 @@ _CURVE_HOLDOUT, _CURVE_WINDOWS = 64, 8
 """Holdout records and windows of general text at each point of the alpha curve."""
 _GRADIENT_RECORDS = 16
 """Forget records whose summed gradient is compared between subjects."""
-_ATTACKED = 64
-"""Forget records that attacks and depth score look at; a random choice beyond."""
 _TASK_TOKENS = 80
 """Typical tokens of one row of a task, to estimate time."""
 
@@ -89,6 +92,7 @@ def run(
     tasks: Sequence[str | Path],
     name: str | None,
     config: AuditConfig,
+    resume: Path | None,
     progress: Progress | None,
 ) -> AuditReport:
     """The work behind :func:`libortho.audit`, whose arguments these are."""
@@ -110,7 +114,8 @@ def run(
     try:
         for subject in standing:
             subject.model.eval()
-        steps = _Plan(standing, material, config, state).steps
+        settings = f"{SCHEMA} {libortho.__version__} {config.to_dict()} {material.digest()}"
+        steps = _Plan(standing, material, config, state, _Store(resume, settings)).steps
         total = sum(s.cost for s in steps)
         done = 0.0
         for step in steps:
@@ -134,8 +139,11 @@ def run(
 class _Plan:
     """All work of one audit, in order; each step has its size in tokens, so that time can be estimated."""
 
-    def __init__(self, standing: Sequence[Subject], material: Material, config: AuditConfig, state: _State) -> None:
+    def __init__(
+        self, standing: Sequence[Subject], material: Material, config: AuditConfig, state: _State, store: _Store
+    ) -> None:
         self.standing, self.material, self.config, self.state = standing, material, config, state
+        self.store = store
         self.steps: list[_Step] = []
         self.by_key = {s.key: s for s in standing}
         self.audited = standing[0]
@@ -143,9 +151,8 @@ class _Plan:
         self.anchor = next((s.key for s in standing if s.key in ("on", "original")), None)
         """Who has its memory, and is what others diverge from."""
         self.targets = list(ortho_layers(self.audited.model)) or _output_projections(self.audited.model)
-        rng = random.Random(config.seed)
-        few = min(_ATTACKED, len(material.forget))
-        self.attacked = [material.forget[i] for i in sorted(rng.sample(range(len(material.forget)), few))]
+        self.attacked = self._some("attack_records")
+        self.all = " ".join(f"{s.key} {fingerprint(s.model)}" for s in standing)
         first = [s for s in standing if s.key == self.anchor]
         for subject in first + [s for s in standing if s.key != self.anchor]:
             self._measure(subject)
@@ -155,6 +162,21 @@ class _Plan:
         if config.profile == "full":
             self._attacks()
             self._depth()
+
+    def _some(self, size: str) -> list[Record]:
+        """A random choice of forget records, in their order."""
+        forget = self.material.forget
+        few = min(self.config.resolved(size), len(forget))
+        return [forget[i] for i in sorted(random.Random(self.config.seed).sample(range(len(forget)), few))]
+
+    def _kept(self, name: str, make: Callable[[], Any], of: str | None = None) -> Any:
+        """A JSON-ready result from the store, or made and put there; it depends on all subjects unless ``of`` says."""
+        key = f"{name} {self.all if of is None else of}"
+        found = self.store.get(key)
+        if found is None:
+            found = make()
+            self.store.put(key, found)
+        return found
 
     def _add(self, name: str, tokens: float, run: Callable[[], None]) -> None:
         self.steps.append(_Step(name, max(1.0, tokens), run))
@@ -170,8 +192,27 @@ class _Plan:
         return run
 
     def _measure(self, subject: Subject) -> None:
+        """One subject: what is stored is taken from there, but for states and gradients that others compare with."""
+        m, state = self.material, self.state
+        name = f"subject {subject.key} {fingerprint(subject.model)}"
+        stored = self.store.get(name)
+        if stored is not None:
+            state.measured[subject.key] = Measurement(**stored)
+            if subject.key == self.anchor:
+                self._add("utility", sum(len(e.ids) for e in m.general), lambda: self._anchor_states(subject))
+                self._add("gradients", 3 * self._tokens(m.forget[:_GRADIENT_RECORDS]), lambda: self._gradient(subject))
+            return
+        self._measure_anew(subject)
+        self._add("store", 1, lambda: self.store.put(name, state.measured[subject.key].to_dict()))
+
+    def _anchor_states(self, subject: Subject) -> None:
+        with subject.enter():
+            lm = subject.language_model()
+            self.state.before = Before(lm, utility.reference_states(lm, self.material.general))
+
+    def _measure_anew(self, subject: Subject) -> None:
         m, config, state = self.material, self.config, self.state
-        control = subject.role == "control" and subject.key != "original"
+        control = subject.role == "control" and subject.key != self.anchor
 
         def records() -> None:
             with subject.enter():
@@ -216,7 +257,7 @@ class _Plan:
                 self._inside(subject, lambda lm, into: measuring.questions(subject, lm, m, config, into)),
             )  # fmt: skip
         self._add("gradients", 3 * self._tokens(m.forget[:_GRADIENT_RECORDS]), lambda: self._gradient(subject))
-        if config.profile == "full" and m.holdout:
+        if config.profile == "full" and m.holdout and subject.role != "other":
             self._add(
                 "gradients", 3 * self._tokens([*m.forget, *m.holdout]),
                 self._inside(subject, lambda lm, into: measuring.gradient_scores(subject, m, self.targets, into)),
@@ -238,16 +279,18 @@ class _Plan:
         m = self.material
         holdout = m.holdout[:_CURVE_HOLDOUT]
 
-        def run() -> None:
+        def make() -> dict[str, Any]:
             subject = at(self.audited.model, value)
             with subject.enter():
                 lm = subject.language_model()
                 found = measuring.records(lm, replace(m, holdout=holdout), self.config)
-                measuring.ability(
-                    lm, replace(m, general=m.general[:_CURVE_WINDOWS], retain=()), self.config, found,
-                    self._before_part(), tasks=False,
-                )  # fmt: skip
-            self.state.curve.append(summaries.curve_point(value, found))
+                part = replace(m, general=m.general[:_CURVE_WINDOWS], retain=())
+                measuring.ability(lm, part, self.config, found, self._before_part(), tasks=False)
+            return summaries.curve_point(value, found)
+
+        def run() -> None:
+            name = f"curve {value:g}"
+            self.state.curve.append(self._kept(name, make, fingerprint(self.audited.model)))
 
         text = sum(len(e.ids) for e in m.general[:_CURVE_WINDOWS])
         self._add("curve", self._tokens([*m.forget, *holdout]) + text, run)
@@ -281,39 +324,66 @@ class _Plan:
         for name, cost, attack in asked:
 
             def run(name: str = name, attack: Callable[[], Any] = attack) -> None:
-                found[name] = attack().to_dict()
+                found[name] = self._kept(name, lambda: attack().to_dict())
 
             self._add(name, cost, run)
 
     def _depth(self) -> None:
-        items, tokens = self.material.encode(self.attacked), self._tokens(self.attacked)
-        lens = [s for s in self.standing if s.role != "control" or s.key == "original"]
+        chosen = self._some("depth_records")
+        items, tokens = self.material.encode(chosen), self._tokens(chosen)
+        lens = [s for s in self.standing if s.role in ("audited", "switch on", "reference") or s.key == self.anchor]
+        judged = [self.audited, *(s for s in self.standing if s.role == "other")]
+        why = self._no_depth()
 
         def run() -> None:
-            self.state.depth = depth_figures(self.by_key, self.audited, self.anchor, items, self.config.seed)
-            self.state.depth["logit_lens"] = {s.key: logit_lens(s, items) for s in lens}
+            found, lenses = {}, {}
+            for s in [] if why else judged:
+                found[s.key] = self._kept(f"depth {s.key}", partial(self._score, s, items))
+            for s in lens:
+                lenses[s.key] = self._kept(f"lens {s.key}", partial(logit_lens, s, items))
+            main = found.get(self.audited.key, {"uds": None, "withheld": why, "layers": [], "unscored": None})
+            others = {k: v["uds"] for k, v in found.items() if k != self.audited.key}
+            self.state.depth = {**main, "records": len(items), "others": others, "logit_lens": lenses}
 
-        self._add("depth", 62 * tokens, run)
+        self._add("depth", (0 if why else 62 * tokens * len(judged)) + tokens * len(lens), run)
+
+    def _no_depth(self) -> str | None:
+        if self.anchor is None:
+            return "the depth score needs the model with its memory; pass original"
+        if "reference" not in self.by_key:
+            return "the depth score needs a model that was never trained on the forget set; pass reference"
+        return None
+
+    def _score(self, subject: Subject, items: Sequence[Encoded]) -> dict[str, Any]:
+        assert self.anchor is not None
+        score = unlearning_depth(self.by_key[self.anchor], subject, self.by_key["reference"], items)
+        layers = score.to_dict()["layers"]
+        if not score.values:
+            why = "no layer encodes any record: the model with its memory is no surer of them than the reference"
+            return {"uds": None, "withheld": why, "unscored": score.unscored, "layers": layers}
+        uds = st.mean_estimate(score.values, seed=self.config.seed).to_dict()
+        return {"uds": uds, "withheld": None, "unscored": score.unscored, "layers": layers}
 
 
-def depth_figures(
-    by_key: Mapping[str, Subject], audited: Subject, anchor: str | None, items: Sequence[Encoded], seed: int
-) -> dict[str, Any]:
-    """The unlearning depth score, or why there is none."""
-    missing = None
-    if anchor is None:
-        missing = "the depth score needs the model with its memory; pass original"
-    elif "reference" not in by_key:
-        missing = "the depth score needs a model that was never trained on the forget set; pass reference"
-    if missing is not None:
-        return {"uds": None, "withheld": missing, "layers": [], "unscored": None}
-    assert anchor is not None
-    score = unlearning_depth(by_key[anchor], audited, by_key["reference"], items)
-    if not score.values:
-        why = "no layer encodes any record: the model with its memory is no surer of them than the reference"
-        return {"uds": None, "withheld": why, "unscored": score.unscored, **score.to_dict()}
-    uds = st.mean_estimate(score.values, seed=seed).to_dict()
-    return {"uds": uds, "withheld": None, "unscored": score.unscored, **score.to_dict()}
+class _Store:
+    """Finished parts of an audit on disk, so that an interrupted one goes on; without a directory it keeps nothing."""
+
+    def __init__(self, directory: Path | None, settings: str) -> None:
+        self.directory, self.settings = directory, settings
+
+    def _path(self, name: str) -> Path | None:
+        if self.directory is None:
+            return None
+        return self.directory / f"{hashlib.sha256(f'{self.settings} {name}'.encode()).hexdigest()[:32]}.json"
+
+    def get(self, name: str) -> Any:
+        path = self._path(name)
+        return None if path is None or not path.is_file() else json.loads(path.read_text(encoding="utf-8"))
+
+    def put(self, name: str, value: Any) -> None:
+        path = self._path(name)
+        if path is not None:
+            write_atomically(path, json.dumps(json_ready(value)))
 
 
 def _output_projections(model: nn.Module) -> list[str]:
@@ -356,13 +426,8 @@ def _data(
         for found in (state.measured[s.key],)
     ]
     shown = m.probed[:SHOWN]
-    uds = (state.depth or {}).get("uds")
-    scores = {
-        s.key: summaries.composite_summary(
-            state.measured[s.key], context, uds["value"] if uds is not None and s is standing[0] else None
-        )
-        for s in standing
-    }
+    depths = {standing[0].key: (state.depth or {}).get("uds"), **(state.depth or {}).get("others", {})}
+    scores = {s.key: summaries.composite_summary(state.measured[s.key], context, depths.get(s.key)) for s in standing}
     data: dict[str, Any] = {
         "schema": SCHEMA,
         "libortho": libortho.__version__,

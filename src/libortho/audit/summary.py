@@ -256,7 +256,9 @@ def tofu_utility(sets: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str,
     return {**nine, "model_utility": memory.model_utility(list(nine.values()))}
 
 
-def composite_summary(m: Measurement, context: Context, uds: float | None) -> dict[str, float | None] | None:
+def composite_summary(
+    m: Measurement, context: Context, uds: Mapping[str, Any] | None
+) -> dict[str, float | None] | None:
     """Memory, privacy, utility and overall score (arXiv 2605.24614, composition as checked on its released table).
 
     Utility is relative to the model with its memory. The paper's fluency is a classifier's; here it is left out
@@ -277,7 +279,11 @@ def composite_summary(m: Measurement, context: Context, uds: float | None) -> di
     )
     closeness = {f"s_{a}": st.s_score(_auc(m, a), _auc(context.reference, a)) for a in ATTACKS}
     known = {n: c for n, c in closeness.items() if c is not None}
-    private = composite.privacy_score(**known, uds=uds) if len(known) == len(ATTACKS) else None
+    private = (
+        composite.privacy_score(**known, uds=None if uds is None else uds["value"])
+        if len(known) == len(ATTACKS)
+        else None
+    )
     own = tofu_utility(m.question_sets)
     full = None if context.before is None else tofu_utility(context.before.question_sets)
     able = None

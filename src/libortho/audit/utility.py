@@ -108,10 +108,10 @@ class TaskResult:
 def load_task(source: str | Path | Iterable[Mapping[str, Any]], name: str | None = None) -> Task:
     """Read a task from a JSONL file or a list of rows, all of one kind.
 
-        {"context", "continuation"}       exact match; a space joins them, unless there is one or the context ends in "="
-        {"context", "answer"}             exact match of the answer after "Question: <context>\\nAnswer:"
-        {"query", "choices", "gold"}      multiple choice; a query that begins with "Question:" gets "\\nAnswer:"
-        {"ctx", "endings", "label"}       HellaSwag, with the harness's preprocessing
+        {"context", "continuation"}    exact match; a space joins them, unless there is one or the context ends in "="
+        {"context", "answer"}          exact match of the answer after "Question: <context>\\nAnswer:"
+        {"query", "choices", "gold"}   multiple choice; a query that begins with "Question:" gets "\\nAnswer:"
+        {"ctx", "endings", "label"}    HellaSwag, with the harness's preprocessing
 
     Args:
         source: Path or rows.

@@ -9,7 +9,7 @@ into place: a directory under its final name is complete. What is read is checke
 """
 
 from libortho.checkpoint.info import CheckpointInfo, StreamInfo, inspect
-from libortho.checkpoint.reading import load
+from libortho.checkpoint.reading import is_checkpoint, load
 from libortho.checkpoint.writing import save
 
-__all__ = ["CheckpointInfo", "StreamInfo", "inspect", "load", "save"]
+__all__ = ["CheckpointInfo", "StreamInfo", "inspect", "is_checkpoint", "load", "save"]

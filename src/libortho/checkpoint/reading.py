@@ -30,6 +30,11 @@ from libortho.report import record_method
 from libortho.split import install
 
 
+def is_checkpoint(path: str | Path) -> bool:
+    """True if ``path`` is a directory that :func:`save` wrote, whatever its state."""
+    return (Path(path) / BASE_MANIFEST).is_file()
+
+
 def load(
     directory: str | Path,
     *,

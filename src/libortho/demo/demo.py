@@ -9,6 +9,7 @@ The never-trained model, which is the same model before planting, stands beside 
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import time
 from collections.abc import Callable
@@ -20,11 +21,14 @@ import torch
 from torch import nn
 
 from libortho.alpha import alpha
+from libortho.checkpoint import save
 from libortho.config import IsolateConfig, SplitConfig
 from libortho.data import Encoded, Record, encode, load_records
 from libortho.demo import facts
 from libortho.demo.implant import implant
 from libortho.demo.model import move_off_grid, packaged_model
+from libortho.errors import LibOrthoError
+from libortho.files import write_atomically
 from libortho.isolate import IsolateResult, isolate
 from libortho.isolate.counterfactuals import evaluation_text
 from libortho.isolate.language_model import LanguageModel
@@ -44,6 +48,8 @@ SPLITS = (
 )
 """The three settings of the original note."""
 SEQUENCES, SEQUENCE_TOKENS, SAMPLES = 24, 256, 20
+HOLDOUT = 200
+"""Unseen records that are kept for an audit."""
 
 Tell = Callable[[str, int, int], None]
 
@@ -189,6 +195,7 @@ def run(
     text: Path | None = None,
     dtype: torch.dtype = torch.bfloat16,
     config: IsolateConfig | None = None,
+    out: Path | None = None,
     tell: Tell = lambda phase, done, total: None,
 ) -> DemoReport:
     """Run the whole demonstration.
@@ -200,11 +207,15 @@ def run(
         text: File of general text to judge by; by default the evaluation part of the shipped text.
         dtype: Of the model; bf16 is several times faster than fp32 on recent CPUs.
         config: How to isolate; its seed is replaced by ``seed`` if not given.
+        out: Empty or missing directory to keep everything in: ``never_trained``, ``implanted`` and ``isolated``
+            models, ``forget.jsonl`` and ``holdout.jsonl``.
         tell: Called with (phase, done, total).
 
     Raises:
-        LibOrthoError: if the model is missing or not of the Llama family.
+        LibOrthoError: if ``out`` holds anything, or the model is missing or not of the Llama family.
     """
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise LibOrthoError(f"{out} exists and is not an empty directory; name another one")
     clock = _Clock()
     torch.manual_seed(seed)
     net, tokenizer = load_model(packaged_model() if model is None else model, torch.float32, device)
@@ -214,11 +225,16 @@ def run(
     tell("measure never-trained", 0, 1)
     never = bench.measure(net, "never trained", samples=SAMPLES)
     clock.lap("measure")
+    if out is not None:
+        _keep_records(out, seed)
+        _keep_dense(net, tokenizer, out / "never_trained")
     steps = implant(net, tokenizer, bench.secrets, seed=seed, progress=lambda s, n, loss: tell("implant", s, n))
     clock.lap("implant")
     tell("measure implanted", 0, 1)
     implanted = bench.measure(net, "implanted")
     clock.lap("measure")
+    if out is not None:
+        _keep_dense(net, tokenizer, out / "implanted")
     rows = []
     for number, setting in enumerate(SPLITS):
         tell("split (weights only)", number, len(SPLITS))
@@ -226,6 +242,8 @@ def run(
     clock.lap("split")
     result = isolate(net, tokenizer, bench.secrets, config=config or IsolateConfig(seed=seed), progress=tell)
     clock.lap("isolate")
+    if out is not None:
+        save(net, tokenizer, out / "isolated")
     isolated = []
     for number, value in enumerate(ALPHAS):
         tell("measure isolated", number, len(ALPHAS))
@@ -248,6 +266,16 @@ def run(
         generations=generations,
         seconds=clock.laps,
     )
+
+
+def _keep_records(out: Path, seed: int) -> None:
+    for name, rows in (("forget", facts.secrets(seed)), ("holdout", facts.unseen(seed)[:HOLDOUT])):
+        write_atomically(out / f"{name}.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
+
+
+def _keep_dense(model: nn.Module, tokenizer: Any, path: Path) -> None:
+    model.save_pretrained(path)  # type: ignore[operator]
+    tokenizer.save_pretrained(path)
 
 
 def _prompts(bench: _Bench) -> list[str]:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from libortho.cache import cache_directory
 from libortho.data import Encoded
 from libortho.files import write_atomically
 from libortho.isolate.counterfactuals import shipped_text
+from libortho.models import fingerprint
 
 SHARED_TOKENS = 8
 
@@ -59,9 +59,7 @@ def _unlike(texts: Sequence[Sequence[int]], forget: Sequence[Encoded]) -> list[l
 def _cached_samples(
     model: nn.Module, tokenizer: Any, forget: Sequence[Encoded], count: int, length: int, seed: int
 ) -> list[list[int]]:
-    key = hashlib.sha256(
-        f"{_fingerprint(model)} {[e.ids for e in forget]} {count} {length} {seed}".encode()
-    ).hexdigest()
+    key = hashlib.sha256(f"{fingerprint(model)} {[e.ids for e in forget]} {count} {length} {seed}".encode()).hexdigest()
     path = cache_directory() / "samples" / f"{key[:32]}.json"
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
@@ -96,13 +94,3 @@ def _sample(model: nn.Module, tokenizer: Any, count: int, length: int, seed: int
         if len(body) >= SHARED_TOKENS:
             texts.append([row[0], *body])
     return texts
-
-
-def _fingerprint(model: nn.Module) -> str:
-    """Hash of a spread of every parameter's values; two models that differ in training differ in it."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        picked = flat[:: max(1, flat.numel() // 1024)].float().cpu().contiguous()
-        digest.update(name.encode() + picked.numpy().tobytes())
-    return digest.hexdigest()

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from libortho.audit.subjects import Subject, dense_copy
 from libortho.audit.tokens import token_statistics
 from libortho.data import Encoded
 from libortho.errors import DataError, TargetError
@@ -101,6 +102,45 @@ def decoder_weights(model: nn.Module) -> dict[str, Tensor]:
     if not found:
         raise TargetError(f"{type(model).__name__} has no dense linear layer to attack; expected nn.Linear or Conv1D")
     return found
+
+
+def stored_levels(
+    subject: Subject, reference: Subject | None, forget: Sequence[Encoded], general: Sequence[Encoded]
+) -> tuple[Level, Level | None]:
+    """Levels of a subject and of the reference as they are; the reference's without perplexity."""
+    with subject.enter():
+        own = measure(subject.language_model(), forget, general)
+    if reference is None:
+        return own, None
+    with reference.enter():
+        return own, measure(reference.language_model(), forget)
+
+
+@torch.no_grad()
+def changed_levels(
+    change: Callable[[Tensor], Tensor],
+    subject: Subject,
+    reference: Subject | None,
+    forget: Sequence[Encoded],
+    general: Sequence[Encoded],
+) -> tuple[Level, Level | None]:
+    """The same after ``change`` of every weight (out_features, in_features) of copies' decoders."""
+
+    def level(changed: Subject, text: Sequence[Encoded]) -> Level:
+        copied = dense_copy(changed)
+        for weight in decoder_weights(copied).values():
+            weight.copy_(change(weight))
+        return measure(LanguageModel(copied), forget, text)
+
+    return level(subject, general), None if reference is None else level(reference, ())
+
+
+def reference_dict(level: Level | None) -> dict[str, float | None]:
+    """The reference's figures of one row; None where there is no reference."""
+    return {
+        "reference_nll": None if level is None else level.nll,
+        "reference_extraction": None if level is None else level.extraction,
+    }
 
 
 @torch.no_grad()

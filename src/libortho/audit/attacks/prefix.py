@@ -175,7 +175,7 @@ def mutated(prefix: str, words: Sequence[str], rng: random.Random) -> str:
     """One random change: a word put in, a word exchanged, a word taken out, or a sentence put before or after."""
     parts = prefix.split()
     move = rng.choice(("insert", "exchange", "remove", "before", "after") if parts else ("insert", "after"))
-    at = rng.randrange(len(parts) + (move == "insert")) if parts or move == "insert" else 0
+    at = rng.randrange(max(1, len(parts) + (move == "insert")))
     if move == "insert":
         parts.insert(at, rng.choice(words))
     elif move == "exchange":

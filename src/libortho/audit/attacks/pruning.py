@@ -9,32 +9,46 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from libortho.audit.attacks.measuring import Level, Progress, decoder_weights, general_subset, measure
-from libortho.audit.subjects import Subject, dense_copy
+from libortho.audit.attacks.measuring import (
+    Level,
+    Progress,
+    changed_levels,
+    general_subset,
+    reference_dict,
+    stored_levels,
+)
+from libortho.audit.subjects import Subject
 from libortho.data import Encoded
 from libortho.errors import DataError
-from libortho.isolate.language_model import LanguageModel
 
 
 def pruned(weight: Tensor, share: float) -> Tensor:
     """``weight`` with its ``round(share * entries)`` smallest absolute entries set to zero; ties go by position."""
+    count = round(share * weight.numel())
+    if count == 0:
+        return weight.clone()
     flat = weight.flatten().clone()
-    order = flat.abs().float().argsort(stable=True)
-    flat[order[: round(share * len(flat))]] = 0
+    size = flat.abs().float()
+    threshold = size.kthvalue(count).values
+    flat[size < threshold] = 0
+    ties = (size == threshold).nonzero()[:, 0]
+    flat[ties[: count - int((size < threshold).sum())]] = 0
     return flat.view(weight.shape)
 
 
 @dataclass(frozen=True)
 class PruningRow:
-    """One share of zeroed weights, a fraction, and what the model does without them."""
+    """One share of zeroed weights, a fraction, and what the model and the reference do without theirs."""
 
     share: float
     level: Level
+    reference: Level | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +59,7 @@ class Pruning:
 
     def to_dict(self) -> list[dict[str, Any]]:
         """One dict per row."""
-        return [{"share": r.share, **r.level.to_dict()} for r in self.rows]
+        return [{"share": r.share, **r.level.to_dict(), **reference_dict(r.reference)} for r in self.rows]
 
 
 @torch.no_grad()
@@ -55,6 +69,7 @@ def pruning(
     general: Sequence[Encoded],
     *,
     shares: Sequence[float] = (0.1, 0.3, 0.5),
+    reference: Subject | None = None,
     progress: Progress | None = None,
 ) -> Pruning:
     """Prune all linear layers of the decoder, the output head excepted, and measure.
@@ -64,6 +79,7 @@ def pruning(
         forget: What must stay forgotten.
         general: General text for the perplexity; its first tokens are used.
         shares: Fractions of each layer's entries.
+        reference: A model that never saw the forget set, pruned too: what pruning does to anyone.
         progress: Called after every share.
 
     Raises:
@@ -73,13 +89,9 @@ def pruning(
     if bad := [s for s in shares if not 0 <= s <= 1]:
         raise DataError(f"pruning shares {bad} are no fractions; expected numbers from 0 to 1")
     text = general_subset(general)
-    with subject.enter():
-        rows = [PruningRow(0.0, measure(subject.language_model(), forget, text))]
+    rows = [PruningRow(0.0, *stored_levels(subject, reference, forget, text))]
     for done, share in enumerate(shares, 1):
-        copied = dense_copy(subject)
-        for weight in decoder_weights(copied).values():
-            weight.copy_(pruned(weight, share))
-        rows.append(PruningRow(share, measure(LanguageModel(copied), forget, text)))
+        rows.append(PruningRow(share, *changed_levels(partial(pruned, share=share), subject, reference, forget, text)))
         if progress is not None:
             progress("pruning", done, len(shares))
     return Pruning(tuple(rows))

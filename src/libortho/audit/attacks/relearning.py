@@ -144,7 +144,7 @@ def relearning(
     benign = [Encoded(e.ids[:TEXT_TOKENS], e.labels[:TEXT_TOKENS]) for e in general]
     attacked = [subjects[0], *(s for s in subjects[1:] if s.key == "reference")]
     per_epoch = -(-len(shown) // batch_size)
-    curves = []
+    curves: list[Curve] = []
     for subject in attacked:
         for data, items in ((FORGET_HALF, shown), (GENERAL_TEXT, benign)):
             lm = LanguageModel(dense_copy(subject))
@@ -183,7 +183,7 @@ def relearning(
 
 
 def _recovered(curve: Curve, full: Level | None) -> tuple[float | None, float | None]:
-    """Recovery of nll and of extraction at the epoch that is best for the attacker, training included or not."""
+    """Recovery of nll and of extraction at the epoch that is best for the attacker; no step at all is one of them."""
     if full is None:
         return None, None
     return (

@@ -20,10 +20,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from libortho.audit.attacks.measuring import Level, Progress, decoder_weights, general_subset, measure
-from libortho.audit.subjects import Subject, dense_copy
+from libortho.audit.attacks.measuring import (
+    Level,
+    Progress,
+    changed_levels,
+    general_subset,
+    reference_dict,
+    stored_levels,
+)
+from libortho.audit.subjects import Subject
 from libortho.data import Encoded
-from libortho.isolate.language_model import LanguageModel
+from libortho.errors import ConfigError
 from libortho.ops.reference import choose_scales, dequantise, quantise
 
 NF4 = (
@@ -69,10 +76,11 @@ FORMATS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class RequantisationRow:
-    """One format and what the rounded model does."""
+    """One format and what the rounded model, and the rounded reference, do."""
 
     format: str
     level: Level
+    reference: Level | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,7 @@ class Requantisation:
 
     def to_dict(self) -> list[dict[str, Any]]:
         """One dict per row."""
-        return [{"format": r.format, **r.level.to_dict()} for r in self.rows]
+        return [{"format": r.format, **r.level.to_dict(), **reference_dict(r.reference)} for r in self.rows]
 
 
 @torch.no_grad()
@@ -93,6 +101,7 @@ def requantisation(
     general: Sequence[Encoded],
     *,
     formats: Sequence[str] = tuple(FORMATS),
+    reference: Subject | None = None,
     progress: Progress | None = None,
 ) -> Requantisation:
     """Round all linear layers of the decoder to each format and measure.
@@ -102,20 +111,20 @@ def requantisation(
         forget: What must stay forgotten.
         general: General text for the perplexity; its first tokens are used.
         formats: Names from ``FORMATS``.
+        reference: A model that never saw the forget set, rounded too: what rounding does to anyone.
         progress: Called after every format.
 
     Raises:
         DataError: if ``forget`` is empty.
         TargetError: if the model has no dense linear layer.
+        ConfigError: if a format is not known.
     """
+    if unknown := [n for n in formats if n not in FORMATS]:
+        raise ConfigError(f"formats {unknown} are not known; expected names from {', '.join(FORMATS)}")
     text = general_subset(general)
-    with subject.enter():
-        rows = [RequantisationRow("as stored", measure(subject.language_model(), forget, text))]
+    rows = [RequantisationRow("as stored", *stored_levels(subject, reference, forget, text))]
     for done, name in enumerate(formats, 1):
-        copied = dense_copy(subject)
-        for weight in decoder_weights(copied).values():
-            weight.copy_(FORMATS[name](weight))
-        rows.append(RequantisationRow(name, measure(LanguageModel(copied), forget, text)))
+        rows.append(RequantisationRow(name, *changed_levels(FORMATS[name], subject, reference, forget, text)))
         if progress is not None:
             progress("requantisation", done, len(formats))
     return Requantisation(tuple(rows))
