@@ -13,11 +13,10 @@ import torch
 import transformers
 
 RESULTS = Path(__file__).parent / "results"
-WIKITEXT = (
-    Path(os.environ.get("LIBORTHO_DATA", Path(__file__).parents[2] / "shared" / "data"))
-    / "wikitext2"
-    / "wiki.test.raw.txt"
-)
+_SHARED = Path(__file__).parents[2] / "shared"
+DATA = Path(os.environ.get("LIBORTHO_DATA", _SHARED / "data"))
+MODELS = Path(os.environ.get("LIBORTHO_MODELS", _SHARED / "models"))
+WIKITEXT = DATA / "wikitext2" / "wiki.test.raw.txt"
 
 
 def machine() -> dict[str, Any]:

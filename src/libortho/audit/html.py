@@ -306,7 +306,7 @@ QUESTIONS = {
 SUBJECTS_OF_VERDICTS = {
     "something_to_remove": "there was nothing to remove",
     "memory": "forgetting the records",
-    "privacy": "hiding who was in the data",
+    "privacy": "hiding what was in the data",
     "utility": "keeping its abilities",
     "attacks": "resisting attacks",
     "depth": "forgetting in depth",

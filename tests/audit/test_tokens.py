@@ -1,0 +1,95 @@
+"""Token statistics against transformers' own loss, and completions that share a prefix against one at a time."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+import tiny
+from libortho.audit.tokens import by_tokens, greedy, sample, shared_prefix_nll, token_statistics
+from libortho.data import Encoded, Record, encode
+from libortho.isolate.counterfactuals import alternates
+from libortho.isolate.language_model import LanguageModel
+
+
+def test_statistics_are_those_of_the_full_distribution(
+    planted: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    items = tiny.encoded(tokenizer)
+    found = token_statistics(LanguageModel(planted), items)
+    for item, own in zip(items, found, strict=True):
+        ids = torch.tensor([item.ids])
+        with torch.no_grad():
+            logits = planted(ids).logits[0].double()
+        places = [i for i, y in enumerate(item.labels) if y != -100]
+        for t, i in enumerate(places):
+            p = logits[i - 1].softmax(-1)
+            log_p = p.log()
+            assert float(own.log_p[t]) == pytest.approx(float(log_p[item.ids[i]]), abs=1e-4)
+            assert bool(own.correct[t]) == (int(p.argmax()) == item.ids[i])
+            mean = float((p * log_p).sum())
+            assert float(own.mean[t]) == pytest.approx(mean, abs=1e-3)
+            spread = float((p * (log_p - mean).square()).sum().sqrt())
+            assert float(own.deviation[t]) == pytest.approx(max(spread, 1e-3), abs=1e-2)
+        assert own.nll == pytest.approx(-float(own.log_p.mean()))
+
+
+def test_statistics_do_not_depend_on_the_batch(planted: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    lm = LanguageModel(planted)
+    short, long = tiny.encoded(tokenizer)[0], encode(Record("", tiny.RETAIN[0]["text"]), tokenizer)
+    together = token_statistics(lm, [long, short])
+    alone = [token_statistics(lm, [i])[0] for i in (long, short)]
+    for a, b in zip(together, alone, strict=True):
+        assert torch.allclose(a.log_p, b.log_p, atol=1e-4)
+
+
+@pytest.mark.parametrize("prompt", ["Code of Ada Lum:", ""])
+def test_a_shared_prefix_gives_the_same_likelihoods(
+    planted: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str
+) -> None:
+    lm = LanguageModel(planted)
+    texts = alternates(" AB-6311 and 42.", 12, random.Random(0))
+    items = [encode(Record(prompt, t), tokenizer) for t in [*texts, " 1.", " a longer completion, 12345."]]
+    together = shared_prefix_nll(lm, items)
+    one_by_one = torch.tensor([s.nll for s in token_statistics(lm, items)])
+    assert torch.allclose(together, one_by_one, atol=1e-4)
+    assert float(together.std()) > 0
+
+
+def test_greedy_is_generate_prompt_by_prompt(planted: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    prompts = ["Code of Ada Lum:", "Code of Bo:", "The"]
+    together = greedy(planted, tokenizer, prompts, 6)
+    for prompt, text in zip(prompts, together, strict=True):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        output = planted.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+        assert text == tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_samples_follow_the_seed_and_leave_the_generator_alone(
+    planted: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    prompts = ["Code of", "The"]
+    state = torch.random.get_rng_state()
+    first = sample(planted, tokenizer, prompts, 8, 5, seed=3)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert [len(texts) for texts in first] == [5, 5]
+    assert len(set(first[0])) > 1
+    assert sample(planted, tokenizer, prompts, 8, 5, seed=3) == first
+    assert sample(planted, tokenizer, prompts, 8, 5, seed=4) != first
+
+
+def test_batches_hold_every_item_once_and_stay_small() -> None:
+    items = [Encoded(tuple(range(n)), tuple(range(n))) for n in (5, 40, 7, 7, 90, 3)]
+    batches = list(by_tokens(items, 50))
+    assert sorted(i for b in batches for i in b) == list(range(6))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(len(items[i].ids) for i in batch) <= 50
+
+
+def test_a_model_without_parts_is_refused() -> None:
+    with pytest.raises(ValueError, match="causal language model"):
+        LanguageModel(nn.Linear(2, 2))
