@@ -89,7 +89,8 @@ def show_audit(report: AuditReport, console: Console) -> None:
         shares = ("greedy_extraction", "sampled_extraction", "prompt_shift", "prefix_sweep")
         table.add_row(
             s["label"], *(_estimate(m[k], "{:.1%}") for k in shares),
-            _estimate(m["extraction_strength"], "{:.3f}"), _estimate(m["exposure"], "{:.1f}"), _estimate(m["nll"], "{:.2f}"),
+            _estimate(m["extraction_strength"], "{:.3f}"), _estimate(m["exposure"], "{:.1f}"),
+            _estimate(m["nll"], "{:.2f}"),
         )  # fmt: skip
     console.print(table)
     if data["subjects"][0]["privacy"] is not None:
@@ -112,7 +113,8 @@ def show_audit(report: AuditReport, console: Console) -> None:
         table = Table("alpha", "extracted", "strength", "nats", "AUC", "perplexity", "KL", title="alpha curve")
         for p in data["curve"]:
             table.add_row(
-                f"{p['alpha']:g}", f"{p['greedy_extraction']:.1%}", f"{p['extraction_strength']:.3f}", f"{p['nll']:.2f}",
+                f"{p['alpha']:g}", f"{p['greedy_extraction']:.1%}", f"{p['extraction_strength']:.3f}",
+                f"{p['nll']:.2f}",
                 _number(p["auc"], "{:.3f}"), f"{p['perplexity']:.2f}", _number(p["kl"], "{:.4f}"),
             )  # fmt: skip
         console.print(table)

@@ -403,7 +403,7 @@ def test_bars_are_as_high_as_their_values() -> None:
     heights = [float(h) for h in re.findall(r'<rect [^>]*height="([\d.]+)"', svg)]
     assert heights[1] / heights[0] == pytest.approx(3, rel=0.01)
     assert heights[2] == 0
-    assert "3 % in 1" in svg
+    assert "3 % in layer 1" in svg
 
 
 def test_a_chart_of_one_value_or_none_is_still_a_chart() -> None:
@@ -438,6 +438,12 @@ def test_styles_differ_in_grey() -> None:
         charts.lines("k", "t", "d", [Line("a", [(0, 0), (1, 1)], s)], x_label="x").replace(f"s-{s}", "") for s in styles
     ]
     assert len(set(drawn)) == len(styles)
+
+
+def test_layers_have_no_fractions() -> None:
+    made = [Line("a", [(0.0, 1.0), (1.0, 2.0)], "off")]
+    below = re.findall(r'text-anchor="middle">([^<]*)<', charts.lines("k", "t", "d", made, x_label="layer", whole=True))
+    assert below == ["0", "1", "layer"]
 
 
 # Style

@@ -149,6 +149,7 @@ def lines(
     log: bool = False,
     diagonal: bool = False,
     legend: bool = False,
+    whole: bool = False,
     format_x: Callable[[float], str] | None = None,
     format_y: Callable[[float], str] | None = None,
 ) -> str:
@@ -167,9 +168,11 @@ def lines(
         log: Both axes logarithmic; smaller values are drawn at the edge.
         diagonal: Also y = x.
         legend: See ``series``.
+        whole: x counts something: no ticks between whole numbers.
         format_x: Tick label of x.
         format_y: Tick label of y.
     """
+    ticks_x: list[float] | None = None
     show_x, show_y = format_x or _short, format_y or _short
     xs = [x for line in series for x, _ in line.points]
     ys = [y for line in series for _, y in line.points if y is not None] + [level.value for level in levels]
@@ -185,6 +188,8 @@ def lines(
     bottom = height - 36
     left = 12 + _CHARACTER * max((len(show_y(t)) for t in _Scale(*y_range, bottom, top, log).ticks(6)), default=2)
     x, y = _Scale(x_low, x_high, left, right, log), _Scale(*y_range, bottom, top, log)
+    if whole:
+        ticks_x = [t for t in x.ticks(6) if t == int(t)]
     parts = [head]
     for band in bands:
         a, b = x(band.low), x(band.high)
@@ -192,7 +197,7 @@ def lines(
             f'<rect class="band" x="{_n(a)}" y="{_n(top)}" width="{_n(max(b - a, 2))}" height="{_n(bottom - top)}"/>'
         )
         parts.append(f'<path class="band-edge" d="M{_n(b)} {_n(top)}V{_n(bottom)}M{_n(a)} {_n(top)}V{_n(bottom)}"/>')
-    parts += [_y_axis(y, left, right, show_y), _x_axis(x, bottom, height, show_x, x_label)]
+    parts += [_y_axis(y, left, right, show_y), _x_axis(x, bottom, height, show_x, x_label, ticks_x)]
     if diagonal:
         steps = [x_low * (x_high / x_low) ** (i / 20) if log else x_low + (x_high - x_low) * i / 20 for i in range(21)]
         path = "M" + "L".join(f"{_n(x(t))} {_n(y(t))}" for t in steps if t >= y_range[0])
@@ -367,7 +372,7 @@ def bars(
     parts.append(
         f'</g><text class="label halo" x="{_n(left + (best + 0.5) * step)}" y="{_n(y(values[best]) - 5)}" '
         f'text-anchor="{anchor}">'
-        f"{_short(values[best])}{escape(unit)} in {best}</text>"
+        f"{_short(values[best])}{escape(unit)} in {escape(x_label)} {best}</text>"
     )
     whole = [t for t in nice_ticks(0, max(len(values) - 1, 1), 6) if t == int(t) and t < len(values)]
     parts.append(_x_axis(x, bottom, height, _short, x_label, whole))

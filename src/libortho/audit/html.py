@@ -283,9 +283,8 @@ MAIN_MEMORY = (
 )
 MAIN_UTILITY = ("perplexity", "kl", "top1_agreement")
 NOISE = (
-    "Where does the memory sit? Noise of the ortho stream\u2019s own norm (scale 1), put on the stream, should "
-    "undo the memory; the same noise "
-    "spread over the base should do little. Measured with the switch on."
+    "Where does the memory sit? If in the ortho stream, then noise there undoes it at a smaller scale than noise of "
+    "the same norm spread over the base. Scale 1 is the stream\u2019s own norm. Measured with the switch on."
 )
 ATTACKS = {
     "loss": ("Loss", "minus the mean NLL"),
@@ -858,6 +857,7 @@ def _relearning_figures(relearning: _Json, by_key: _Json) -> list[Figure]:
                 f"Over {relearning['steps'][-1] if relearning['steps'] else 0} steps. {text}.",
                 series,
                 x_label="training steps",
+                whole=True,
                 y_range=y_range,
             )
             note = "share of records" if key == "extraction" else "nats per token"
@@ -882,6 +882,7 @@ def _depth_figures(depth: _Json, subjects: Sequence[_Json]) -> list[Figure]:
             f"reference's states, {number(best['off'])} with those of {audited['label']}.",
             series,
             x_label="layer",
+            whole=True,
         )
         figures.append(
             _figure(
@@ -902,6 +903,7 @@ def _depth_figures(depth: _Json, subjects: Sequence[_Json]) -> list[Figure]:
             f"Mean log-probability of the secret read off after each layer; {text}.",
             series,
             x_label="layer",
+            whole=True,
         )
         figures.append(_figure("Logit lens", "mean log-probability of the secret, nats", svg))
     return figures

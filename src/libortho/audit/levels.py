@@ -17,7 +17,7 @@ KL = 0.02
 TASK = 0.02
 """Accuracy that a task may lose."""
 RETAIN_NATS = 0.05
-"""Surprise that retain records may gain, in nats per token."""
+"""Surprise that retain records, and right answers of tasks, may gain, in nats per token."""
 MODEL_UTILITY = 0.98
 """TOFU model utility, relative to the model with its memory."""
 DISTINCT = 0.5

@@ -49,7 +49,7 @@ class Measurement:
         answers: Greedy answers to holdout (else forget) prompts, to see whether they differ.
         general: Summed negative log-likelihood of each window of general text, and its judged tokens.
         kl, top1: Divergence (nats per token) from, and top-1 agreement with, the model that has its memory.
-        tasks: Task, to one 0 or 1 for each row.
+        tasks: Task, to {"correct": 0 or 1 each, "nll": nats per token of the right answer} row by row.
         retain: Mean negative log-likelihood of each retain record.
         gradient: Norm of the forget gradient and its cosine with that of alpha = 1.
     """
@@ -73,7 +73,7 @@ class Measurement:
     general: dict[str, list[float]] | None = None
     kl: float | None = None
     top1: float | None = None
-    tasks: dict[str, list[int]] = field(default_factory=dict)
+    tasks: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     retain: list[float] | None = None
     gradient: dict[str, float] | None = None
 
@@ -256,7 +256,7 @@ def ability(
         into.kl, into.top1 = both.mean_kl, both.top1
     for task in material.tasks if tasks else ():
         found = utility.evaluate(lm, material.tokenizer, task, config.resolved("task_rows"), config.seed)
-        into.tasks[task.name] = list(found.correct)
+        into.tasks[task.name] = {"correct": [float(c) for c in found.correct], "nll": list(found.nll)}
     if material.retain:
         into.retain = [s.nll for s in token_statistics(lm, material.encode(material.retain))]
     return Before(lm, states)

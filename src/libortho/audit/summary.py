@@ -178,22 +178,22 @@ def utility_summary(m: Measurement, context: Context) -> dict[str, Any] | None:
         "top1_agreement": m.top1,
         "distinct_answers": None if m.answers is None else memory.distinct_share(m.answers),
         "retain_nll": None if m.retain is None else st.mean_estimate(m.retain, seed=seed).to_dict(),
-        "tasks": {n: _share(c).to_dict() for n, c in m.tasks.items()},
-        "task_differences": _differences(m, context),
+        "tasks": {n: st.mean_estimate(t["correct"], seed=seed).to_dict() for n, t in m.tasks.items()},
+        "task_differences": _differences(m, context, "correct"),
+        "task_nll_differences": _differences(m, context, "nll"),
         "tofu": tofu_utility(m.question_sets),
     }
 
 
-def _differences(m: Measurement, context: Context) -> dict[str, Any] | None:
-    """Change of accuracy on each task from the model with its memory, paired by row."""
+def _differences(m: Measurement, context: Context, figure: str) -> dict[str, Any] | None:
+    """Change of accuracy or of surprise on each task from the model with its memory, paired by row."""
     if context.before is None or context.before is m:
         return None
-    return {
-        n: st.mean_estimate(
-            [a - b for a, b in zip(c, context.before.tasks[n], strict=True)], seed=context.seed
-        ).to_dict()
-        for n, c in m.tasks.items()
-    }
+    found = {}
+    for name, task in m.tasks.items():
+        pairs = zip(task[figure], context.before.tasks[name][figure], strict=True)
+        found[name] = st.mean_estimate([a - b for a, b in pairs], seed=context.seed).to_dict()
+    return found
 
 
 def curve_point(value: float, m: Measurement) -> dict[str, Any]:

@@ -167,10 +167,15 @@ def utility(audited: Row, before: Row | None, data: Row) -> Verdict:
     if own["kl"] is not None and audited["key"] == "off":
         checks.append(Check("KL from alpha = 1, nats", own["kl"], f"<= {KL}", own["kl"] <= KL))
     for name, gap in (own.get("task_differences") or {}).items():
-        ok2: bool | None = gap["value"] >= -TASK
-        if not ok2 and gap["high"] is not None and gap["high"] >= 0:
-            ok2 = None
-        checks.append(Check(f"{name}: change of accuracy", gap["value"], f">= -{TASK}", ok2))
+        fine: bool | None = gap["value"] >= -TASK
+        if not fine and gap["high"] is not None and gap["high"] >= 0:
+            fine = None
+        checks.append(Check(f"{name}: change of accuracy", gap["value"], f">= -{TASK}", fine))
+    for name, gap in (own.get("task_nll_differences") or {}).items():
+        fine = gap["value"] <= RETAIN_NATS
+        if not fine and gap["low"] is not None and gap["low"] <= 0:
+            fine = None
+        checks.append(Check(f"{name}: nats gained on right answers", gap["value"], f"<= {RETAIN_NATS}", fine))
     if own.get("retain_nll") and was.get("retain_nll"):
         gain = own["retain_nll"]["value"] - was["retain_nll"]["value"]
         checks.append(Check("retain records: nats gained", gain, f"<= {RETAIN_NATS}", gain <= RETAIN_NATS))

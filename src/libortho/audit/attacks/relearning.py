@@ -13,7 +13,8 @@ arXiv 2410.08827 (judging facts that are independent of the trained ones).
 
 Half of the forget set also teaches its form, and a model that never saw the other half gains as well: ``excess`` is
 the recovery less that of the reference under the same attack. The published single epoch is one step here, which
-teaches nothing; the defaults train until the shown half is recited again (``trained_nll`` says whether it is).
+teaches nothing; the defaults train until the shown half is recited again by the audited model and by the reference
+(measured on SmolLM2-135M: after 5 and 8 epochs). ``trained_nll`` says whether it is.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def relearning(
     general: Sequence[Encoded],
     *,
     seed: int,
-    epochs: int = 5,
+    epochs: int = 8,
     learning_rate: float = 1e-4,
     batch_size: int = 4,
     progress: Progress | None = None,
