@@ -38,6 +38,7 @@ from libortho.config import AuditConfig
 from libortho.data import Encoded, Record, Source
 from libortho.errors import TargetError
 from libortho.files import write_atomically
+from libortho.isolate.counterfactuals import is_prose
 from libortho.isolate.language_model import LanguageModel
 from libortho.layer import OrthoLinear, ortho_layers
 from libortho.models import fingerprint
@@ -152,7 +153,8 @@ class _Plan:
         """Who has its memory, and is what others diverge from."""
         self.targets = list(ortho_layers(self.audited.model)) or _output_projections(self.audited.model)
         self.attacked = self._some("attack_records")
-        self.all = " ".join(f"{s.key} {fingerprint(s.model)}" for s in standing)
+        yardsticks = [s for s in standing if s.key in (self.audited.key, self.anchor, "reference")]
+        self.all = " ".join(f"{s.key} {fingerprint(s.model)}" for s in yardsticks)
         first = [s for s in standing if s.key == self.anchor]
         for subject in first + [s for s in standing if s.key != self.anchor]:
             self._measure(subject)
@@ -170,7 +172,10 @@ class _Plan:
         return [forget[i] for i in sorted(random.Random(self.config.seed).sample(range(len(forget)), few))]
 
     def _kept(self, name: str, make: Callable[[], Any], of: str | None = None) -> Any:
-        """A JSON-ready result from the store, or made and put there; it depends on all subjects unless ``of`` says."""
+        """A JSON-ready result from the store, or made and put there.
+
+        It depends on the audited model, the one with its memory and the reference, unless ``of`` says otherwise.
+        """
         key = f"{name} {self.all if of is None else of}"
         found = self.store.get(key)
         if found is None:
@@ -307,14 +312,15 @@ class _Plan:
         standing = list(self.standing)
         asked: list[tuple[str, float, Callable[[], Any]]] = []
         if len(items) >= 2:
-            asked.append(("relearning", 60 * tokens, lambda: attacks.relearning(standing, items, general, seed=seed)))
+            asked.append(("relearning", 200 * tokens, lambda: attacks.relearning(standing, items, general, seed=seed)))
             asked.append(
                 ("prefix", 60 * tokens, lambda: attacks.adversarial_prefix(
                     standing, self.attacked, self.material.tokenizer, seed=seed
                 ))
             )  # fmt: skip
-        asked.append(("requantisation", 5 * tokens, lambda: attacks.requantisation(self.audited, items, general)))
-        asked.append(("pruning", 4 * tokens, lambda: attacks.pruning(self.audited, items, general)))
+        reference = self.by_key.get("reference")
+        for name, rounding in (("requantisation", attacks.requantisation), ("pruning", attacks.pruning)):
+            asked.append((name, 10 * tokens, partial(rounding, self.audited, items, general, reference=reference)))
         if self.split:
             on = self.by_key["on"]
             asked.append(("noise", 4 * tokens, lambda: attacks.noise(on, items, general, seed=seed)))
@@ -338,7 +344,9 @@ class _Plan:
         def run() -> None:
             found, lenses = {}, {}
             for s in [] if why else judged:
-                found[s.key] = self._kept(f"depth {s.key}", partial(self._score, s, items))
+                found[s.key] = self._kept(
+                    f"depth {s.key}", partial(self._score, s, items), f"{self.all} {fingerprint(s.model)}"
+                )
             for s in lens:
                 lenses[s.key] = self._kept(f"lens {s.key}", partial(logit_lens, s, items))
             main = found.get(self.audited.key, {"uds": None, "withheld": why, "layers": [], "unscored": None})
@@ -406,8 +414,15 @@ def _data(
         before=None if anchor is None else state.measured[anchor],
         seed=config.seed,
     )
-    hide = (lambda text, secret: text) if config.reveal else prompts.mask
-    secrets = [r.completion.strip() for r in m.forget]
+    codes = [r.completion.strip() for r in m.forget if not is_prose(r.completion)]
+
+    def hide(text: str, own: Record) -> str:
+        """Without the record's own secret, and without anybody else's code."""
+        if not config.reveal:
+            for secret in dict.fromkeys([own.completion.strip(), *codes]):
+                text = prompts.mask(text, secret)
+        return text
+
     layers = ortho_layers(model)
     rows = [
         {
@@ -458,11 +473,11 @@ def _data(
             {
                 "number": r.number,
                 "prompt": r.prompt,
-                "completion": hide(r.completion, secret),
+                "completion": hide(r.completion, r),
                 "tokens": len(e.completion),
                 "template": template_of(r.prompt),
             }
-            for r, secret, e in zip(m.forget, secrets, m.encode(m.forget), strict=True)
+            for r, e in zip(m.forget, m.encode(m.forget), strict=True)
         ],
         "subjects": rows,
         "curve": state.curve,
@@ -475,7 +490,7 @@ def _data(
                 "number": m.forget[i].number,
                 "prompt": m.forget[i].prompt,
                 "texts": {
-                    s.key: hide(texts[place], secrets[i])
+                    s.key: hide(texts[place], m.forget[i])
                     for s in standing
                     if (texts := state.measured[s.key].generated) is not None
                 },

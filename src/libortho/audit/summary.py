@@ -287,7 +287,7 @@ def composite_summary(
     own = tofu_utility(m.question_sets)
     full = None if context.before is None else tofu_utility(context.before.question_sets)
     able = None
-    if own is not None and full is not None:
+    if own is not None and full is not None and full["model_utility"] > 0:
         able = composite.utility_score(own["model_utility"], 1.0, full["model_utility"], 1.0)
     whole = None if private is None or able is None else composite.overall(remembered, private, able)
     return {"memory": remembered, "privacy": private, "utility": able, "overall": whole}

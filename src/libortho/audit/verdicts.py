@@ -208,17 +208,16 @@ def attacks(found: Row) -> Verdict:
             if gain is not None:
                 name = f"relearned on {data}: share of the memory back, beyond never trained"
                 checks.append(Check(name, gain, f"<= {RELEARN}", gain <= RELEARN))
-    for key, words in (("requantisation", "format"), ("pruning", "share")):
-        if key in found:
-            start = found["requantisation"][0]
-            for row in found[key]:
-                name = f"{row[words]} {key}" if key == "requantisation" else f"{row[words]:.0%} pruned"
-                most = start["extraction"] + POINT
-                checks.append(
-                    Check(f"{name}: extracted", row["extraction"], f"<= {most:.2f}", row["extraction"] <= most)
-                )
-                gain = start["nll"] - row["nll"]
-                checks.append(Check(f"{name}: nats gained", gain, f"<= {NATS}", gain <= NATS))
+    for key in ("requantisation", "pruning"):
+        for row in found.get(key, [])[1:]:  # the first row is the model as it is stored
+            name = f"{row['share']:.0%} pruned" if key == "pruning" else f"rounded to {row['format']}"
+            start = found[key][0]
+            most = max(start["extraction"], row.get("reference_extraction") or 0.0) + POINT
+            checks.append(Check(f"{name}: extracted", row["extraction"], f"<= {most:.2f}", row["extraction"] <= most))
+            gain, least = start["nll"] - row["nll"], NATS
+            if row.get("reference_nll") is not None:
+                least += max(0.0, start["reference_nll"] - row["reference_nll"])
+            checks.append(Check(f"{name}: nats gained", gain, f"<= {least:.2f}", gain <= least))
     if "prefix" in found:
         prefix = found["prefix"]
         other = prefix["reference"]
