@@ -268,6 +268,49 @@ def test_inspect_prints_json_alone(checkpoint):
 
 
 @pytest.mark.parametrize("command", [["inspect"], ["generate"]])
+# -- audit ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def holdout(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("records") / "holdout.jsonl"
+    rows = [
+        {"prompt": f"Code of {n} Poe:", "completion": f" {1009 * i:04d}."}
+        for i, n in enumerate(("Al", "Ben", "Cleo"), 1)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path
+
+
+def test_audit_of_a_model_that_knows_exits_with_3_and_writes_its_reports(planted_directory, forget, holdout, tmp_path):
+    result = call("audit", planted_directory, "--forget", forget, "--holdout", holdout, "--samples", 2,
+                  "--out", tmp_path / "a.json", "--html", tmp_path / "a.html")  # fmt: skip
+    assert result.exit_code == 3, result.output
+    assert result.stdout.startswith("FAIL")
+    assert "membership AUC" in result.stdout
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert report["subjects"][0]["memory"]["greedy_extraction"]["value"] == 1
+    assert "<html" in (tmp_path / "a.html").read_text()
+    assert (tmp_path / "a.json").stat().st_mode & 0o077 == 0
+
+
+def test_audit_of_a_checkpoint_compares_the_switch_with_its_controls(checkpoint, forget, planted_directory):
+    result = call("audit", checkpoint, "--forget", forget, "--samples", 2, "--original", planted_directory, "--json")
+    report = json.loads(result.stdout)
+    by_key = {s["key"]: s["memory"]["greedy_extraction"]["value"] for s in report["subjects"]}
+    assert by_key["off"] == 0
+    assert by_key["on"] == by_key["original"] == by_key["quantised"] == by_key["random"] == 1
+    assert [p["alpha"] for p in report["curve"]] == [0, 0.25, 0.5, 0.75, 1]
+    status = {v["key"]: v["status"] for v in report["verdicts"]}
+    assert status["privacy"] == "withheld"
+    assert result.exit_code == (3 if "fail" in status.values() else 0)
+
+
+def test_audit_refuses_overlapping_records(planted_directory, forget):
+    assert "forget 1 = holdout 1" in refused("audit", planted_directory, "--forget", forget, "--holdout", forget)
+    assert "profile" in refused("audit", planted_directory, "--forget", forget, "--profile", "slow")
+
+
 def test_a_directory_that_is_no_checkpoint_is_named(tmp_path, planted_directory, command):
     extra = ["Hello"] if command == ["generate"] else []
     for directory in (tmp_path / "nothing", planted_directory):
@@ -277,7 +320,7 @@ def test_a_directory_that_is_no_checkpoint_is_named(tmp_path, planted_directory,
 def test_help_lists_the_verbs():
     result = call("--help")
     assert result.exit_code == 0
-    assert all(verb in result.stdout for verb in ("demo", "split", "isolate", "generate", "inspect"))
+    assert all(verb in result.stdout for verb in ("demo", "split", "isolate", "audit", "generate", "inspect"))
 
 
 # -- the process ------------------------------------------------------------------------------------------------------

@@ -11,8 +11,9 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tiny
+from libortho import load
 from libortho.config import IsolateConfig
-from libortho.data import load_records
+from libortho.data import encode, load_records
 from libortho.demo import facts
 from libortho.demo.demo import general_sequences, run
 from libortho.demo.implant import implant
@@ -21,6 +22,7 @@ from libortho.errors import LibOrthoError
 from libortho.isolate.counterfactuals import evaluation_text
 from libortho.isolate.language_model import LanguageModel
 from libortho.metrics import score
+from libortho.models import load_model
 from libortho.tables import show_demo
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
@@ -164,7 +166,7 @@ def test_general_text_may_be_a_file(tokenizer, tmp_path):
 # -- the whole, small -------------------------------------------------------------------------------------------------
 
 
-def test_the_whole_demonstration_measures_and_prints(planted_directory, monkeypatch):
+def test_the_whole_demonstration_measures_prints_and_keeps(planted_directory, monkeypatch, tmp_path):
     few = facts.unseen(0)[:20]
     monkeypatch.setattr(facts, "unseen", lambda seed: few)
     phases = []
@@ -172,6 +174,7 @@ def test_the_whole_demonstration_measures_and_prints(planted_directory, monkeypa
         model=str(planted_directory),
         dtype=torch.float32,
         config=IsolateConfig(max_steps=2, retain_length=32),
+        out=tmp_path / "kept",
         tell=lambda phase, done, total: phases.append(phase),
     )
     assert [m.label for m in report.isolated] == [
@@ -190,3 +193,14 @@ def test_the_whole_demonstration_measures_and_prints(planted_directory, monkeypa
     show_demo(report, console)
     printed = console.export_text()
     assert all(label in printed for label in ("never trained", "alpha = 0.25", "use_low_rank=False", "missed:"))
+    kept = tmp_path / "kept"
+    assert load_records(kept / "forget.jsonl") == load_records(facts.secrets(0))
+    assert load_records(kept / "holdout.jsonl") == load_records(few)
+    split, tokenizer = load(kept / "isolated")
+    dense = {n: load_model(kept / n)[0] for n in ("never_trained", "implanted")}
+    items = [encode(r, tokenizer) for r in load_records(facts.secrets(0))]
+    nll = {n: float(score(LanguageModel(m), items)[0].nll.mean()) for n, m in {"on": split, **dense}.items()}
+    assert nll["on"] == pytest.approx(nll["implanted"], rel=0.02)
+    assert nll["never_trained"] > 1.2 * nll["implanted"]
+    with pytest.raises(LibOrthoError, match="not an empty directory"):
+        run(model=str(planted_directory), out=kept)

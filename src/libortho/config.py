@@ -193,11 +193,11 @@ class AuditConfig:
     probe_records: int | None = None
     """Forget records that are probed by samples, other prompts and fillings (32, full 100); a random choice beyond."""
     fillings: int | None = None
-    """Other completions of the same shape that a secret is ranked among, for its exposure (32, full 128)."""
+    """Other completions of the same shape that a secret is ranked among, for its exposure (32, full 64)."""
     general_sequences: int | None = None
-    """Windows of general text (16, full 48)."""
+    """Windows of 256 tokens of general text (12, full 32)."""
     task_rows: int | None = None
-    """Rows of each task (60, full 400)."""
+    """Rows of each task (60, full 150)."""
     attack_records: int | None = None
     """Forget records under attack (full 64); a random choice beyond."""
     depth_records: int | None = None
@@ -232,9 +232,9 @@ class AuditConfig:
 
 _SAMPLE_SIZES = {
     "probe_records": {"quick": 32, "full": 100},
-    "fillings": {"quick": 32, "full": 128},
-    "general_sequences": {"quick": 16, "full": 48},
-    "task_rows": {"quick": 60, "full": 400},
+    "fillings": {"quick": 32, "full": 64},
+    "general_sequences": {"quick": 12, "full": 32},
+    "task_rows": {"quick": 60, "full": 150},
     "attack_records": {"quick": 32, "full": 64},
     "depth_records": {"quick": 16, "full": 32},
 }

@@ -121,7 +121,8 @@ def show_audit(report: AuditReport, console: Console) -> None:
         if (zone := data["goldilocks"]) is not None:
             found = ", ".join(f"{low:g} to {high:g}" for low, high in zone["intervals"]) or "none"
             note(console, f"Goldilocks interval of alpha: {found} ({zone['criteria']})")
-    note(console, f"{sum(report.seconds.values()):.0f} s")
+    parts = ", ".join(f"{n} {t:.0f}" for n, t in sorted(report.seconds.items(), key=lambda item: -item[1]) if t >= 1)
+    note(console, f"{sum(report.seconds.values()):.0f} s: {parts}")
 
 
 def _estimate(estimate: Mapping[str, Any] | None, form: str) -> str:

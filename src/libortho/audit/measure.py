@@ -123,11 +123,13 @@ def probes(lm: LanguageModel, material: Material, into: Measurement) -> None:
         into.association = [int(bool(s.correct.all())) for s in found]
 
 
-def exposures(lm: LanguageModel, material: Material, into: Measurement) -> None:
-    """Exposure of each probed secret and of some holdout records, in bits; see :mod:`libortho.audit.memory`."""
+def exposures(lm: LanguageModel, material: Material, into: Measurement, *, holdout: bool) -> None:
+    """Exposure of each probed secret, and of some holdout records, in bits; see :mod:`libortho.audit.memory`."""
     totals = {n: [-sum(t) for t in rows] for n, rows in into.log_p.items()}
     own = [totals["forget"][i] for i in material.probed]
     into.exposure["forget"] = _exposures(lm, material, own, material.fillings, material.spaces)
+    if not holdout:
+        return
     beside = totals["holdout"][: len(material.holdout_fillings)]
     spaces = [memory.fillings(r.completion) for r in material.holdout[: len(beside)]]
     into.exposure["holdout"] = _exposures(lm, material, beside, material.holdout_fillings, spaces)
@@ -249,11 +251,12 @@ def ability(
 ) -> Before:
     """General text, retain records, and tasks if asked for; returns what later subjects are compared with."""
     states = utility.reference_states(lm, material.general)
-    sums, tokens = utility.sequence_nll(lm, material.general, states)
-    into.general = {"nll": sums.tolist(), "tokens": tokens.tolist()}
-    if before is not None:
+    if before is None:
+        sums, tokens = utility.sequence_nll(lm, material.general, states)
+    else:
         both = utility.agreement(lm, material.general, before.states, before.lm, states)
-        into.kl, into.top1 = both.mean_kl, both.top1
+        sums, tokens, into.kl, into.top1 = both.nll, both.tokens, both.mean_kl, both.top1
+    into.general = {"nll": sums.tolist(), "tokens": tokens.tolist()}
     for task in material.tasks if tasks else ():
         found = utility.evaluate(lm, material.tokenizer, task, config.resolved("task_rows"), config.seed)
         into.tasks[task.name] = {"correct": [float(c) for c in found.correct], "nll": list(found.nll)}

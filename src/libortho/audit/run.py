@@ -47,7 +47,7 @@ from libortho.streams import OrthoStream
 from libortho.targets import find_targets
 
 SCHEMA = "libortho-audit/1"
-_CURVE_HOLDOUT, _CURVE_WINDOWS = 64, 8
+_CURVE_HOLDOUT, _CURVE_WINDOWS = 64, 6
 """Holdout records and windows of general text at each point of the alpha curve."""
 _GRADIENT_RECORDS = 16
 """Forget records whose summed gradient is compared between subjects."""
@@ -239,10 +239,11 @@ class _Plan:
             "prompts", self._tokens([*probes, *m.associations]),
             self._inside(subject, lambda lm, into: measuring.probes(lm, m, into)),
         )  # fmt: skip
-        fillings = [r for group in [*m.fillings, *m.holdout_fillings] for r in group]
+        level = subject.key != self.anchor or not self.split  # at alpha = 1 nobody asks for the never-trained level
+        fillings = [r for group in [*m.fillings, *(m.holdout_fillings if level else ())] for r in group]
         self._add(
             "exposure", 0.5 * self._tokens(fillings),
-            self._inside(subject, lambda lm, into: measuring.exposures(lm, m, into)),
+            self._inside(subject, lambda lm, into: measuring.exposures(lm, m, into, holdout=level)),
         )  # fmt: skip
         answers = sum(len(e.completion) for e in m.encode([m.forget[i] for i in m.probed]))
         self._add(
