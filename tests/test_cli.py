@@ -267,7 +267,6 @@ def test_inspect_prints_json_alone(checkpoint):
     assert told["streams"][0]["base_matches"] is True
 
 
-@pytest.mark.parametrize("command", [["inspect"], ["generate"]])
 # -- audit ------------------------------------------------------------------------------------------------------------
 
 
@@ -311,6 +310,7 @@ def test_audit_refuses_overlapping_records(planted_directory, forget):
     assert "profile" in refused("audit", planted_directory, "--forget", forget, "--profile", "slow")
 
 
+@pytest.mark.parametrize("command", [["inspect"], ["generate"]])
 def test_a_directory_that_is_no_checkpoint_is_named(tmp_path, planted_directory, command):
     extra = ["Hello"] if command == ["generate"] else []
     for directory in (tmp_path / "nothing", planted_directory):

@@ -201,6 +201,6 @@ def test_the_whole_demonstration_measures_prints_and_keeps(planted_directory, mo
     items = [encode(r, tokenizer) for r in load_records(facts.secrets(0))]
     nll = {n: float(score(LanguageModel(m), items)[0].nll.mean()) for n, m in {"on": split, **dense}.items()}
     assert nll["on"] == pytest.approx(nll["implanted"], rel=0.02)
-    assert nll["never_trained"] > 1.2 * nll["implanted"]
+    assert nll["never_trained"] > 1.05 * nll["implanted"]
     with pytest.raises(LibOrthoError, match="not an empty directory"):
         run(model=str(planted_directory), out=kept)
