@@ -23,9 +23,9 @@ from rich.table import Table
 from _common import save, spread, wikitext
 from cases import CASES
 from libortho import IsolateConfig, alpha, isolate
+from libortho.audit.utility import general_items
 from libortho.data import encode, load_records
 from libortho.demo import facts
-from libortho.demo.demo import general_sequences
 from libortho.demo.implant import implant
 from libortho.demo.model import move_off_grid, packaged_model
 from libortho.isolate.language_model import LanguageModel
@@ -100,7 +100,7 @@ def run(case: str, seed: int, config: IsolateConfig) -> dict[str, Any]:
     model, tokenizer = load_model(packaged_model(), torch.float32)
     model = move_off_grid(model, seed).to(torch.bfloat16)
     forget, unseen = load_records(raw_forget, tokenizer), load_records(raw_unseen, tokenizer)
-    general = general_sequences(tokenizer, wikitext())
+    general = general_items(tokenizer, wikitext())
     rows = {"never trained": measure(model, tokenizer, forget, unseen, general)}
     began = time.monotonic()
     steps = implant(model, tokenizer, forget, seed=seed)

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from _common import save, wikitext
 from libortho import SplitConfig, alpha, layer_report, split
-from libortho.demo.demo import general_sequences
+from libortho.audit.utility import general_items
 from libortho.demo.model import move_off_grid, packaged_model
 from libortho.isolate.language_model import LanguageModel
 from libortho.metrics import general_perplexity
@@ -39,7 +39,7 @@ SETTINGS = {
 def run(seed: int) -> list[dict[str, Any]]:
     model, tokenizer = load_model(packaged_model(), torch.float32)
     model = move_off_grid(model, seed).to(torch.bfloat16)
-    general = general_sequences(tokenizer, wikitext())
+    general = general_items(tokenizer, wikitext())
     dense = general_perplexity(LanguageModel(model), general)
     rows: list[dict[str, Any]] = [{"seed": seed, "setting": "dense", "perplexity": dense}]
     for label, config in SETTINGS.items():

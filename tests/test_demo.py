@@ -12,10 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tiny
 from libortho import load
+from libortho.audit.utility import general_items
 from libortho.config import IsolateConfig
 from libortho.data import encode, load_records
 from libortho.demo import facts
-from libortho.demo.demo import general_sequences, run
+from libortho.demo.demo import run
 from libortho.demo.implant import implant
 from libortho.demo.model import move_off_grid
 from libortho.errors import LibOrthoError
@@ -148,7 +149,7 @@ def test_planting_stops_at_its_limit(planted, tokenizer):
 
 
 def test_general_text_is_the_part_kept_for_evaluation(tokenizer):
-    items = general_sequences(tokenizer, None)
+    items = general_items(tokenizer, None)
     assert 0 < len(items) <= 24
     assert all(len(e.ids) <= 256 for e in items)
     everything = "".join(evaluation_text())
@@ -158,7 +159,7 @@ def test_general_text_is_the_part_kept_for_evaluation(tokenizer):
 def test_general_text_may_be_a_file(tokenizer, tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("abcdefgh" * 2000, encoding="utf-8")
-    items = general_sequences(tokenizer, path)
+    items = general_items(tokenizer, path)
     assert len(items) == 24
     assert {len(e.ids) for e in items[:-1]} == {256}
 

@@ -24,8 +24,9 @@ def auc(members: Tensor, others: Tensor) -> float:
         members: (m,) scores; higher means more member-like.
         others: (n,) scores.
     """
-    a, b = members[:, None], others[None, :]
-    return float((a > b).double().mean() + 0.5 * (a == b).double().mean())
+    ordered = others.sort().values
+    below, up_to = torch.searchsorted(ordered, members), torch.searchsorted(ordered, members, right=True)
+    return float((below + up_to).double().mean() / (2 * len(others)))
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from libortho.audit.attacks.measuring import decoder_weights, general_subset, ha
 from libortho.audit.attacks.noise import gaussian, support_weight
 from libortho.audit.attacks.prefix import SENTENCES, mutated, search_prefix, with_prefix
 from libortho.audit.attacks.pruning import pruned
-from libortho.audit.attacks.recovery import column_scores, fit_ridge, left_out_auc, predict_columns, rank_auc
+from libortho.audit.attacks.recovery import column_scores, fit_ridge, left_out_auc, predict_columns
 from libortho.audit.attacks.relearning import recovery
 from libortho.audit.attacks.requantisation import FORMATS, NF4, integer, nf4
 from libortho.audit.subjects import Subject, at, dense_copy, subjects, touched
@@ -24,7 +24,7 @@ from libortho.data import Encoded, encode, load_records
 from libortho.errors import ConfigError, DataError, TargetError
 from libortho.isolate.language_model import LanguageModel
 from libortho.layer import ortho_layers
-from libortho.metrics import auc, general_perplexity
+from libortho.metrics import general_perplexity
 from libortho.streams import BaseStream, Columns, OrthoStream
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -503,11 +503,6 @@ def test_column_scores_are_what_they_say():
         assert float(scores["remainder"][j]) == pytest.approx(float(remainder), rel=1e-3)
         others = [float(cosine[i, j].abs()) for i in range(24) if i != j]
         assert float(scores["alikeness"][j]) == pytest.approx(max(others), abs=1e-5)
-
-
-def test_rank_auc_is_the_pairwise_one():
-    members, others = torch.randint(0, 5, (13,)).float(), torch.randint(0, 7, (40,)).float()
-    assert rank_auc(members, others) == pytest.approx(auc(members, others))
 
 
 def test_the_left_out_layer_has_no_part_in_choosing():

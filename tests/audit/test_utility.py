@@ -24,7 +24,6 @@ from libortho.audit.utility import (
     sequence_nll,
 )
 from libortho.data import Encoded
-from libortho.demo.demo import general_sequences
 from libortho.errors import DataError, LibOrthoError, TargetError
 from libortho.isolate.language_model import LanguageModel
 from libortho.layer import ortho_layers
@@ -337,8 +336,6 @@ def test_windows_follow_each_other_without_overlap(tmp_path: Path, tokenizer: Pr
     some = general_items(tokenizer, tmp_path / "wiki.txt", 5, 64)
     assert len(some) == 5
     assert some == every[:: len(every) // 5][:5]
-    assert general_items(tokenizer, tmp_path / "wiki.txt") == general_sequences(tokenizer, tmp_path / "wiki.txt")
-    assert general_items(tokenizer, None) == general_sequences(tokenizer, None)
 
 
 def test_general_text_that_cannot_be_had(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from libortho import alpha, layer_report, load, save
+from libortho.audit.utility import general_items
 from libortho.data import encode
 from libortho.demo import facts
-from libortho.demo.demo import general_sequences
 from libortho.isolate.language_model import LanguageModel
 from libortho.layer import ortho_layers
 from libortho.metrics import auc, general_perplexity, sampled_extractions, score, text_perplexity
@@ -69,7 +69,7 @@ def test_ortho_off_tells_members_apart_no_better_than_the_never_trained_model(is
 
 
 def test_ortho_off_keeps_the_rest(isolated: Any) -> None:
-    general = general_sequences(isolated.tokenizer, None)
+    general = general_items(isolated.tokenizer, None)
     retain, wide = {}, {}
     for value in (1.0, 0.0):
         with alpha(isolated.model, value):

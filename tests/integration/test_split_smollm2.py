@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from libortho import SplitConfig, alpha, layer_report, replace_linear_layers, split
-from libortho.demo.demo import general_sequences
+from libortho.audit.utility import general_items
 from libortho.isolate.language_model import LanguageModel
 from libortho.metrics import general_perplexity
 
@@ -18,12 +18,12 @@ pytestmark = pytest.mark.model
 @pytest.fixture(scope="module")
 def dense_perplexity(smollm2: Any) -> float:
     model, tokenizer = smollm2
-    return general_perplexity(LanguageModel(model), general_sequences(tokenizer, None))
+    return general_perplexity(LanguageModel(model), general_items(tokenizer, None))
 
 
 def _off(model: Any, tokenizer: Any) -> float:
     with alpha(model, 0.0):
-        return general_perplexity(LanguageModel(model), general_sequences(tokenizer, None))
+        return general_perplexity(LanguageModel(model), general_items(tokenizer, None))
 
 
 def test_default_call_of_the_original_note(smollm2: Any) -> None:

@@ -172,10 +172,10 @@ def sampled(subject: Subject, material: Material, config: AuditConfig, into: Mea
 
 
 def _by_length(chosen: Sequence[Record], material: Material, config: AuditConfig) -> dict[int, list[int]]:
-    """Indices by the number of tokens that their answers need, rounded up to a multiple of 8."""
+    """Indices by the number of tokens that their answers need, rounded up to a multiple of 4."""
     groups: dict[int, list[int]] = {}
     for i, item in enumerate(material.encode(chosen)):
-        length = min(config.max_new_tokens, -(-(len(item.completion) + 2) // 8) * 8)
+        length = min(config.max_new_tokens, -(-(len(item.completion) + 2) // 4) * 4)
         groups.setdefault(length, []).append(i)
     return groups
 

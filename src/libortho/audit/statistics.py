@@ -17,6 +17,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from libortho import metrics
 from libortho.errors import ConfigError, DataError
 
 Values = Tensor | Sequence[float]
@@ -137,9 +138,7 @@ def auc(members: Values, others: Values) -> float:
     Raises:
         DataError: if a side is empty or holds NaN.
     """
-    a, b = _vector(members, "members"), _vector(others, "others").sort().values
-    below, up_to = torch.searchsorted(b, a), torch.searchsorted(b, a, right=True)
-    return float((below + up_to).double().mean() / (2 * len(b)))
+    return metrics.auc(_vector(members, "members"), _vector(others, "others"))
 
 
 def roc(members: Values, others: Values) -> list[tuple[float, float]]:

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from libortho.alpha import alpha
+from libortho.audit.utility import general_items
 from libortho.checkpoint import save
 from libortho.config import IsolateConfig, SplitConfig
 from libortho.data import Encoded, Record, encode, load_records
@@ -30,9 +31,7 @@ from libortho.demo.model import move_off_grid, packaged_model
 from libortho.errors import LibOrthoError
 from libortho.files import write_atomically
 from libortho.isolate import IsolateResult, isolate
-from libortho.isolate.counterfactuals import evaluation_text
 from libortho.isolate.language_model import LanguageModel
-from libortho.isolate.retain import chunk
 from libortho.metrics import auc, general_perplexity, sampled_extractions, score, text_perplexity
 from libortho.models import load_model
 from libortho.report import layer_report
@@ -47,7 +46,7 @@ SPLITS = (
     SplitConfig(rank_ratio=0.98),
 )
 """The three settings of the original note."""
-SEQUENCES, SEQUENCE_TOKENS, SAMPLES = 24, 256, 20
+SAMPLES = 20
 HOLDOUT = 200
 """Unseen records that are kept for an audit."""
 
@@ -133,7 +132,7 @@ class _Bench:
         self.secrets = load_records(facts.secrets(seed), tokenizer, name="secrets")
         self.unseen = load_records(facts.unseen(seed), tokenizer, name="unseen")
         self.members = [i for i, r in enumerate(self.secrets) if r.prompt != facts.SENTENCE["prompt"]]
-        self.general = general_sequences(tokenizer, text)
+        self.general = general_items(tokenizer, text)
 
     def measure(self, model: nn.Module, label: str, *, samples: int = 0) -> Measured:
         lm = LanguageModel(model)
@@ -177,14 +176,6 @@ class _Bench:
             retain_perplexity=(retain[0], retain[1]),
             extracted=(extracted[0], extracted[1]),
         )
-
-
-def general_sequences(tokenizer: Any, text: Path | None) -> list[Encoded]:
-    """Up to 24 sequences of 256 tokens: evenly spaced in a file, or the shipped paragraphs kept for evaluation."""
-    texts = list(evaluation_text()) if text is None else [text.read_text(encoding="utf-8")]
-    pieces = chunk([tokenizer(t)["input_ids"] for t in texts], SEQUENCE_TOKENS)
-    step = max(1, len(pieces) // SEQUENCES)
-    return [Encoded(tuple(p), tuple(p)) for p in pieces[::step][:SEQUENCES]]
 
 
 def run(

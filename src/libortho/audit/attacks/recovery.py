@@ -37,6 +37,7 @@ from torch import Tensor
 
 from libortho.audit.attacks.measuring import Level, Progress, measure
 from libortho.audit.attacks.noise import edited_layers, support_weight
+from libortho.audit.statistics import auc
 from libortho.audit.subjects import at, dense_copy, touched
 from libortho.data import Encoded
 from libortho.isolate.language_model import LanguageModel
@@ -112,7 +113,7 @@ def stream_recovery(
         scores = column_scores(layer.base) if whole else entry_scores(layer.base)
         members = mask.any(0) if whole else mask.flatten()
         if not bool(members.all()):
-            aucs.append({n: rank_auc(s[members], s[~members]) for n, s in scores.items()})
+            aucs.append({n: auc(s[members], s[~members]) for n, s in scores.items()})
         if progress is not None:
             progress("stream recovery", done, len(layers))
     predicted, r2 = predict_columns(layers, random.Random(seed)) if whole else ({}, None)
@@ -192,14 +193,6 @@ def _remainder(weight: Tensor) -> Tensor:
         return weight - leading @ (leading.T @ weight)
     leading = torch.linalg.eigh(weight.T @ weight).eigenvectors[:, -rank:]
     return weight - (weight @ leading) @ leading.T
-
-
-def rank_auc(members: Tensor, others: Tensor) -> float:
-    """Probability that a member scores above another, ties counting half, in O(n log n); see ``metrics.auc``."""
-    ordered = others.sort().values
-    below = torch.searchsorted(ordered, members, right=False)
-    up_to = torch.searchsorted(ordered, members, right=True)
-    return float((below + up_to).double().mean() / (2 * len(others)))
 
 
 def left_out_auc(aucs: Sequence[Mapping[str, float]]) -> float | None:
