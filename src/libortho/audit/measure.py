@@ -240,16 +240,8 @@ class Before:
     states: list[Tensor]
 
 
-def ability(
-    lm: LanguageModel,
-    material: Material,
-    config: AuditConfig,
-    into: Measurement,
-    before: Before | None,
-    *,
-    tasks: bool = True,
-) -> Before:
-    """General text, retain records, and tasks if asked for; returns what later subjects are compared with."""
+def ability(lm: LanguageModel, material: Material, into: Measurement, before: Before | None) -> Before:
+    """General text and retain records; returns what later subjects are compared with."""
     states = utility.reference_states(lm, material.general)
     if before is None:
         sums, tokens = utility.sequence_nll(lm, material.general, states)
@@ -257,12 +249,15 @@ def ability(
         both = utility.agreement(lm, material.general, before.states, before.lm, states)
         sums, tokens, into.kl, into.top1 = both.nll, both.tokens, both.mean_kl, both.top1
     into.general = {"nll": sums.tolist(), "tokens": tokens.tolist()}
-    for task in material.tasks if tasks else ():
-        found = utility.evaluate(lm, material.tokenizer, task, config.resolved("task_rows"), config.seed)
-        into.tasks[task.name] = {"correct": [float(c) for c in found.correct], "nll": list(found.nll)}
     if material.retain:
         into.retain = [s.nll for s in token_statistics(lm, material.encode(material.retain))]
     return Before(lm, states)
+
+
+def task(lm: LanguageModel, asked: utility.Task, material: Material, config: AuditConfig, into: Measurement) -> None:
+    """One task: is the right answer given, and how surprising is it?"""
+    found = utility.evaluate(lm, material.tokenizer, asked, config.resolved("task_rows"), config.seed)
+    into.tasks[asked.name] = {"correct": [float(c) for c in found.correct], "nll": list(found.nll)}
 
 
 def gradient_scores(subject: Subject, material: Material, targets: Sequence[str], into: Measurement) -> None:

@@ -224,16 +224,22 @@ class _Plan:
                 state.measured[subject.key] = measuring.records(subject.language_model(), m, config)
 
         def ability(lm: LanguageModel, into: Measurement) -> None:
-            found = measuring.ability(lm, m, config, into, state.before, tasks=not control)
+            found = measuring.ability(lm, m, into, state.before)
             if subject.key == self.anchor:
                 state.before = found
 
         self._add("records", self._tokens([*m.forget, *m.holdout]), records)
         text = sum(len(e.ids) for e in m.general)
-        asked = sum(min(len(t.questions), config.resolved("task_rows")) for t in m.tasks) * _TASK_TOKENS
-        self._add("utility", text + (0 if control else asked), self._inside(subject, ability))
+        self._add("utility", text, self._inside(subject, ability))
         if control:
             return
+        for task in m.tasks:
+            rows = min(len(task.questions), config.resolved("task_rows"))
+
+            def answer(lm: LanguageModel, into: Measurement, task: utility.Task = task) -> None:
+                measuring.task(lm, task, m, config, into)
+
+            self._add(task.name, _TASK_TOKENS * rows, self._inside(subject, answer))
         probes = [r for pairs in [*m.prefixes.values(), *m.variants.values()] for _, r in pairs]
         self._add(
             "prompts", self._tokens([*probes, *m.associations]),
@@ -291,7 +297,7 @@ class _Plan:
                 lm = subject.language_model()
                 found = measuring.records(lm, replace(m, holdout=holdout), self.config)
                 part = replace(m, general=m.general[:_CURVE_WINDOWS], retain=())
-                measuring.ability(lm, part, self.config, found, self._before_part(), tasks=False)
+                measuring.ability(lm, part, found, self._before_part())
             return summaries.curve_point(value, found)
 
         def run() -> None:
