@@ -18,7 +18,6 @@ import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from _common import DATA, save
@@ -54,27 +53,25 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         attack_records=16, depth_records=16,
     )  # fmt: skip
     began = time.monotonic()
-    with Progress(transient=True) as bar:
-        task = bar.add_task("audit")
-        report = audit(
-            model,
-            tokenizer,
-            forget=thinned(rows(split, "forget_perturbed"), arguments.rows),
-            holdout=thinned(rows(split, "holdout"), arguments.rows),
-            reference=made["retain"][0],
-            original=made["full"][0],
-            others={LABELS[n]: made[n][0] for n in arguments.peers},
-            question_sets={
-                n: thinned(rows(split, f"{n}_perturbed"), arguments.questions)
-                for n in ("retain", "real_authors", "world_facts")
-            },
-            general=DATA / "wikitext2" / "wiki.test.raw.txt",
-            tasks=[DATA / t for t in TASKS],
-            name=f"TOFU {split}",
-            config=config,
-            resume=cache_directory() / "tofu" / "audit",
-            progress=lambda _, done, total: bar.update(task, completed=done, total=total),
-        )
+    report = audit(
+        model,
+        tokenizer,
+        forget=thinned(rows(split, "forget_perturbed"), arguments.rows),
+        holdout=thinned(rows(split, "holdout"), arguments.rows),
+        reference=made["retain"][0],
+        original=made["full"][0],
+        others={LABELS[n]: made[n][0] for n in arguments.peers},
+        question_sets={
+            n: thinned(rows(split, f"{n}_perturbed"), arguments.questions)
+            for n in ("retain", "real_authors", "world_facts")
+        },
+        general=DATA / "wikitext2" / "wiki.test.raw.txt",
+        tasks=[DATA / t for t in TASKS],
+        name=f"TOFU {split}",
+        config=config,
+        resume=cache_directory() / "tofu" / "audit",
+        progress=lambda phase, done, total: logging.info("%s %d/%d", phase, done, total),
+    )
     if arguments.html:
         report.to_html(arguments.html)
     show_audit(report, Console(width=180))
