@@ -49,8 +49,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if "libortho_random" in made:
         set_alpha(made["libortho_random"][0], 0.0)
     config = AuditConfig(
-        profile=arguments.profile, seed=seed, samples=4, probe_records=32, general_sequences=16, task_rows=60,
-        attack_records=16, depth_records=16,
+        profile=arguments.profile, seed=seed, samples=2, probe_records=16, general_sequences=12, task_rows=40,
+        attack_records=12, depth_records=8, alphas=(0.0, 0.5, 1.0), max_new_tokens=48,
     )  # fmt: skip
     began = time.monotonic()
     report = audit(
@@ -123,9 +123,9 @@ def main() -> None:
     parser.add_argument("--split", default="tofu_mini", choices=list(SPLITS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--peers", nargs="*", default=[*PEERS, "libortho_random"], choices=list(LABELS))
-    parser.add_argument("--rows", type=int, default=100, help="forget and holdout rows that are judged")
-    parser.add_argument("--questions", type=int, default=60, help="rows of each model-utility set")
+    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(LABELS))
+    parser.add_argument("--rows", type=int, default=60, help="forget and holdout rows that are judged")
+    parser.add_argument("--questions", type=int, default=40, help="rows of each model-utility set")
     parser.add_argument("--profile", default="full", choices=["quick", "full"])
     parser.add_argument("--html", help="write the report as a page")
     arguments = parser.parse_args()

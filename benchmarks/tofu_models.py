@@ -107,7 +107,9 @@ class Peer:
 
 
 PEERS = {
-    "grad_diff": Peer("grad_diff", 2e-5, alpha=5.0, epochs=2),
+    # At the leaderboard's 2e-5 and alpha 5, two epochs left the forget answers at .579 of full's .610: adjusted
+    # once. As it stands it overshoots (forget .008, retain .302 of .563), which is what unbounded ascent is known for.
+    "grad_diff": Peer("grad_diff", 5e-5, alpha=1.0, epochs=3),
     "npo": Peer("npo", 5e-5, alpha=5.0),
     "simnpo": Peer("simnpo", 5e-5, alpha=1.0, gamma=0.125, beta=3.5, delta=1.0),
     "altpo": Peer("altpo", 5e-5, alpha=2.0, epochs=2, alternates=5),

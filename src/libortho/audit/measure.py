@@ -22,6 +22,8 @@ from libortho.config import AuditConfig
 from libortho.data import Record
 from libortho.isolate.language_model import LanguageModel
 
+GENERATED = 64
+"""Sequences that are sampled side by side."""
 ATTACKS = ("loss", "zlib", "min_k", "min_k_plus")
 """Membership scores that need one forward pass and no other model."""
 
@@ -160,9 +162,8 @@ def has_exposure(others: Sequence[Record], space: int | None) -> bool:
 def sampled(subject: Subject, material: Material, config: AuditConfig, into: Measurement) -> None:
     """How often a sampled continuation holds the secret; to be called inside the subject's context."""
     chosen = [material.forget[i] for i in material.probed]
-    groups = _by_length(chosen, material, config)
     hits = [0] * len(chosen)
-    for length, rows in groups.items():
+    for length, rows in _batches(chosen, material, config, max(1, GENERATED // config.samples)):
         texts = sample(
             subject.model, material.tokenizer, [chosen[i].prompt for i in rows], length, config.samples, config.seed
         )
@@ -171,13 +172,14 @@ def sampled(subject: Subject, material: Material, config: AuditConfig, into: Mea
     into.sampled = hits
 
 
-def _by_length(chosen: Sequence[Record], material: Material, config: AuditConfig) -> dict[int, list[int]]:
-    """Indices by the number of tokens that their answers need, rounded up to a multiple of 4."""
-    groups: dict[int, list[int]] = {}
-    for i, item in enumerate(material.encode(chosen)):
-        length = min(config.max_new_tokens, -(-(len(item.completion) + 2) // 4) * 4)
-        groups.setdefault(length, []).append(i)
-    return groups
+def _batches(
+    chosen: Sequence[Record], material: Material, config: AuditConfig, rows: int
+) -> list[tuple[int, list[int]]]:
+    """Indices in batches of similar length, each with the tokens that its longest answer needs."""
+    needed = [len(e.completion) + 2 for e in material.encode(chosen)]
+    order = sorted(range(len(chosen)), key=needed.__getitem__)
+    chunks = [order[i : i + rows] for i in range(0, len(order), rows)]
+    return [(min(config.max_new_tokens, needed[c[-1]]), c) for c in chunks]
 
 
 def generations(subject: Subject, material: Material, config: AuditConfig, into: Measurement) -> None:
@@ -192,7 +194,7 @@ def generations(subject: Subject, material: Material, config: AuditConfig, into:
 
 def _answers(subject: Subject, material: Material, chosen: Sequence[Record], config: AuditConfig) -> list[str]:
     texts = [""] * len(chosen)
-    for length, rows in _by_length(chosen, material, config).items():
+    for length, rows in _batches(chosen, material, config, GENERATED // 2):
         made = greedy(subject.model, material.tokenizer, [chosen[i].prompt for i in rows], length)
         for i, text in zip(rows, made, strict=True):
             texts[i] = text.strip()
@@ -240,8 +242,8 @@ class Before:
     states: list[Tensor]
 
 
-def ability(lm: LanguageModel, material: Material, into: Measurement, before: Before | None) -> Before:
-    """General text and retain records; returns what later subjects are compared with."""
+def ability(lm: LanguageModel, material: Material, into: Measurement, before: Before | None) -> None:
+    """General text and retain records, the text also compared with the model that has its memory."""
     states = utility.reference_states(lm, material.general)
     if before is None:
         sums, tokens = utility.sequence_nll(lm, material.general, states)
@@ -251,7 +253,6 @@ def ability(lm: LanguageModel, material: Material, into: Measurement, before: Be
     into.general = {"nll": sums.tolist(), "tokens": tokens.tolist()}
     if material.retain:
         into.retain = [s.nll for s in token_statistics(lm, material.encode(material.retain))]
-    return Before(lm, states)
 
 
 def task(lm: LanguageModel, asked: utility.Task, material: Material, config: AuditConfig, into: Measurement) -> None:

@@ -155,8 +155,8 @@ class _Plan:
         self.attacked = self._some("attack_records")
         yardsticks = [s for s in standing if s.key in (self.audited.key, self.anchor, "reference")]
         self.all = " ".join(f"{s.key} {fingerprint(s.model)}" for s in yardsticks)
-        first = [s for s in standing if s.key == self.anchor]
-        for subject in first + [s for s in standing if s.key != self.anchor]:
+        self.done: set[str] = set()
+        for subject in self._order():
             self._measure(subject)
         if self.split:
             for value in config.alphas:
@@ -183,6 +183,10 @@ class _Plan:
             self.store.put(key, found)
         return found
 
+    def _order(self) -> list[Subject]:
+        """Who has its memory goes first: others are compared with it."""
+        return sorted(self.standing, key=lambda s: s.key != self.anchor)
+
     def _add(self, name: str, tokens: float, run: Callable[[], None]) -> None:
         self.steps.append(_Step(name, max(1.0, tokens), run))
 
@@ -191,46 +195,58 @@ class _Plan:
 
     def _inside(self, subject: Subject, work: Callable[[LanguageModel, Measurement], None]) -> Callable[[], None]:
         def run() -> None:
-            with subject.enter():
-                work(subject.language_model(), self.state.measured[subject.key])
+            if subject.key not in self.done:
+                with subject.enter():
+                    work(subject.language_model(), self.state.measured[subject.key])
 
         return run
 
     def _measure(self, subject: Subject) -> None:
-        """One subject: what is stored is taken from there, but for states and gradients that others compare with."""
-        m, state = self.material, self.state
-        name = f"subject {subject.key} {fingerprint(subject.model)}"
-        stored = self.store.get(name)
-        if stored is not None:
-            state.measured[subject.key] = Measurement(**stored)
-            if subject.key == self.anchor:
-                self._add("utility", sum(len(e.ids) for e in m.general), lambda: self._anchor_states(subject))
-                self._add("gradients", 3 * self._tokens(m.forget[:_GRADIENT_RECORDS]), lambda: self._gradient(subject))
-            return
-        self._measure_anew(subject)
-        self._add("store", 1, lambda: self.store.put(name, state.measured[subject.key].to_dict()))
+        """One subject; what is stored by the time its turn comes is taken from there.
 
-    def _anchor_states(self, subject: Subject) -> None:
+        So several processes can share one store. States and gradients of the one with its memory are not stored.
+        """
+        name = f"subject {subject.key} {fingerprint(subject.model)}"
+
+        def begin() -> None:
+            stored = self.store.get(name)
+            if stored is not None:
+                self.state.measured[subject.key] = Measurement(**stored)
+                self.done.add(subject.key)
+            else:
+                with subject.enter():
+                    lm = subject.language_model()
+                    self.state.measured[subject.key] = measuring.records(lm, self.material, self.config)
+
+        def end() -> None:
+            if subject.key not in self.done:
+                self.store.put(name, self.state.measured[subject.key].to_dict())
+
+        if subject.key == self.anchor:
+            self._add("utility", sum(len(e.ids) for e in self.material.general), self._anchor_states)
+        self._add("records", self._tokens([*self.material.forget, *self.material.holdout]), begin)
+        self._measure_further(subject)
+        self._add("store", 1, end)
+
+    def _anchor_states(self) -> None:
+        assert self.anchor is not None
+        subject = self.by_key[self.anchor]
         with subject.enter():
             lm = subject.language_model()
             self.state.before = Before(lm, utility.reference_states(lm, self.material.general))
+        gradient = forget_gradient(
+            subject, self.material.encode(self.material.forget[:_GRADIENT_RECORDS]), self.targets
+        )
+        self.state.gradient = gradient
 
-    def _measure_anew(self, subject: Subject) -> None:
-        m, config, state = self.material, self.config, self.state
+    def _measure_further(self, subject: Subject) -> None:
+        m, config = self.material, self.config
         control = subject.role == "control" and subject.key != self.anchor
 
-        def records() -> None:
-            with subject.enter():
-                state.measured[subject.key] = measuring.records(subject.language_model(), m, config)
-
         def ability(lm: LanguageModel, into: Measurement) -> None:
-            found = measuring.ability(lm, m, into, state.before)
-            if subject.key == self.anchor:
-                state.before = found
+            measuring.ability(lm, m, into, None if subject.key == self.anchor else self.state.before)
 
-        self._add("records", self._tokens([*m.forget, *m.holdout]), records)
-        text = sum(len(e.ids) for e in m.general)
-        self._add("utility", text, self._inside(subject, ability))
+        self._add("utility", sum(len(e.ids) for e in m.general), self._inside(subject, ability))
         if control:
             return
         for task in m.tasks:
@@ -268,24 +284,23 @@ class _Plan:
                 "questions", self._tokens(texts),
                 self._inside(subject, lambda lm, into: measuring.questions(subject, lm, m, config, into)),
             )  # fmt: skip
-        self._add("gradients", 3 * self._tokens(m.forget[:_GRADIENT_RECORDS]), lambda: self._gradient(subject))
+        self._add(
+            "gradients", 3 * self._tokens(m.forget[:_GRADIENT_RECORDS]),
+            self._inside(subject, lambda lm, into: self._gradient(subject, into)),
+        )  # fmt: skip
         if config.profile == "full" and m.holdout and subject.role != "other":
             self._add(
                 "gradients", 3 * self._tokens([*m.forget, *m.holdout]),
                 self._inside(subject, lambda lm, into: measuring.gradient_scores(subject, m, self.targets, into)),
             )  # fmt: skip
 
-    def _gradient(self, subject: Subject) -> None:
+    def _gradient(self, subject: Subject, into: Measurement) -> None:
         """Norm of the forget gradient, and its direction beside that of the model with its memory."""
-        gradient = forget_gradient(
-            subject, self.material.encode(self.material.forget[:_GRADIENT_RECORDS]), self.targets
-        )
-        if subject.key == self.anchor:
-            self.state.gradient = gradient
-        found = {"norm": gradient_norm(gradient)}
+        items = self.material.encode(self.material.forget[:_GRADIENT_RECORDS])
+        gradient = forget_gradient(subject, items, self.targets)
+        into.gradient = {"norm": gradient_norm(gradient)}
         if self.state.gradient is not None:
-            found["cosine"] = gradient_cosine(gradient, self.state.gradient)
-        self.state.measured[subject.key].gradient = found
+            into.gradient["cosine"] = gradient_cosine(gradient, self.state.gradient)
 
     def _curve(self, value: float) -> None:
         m = self.material

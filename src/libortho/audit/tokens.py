@@ -120,42 +120,34 @@ def by_tokens(items: Sequence[Encoded], limit: int) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def greedy(model: nn.Module, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, rows: int = 16) -> list[str]:
-    """Greedy continuation of every prompt, without special tokens.
-
-    Prompts are padded on the left, longest together; a text begins from nothing.
-    """
-    return [t[0] for t in _generate(model, tokenizer, prompts, max_new_tokens, rows, 1, {"do_sample": False})]
+def greedy(model: nn.Module, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+    """Greedy continuation of every prompt, in one batch and without special tokens; a text begins from nothing."""
+    return [t[0] for t in _generate(model, tokenizer, prompts, max_new_tokens, 1, {"do_sample": False})]
 
 
 @torch.no_grad()
 def sample(
     model: nn.Module, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, samples: int, seed: int
 ) -> list[list[str]]:
-    """``samples`` continuations of every prompt at temperature 1, without special tokens."""
+    """``samples`` continuations of every prompt at temperature 1, in one batch and without special tokens."""
     options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_return_sequences": samples}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _generate(model, tokenizer, prompts, max_new_tokens, max(1, 64 // samples), samples, options)
+        return _generate(model, tokenizer, prompts, max_new_tokens, samples, options)
 
 
 def _generate(
-    model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, rows: int, copies: int, options: Any
+    model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, copies: int, options: Any
 ) -> list[list[str]]:
     device = next(model.parameters()).device
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     start = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), 0)
     ids = [tokenizer(p, add_special_tokens=adds_special_tokens(p, tokenizer))["input_ids"] or [start] for p in prompts]
-    texts: list[list[str]] = [[]] * len(prompts)
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    for chunk in (order[i : i + rows] for i in range(0, len(order), rows)):
-        length = max(len(ids[i]) for i in chunk)
-        batch = torch.tensor([[pad or 0] * (length - len(ids[i])) + ids[i] for i in chunk], device=device)
-        mask = torch.tensor([[0] * (length - len(ids[i])) + [1] * len(ids[i]) for i in chunk], device=device)
-        output = model.generate(
-            input_ids=batch, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, **options
-        )
-        decoded = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
-        for slot, i in enumerate(chunk):
-            texts[i] = decoded[slot * copies : (slot + 1) * copies]
-    return texts
+    length = max(map(len, ids))
+    batch = torch.tensor([[pad or 0] * (length - len(i)) + i for i in ids], device=device)
+    mask = torch.tensor([[0] * (length - len(i)) + [1] * len(i) for i in ids], device=device)
+    output = model.generate(
+        input_ids=batch, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, **options
+    )
+    texts = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+    return [texts[i : i + copies] for i in range(0, len(texts), copies)]
