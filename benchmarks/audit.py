@@ -9,6 +9,7 @@ Beside the shipped text it measures WikiText-2, LAMBADA, ARC-easy, HellaSwag and
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import resource
 import time
@@ -17,7 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
-from _common import DATA, save, wikitext
+from _common import DATA, RESULTS, save, wikitext
 from libortho import AuditConfig, AuditReport, audit, load
 from libortho.models import load_model
 from libortho.tables import show_audit
@@ -73,7 +74,9 @@ def main() -> None:
     parser.add_argument("--html", type=Path, help="directory for the pages")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    found: dict[str, Any] = {}
+    kept = RESULTS / "audit.json"
+    found: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
+    found.pop("machine", None)
     for profile in arguments.profiles:
         report, seconds = run(arguments.directory, profile, arguments.seed, not arguments.no_tasks)
         found[profile] = {"wall_seconds": seconds, "parts": dict(report.seconds), **brief(report)}

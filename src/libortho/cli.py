@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from libortho import tables
 from libortho.alpha import AlphaSpec, alpha
 from libortho.config import DTYPES, AuditConfig, IsolateConfig, SplitConfig
-from libortho.errors import ConfigError, LibOrthoError
+from libortho.errors import CheckpointError, ConfigError, LibOrthoError
 
 app = typer.Typer(
     help="Put what a language model memorised behind a switch.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -36,6 +37,10 @@ Targets = Annotated[
 Ratio = Annotated[float, typer.Option(help="Budget of the ortho stream as a fraction of the split weights.")]
 Bits = Annotated[int, typer.Option(help="Integer width of the base: 8, 4, or 0 to keep it dense.")]
 GroupSize = Annotated[int | None, typer.Option(help="Inputs per scale; -1 for one scale per output channel.")]
+Checkpoint = Annotated[Path, typer.Argument(help="Directory that split, isolate or detach wrote.")]
+PassphraseEnv = Annotated[
+    str | None, typer.Option("--passphrase-env", help="Environment variable with the passphrase; else it is asked for.")
+]
 Stream = Annotated[str, typer.Option(help="Name of the ortho stream.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
 
@@ -252,6 +257,64 @@ def audit(
         raise typer.Exit(3)
 
 
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Checkpoint made by split or isolate, or any hub id or path.")],
+    alphas: Annotated[
+        list[str] | None,
+        typer.Option("--alpha", help="A number, or NAME=NUMBER;... (others off); 1 by default. A column each; repeat."),
+    ] = None,
+    original: Annotated[str | None, typer.Option(help="Hub id or path of a dense model, as one more column.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Names for the lm-evaluation-harness, with commas; the data come from the hub.")
+    ] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Directory of the harness's task files (YAML).")] = None,
+    task_file: Annotated[list[Path] | None, typer.Option(help="JSONL task, scored offline. Repeatable.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many rows of each task.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of one of the harness's forward passes.")] = 8,
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """What the model can do under each alpha, side by side: JSONL tasks, and tasks of the lm-evaluation-harness."""
+    from libortho.audit.utility import harness_tasks, load_task
+    from libortho.checkpoint import is_checkpoint, load
+    from libortho.evaluation import Column, evaluate_columns, parse_alpha
+    from libortho.files import write_atomically
+    from libortho.models import load_model
+
+    where, kind = _device(device), _dtype(dtype)
+    if not task_file and not tasks:
+        raise ConfigError("there is nothing to evaluate; give --task-file FILE.jsonl, or --tasks with names")
+    split_model = is_checkpoint(model)
+    if alphas and not split_model:
+        raise ConfigError(f"--alpha is given, but {model} is not a checkpoint of libortho; leave --alpha out")
+    specs = {f"alpha {text}": parse_alpha(text) for text in alphas or ["1"]}
+    files = [load_task(path) for path in task_file or ()]
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model that is handed to it
+    named = harness_tasks([t.strip() for t in tasks.split(",") if t.strip()], include_path) if tasks else []
+    if split_model:
+        net, tokenizer = load(model, device=where, dtype=kind if isinstance(kind, torch.dtype) else None)
+        if tokenizer is None:
+            raise CheckpointError(f"{model} holds no tokenizer; save the model together with its own")
+        columns = [Column(label, net, tokenizer, spec) for label, spec in specs.items()]
+    else:
+        columns = [Column("model", *load_model(model, kind, where))]
+    if original is not None:
+        columns.append(Column("original", *load_model(original, kind, where)))
+    with _progress() as tell:
+        report = evaluate_columns(columns, files, named, limit=limit, batch_size=batch_size, seed=seed, progress=tell)
+    data = {"model": model, "original": original, "limit": limit, "seed": seed, **report.to_dict()}
+    if out is not None:
+        write_atomically(out, json.dumps(data, indent=1, allow_nan=False))
+    if as_json:
+        _emit(data)
+    else:
+        tables.show_evaluation(report, Console())
+
+
 @app.command()
 def generate(
     directory: Annotated[Path, typer.Argument(help="Checkpoint made by split or isolate.")],
@@ -310,6 +373,130 @@ def inspect(
         _emit(info.to_dict())
     else:
         tables.show_checkpoint(info, Console())
+
+
+@app.command()
+def detach(
+    directory: Checkpoint,
+    out: Annotated[Path, typer.Option("--out", help="Directory to write; it must not exist.")],
+    stream: Annotated[list[str] | None, typer.Option("--stream", help="Take only this one away. Repeatable.")] = None,
+    report: Annotated[Path | None, typer.Option("--audit", help="JSON of libortho audit, for the certificate.")] = None,
+    certificate: Annotated[bool, typer.Option(help="Write certificate.json.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Write the checkpoint without its streams, and a certificate of what is gone. The source stays as it is."""
+    from libortho.checkpoint import detach as detach_streams
+
+    result = detach_streams(directory, out, streams=stream or "all", audit=report, certificate=certificate)
+    if as_json:
+        _emit({"out": str(out), **result.to_dict()})
+    else:
+        tables.show_certificate(result, Console())
+        tables.note(
+            Console(), f"Written to {out}. {directory} still holds the streams: delete it if they must be gone."
+        )
+
+
+@app.command()
+def verify(directory: Checkpoint, as_json: Json = False) -> None:
+    """Check a detached checkpoint against its certificate.json: every file, and every tensor of the base."""
+    from libortho.checkpoint import verify_certificate
+
+    result = verify_certificate(directory)
+    if as_json:
+        _emit(result.to_dict())
+    else:
+        tables.show_certificate(result, Console())
+        tables.note(Console(), f"{directory} is what the certificate says.")
+
+
+@app.command()
+def attach(
+    directory: Checkpoint,
+    stream: Annotated[Path, typer.Argument(help="Folder of the stream.")],
+    name: Annotated[str | None, typer.Option(help="What it is called from now on; by default its name.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Put a stream into a checkpoint, if it was made for that base."""
+    from libortho.checkpoint import attach as attach_stream
+
+    name = attach_stream(directory, stream, name=name)
+    if as_json:
+        _emit({"directory": str(directory), "stream": name})
+    else:
+        tables.note(Console(), f"{directory} now holds the stream {name}.")
+
+
+@app.command()
+def encrypt(
+    stream: Annotated[Path, typer.Argument(help="Folder of a stream, such as DIR/ortho/NAME.")],
+    out: Annotated[Path, typer.Option("--out", help="File to write; it must not exist.")],
+    recipient: Annotated[
+        list[str] | None, typer.Option("--recipient", "-r", help="Public key, age1... or ssh-... Repeatable.")
+    ] = None,
+    passphrase_env: PassphraseEnv = None,
+    as_json: Json = False,
+) -> None:
+    """Lock a stream into one age file, for recipients, or by a passphrase (asked for)."""
+    from libortho.checkpoint import encrypt as encrypt_stream
+
+    phrase = None if recipient and passphrase_env is None else _passphrase(passphrase_env, confirm=True)
+    encrypt_stream(stream, out, recipients=recipient or None, passphrase=phrase)
+    if as_json:
+        _emit({"out": str(out), "bytes": out.stat().st_size})
+    else:
+        tables.note(Console(), f"Written to {out}. {stream} still holds the plain values: delete it when they may go.")
+
+
+@app.command()
+def decrypt(
+    file: Annotated[Path, typer.Argument(help="What encrypt wrote.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write; it must not exist.")],
+    identity: Annotated[
+        list[Path] | None, typer.Option("--identity", "-i", help="File with an age or SSH secret key. Repeatable.")
+    ] = None,
+    passphrase_env: PassphraseEnv = None,
+    as_json: Json = False,
+) -> None:
+    """Unlock an age file into the folder of a stream, for attach."""
+    from libortho.checkpoint import decrypt as decrypt_stream
+
+    phrase = None if identity and passphrase_env is None else _passphrase(passphrase_env, confirm=False)
+    decrypt_stream(file, out, identities=[Path(i) for i in identity] if identity else None, passphrase=phrase)
+    if as_json:
+        _emit({"out": str(out)})
+    else:
+        tables.note(Console(), f"Written to {out}. Add it to its checkpoint with: libortho attach DIR {out}")
+
+
+@app.command()
+def card(
+    directory: Checkpoint,
+    report: Annotated[Path | None, typer.Option("--audit", help="JSON of libortho audit.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a README.md that is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write the model card, README.md, from the measured numbers in the manifests."""
+    from libortho.checkpoint import model_card
+    from libortho.files import write_atomically
+
+    text, path = model_card(directory, report), directory / "README.md"
+    if path.exists() and not force:
+        raise CheckpointError(f"{path} exists; --force replaces it")
+    write_atomically(path, text)
+    if as_json:
+        _emit({"out": str(path), "card": text})
+    else:
+        tables.note(Console(), f"Written to {path}.")
+
+
+def _passphrase(variable: str | None, confirm: bool) -> str:
+    """From an environment variable, or asked for; never an argument, which every process of the machine can read."""
+    if variable is None:
+        return str(typer.prompt("Passphrase", hide_input=True, confirmation_prompt=confirm, err=True))
+    if not os.environ.get(variable):
+        raise ConfigError(f"--passphrase-env is {variable!r}, but that environment variable is not set or empty")
+    return os.environ[variable]
 
 
 def _rank(text: str) -> float | str:

@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from libortho.audit import AuditReport
-from libortho.checkpoint import CheckpointInfo
+from libortho.checkpoint import Certificate, CheckpointInfo
+from libortho.evaluation import Evaluation, Figure
 from libortho.isolate import IsolateResult
 from libortho.report import LayerReports
 
@@ -73,6 +74,21 @@ def show_checkpoint(info: CheckpointInfo, console: Console) -> None:
     console.print(table)
 
 
+def show_certificate(certificate: Certificate, console: Console) -> None:
+    """What is gone, what stays, and by which hashes."""
+    for r in certificate.removed:
+        note(
+            console,
+            f"gone: stream {r.name}, density {r.density:.3%}, tail {r.tail_density:.2%}, {r.layers} layers, "
+            f"{r.bytes / 1e6:.2f} MB",
+        )
+    note(console, f"kept: the base{''.join(f', stream {k}' for k in certificate.kept)}")
+    note(console, f"base {certificate.base_sha256}")
+    note(console, f"{len(certificate.files)} files hashed, {certificate.compared} tensors, rows and columns compared")
+    for v in [] if certificate.audit is None else certificate.audit["verdicts"]:
+        note(console, f"audit, {v['key'].replace('_', ' ')}: {v['status']}")
+
+
 def show_audit(report: AuditReport, console: Console) -> None:
     """Verdicts first, then the figures with the controls beside them."""
     data = report.data
@@ -123,6 +139,34 @@ def show_audit(report: AuditReport, console: Console) -> None:
             note(console, f"Goldilocks interval of alpha: {found} ({zone['criteria']})")
     parts = ", ".join(f"{n} {t:.0f}" for n, t in sorted(report.seconds.items(), key=lambda item: -item[1]) if t >= 1)
     note(console, f"{sum(report.seconds.values()):.0f} s: {parts}")
+
+
+def show_evaluation(report: Evaluation, console: Console) -> None:
+    """A row for each task and metric, a column for each model or alpha, then what changed from the first column."""
+    table = Table("task", "metric", *report.columns, "rows")
+    rows: dict[tuple[str, str], dict[str, Figure]] = {}
+    for f in report.figures:
+        rows.setdefault((f.task, f.metric), {})[f.column] = f
+    for (task, metric), found in rows.items():
+        asked = next(iter(found.values())).rows
+        figures = [_figure(found.get(c)) for c in report.columns]
+        table.add_row(*map(Text, (task, metric, *figures, "" if asked is None else str(asked))))
+    console.print(table)
+    if report.differences:
+        changes = Table("task", "metric", "column", f"minus {report.columns[0]}, paired", "95 % interval")
+        for d in report.differences:
+            ends = "-" if d.low is None else f"{d.low:+.4f} to {d.high:+.4f}"
+            changes.add_row(*map(Text, (d.task, d.metric, d.column, f"{d.value:+.4f}", ends)))
+        console.print(changes)
+    note(console, "Brackets: 95 % interval; +-: standard error of the lm-evaluation-harness; nll: nats per token.")
+
+
+def _figure(figure: Figure | None) -> str:
+    if figure is None:
+        return "-"
+    if figure.low is not None:
+        return f"{figure.value:.4f} [{figure.low:.4f}, {figure.high:.4f}]"
+    return f"{figure.value:.4f}" + ("" if figure.stderr is None else f" +- {figure.stderr:.4f}")
 
 
 def _estimate(estimate: Mapping[str, Any] | None, form: str) -> str:

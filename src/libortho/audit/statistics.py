@@ -128,6 +128,24 @@ def ratio_estimate(totals: Values, counts: Values, *, seed: int, rounds: int = R
     return Estimate(value, *_percentiles(torch.cat(means)), n)
 
 
+def paired_difference(values: Sequence[float], others: Sequence[float], *, seed: int) -> Estimate:
+    """Mean of ``values - others`` with its 95 % interval: Agresti and Min's for shares, otherwise the bootstrap's.
+
+    Raises:
+        DataError: if there are no values, or not as many of both.
+    """
+    n = len(values)
+    if n == 0 or len(others) != n:
+        raise DataError(f"{n} values and {len(others)} to compare with; expected as many, and at least one")
+    change = [a - b for a, b in zip(values, others, strict=True)]
+    if not {*values, *others} <= {0, 1}:
+        return ratio_estimate(change, [1.0] * n, seed=seed)
+    won, lost = change.count(1), change.count(-1)
+    middle = (won - lost) / (n + 2)
+    half = _Z * math.sqrt(won + lost + 1 - (won - lost) ** 2 / (n + 2)) / (n + 2)
+    return Estimate((won - lost) / n, max(-1.0, middle - half), min(1.0, middle + half), n)
+
+
 def auc(members: Values, others: Values) -> float:
     """Probability that a member's score exceeds a non-member's, ties counting half (the Mann-Whitney U statistic).
 

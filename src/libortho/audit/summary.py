@@ -191,8 +191,8 @@ def _differences(m: Measurement, context: Context, figure: str) -> dict[str, Any
         return None
     found = {}
     for name, task in m.tasks.items():
-        pairs = zip(task[figure], context.before.tasks[name][figure], strict=True)
-        found[name] = st.mean_estimate([a - b for a, b in pairs], seed=context.seed).to_dict()
+        theirs = context.before.tasks[name][figure]
+        found[name] = st.paired_difference(task[figure], theirs, seed=context.seed).to_dict()
     return found
 
 

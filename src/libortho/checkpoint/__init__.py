@@ -8,8 +8,28 @@ A checkpoint is written beside its destination, loaded back with stock transform
 into place: a directory under its final name is complete. What is read is checked before anything is built from it.
 """
 
+from libortho.checkpoint.card import model_card
+from libortho.checkpoint.detach import Certificate, RemovedStream, attach, detach, verify_certificate
+from libortho.checkpoint.hub import push_to_hub
 from libortho.checkpoint.info import CheckpointInfo, StreamInfo, inspect
 from libortho.checkpoint.reading import is_checkpoint, load
+from libortho.checkpoint.vault import decrypt, encrypt
 from libortho.checkpoint.writing import save
 
-__all__ = ["CheckpointInfo", "StreamInfo", "inspect", "is_checkpoint", "load", "save"]
+__all__ = [
+    "Certificate",
+    "CheckpointInfo",
+    "RemovedStream",
+    "StreamInfo",
+    "attach",
+    "decrypt",
+    "detach",
+    "encrypt",
+    "inspect",
+    "is_checkpoint",
+    "load",
+    "model_card",
+    "push_to_hub",
+    "save",
+    "verify_certificate",
+]

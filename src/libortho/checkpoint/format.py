@@ -39,6 +39,7 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
+_FILE_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._ -]*(/[A-Za-z0-9_][A-Za-z0-9._ -]*)*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -222,6 +223,21 @@ def sha256_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
+def file_sha256(path: Path) -> str:
+    """Hash of a file's bytes.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing; expected a directory written by libortho.save") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error}; {AGAIN}") from error
+
+
 # -- JSON --------------------------------------------------------------------------------------------------------------
 
 
@@ -311,7 +327,8 @@ class BaseManifest:
         reports: Split layer to its report, ortho fields zeroed.
         base_sha256: Hash of the split layers' codes and scales (or dense weights).
         rest_sha256: Hash of all other tensors.
-        files: Files of the checkpoint outside the directory of streams.
+        files: Files of the checkpoint outside the directory of streams, each with its SHA-256; None for files of
+            tensors, which the two hashes above cover, and for checkpoints written before files were hashed.
     """
 
     scheme: Scheme
@@ -319,7 +336,7 @@ class BaseManifest:
     reports: dict[str, LayerReport | None]
     base_sha256: str
     rest_sha256: str
-    files: tuple[str, ...]
+    files: dict[str, str | None]
 
     def to_dict(self) -> dict[str, Any]:
         """The manifest as JSON-ready values."""
@@ -334,7 +351,7 @@ class BaseManifest:
             "base_sha256": self.base_sha256,
             "rest_sha256": self.rest_sha256,
             "layers": layers,
-            "files": list(self.files),
+            "files": self.files,
             "libraries": libraries(),
         }
 
@@ -363,12 +380,34 @@ class BaseManifest:
             reports[name] = report_from_json(layer.get("report"), name, shapes[name], path)
         if not shapes:
             raise CheckpointError(f"{path} names no split layer; {AGAIN}")
-        files = field(data, "files", list, path)
+        files = data.get("files")
+        if isinstance(files, list) and all(isinstance(f, str) for f in files):
+            files = dict.fromkeys(files)
+        if not isinstance(files, dict):
+            raise CheckpointError(f"{path}: 'files' is {files!r:.60}, expected names and their hashes; {AGAIN}")
+        for name, sha256 in files.items():
+            if not _FILE_PATH.fullmatch(name) or ".." in name.split("/") or name.split("/")[0] == STREAMS:
+                raise CheckpointError(f"{path} names the file {name!r:.80}; expected a path inside the directory")
+            if sha256 is not None:
+                sha256_field(files, name, path)
         return cls(
             scheme=Scheme(bits, group),
             shapes=shapes,
             reports=reports,
             base_sha256=sha256_field(data, "base_sha256", path),
             rest_sha256=sha256_field(data, "rest_sha256", path),
-            files=tuple(str(f) for f in files),
+            files=dict(files),
         )
+
+    def check_files(self, directory: Path) -> None:
+        """Compare the files that hold no tensors (configuration, tokenizer) with their hashes.
+
+        Raises:
+            CheckpointError: if one is missing or was changed.
+        """
+        for name, sha256 in self.files.items():
+            if sha256 is not None and file_sha256(directory / name) != sha256:
+                raise CheckpointError(
+                    f"{directory / name} does not have the hash that {BASE_MANIFEST} names; copy it again, or load "
+                    "and save the model to change it"
+                )

@@ -11,8 +11,11 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from libortho.checkpoint.format import AGAIN
 from libortho.errors import CheckpointError
 
+_COUNTS = frozenset({"num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"})
+_BUFFERS = 2**27  # causal masks of older models
 LOAD_ERRORS = (
-    OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, StrictDataclassError,
+    OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError, RuntimeError,
+    MemoryError, ImportError, StrictDataclassError,
 )  # fmt: skip
 """What transformers raises for a directory that it cannot load."""
 
@@ -28,6 +31,38 @@ def check_loading(info: Mapping[str, Any]) -> None:
     if problems:
         kind, names = next(iter(problems.items()))
         raise CheckpointError(f"the weights do not fit the model of config.json: {kind} {names[:3]}; {AGAIN}")
+
+
+def check_counts(config: Any, tensors: int, where: Any) -> None:
+    """Refuse a config.json with more layers than there are tensors, before a loop over them begins.
+
+    Raises:
+        CheckpointError: then.
+    """
+    todo = [config]
+    while todo:
+        part = todo.pop()
+        for key, value in part.items():
+            if isinstance(value, dict):
+                todo.append(value)
+            elif isinstance(value, int) and key in _COUNTS and value > tensors:
+                raise CheckpointError(f"{where}: {key} is {value}, but only {tensors} tensors are stored; {AGAIN}")
+
+
+def check_size(skeleton: Any, stored: int, where: Any) -> None:
+    """Refuse a model (on the meta device) that is much larger than its stored tensors, before memory is taken for it.
+
+    Raises:
+        CheckpointError: if it has more than twice the stored elements (tied embeddings are stored once), or large
+            buffers.
+    """
+    parameters = sum(p.numel() for p in skeleton.parameters())
+    buffers = sum(b.numel() for b in skeleton.buffers())
+    if parameters > 2 * stored or buffers > stored + _BUFFERS:
+        raise CheckpointError(
+            f"{where} describes a model of {parameters} parameters and {buffers} numbers beside them, but {stored} are "
+            f"stored; {AGAIN}"
+        )
 
 
 def of_split_layer(key: str, layers: Collection[str]) -> bool:

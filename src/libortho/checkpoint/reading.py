@@ -22,7 +22,7 @@ from libortho.checkpoint.format import (
     read_json,
     sha256_of,
 )
-from libortho.checkpoint.hf import LOAD_ERRORS, causal_class, check_loading, of_split_layer
+from libortho.checkpoint.hf import LOAD_ERRORS, causal_class, check_counts, check_loading, check_size, of_split_layer
 from libortho.checkpoint.stream_files import checked_name, read_stream, stream_names
 from libortho.errors import CheckpointError
 from libortho.layer import OrthoLinear
@@ -62,11 +62,12 @@ def load(
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise CheckpointError(f"dtype is {dtype!r}; expected a floating-point torch.dtype or None")
     base = BaseManifest.read(root)
+    base.check_files(root)
     _check_quantization(root, base.scheme)
     wanted = [read_stream(root, name, base) for name in _chosen(root, streams)]
     wanted.sort(key=lambda s: (s.position, s.name))
-    tokenizer = _load_tokenizer(root)
     tensors = _read_tensors(root, base)
+    tokenizer = _load_tokenizer(root)
     parts = {name: decode_base(name, tensors, shape, base.scheme) for name, shape in base.shapes.items()}
     rest = {k: v for k, v in tensors.items() if not of_split_layer(k, base.shapes) or k.endswith(".bias")}
     model = _build(root, rest, base.shapes, dtype)
@@ -142,6 +143,7 @@ def _build(
     root: Path, rest: dict[str, Tensor], shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype | None
 ) -> PreTrainedModel:
     """The dense model around the split layers, whose weights are a stand-in of one number until they are replaced."""
+    check_counts(read_json(root / CONFIG), len(rest) + len(shapes), root / CONFIG)
     try:
         config = AutoConfig.from_pretrained(root, trust_remote_code=False, local_files_only=True)
         if getattr(config, "quantization_config", None) is not None:
@@ -151,7 +153,10 @@ def _build(
         if kind is None or not isinstance(wanted, torch.dtype):
             raise CheckpointError(f"{root / CONFIG} names no causal language model with a dtype; {AGAIN}")
         with torch.device("meta"):
-            modules = dict(kind(config).named_modules())
+            skeleton = kind(config)
+        stored = sum(t.numel() for t in rest.values()) + sum(rows * columns for rows, columns in shapes.values())
+        check_size(skeleton, stored, root / CONFIG)
+        modules = dict(skeleton.named_modules())
         for name, shape in shapes.items():
             found = modules.get(name)
             if type(found) is not nn.Linear or (found.out_features, found.in_features) != shape:
@@ -175,5 +180,5 @@ def _load_tokenizer(root: Path) -> Any:
         return None
     try:
         return AutoTokenizer.from_pretrained(root, trust_remote_code=False, local_files_only=True)
-    except LOAD_ERRORS as error:
+    except Exception as error:  # the tokenizers library raises no narrower class
         raise CheckpointError(f"transformers cannot read the tokenizer of {root}: {error}; {AGAIN}") from error

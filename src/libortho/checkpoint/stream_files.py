@@ -203,9 +203,11 @@ def _encode_entries(layer: str, stream: OrthoStream) -> dict[str, Tensor]:
 
 
 def stream_names(directory: Path) -> list[str]:
-    """Names of the streams that a checkpoint directory holds, sorted."""
+    """Names of the streams that a checkpoint directory holds, sorted; hidden folders are none."""
     folder = directory / STREAMS
-    return sorted(checked_name(p.name) for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    return sorted(checked_name(p.name) for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 def checked_name(name: Any) -> str:

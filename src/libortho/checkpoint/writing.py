@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import shutil
+import sys
 import uuid
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -24,6 +27,7 @@ from libortho.checkpoint.format import (
     Scheme,
     TensorFiles,
     encode_base,
+    file_sha256,
     read_json,
     scheme_of,
     sha256_of,
@@ -45,6 +49,7 @@ from libortho.report import methods
 from libortho.streams import OrthoStream
 
 logger = logging.getLogger(__name__)
+_AT_CWD, _EXCHANGE = -100, 2  # AT_FDCWD of fcntl.h and RENAME_EXCHANGE of linux/fs.h
 
 
 def save(model: nn.Module, tokenizer: Any, directory: str | Path, *, max_shard_size: int | str = "5GB") -> Path:
@@ -70,19 +75,42 @@ def save(model: nn.Module, tokenizer: Any, directory: str | Path, *, max_shard_s
     plan = _plan(model)
     target = Path(os.path.realpath(directory))
     _check_target(target, plan)
+    with staging(target) as staged:
+        try:
+            base = _write_base(plan, tokenizer, staged, max_shard_size)
+            for stream in plan.streams:
+                write_stream(staged, replace(stream, base_sha256=base.base_sha256), plan.shapes)
+        except SafetensorError as error:  # also what the disk refuses
+            raise CheckpointError(f"cannot write {target}: {error}; is there room on the disk?") from error
+        _verify(plan, staged)
+        sync(staged)
+        _exchange(staged, target)
+    return Path(directory)
+
+
+@contextmanager
+def staging(target: Path) -> Iterator[Path]:
+    """A new folder beside ``target``, to be renamed to it; gone afterwards if it was not."""
     target.parent.mkdir(parents=True, exist_ok=True)
     staged = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
     staged.mkdir()
     try:
-        base = _write_base(plan, tokenizer, staged, max_shard_size)
-        for stream in plan.streams:
-            write_stream(staged, replace(stream, base_sha256=base.base_sha256), plan.shapes)
-        _verify(plan, staged)
-        _sync(staged)
-        _exchange(staged, target)
+        yield staged
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-    return Path(directory)
+
+
+def publish(staged: Path, target: Path) -> None:
+    """Force ``staged`` to the disk and give it its final name, which must be free.
+
+    Raises:
+        CheckpointError: if something is there by now.
+    """
+    sync(staged)
+    if os.path.lexists(target):
+        raise CheckpointError(f"{target} exists; choose another place")
+    os.rename(staged, target)
+    sync_folder(target.parent)
 
 
 @dataclass(frozen=True)
@@ -209,7 +237,9 @@ def _write_base(plan: _Plan, tokenizer: Any, staged: Path, max_shard_size: int |
         reports={n: _base_report(layer.report) for n, layer in plan.layers.items()},
         base_sha256=files.sha256(plan.scheme.hashed_names(plan.layers)),
         rest_sha256=files.sha256(set(files.names()) - set(ours)),
-        files=tuple(_files(staged)),
+        files={
+            f: None if f.endswith((".safetensors", ".index.json")) else file_sha256(staged / f) for f in _files(staged)
+        },
     )
     write_json(staged / BASE_MANIFEST, manifest.to_dict())
     return manifest
@@ -231,20 +261,21 @@ def _verify(plan: _Plan, staged: Path) -> None:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             staged, output_loading_info=True, trust_remote_code=False, local_files_only=True
         )
+        check_loading(loaded[1])
     except LOAD_ERRORS as error:
         raise CheckpointError(
             f"stock transformers cannot load this {type(plan.model).__name__} with a packed base, so nothing was saved "
             f"(families whose weights it converts while loading, such as fused experts, are not supported): {error}"
         ) from error
-    stock, info = loaded
-    check_loading(info)
-    expected = plan.model.state_dict()
+    stock = loaded[0]
+    expected, written = plan.model.state_dict(), TensorFiles(staged)
     for name, found in stock.state_dict().items():
         layer, _, kind = name.rpartition(".")
         if layer in plan.layers and kind == "weight":
             wanted = plan.layers[layer].base.dense(found.dtype)
         else:
-            wanted = expected[name]
+            # transformers before 5.23 keep the stored scales beside the weights that they decode
+            wanted = expected[name] if name in expected else written.get(name)
         if wanted.dtype != found.dtype or not torch.equal(wanted.cpu(), found):
             raise CheckpointError(
                 f"stock transformers reads {name} back with other values ({wanted.dtype} became {found.dtype}); the "
@@ -262,7 +293,7 @@ def _fingerprint(stream: StreamFile) -> str:
     return sha256_of(sorted(buffers.items()))
 
 
-def _sync(directory: Path) -> None:
+def sync(directory: Path) -> None:
     """Force files and directories to the disk."""
     for path in [*directory.rglob("*"), directory]:
         if path.is_dir() and os.name != "posix":
@@ -274,22 +305,38 @@ def _sync(directory: Path) -> None:
             os.close(handle)
 
 
-def _exchange(staged: Path, target: Path) -> None:
-    """Rename ``staged`` to ``target``; an earlier directory steps aside first and comes back on failure."""
-    old = staged.with_suffix(".old") if target.exists() else None
-    if old is not None:
-        os.rename(target, old)
-    try:
-        os.replace(staged, target)
-    except BaseException:
-        if old is not None:
-            os.rename(old, target)
-        raise
+def sync_folder(folder: Path) -> None:
+    """Force the names in a folder to the disk, where the system can."""
     if os.name == "posix":
-        handle = os.open(target.parent, os.O_RDONLY)
+        handle = os.open(folder, os.O_RDONLY)
         with suppress(OSError):  # some file systems cannot sync a directory
             os.fsync(handle)
         os.close(handle)
+
+
+def swap(first: Path, second: Path) -> bool:
+    """Exchange two names in one step, so that neither is ever missing; False where the system cannot (not Linux)."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    return rename is not None and rename(_AT_CWD, os.fsencode(first), _AT_CWD, os.fsencode(second), _EXCHANGE) == 0
+
+
+def _exchange(staged: Path, target: Path) -> None:
+    """Rename ``staged`` to ``target``; an earlier directory changes places with it, or else steps aside first."""
+    old: Path | None = None
+    if target.exists():
+        if swap(staged, target):
+            old = staged
+        else:
+            old = staged.with_suffix(".old")
+            os.rename(target, old)
+    if old is not staged:
+        try:
+            os.replace(staged, target)
+        except BaseException:
+            if old is not None:
+                os.rename(old, target)
+            raise
+    sync_folder(target.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
         if old.exists():

@@ -1,0 +1,66 @@
+"""Put a checkpoint on the Hugging Face hub: the base, and a stream only if it is named."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable
+from pathlib import Path
+
+from huggingface_hub import HfApi
+
+from libortho.checkpoint.card import model_card
+from libortho.checkpoint.detach import CERTIFICATE, check_base, choose, files_of_stream
+from libortho.checkpoint.format import BASE_MANIFEST, BaseManifest
+from libortho.checkpoint.stream_files import read_stream
+
+CARD = "README.md"
+
+
+def push_to_hub(
+    directory: str | Path,
+    repo_id: str,
+    *,
+    private: bool = True,
+    streams: str | Iterable[str] | None = None,
+    token: str | None = None,
+) -> str:
+    """Upload a checkpoint. Files that ``save`` did not write stay here, but for README.md and a certificate.
+
+    A stream that an earlier upload brought to the repository stays in it, and in its history; delete the repository to
+    take it back.
+
+    Args:
+        directory: A checkpoint.
+        repo_id: Repository, ``owner/name``; created if it does not exist.
+        private: Whether a new repository is private.
+        streams: Streams to upload: None for the base alone, ``"all"``, or a list of names. What a stream holds is what
+            was to be kept away from others; it is never uploaded unless it is asked for.
+        token: Access token; None takes the one that ``hf auth login`` stored.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        CheckpointError: if the checkpoint is damaged or has not such a stream; nothing is uploaded then.
+        huggingface_hub.errors.HfHubHTTPError: if the hub refuses.
+    """
+    root = Path(directory)
+    base = BaseManifest.read(root)
+    base.check_files(root)
+    names = [] if streams is None else choose(root, streams)
+    check_base(root, base)
+    for name in names:
+        read_stream(root, name, base)
+    files = [*base.files, BASE_MANIFEST, CERTIFICATE, CARD, *(f for n in names for f in files_of_stream(root, n, base))]
+    api = HfApi(token=token)
+    repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    commit = api.upload_folder(
+        repo_id=repo, folder_path=root, allow_patterns=[glob.escape(f) for f in files],
+        ignore_patterns=[] if names else ["ortho/*"], commit_message="LibOrtho checkpoint",
+    )  # fmt: skip
+    if not (root / CARD).is_file() and not api.file_exists(repo, CARD):
+        card = model_card(root, streams=names)
+        commit = api.upload_file(
+            path_or_fileobj=card.encode(), path_in_repo=CARD, repo_id=repo, commit_message="Model card"
+        )
+    return str(commit.commit_url)

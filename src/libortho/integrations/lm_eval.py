@@ -1,0 +1,170 @@
+"""A checkpoint as a model of EleutherAI's lm-evaluation-harness, under one alpha.
+
+    python -m libortho.integrations.lm_eval --model libortho --model_args pretrained=out,alpha=0 --tasks arc_easy
+
+is the harness's own command line after this module has registered the model ``libortho``: the harness reads no entry
+points, so that its own ``lm_eval`` command knows only the models it ships with. In Python, importing this module is
+enough for ``lm_eval.simple_evaluate(model="libortho", model_args={"pretrained": "out", "alpha": 0})``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from libortho.alpha import get_switch, set_alpha
+from libortho.audit.utility import harness
+from libortho.checkpoint import is_checkpoint, load
+from libortho.config import DTYPES
+from libortho.errors import CheckpointError, ConfigError, LibOrthoError
+from libortho.evaluation import parse_alpha, parse_streams, under
+from libortho.layer import ortho_layers
+from libortho.models import fingerprint
+
+try:
+    harness()
+except LibOrthoError as error:
+    if __name__ == "__main__":
+        sys.exit(f"error: {error}")
+    raise
+
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+
+_OPTIONS = (
+    "add_bos_token", "chat_template_args", "enable_thinking", "logits_cache", "max_length", "mixed_precision_dtype",
+    "prefix_token_id", "think_end_token", "truncation",
+)  # fmt: skip
+"""What the harness's own class takes and what means the same for a model that is loaded already."""
+_MARK = "libortho"
+"""Key under which a response cache keeps whose responses it holds."""
+
+
+@register_model("libortho")
+class LibOrthoLM(HFLM):
+    """A checkpoint of :func:`libortho.save` whose every forward pass runs under one alpha.
+
+    Args:
+        pretrained: The checkpoint's directory.
+        alpha: A number for all streams, or ``hr=1;legal=0``; streams not named are off.
+        streams: ``all``, ``none``, or the names of those to read, such as ``hr;legal``.
+        device: Default: cuda where there is one, as in the harness.
+        dtype: Of the dense tensors: auto (as stored), bfloat16, float16 or float32.
+        softmax_dtype: Probabilities are computed in it. The harness would take the logits' dtype; in bf16 choices tie.
+        batch_size: A number; on a GPU also ``auto`` or ``auto:N``.
+        max_batch_size: Where ``auto`` begins.
+        options: The harness's truncation, logits_cache, max_length, mixed_precision_dtype, add_bos_token,
+            prefix_token_id, think_end_token, enable_thinking and chat_template_args.
+
+    Raises:
+        CheckpointError: if the directory is no checkpoint, is damaged, or lacks a stream.
+        AlphaError: if alpha is out of range or names an unknown stream.
+        ConfigError: if another option is unknown or out of its domain.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | Path,
+        alpha: Any = 1.0,
+        streams: Any = "all",
+        *,
+        device: str | None = None,
+        dtype: str | torch.dtype | None = "auto",
+        softmax_dtype: str = "float32",
+        batch_size: int | str = 1,
+        max_batch_size: int | None = 64,
+        **options: Any,
+    ) -> None:
+        unknown = sorted(set(options).difference(_OPTIONS))
+        if unknown:
+            raise ConfigError(f"the model libortho does not take {unknown[0]!r}; it takes {', '.join(_OPTIONS)}")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigError("the model libortho runs in one process; start it without accelerate or torchrun")
+        spec, names = parse_alpha(alpha), parse_streams(streams)
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        size = _batch_size(batch_size, where)
+        if isinstance(dtype, str) and dtype != "auto" and dtype not in DTYPES:
+            raise ConfigError(f"dtype is {dtype!r}; expected auto, {', '.join(DTYPES)}")
+        directory = Path(pretrained).resolve()
+        if not is_checkpoint(directory):
+            raise CheckpointError(f"{directory} is not a checkpoint of libortho; for an ordinary model use --model hf")
+        kind = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+        model, tokenizer = load(directory, streams=names, device=where, dtype=kind)
+        if tokenizer is None:
+            raise CheckpointError(f"{directory} holds no tokenizer; save the model together with its own")
+        with under(model, spec):  # refuses what it cannot take, before anything runs
+            pass
+        self.alpha: float | dict[str, float] = spec
+        if any(layer.streams for layer in ortho_layers(model).values()):
+            present = get_switch(model).streams
+            self.alpha = {n: spec.get(n, 0.0) if isinstance(spec, dict) else spec for n in present}
+            set_alpha(model, self.alpha)  # whatever the harness may call besides the two methods below has it, too
+        super().__init__(
+            pretrained=model, tokenizer=tokenizer, batch_size=size, max_batch_size=max_batch_size,
+            softmax_dtype=softmax_dtype, **options,
+        )  # fmt: skip
+        self.pretrained = str(directory)  # absolute, so that nobody takes it for a name on the hub
+
+    def _model_call(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with under(self.model, self.alpha):
+            return super()._model_call(*args, **kwargs)
+
+    def _model_generate(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with under(self.model, self.alpha):
+            return super()._model_generate(*args, **kwargs)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness writes beside its results: its own information, and the alpha of each stream."""
+        return {**super().get_model_info(), "alpha": self.alpha}
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Accept a response cache (``--use_cache``) only if its responses are this model's under this alpha.
+
+        The harness looks responses up by the question alone, so that one cache for alpha = 1 and alpha = 0 would let
+        the second repeat what the first said.
+
+        Raises:
+            ConfigError: if the cache is another model's or another alpha's.
+        """
+        cache = getattr(cache_hook, "dbdict", None)
+        if cache is not None:
+            mine = {"model": fingerprint(self.model), "alpha": self.alpha}
+            if len(cache) and cache.get(_MARK) != mine:
+                raise ConfigError(
+                    "the response cache holds the answers of another model or another alpha; give --use_cache a path "
+                    "of its own for each"
+                )
+            cache[_MARK] = mine
+        super().set_cache_hook(cache_hook)
+
+
+def _batch_size(value: int | str, device: torch.device) -> int | str:
+    if str(value).startswith("auto"):
+        if device.type == "cpu":
+            raise ConfigError(
+                f"batch_size is {value}: it finds the largest batch by running out of memory, which on a CPU ends the "
+                "process; give a number"
+            )
+        return value
+    if str(value).isdecimal() and int(value) >= 1:
+        return int(value)
+    raise ConfigError(f"batch_size is {value!r}; expected a number of at least 1, or auto on a GPU")
+
+
+def main() -> None:
+    """The harness's command line with this model registered; our errors become one line and exit code 2."""
+    from lm_eval.__main__ import cli_evaluate
+
+    try:
+        cli_evaluate()
+    except LibOrthoError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
