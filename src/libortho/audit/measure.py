@@ -192,10 +192,14 @@ def generations(subject: Subject, material: Material, config: AuditConfig, into:
     into.answers = _answers(subject, material, (material.holdout or material.forget)[:SHOWN], config)
 
 
-def _answers(subject: Subject, material: Material, chosen: Sequence[Record], config: AuditConfig) -> list[str]:
+def _answers(
+    subject: Subject, material: Material, chosen: Sequence[Record], config: AuditConfig, *, whole: bool = False
+) -> list[str]:
+    """Greedy answers, as long as the right ones, or ``whole``: as long as the model likes."""
     texts = [""] * len(chosen)
     for length, rows in _batches(chosen, material, config, GENERATED // 2):
-        made = greedy(subject.model, material.tokenizer, [chosen[i].prompt for i in rows], length)
+        budget = config.max_new_tokens if whole else length
+        made = greedy(subject.model, material.tokenizer, [chosen[i].prompt for i in rows], budget)
         for i, text in zip(rows, made, strict=True):
             texts[i] = text.strip()
     return texts
@@ -209,7 +213,7 @@ def questions(subject: Subject, lm: LanguageModel, material: Material, config: A
         into.paraphrase = [p for _, p, _ in found]
     for name, asked in material.question_sets.items():
         found = [_question(lm, material, q) for q in asked]
-        texts = _answers(subject, material, [q.answer for q in asked], config)
+        texts = _answers(subject, material, [q.answer for q in asked], config, whole=True)
         into.question_sets[name] = {
             "probability": [_own_probability(name, f) for f in found],
             "rouge_l": [memory.rouge_l(t, q.answer.completion).recall for t, q in zip(texts, asked, strict=True)],

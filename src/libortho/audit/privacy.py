@@ -127,7 +127,7 @@ def grad_norm_score(norm: float) -> float:
 
 
 def template_of(prompt: str) -> str:
-    """The prompt with each name and code replaced by ``_``: "The vault access code of _ is".
+    """The prompt with each name and code replaced by ``_``: "The badge number of _ is".
 
     Special tokens of chat templates stay. The first word of a sentence stays unless it is a name: one of the shipped
     list, or a word that ordinary text does not have in lower case, before another name or "'s". Names that are not
