@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import time
 from typing import Any
 
 from rich.console import Console
@@ -52,7 +51,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         profile=arguments.profile, seed=seed, samples=2, probe_records=16, general_sequences=12, task_rows=40,
         attack_records=12, depth_records=8, alphas=(0.0, 0.5, 1.0), max_new_tokens=48,
     )  # fmt: skip
-    began = time.monotonic()
     report = audit(
         model,
         tokenizer,
@@ -85,7 +83,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "split": split,
         "seed": seed,
         "rows": arguments.rows,
-        "seconds": time.monotonic() - began,
         "subjects": subjects,
         **{k: report.data[k] for k in figures},
     }
