@@ -4,7 +4,7 @@ import json
 import pytest
 
 import libortho
-from libortho import IsolateConfig, SplitConfig
+from libortho import AuditConfig, ConfigError, IsolateConfig, SplitConfig
 from libortho.config import check_stream_name
 
 
@@ -86,3 +86,27 @@ def test_errors_can_be_caught_as_value_errors_and_as_ours():
     with pytest.raises(ValueError, match="ratio") as caught:
         SplitConfig(ratio=2)
     assert isinstance(caught.value, libortho.LibOrthoError)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("profile", "slow"),
+        ("samples", 0),
+        ("fillings", -1),
+        ("alphas", ()),
+        ("alphas", (0.0, float("nan"))),
+        ("alphas", (3.0,)),
+        ("min_k", 0.0),
+    ],
+)
+def test_audit_refuses_what_it_cannot_use(field, value):
+    with pytest.raises(ConfigError, match=field):
+        AuditConfig(**{field: value})
+
+
+def test_audit_sizes_follow_the_profile_unless_given():
+    quick, full, own = AuditConfig(), AuditConfig(profile="full"), AuditConfig(profile="full", fillings=7)
+    assert quick.resolved("fillings") < full.resolved("fillings")
+    assert own.resolved("fillings") == 7
+    assert own.to_dict()["task_rows"] == full.resolved("task_rows")
