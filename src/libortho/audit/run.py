@@ -154,7 +154,8 @@ class _Plan:
         self.targets = list(ortho_layers(self.audited.model)) or _output_projections(self.audited.model)
         self.attacked = self._some("attack_records")
         yardsticks = [s for s in standing if s.key in (self.audited.key, self.anchor, "reference")]
-        self.all = " ".join(f"{s.key} {fingerprint(s.model)}" for s in yardsticks)
+        self.prints = {s.key: fingerprint(s.model) for s in standing}
+        self.all = " ".join(f"{s.key} {self.prints[s.key]}" for s in yardsticks)
         self.done: set[str] = set()
         for subject in self._order():
             self._measure(subject)
@@ -206,7 +207,8 @@ class _Plan:
 
         So several processes can share one store. States and gradients of the one with its memory are not stored.
         """
-        name = f"subject {subject.key} {fingerprint(subject.model)}"
+        beside = "" if self.anchor is None else self.prints[self.anchor]  # divergence and cosine are from this one
+        name = f"subject {subject.key} {self.prints[subject.key]} {beside}"
 
         def begin() -> None:
             stored = self.store.get(name)
@@ -234,10 +236,11 @@ class _Plan:
         with subject.enter():
             lm = subject.language_model()
             self.state.before = Before(lm, utility.reference_states(lm, self.material.general))
-        gradient = forget_gradient(
-            subject, self.material.encode(self.material.forget[:_GRADIENT_RECORDS]), self.targets
-        )
-        self.state.gradient = gradient
+        self.state.gradient = self._forget_gradient(subject)
+
+    def _forget_gradient(self, subject: Subject) -> dict[str, torch.Tensor]:
+        items = self.material.encode(self.material.forget[:_GRADIENT_RECORDS])
+        return forget_gradient(subject, items, self.targets)
 
     def _measure_further(self, subject: Subject) -> None:
         m, config = self.material, self.config
@@ -296,8 +299,8 @@ class _Plan:
 
     def _gradient(self, subject: Subject, into: Measurement) -> None:
         """Norm of the forget gradient, and its direction beside that of the model with its memory."""
-        items = self.material.encode(self.material.forget[:_GRADIENT_RECORDS])
-        gradient = forget_gradient(subject, items, self.targets)
+        gradient = self._forget_gradient(subject) if subject.key != self.anchor else self.state.gradient
+        assert gradient is not None
         into.gradient = {"norm": gradient_norm(gradient)}
         if self.state.gradient is not None:
             into.gradient["cosine"] = gradient_cosine(gradient, self.state.gradient)
@@ -317,7 +320,7 @@ class _Plan:
 
         def run() -> None:
             name = f"curve {value:g}"
-            self.state.curve.append(self._kept(name, make, fingerprint(self.audited.model)))
+            self.state.curve.append(self._kept(name, make, self.prints[self.audited.key]))
 
         text = sum(len(e.ids) for e in m.general[:_CURVE_WINDOWS])
         self._add("curve", self._tokens([*m.forget, *holdout]) + text, run)
@@ -367,7 +370,7 @@ class _Plan:
             found, lenses = {}, {}
             for s in [] if why else judged:
                 found[s.key] = self._kept(
-                    f"depth {s.key}", partial(self._score, s, items), f"{self.all} {fingerprint(s.model)}"
+                    f"depth {s.key}", partial(self._score, s, items), f"{self.all} {self.prints[s.key]}"
                 )
             for s in lens:
                 lenses[s.key] = self._kept(f"lens {s.key}", partial(logit_lens, s, items))
