@@ -3,8 +3,9 @@ import torch
 import torch.nn.functional as F
 
 from libortho.ops import add_columns, add_factors, add_sparse, base_linear
-from libortho.ops.base import decodes, pack_for_decode
-from libortho.ops.ortho import _SparseProduct
+from libortho.ops.base import round_activations
+from libortho.ops.cpu import DECODE_TOKENS, few, int4_layout
+from libortho.ops.ortho import _SparseProduct, wants_wide
 from libortho.ops.reference import choose_scales, dequantise, pack_int4, quantise, unpack_int4
 from libortho.select.scores import SCORES, top_columns, top_entries
 from libortho.streams import BaseStream, Columns, Entries
@@ -99,19 +100,21 @@ def test_base_product_equals_the_dense_product(bits, group, dtype, tokens):
 
 
 def test_decode_kernels_are_for_few_bf16_tokens_without_gradient():
-    few = torch.randn(4, 64, dtype=torch.bfloat16)
-    assert decodes(few)
-    assert not decodes(few.float())
-    assert not decodes(few.repeat(2, 1))
-    assert not decodes(few.clone().requires_grad_())
+    tokens = torch.randn(4, 64, dtype=torch.bfloat16)
+    assert few(tokens, 4)
+    assert not few(tokens.float(), 4)
+    assert not few(tokens, 3)
+    assert not few(tokens.clone().requires_grad_(), 4)
+    with torch.no_grad():
+        assert few(tokens.clone().requires_grad_(), 4)
 
 
 def test_int4_decode_reads_the_packed_codes():
     base = BaseStream.from_weight(torch.randn(48, 64, dtype=torch.bfloat16), 4, 32)
     x = torch.randn(2, 64, dtype=torch.bfloat16)
     others = BaseStream.from_weight(torch.randn(48, 64, dtype=torch.bfloat16), 4, 32)
-    packed = pack_for_decode(others.codes, 32)
-    y = base_linear(x, base.codes, base.scales, 4, packed).float()
+    layout = int4_layout(others.codes, base.scales)
+    y = base_linear(x, base.codes, base.scales, 4, layout).float()
     expected = x.float() @ dequantise(others.unpacked_codes(), base.scales, torch.float32).T
     torch.testing.assert_close(y, expected, atol=0.15, rtol=0.02)
 
@@ -119,9 +122,64 @@ def test_int4_decode_reads_the_packed_codes():
 @pytest.mark.parametrize(("rows", "group"), [(40, 32), (48, 16)])
 def test_shapes_that_the_int4_kernel_refuses_fall_back_to_the_matrix_product(rows, group):
     base = BaseStream.from_weight(torch.randn(rows, 64, dtype=torch.bfloat16), 4, group)
-    assert pack_for_decode(base.codes, group) is None
+    assert int4_layout(base.codes, base.scales) is None
     x = torch.randn(1, 64, dtype=torch.bfloat16)
     torch.testing.assert_close(base(x), F.linear(x, base.dense(torch.bfloat16)))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_base_gradient_is_that_of_the_dense_product(bits, dtype):
+    base = BaseStream.from_weight(torch.randn(48, 64).to(dtype), bits, 32 if bits == 4 else -1)
+    x = torch.randn(9, 64, dtype=dtype, requires_grad=True)
+    out = torch.randn(9, 48, dtype=dtype)
+    (base(x) * out).sum().backward()
+    torch.testing.assert_close(x.grad.float(), out.float() @ base.dense(), atol=0.3, rtol=0.03)
+    if dtype is torch.float32:
+        torch.testing.assert_close(x.grad, out @ base.dense(), atol=1e-4, rtol=1e-4)
+
+
+def test_nothing_dense_is_kept_for_the_gradient():
+    base = BaseStream.from_weight(torch.randn(48, 64), 8)
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        base(torch.randn(9, 64, requires_grad=True)).sum()
+    assert {t.data_ptr() for t in saved} <= {base.codes.data_ptr(), base.scales.data_ptr()}
+
+
+def test_the_base_product_is_differentiable_twice():
+    base = BaseStream.from_weight(torch.randn(6, 8, dtype=torch.float64), 8)
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(base, (x,))
+    assert torch.autograd.gradgradcheck(base, (x,))
+
+
+def test_rounded_activations_keep_the_largest_of_each_token():
+    x = torch.randn(5, 64) * torch.tensor([[1e-3], [1.0], [30.0], [0.0], [1e4]])
+    codes, scales = round_activations(x)
+    assert (codes.abs().amax(1) == torch.tensor([127, 127, 127, 0, 127])).all()
+    assert ((codes * scales - x).abs() <= scales * 0.501).all()
+
+
+def test_int8_activations_are_close_and_opt_in():
+    base = BaseStream.from_weight(torch.randn(48, 64, dtype=torch.bfloat16), 8)
+    x = torch.randn(DECODE_TOKENS[8] + 1, 64, dtype=torch.bfloat16)
+    exact = base(x)
+    base.activation_bits = 8
+    rounded = base(x)
+    assert not torch.equal(rounded, exact)
+    assert (rounded - exact).float().norm() < 0.02 * exact.float().norm()
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.3, torch.tensor([[0.0], [0.5], [1.0]])])
+def test_few_tokens_use_the_wide_values(alpha):
+    index, values = torch.tensor([2, 5, 11], dtype=torch.int32), torch.randn(3, 8, dtype=torch.bfloat16)
+    x, y = torch.randn(3, 16, dtype=torch.bfloat16), torch.randn(3, 8, dtype=torch.bfloat16)
+    assert wants_wide(x)
+    narrow = add_columns(y.clone(), x, index, values, alpha)
+    torch.testing.assert_close(add_columns(y.clone(), x, index, values, alpha, values.float()), narrow)
+    doubled = add_columns(y.clone(), x, index, values, alpha, 2 * values.float())
+    assert not torch.equal(doubled, narrow)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(7, 30), (1, 2), (33, 100)])

@@ -18,7 +18,7 @@ from libortho.errors import (
     TargetError,
 )
 from libortho.isolate import IsolateResult, isolate
-from libortho.layer import LayerReport, OrthoLinear
+from libortho.layer import LayerReport, OrthoLinear, quantise_activations
 from libortho.report import layer_report
 from libortho.split import replace_linear_layers, split
 
@@ -48,6 +48,7 @@ __all__ = [
     "isolate",
     "layer_report",
     "load",
+    "quantise_activations",
     "replace_linear_layers",
     "save",
     "set_alpha",

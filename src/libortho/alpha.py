@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import sys
 import threading
 import weakref
@@ -88,8 +89,29 @@ _CONTEXTS: ContextVar[Mapping[Switch, AlphaState]] = ContextVar("libortho_alpha_
 _FORWARD: ContextVar[Mapping[Switch, AlphaState]] = ContextVar("libortho_alpha_forward", default=MappingProxyType({}))
 
 
+# Switches by the number that compiled graphs know them by.
+_SWITCHES: weakref.WeakValueDictionary[int, Switch] = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count()
+
+
+def switch_of(number: int) -> Switch:
+    """The switch that a compiled graph means.
+
+    Raises:
+        AlphaError: if its model is gone.
+    """
+    switch = _SWITCHES.get(number)
+    if switch is None:
+        raise AlphaError("the model that this graph was compiled from is gone; compile the model in use")
+    return switch
+
+
 class Switch:
-    """The alpha of one model. Made by ``split``, ``isolate`` and ``load``; callers use the module's functions."""
+    """The alpha of one model. Made by ``split``, ``isolate`` and ``load``; callers use the module's functions.
+
+    Attributes:
+        number: What compiled graphs know it by; a copy has another.
+    """
 
     def __init__(self) -> None:
         self._persistent: dict[str, float | tuple[float, ...]] = {}
@@ -97,6 +119,8 @@ class Switch:
         self._init_runtime()
 
     def _init_runtime(self) -> None:
+        self.number = next(_NUMBERS)
+        _SWITCHES[self.number] = self
         self._state = AlphaState(dict(self._persistent), self._batch)
         self._lock = threading.Lock()
         self._active = 0

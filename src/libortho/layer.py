@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from libortho.alpha import AlphaState, Switch
-from libortho.errors import AlphaError, ConfigError
+from libortho.errors import ConfigError
+from libortho.ops import library
+from libortho.ops.library import check_batch
 from libortho.streams import BaseStream, OrthoStream
 
 
@@ -104,17 +106,33 @@ class OrthoLinear(nn.Module):
             AlphaError: if a per-sequence alpha meets an input whose first dimension is not that batch.
             AlphaContextError: if this thread cannot know its alpha.
         """
+        if torch.compiler.is_compiling():
+            return self._traced(x)
         state = self.switch.current()
         flat = x.reshape(-1, x.shape[-1])
-        y = self.base(flat)
+        y = self.base.forward(flat)  # not __call__: a nested module would cost as much as the branch saves
         if not state.off:
             for name, stream in self.streams.items():
                 value = state.of(name)
                 if value != 0.0:
                     y = stream(y, flat, value if isinstance(value, float) else _per_token(value, x))
-        if self.bias is not None:
-            y = y + self.bias.to(y.dtype)
-        return y.view(*x.shape[:-1], self.out_features)
+        return self._shaped(y, x)
+
+    def _traced(self, x: Tensor) -> Tensor:
+        """The same through operators, so that one compiled graph serves every alpha."""
+        flat = x.reshape(-1, x.shape[-1])
+        y = self.base.traced(flat)
+        for name, stream in self.streams.items():
+            assert isinstance(stream, OrthoStream)
+            y = stream.traced(y, flat, library.alpha(x.detach(), self.switch.number, name))
+        return self._shaped(y, x)
+
+    def _shaped(self, y: Tensor, x: Tensor) -> Tensor:
+        """``y + bias`` in the shape of the input."""
+        bias = self.bias
+        if isinstance(bias, Tensor):
+            y = y + bias.to(y.dtype)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def dense_weight(self, alpha: float | dict[str, float] = 1.0) -> Tensor:
         """The fp32 weight (out_features, in_features) that the layer applies under ``alpha``."""
@@ -135,11 +153,7 @@ class OrthoLinear(nn.Module):
 
 def _per_token(values: tuple[float, ...], x: Tensor) -> Tensor:
     """One alpha per row of the flattened input, (tokens, 1)."""
-    if x.dim() < 2 or x.shape[0] != len(values):
-        raise AlphaError(
-            f"alpha names {len(values)} sequences, but the layer's input has shape {tuple(x.shape)}; per-sequence "
-            "values need the batch as first dimension"
-        )
+    check_batch(values, x)
     per_sequence = torch.tensor(values, dtype=torch.float32, device=x.device)
     return per_sequence.repeat_interleave(x[0].numel() // x.shape[-1]).unsqueeze(1)
 
@@ -149,4 +163,28 @@ def ortho_layers(model: nn.Module) -> dict[str, OrthoLinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, OrthoLinear)}
 
 
-__all__ = ["AlphaState", "LayerReport", "OrthoLinear", "ortho_layers"]
+def quantise_activations(model: nn.Module, bits: int | None = 8) -> None:
+    """Round the inputs of the INT8 base streams as well (W8A8): faster where there are many tokens, and less exact.
+
+    It takes effect where a base is INT8 with one scale per output channel, beyond the few tokens of a decode step, and
+    where no gradient is wanted. It is a setting of the model in memory; checkpoints do not store it.
+
+    Args:
+        model: A model with split layers.
+        bits: 8, or None to take the inputs as they are.
+
+    Raises:
+        ConfigError: for other bits, or if no layer has such a base.
+    """
+    if bits not in (8, None):
+        raise ConfigError(f"activation bits {bits!r}; expected 8 or None")
+    layers = [m for m in ortho_layers(model).values() if m.base.bits == 8 and m.base.scales.shape[1] == 1]
+    if not layers:
+        raise ConfigError(
+            "no layer has an INT8 base with one scale per output channel; split with bits=8 and group_size=None"
+        )
+    for layer in layers:
+        layer.base.activation_bits = bits
+
+
+__all__ = ["AlphaState", "LayerReport", "OrthoLinear", "ortho_layers", "quantise_activations"]

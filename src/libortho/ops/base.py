@@ -1,65 +1,102 @@
 """``x @ dequantise(codes)^T``: the product with the base stream.
 
-Many tokens: dequantise, then one matrix product in the input's dtype. Few bf16 tokens on a CPU, without autograd:
-torch's INT8/INT4 pack kernels, which read the integers and never build the dense weight. Those kernels fall to a scalar
-loop on fp32 inputs and lose to the matrix product beyond a few tokens, hence both conditions.
+Few bf16 tokens on a CPU: torch's INT8/INT4 pack kernels (:mod:`libortho.ops.cpu`). Otherwise the weight is built and
+one matrix product run in the input's dtype. In bf16, INT8 codes with one scale per output channel need no scaled weight:
+integers below 256 are exact in bf16, and the scale is taken to the few outputs instead of the many weights. (Not so in
+fp16, whose range such sums leave, nor in fp32, where the result equals the stored weight's to the last bit.)
+
+    y[t, n] = scale[n] * sum_k x[t, k] code[n, k]
+
+With ``activation_bits=8`` the inputs are rounded too, with one scale per token (W8A8, opt-in): about half the time of
+bf16 in prefill, at a cost in accuracy that the caller has to measure.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from libortho.ops.cpu import DECODE_TOKENS, Int4Layout, decode, few
 from libortho.ops.reference import dequantise, unpack_int4
 
-DECODE_TOKENS = 4
-"""Largest number of tokens for which the pack kernels are used (measured: they win up to about 4)."""
 
-_INT8_STEP = 32
-"""The INT8 kernel reads whole vectors of inputs; where they do not divide the layer, it would read past its end."""
-
-
-def decodes(x: Tensor) -> bool:
-    """True if ``x`` (tokens, in_features) is what the CPU pack kernels are for."""
-    return (
-        x.dtype is torch.bfloat16
-        and x.device.type == "cpu"
-        and x.shape[0] <= DECODE_TOKENS
-        and not (torch.is_grad_enabled() and x.requires_grad)
-    )
-
-
-def base_linear(x: Tensor, codes: Tensor, scales: Tensor, bits: int, packed: Tensor | None = None) -> Tensor:
-    """Product of the input with the base weights.
+def base_linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bits: int,
+    layout: Int4Layout | None = None,
+    activation_bits: int | None = None,
+) -> Tensor:
+    """Product of the input with the base weights; gradients flow to ``x``, and nothing dense is kept for them.
 
     Args:
         x: (tokens, in_features), floating point.
         codes: INT8 (out_features, in_features), or packed INT4 (out_features, in_features / 2) uint8.
         scales: (out_features, groups).
         bits: 8 or 4.
-        packed: For INT4, the same codes in the layout of torch's CPU kernel, as made by :func:`pack_for_decode`.
+        layout: For INT4, the same codes as made by :func:`libortho.ops.cpu.int4_layout`.
+        activation_bits: 8 rounds the inputs as well, where codes are INT8 with one scale per output channel.
 
     Returns:
         (tokens, out_features) in the dtype of ``x``.
     """
-    if decodes(x):
-        x = x.contiguous()
-        if bits == 8 and scales.shape[1] == 1 and x.shape[1] % _INT8_STEP == 0:
-            return torch._weight_int8pack_mm(x, codes, scales.view(-1).to(x.dtype))
-        if bits == 4 and packed is not None:
-            group = codes.shape[1] * 2 // scales.shape[1]
-            zeros = torch.zeros_like(scales)
-            pairs = torch.stack((scales, zeros), -1).transpose(0, 1).contiguous().to(x.dtype)
-            return torch._weight_int4pack_mm_for_cpu(x, packed, group, pairs)
-    weight = dequantise(codes if bits == 8 else unpack_int4(codes), scales, x.dtype)
-    return F.linear(x, weight)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _BaseProduct.apply(x, codes, scales, bits)
+    if few(x, DECODE_TOKENS[bits]):
+        y = decode(x, codes, scales, bits, layout)
+        if y is not None:
+            return y
+    if activation_bits == 8 and bits == 8 and scales.shape[1] == 1:
+        return _int8_product(x, codes, scales)
+    return _product(x, codes, scales, bits)
 
 
-def pack_for_decode(codes: Tensor, group_size: int) -> Tensor | None:
-    """INT4 bytes in the layout of torch's CPU kernel, or None where that kernel does not take the shape."""
-    rows, columns = codes.shape[0], codes.shape[1] * 2
-    if codes.device.type != "cpu" or group_size not in (32, 64, 128, 256) or rows % 16 or columns % group_size:
-        return None
-    unsigned = (unpack_int4(codes) + 8).to(torch.int32)
-    return torch._convert_weight_to_int4pack_for_cpu(unsigned, 1)
+def round_activations(x: Tensor) -> tuple[Tensor, Tensor]:
+    """INT8 codes (tokens, in_features) and fp32 scales (tokens, 1) of the inputs: the largest of a token is 127."""
+    scales = (x.abs().amax(1, keepdim=True).float() / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    return (x / scales).round_().to(torch.int8), scales
+
+
+def _int8_product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    rounded, token_scales = round_activations(x)
+    return (torch._int_mm(rounded, codes.t()).float().mul_(token_scales)).mul_(scales.view(-1)).to(x.dtype)
+
+
+def _product(x: Tensor, codes: Tensor, scales: Tensor, bits: int) -> Tensor:
+    if _scale_outputs(x.dtype, scales, bits):
+        return F.linear(x, codes.to(x.dtype)).mul_(scales.view(-1))
+    return F.linear(x, _dense(codes, scales, bits, x.dtype))
+
+
+def _scale_outputs(dtype: torch.dtype, scales: Tensor, bits: int) -> bool:
+    return bits == 8 and scales.shape[1] == 1 and dtype is torch.bfloat16
+
+
+def _dense(codes: Tensor, scales: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    return dequantise(codes if bits == 8 else unpack_int4(codes), scales, dtype)
+
+
+class _BaseProduct(torch.autograd.Function):
+    """The product with a gradient for ``x``, for which the weight is built once more instead of being kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, bits: int) -> Tensor:
+        ctx.save_for_backward(codes, scales)
+        ctx.bits, ctx.dtype = bits, x.dtype
+        return _product(x, codes, scales, bits)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        codes, scales = ctx.saved_tensors
+        return base_gradient(grads[0], codes, scales, ctx.bits).to(ctx.dtype), None, None, None
+
+
+def base_gradient(grad: Tensor, codes: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """Gradient of :func:`base_linear` for ``x``, (tokens, in_features), from that of its output."""
+    if _scale_outputs(grad.dtype, scales, bits):
+        return (grad * scales.view(-1).to(grad.dtype)) @ codes.to(grad.dtype)
+    return grad @ _dense(codes, scales, bits, grad.dtype)

@@ -1,7 +1,7 @@
 """What an ortho stream adds to the base product, in place: ``y += alpha * W_ortho x``.
 
 ``alpha`` is a float, or (tokens, 1) for values that differ between sequences; it scales the gathered inputs, which are
-few, and not the outputs.
+few, and not the outputs. For few tokens on a CPU the columns are computed in fp32 (:mod:`libortho.ops.cpu`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from libortho.ops.cpu import WIDE_TOKENS, few
+
 Alpha = float | Tensor
 
 with warnings.catch_warnings():
@@ -20,7 +22,9 @@ with warnings.catch_warnings():
     torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False)
 
 
-def add_columns(y: Tensor, x: Tensor, index: Tensor, values: Tensor, alpha: Alpha) -> Tensor:
+def add_columns(
+    y: Tensor, x: Tensor, index: Tensor, values: Tensor, alpha: Alpha, wide: Tensor | None = None
+) -> Tensor:
     """Whole input columns: ``y += alpha * x[:, index] @ values``.
 
     Args:
@@ -29,11 +33,23 @@ def add_columns(y: Tensor, x: Tensor, index: Tensor, values: Tensor, alpha: Alph
         index: (k,) int, the input columns.
         values: (k, out_features).
         alpha: Float or (tokens, 1).
+        wide: The values in fp32, used where :func:`wants_wide` says so.
     """
-    gathered = x.index_select(1, index).to(y.dtype)  # under autocast, x is wider than y
+    gathered = x.index_select(1, index)
+    if wide is not None and wants_wide(x):
+        gathered = gathered.float()
+        if isinstance(alpha, Tensor):
+            return y.add_(torch.mm(gathered.mul_(alpha), wide))
+        return y.add_(torch.mm(gathered, wide), alpha=alpha)
+    gathered = gathered.to(y.dtype)  # under autocast, x is wider than y
     if isinstance(alpha, Tensor):
         return y.addmm_(gathered * alpha.to(y.dtype), values.to(y.dtype))
     return y.addmm_(gathered, values.to(y.dtype), alpha=alpha)
+
+
+def wants_wide(x: Tensor) -> bool:
+    """True if ``x`` (tokens, in_features) is so few bf16 tokens that fp32 values are faster."""
+    return few(x, WIDE_TOKENS)
 
 
 def add_factors(y: Tensor, x: Tensor, down: Tensor, up: Tensor, alpha: Alpha) -> Tensor:
@@ -73,9 +89,13 @@ class _SparseProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         rows, columns, values = ctx.saved_tensors
-        shape = (ctx.in_features, len(rows) - 1)  # the CSR arrays of S, read by columns, are S^T
-        transposed = torch.sparse_csc_tensor(rows, columns, values, shape, check_invariants=False)
-        return _times(transposed, grads[0]), None, None, None
+        return sparse_gradient(grads[0], rows, columns, values, ctx.in_features), None, None, None
+
+
+def sparse_gradient(grad: Tensor, rows: Tensor, columns: Tensor, values: Tensor, in_features: int) -> Tensor:
+    """Gradient of ``x @ S^T`` for ``x``, (tokens, in_features), in fp32."""
+    shape = (in_features, len(rows) - 1)  # the CSR arrays of S, read by columns, are S^T
+    return _times(torch.sparse_csc_tensor(rows, columns, values, shape, check_invariants=False), grad)
 
 
 def _times(matrix: Tensor, x: Tensor) -> Tensor:

@@ -11,7 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from libortho.errors import ConfigError
-from libortho.ops.base import base_linear, decodes, pack_for_decode
+from libortho.ops import library
+from libortho.ops.base import base_linear
+from libortho.ops.cpu import DECODE_TOKENS, Int4Layout, few, int4_layout
+from libortho.ops.derived import Derived
 from libortho.ops.reference import choose_scales, dequantise, pack_int4, quantise, unpack_int4
 
 
@@ -23,6 +26,7 @@ class BaseStream(nn.Module):
         codes: INT8 (out_features, in_features) or packed INT4 (out_features, in_features / 2) uint8.
         scales: (out_features, groups).
         weight: Only with ``bits=None``: (out_features, in_features).
+        activation_bits: 8 if the inputs are rounded too (:func:`libortho.quantise_activations`), else None.
     """
 
     codes: Tensor
@@ -34,7 +38,8 @@ class BaseStream(nn.Module):
         self.bits = bits
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
-        self._decode_cache: tuple[tuple[int, int], Tensor | None] | None = None
+        self.activation_bits: int | None = None
+        self._layout: Derived[Int4Layout | None] = Derived()
 
     @classmethod
     def from_weight(cls, weight: Tensor, bits: int | None, group_size: int = -1) -> BaseStream:
@@ -90,17 +95,19 @@ class BaseStream(nn.Module):
         """``x @ dense^T`` for x of shape (tokens, in_features)."""
         if self.bits is None:
             return F.linear(x, self.weight.to(x.dtype))
-        packed = self._decode_layout() if self.bits == 4 and decodes(x) else None
-        return base_linear(x, self.codes, self.scales, self.bits, packed)
+        return base_linear(x, self.codes, self.scales, self.bits, self.layout(x), self.activation_bits)
 
-    def _decode_layout(self) -> Tensor | None:
-        """INT4 codes as torch's CPU kernel wants them; made at the first decode, and again if the codes change."""
-        if self.codes.is_inference():  # has no version by which a change could be noticed
-            return None
-        key = (self.codes.data_ptr(), self.codes._version)
-        if self._decode_cache is None or self._decode_cache[0] != key:
-            self._decode_cache = (key, pack_for_decode(self.codes, self.group_size))
-        return self._decode_cache[1]
+    def traced(self, x: Tensor) -> Tensor:
+        """:meth:`forward` for graphs: through the operator."""
+        if self.bits is None:
+            return F.linear(x, self.weight.to(x.dtype))
+        return library.base_linear(x, self.codes, self.scales, self.bits, activation_bits=self.activation_bits)
+
+    def layout(self, x: Tensor) -> Int4Layout | None:
+        """INT4 codes as torch's CPU kernel wants them, where ``x`` is so few tokens that it is used."""
+        if self.bits == 4 and few(x, DECODE_TOKENS[4]):
+            return self._layout.get(int4_layout, self.codes, self.scales)
+        return None
 
     def extra_repr(self) -> str:
         """Width and shape."""

@@ -11,7 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from libortho.ops.ortho import Alpha, add_columns, add_factors, add_sparse
+from libortho.ops import library
+from libortho.ops.derived import Derived
+from libortho.ops.ortho import Alpha, add_columns, add_factors, add_sparse, wants_wide
 
 
 class Columns(nn.Module):
@@ -24,10 +26,16 @@ class Columns(nn.Module):
         super().__init__()
         self.register_buffer("index", index.to(torch.int32))
         self.register_buffer("values", values.contiguous())
+        self._wide: Derived[Tensor] = Derived()
 
     def forward(self, y: Tensor, x: Tensor, alpha: Alpha) -> Tensor:
         """Add the part to ``y`` in place."""
-        return add_columns(y, x, self.index, self.values, alpha)
+        wide = self._wide.get(Tensor.float, self.values) if wants_wide(x) else None
+        return add_columns(y, x, self.index, self.values, alpha, wide)
+
+    def traced(self, y: Tensor, x: Tensor, alpha: Tensor) -> Tensor:
+        """:meth:`forward` through the operator; alpha (sequences,)."""
+        return library.add_columns(y, x, self.index, self.values, alpha)
 
     def add_to(self, weight: Tensor) -> None:
         """Add the part to a dense fp32 weight (out_features, in_features) in place."""
@@ -59,6 +67,10 @@ class Entries(nn.Module):
         """Add the part to ``y`` in place."""
         return add_sparse(y, x, self.rows, self.columns, self.values, alpha)
 
+    def traced(self, y: Tensor, x: Tensor, alpha: Tensor) -> Tensor:
+        """:meth:`forward` through the operator; alpha (sequences,)."""
+        return library.add_entries(y, x, self.rows, self.columns, self.values, alpha)
+
     def add_to(self, weight: Tensor) -> None:
         """Add the part to a dense fp32 weight (out_features, in_features) in place."""
         row_of = torch.repeat_interleave(torch.arange(weight.shape[0], device=weight.device), self.rows.diff().long())
@@ -84,6 +96,10 @@ class Factors(nn.Module):
     def forward(self, y: Tensor, x: Tensor, alpha: Alpha) -> Tensor:
         """Add the part to ``y`` in place."""
         return add_factors(y, x, self.down, self.up, alpha)
+
+    def traced(self, y: Tensor, x: Tensor, alpha: Tensor) -> Tensor:
+        """:meth:`forward` through the operator; alpha (sequences,)."""
+        return library.add_factors(y, x, self.down, self.up, alpha)
 
     def add_to(self, weight: Tensor) -> None:
         """Add the part to a dense fp32 weight (out_features, in_features) in place."""
@@ -119,6 +135,13 @@ class OrthoStream(nn.Module):
             y = self.tail(y, x, alpha)
         if self.support is not None:
             y = self.support(y, x, alpha)
+        return y
+
+    def traced(self, y: Tensor, x: Tensor, alpha: Tensor) -> Tensor:
+        """:meth:`forward` through the operators; alpha (sequences,), read when the graph runs."""
+        for part in (self.tail, self.support):
+            if part is not None:
+                y = part.traced(y, x, alpha)
         return y
 
     def add_to(self, weight: Tensor) -> None:
