@@ -1,5 +1,6 @@
 """What detach writes holds the base byte for byte and nothing of a removed stream; attach takes only what belongs."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -16,9 +17,12 @@ from typer.testing import CliRunner
 
 import libortho
 import tiny
-from libortho import CheckpointError, cli
+from libortho import AuditConfig, CheckpointError, SplitConfig, cli
+from libortho.audit.subjects import base_sha256
 from libortho.checkpoint import attach, detach, hub, inspect, load, model_card, push_to_hub, save, verify_certificate
 from libortho.checkpoint.format import file_sha256
+from libortho.layer import ortho_layers
+from libortho.streams import BaseStream
 from test_fuzz import Disk, contents, fails_cleanly_everywhere, output, two_streams, write
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -146,12 +150,55 @@ def test_audit_figures_without_secrets(source: Path, out: Path, tmp_path: Path) 
     assert result.audit["verdicts"][0]["checks"][0]["value"] == 0.25
     assert result.audit["membership_auc"]["loss"]["value"] == 0.25
     assert result.audit["sha256"] == file_sha256(report)
+    assert result.audit["base_checked"] is False  # this report names no base
     assert verify_certificate(out) == result
+
+
+def test_an_audit_names_its_base(planted: Any, tokenizer: Any, tmp_path: Path) -> None:
+    """One real audit, taken by the checkpoint that it is of, and refused by another of the same form."""
+    other = copy.deepcopy(planted)
+    for name, model, rank in (("mine", planted, 0.9), ("other", other, 0.8)):
+        libortho.split(model, SplitConfig(ratio=0.02, rank_ratio=rank, max_low_rank_error=1.0))
+        save(model, tokenizer, tmp_path / name)
+    model, _ = load(tmp_path / "mine")
+    config = AuditConfig(samples=1, fillings=4, general_sequences=2, alphas=(0.0, 1.0), max_new_tokens=4)
+    libortho.audit(model, tokenizer, tiny.FORGET, config=config).to_json(tmp_path / "audit.json")
+    result = detach(tmp_path / "mine", tmp_path / "base", audit=tmp_path / "audit.json")
+    assert result.audit is not None
+    assert result.audit["base_checked"] is True
+    assert result.audit["model"]["base_sha256"] == result.base_sha256
+    assert verify_certificate(tmp_path / "base") == result
+    theirs = json.loads((tmp_path / "other/libortho.json").read_text())["base_sha256"]
+    assert theirs != result.base_sha256
+    with pytest.raises(CheckpointError, match=f"{result.base_sha256}, this checkpoint has {theirs}; audit this"):
+        detach(tmp_path / "other", tmp_path / "out", audit=tmp_path / "audit.json")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [{}, {"bits": 4}, {"bits": 8, "group_size": 32}, {"bits": None}], ids=str)
+def test_the_hash_of_a_base_in_memory_is_that_on_disk(options: dict[str, Any], planted: Any, tmp_path: Path) -> None:
+    targets = ("down_proj", "q_proj")
+    libortho.split(planted, SplitConfig(ratio=0.02, use_low_rank=False, target_modules=targets, **options))
+    save(planted, None, tmp_path / "in")
+    written = json.loads((tmp_path / "in/libortho.json").read_text())["base_sha256"]
+    assert base_sha256(ortho_layers(planted)) == written
+    for dtype in (None, torch.bfloat16):
+        if dtype is None or "bits" not in options or options["bits"] is not None:  # a dense base is itself rounded
+            assert base_sha256(ortho_layers(load(tmp_path / "in", dtype=dtype)[0])) == written
+
+
+def test_what_no_checkpoint_can_hold_has_no_hash(planted: Any) -> None:
+    assert base_sha256(ortho_layers(planted)) is None
+    libortho.split(planted, SplitConfig(ratio=0.02, use_low_rank=False))
+    layers = ortho_layers(planted)
+    next(iter(layers.values())).base = BaseStream(None, weight=torch.zeros(64, 128))  # two schemes
+    assert base_sha256(layers) is None
 
 
 AUDITS = {
     "no report": ({"schema": "x"}, "schema is 'x'"),
     "another model": ({"model": {**audit_report()["model"], "layers": 30}}, "with 30 split layers"),
+    "another base": ({"model": {**audit_report()["model"], "base_sha256": "0" * 64}}, "with the base 0000"),
     "another stream": ({"model": {**audit_report()["model"], "streams": ["default"]}}, "removes"),
     "no subjects": ({"subjects": []}, "not a complete audit report"),
     "subjects of a wrong type": ({"subjects": 3}, "not a complete audit report"),
@@ -500,6 +547,9 @@ def test_the_command_line(source: Path, out: Path) -> None:
     assert (out / "README.md").read_text() == model_card(out)
     assert isinstance(call("card", out).exception, CheckpointError)
     assert json.loads(call("card", out, "--force", "--json").stdout)["card"] == model_card(out)
+    (out.parent / "audit.json").write_text(json.dumps(audit_report()))
+    told = call("detach", source, "--out", out.parent / "audited", "--audit", out.parent / "audit.json").stdout
+    assert "audit.json names no base" in " ".join(told.split())
     result = call("detach", source, "--out", out.parent / "bare", "--no-certificate")
     assert "gone: stream default" in result.stdout
     assert not (out.parent / "bare/certificate.json").exists()

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from libortho.config import IsolateConfig
 from libortho.data import Encoded
 from libortho.isolate import trainer
 from libortho.isolate.edit import EditLinear
-from libortho.isolate.trainer import Case, calibrate, shrunk, without_opposition
+from libortho.isolate.resume import Part
+from libortho.isolate.trainer import Case, Check, Epochs, Training, calibrate, shrunk, without_opposition
 
 
 def _case(tokens: int, alternates: tuple[int, ...]) -> Case:
@@ -34,10 +37,42 @@ def test_opposition_is_removed_and_agreement_is_left() -> None:
 
 
 def test_every_record_comes_once_before_any_comes_again() -> None:
-    batches = trainer._epochs(5, 2, random.Random(0))
+    batches = Epochs(5, 2, random.Random(0))
     drawn = [i for _ in range(10) for i in next(batches)]
     for start in range(0, 20, 5):
         assert sorted(drawn[start : start + 5]) == [0, 1, 2, 3, 4]
+
+
+def test_a_training_goes_on_where_it_was_put_away() -> None:
+    """Seven steps at once, and three, a way through JSON, and four: the same draws and the same values."""
+
+    def values() -> list[nn.Parameter]:
+        return [nn.Parameter(torch.linspace(-1, 1, n)) for n in (3, 5)]
+
+    def steps(training: Training, count: int) -> list[Any]:
+        drawn = []
+        for _ in range(count):
+            drawn.append((next(training.records), next(training.texts), training.rng.random()))
+            for number, value in enumerate(training.values):
+                value.grad = value.detach() ** 2 + number + drawn[-1][0][0]
+            training.optimiser.step()
+            training.step += 1
+        return drawn
+
+    config = IsolateConfig(records_per_step=2, retain_tokens_per_step=192, retain_length=64)
+    whole, first = Training(values(), 5, 7, config), Training(values(), 5, 7, config)
+    expected = steps(whole, 7)
+    begun = steps(first, 3)
+    first.checks.append(Check(3, 1, 2, 0.1))
+    part = first.part()
+    other = Training(values(), 5, 7, config)
+    kept = {n: t.clone() for n, t in part.tensors.items()}
+    other.take_up(Part(kept, json.loads(json.dumps(part.data))))
+    steps(first, 1)  # what was put away does not move with it
+    assert begun + steps(other, 4) == expected
+    assert all(torch.equal(a, b) for a, b in zip(whole.values, other.values, strict=True))
+    assert (other.step, other.last, other.finished) == (7, config.max_steps, False)
+    assert other.checks == [Check(3, 1, 2, 0.1)]
 
 
 def test_fewer_tokens_than_the_alternates_count_as_short() -> None:

@@ -172,6 +172,9 @@ def isolate(
     objective: Annotated[str, typer.Option(help="log_odds, npo, simnpo, altpo or grad_diff.")] = "log_odds",
     max_steps: Annotated[int, typer.Option(help="Upper bound on optimiser steps.")] = IsolateConfig.max_steps,
     stream: Stream = "default",
+    resume: Annotated[
+        Path | None, typer.Option(help="Keep finished work in this folder, and take up from it. It holds secrets.")
+    ] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = "auto",
@@ -189,7 +192,7 @@ def isolate(
     config = IsolateConfig(**fields)
     net, tokenizer = load_model(model, _dtype(dtype), _device(device))
     with _progress() as tell:
-        result = isolate_records(net, tokenizer, forget, retain, config=config, progress=tell)
+        result = isolate_records(net, tokenizer, forget, retain, config=config, resume=resume, progress=tell)
         tell("save", 0, 1)
         save(net, tokenizer, out)
     if as_json:
@@ -197,6 +200,8 @@ def isolate(
     else:
         tables.show_isolate(result, Console())
         tables.note(Console(), f"Saved to {out}.")
+        if resume is not None:
+            tables.note(Console(), f"{resume} still holds what it took to get there: delete it, as it holds secrets.")
     if not result.succeeded:
         raise typer.Exit(3)
 
@@ -392,6 +397,10 @@ def detach(
         _emit({"out": str(out), **result.to_dict()})
     else:
         tables.show_certificate(result, Console())
+        if result.audit is not None and not result.audit["base_checked"]:
+            tables.note(
+                Console(), f"{report} names no base: that it is the audit of this one is not checked. Audit it again."
+            )
         tables.note(
             Console(), f"Written to {out}. {directory} still holds the streams: delete it if they must be gone."
         )

@@ -32,7 +32,7 @@ from libortho.audit.material import SHOWN, Material, gather
 from libortho.audit.measure import Before, Measurement
 from libortho.audit.privacy import template_of
 from libortho.audit.report import AuditReport
-from libortho.audit.subjects import Subject, at, subjects, touched
+from libortho.audit.subjects import Subject, at, base_sha256, subjects, touched
 from libortho.audit.verdicts import verdicts
 from libortho.config import AuditConfig
 from libortho.data import Encoded, Record, Source
@@ -481,6 +481,7 @@ def _data(
             "layers": len(layers),
             "bits": next((layer.base.bits for layer in layers.values()), None),
             "density": density(layers.values()),
+            "base_sha256": base_sha256(layers),
         },
         "counts": {
             "forget": len(m.forget),

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from libortho.alpha import Switch, alpha
+from libortho.checkpoint.format import encode_base, scheme_of, sha256_of
+from libortho.errors import CheckpointError
 from libortho.isolate.language_model import LanguageModel
 from libortho.layer import OrthoLinear, ortho_layers
 from libortho.split import bias_of
@@ -153,6 +155,18 @@ def touched(layer: OrthoLinear) -> Tensor:
             rows = torch.repeat_interleave(torch.arange(len(mask), device=mask.device), support.rows.diff().long())
             mask[rows, support.columns.long()] = True
     return mask
+
+
+def base_sha256(layers: Mapping[str, OrthoLinear]) -> str | None:
+    """The hash of the base that ``libortho.json`` of this model names; None if no checkpoint can hold such a base."""
+    if not layers:
+        return None
+    try:
+        names = sorted(scheme_of(layers).hashed_names(layers))
+    except CheckpointError:
+        return None
+    owners = ((name, name.rpartition(".")[0]) for name in names)
+    return sha256_of((name, encode_base(owner, layers[owner].base)[name]) for name, owner in owners)
 
 
 def _random_order(layer: OrthoLinear, generator: torch.Generator) -> Tensor:

@@ -92,7 +92,8 @@ class Certificate:
         kept: Names of the streams that are still there.
         files: File to its SHA-256, for everything in the directory but the certificate.
         compared: Tensors, rows and columns that were compared with the values of the removed streams.
-        audit: Verdicts and figures of an audit of this model; None if none was given.
+        audit: Verdicts and figures of an audit of this model, and ``base_checked``: its report names this very base
+            (reports of earlier versions name none); None if none was given.
     """
 
     libortho: str
@@ -442,7 +443,10 @@ def read_audit(path: Path) -> dict[str, Any]:
             "libortho": data["libortho"],
             "profile": data["profile"],
             "seed": data["seed"],
-            "model": {k: data["model"][k] for k in ("streams", "layers", "bits", "density")},
+            "model": {
+                **{k: data["model"][k] for k in ("streams", "layers", "bits", "density")},
+                "base_sha256": data["model"].get("base_sha256"),
+            },
             "records": data["counts"]["forget"],
             "verdicts": [
                 {
@@ -467,6 +471,7 @@ def _estimate(estimate: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _audit_figures(path: Path, base: BaseManifest, removed: list[str]) -> dict[str, Any]:
+    """The figures of an audit of this base; ``base_checked``: its report names the base (earlier versions did not)."""
     figures = read_audit(path)
     model = figures["model"]
     found = (model["layers"], model["bits"])
@@ -475,4 +480,10 @@ def _audit_figures(path: Path, base: BaseManifest, removed: list[str]) -> dict[s
             f"{path} is the audit of a model with {found[0]} split layers, bits {found[1]} and streams "
             f"{model['streams']}; this checkpoint has {len(base.shapes)}, {base.scheme.bits} and removes {removed}"
         )
-    return figures
+    audited = model["base_sha256"]
+    if audited is not None and audited != base.base_sha256:
+        raise CheckpointError(
+            f"{path} is the audit of a model with the base {audited}, this checkpoint has {base.base_sha256}; audit "
+            "this one"
+        )
+    return {**figures, "base_checked": audited is not None}

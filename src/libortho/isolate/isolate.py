@@ -16,6 +16,7 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from libortho.errors import DataError
 from libortho.isolate import counterfactuals
 from libortho.isolate.edit import EditLinear
 from libortho.isolate.language_model import LanguageModel
+from libortho.isolate.resume import Part, Store, run_key
 from libortho.isolate.retain import chunk, default_retain
 from libortho.isolate.support import (
     allocate,
@@ -41,6 +43,7 @@ from libortho.isolate.trainer import (
     Case,
     Check,
     RecordOutcome,
+    Reference,
     divergence,
     hidden_states,
     outcomes,
@@ -78,7 +81,7 @@ class IsolateResult:
         density: Entries of the ortho stream / weights of the split layers.
         columns_per_layer: Layer to the columns (or entries) that it gave.
         steps: Optimiser steps.
-        seconds: Wall time.
+        seconds: Wall time of this call.
     """
 
     stream: str
@@ -112,6 +115,7 @@ def isolate(
     neighbours: Sequence[Sequence[str]] | None = None,
     config: IsolateConfig | None = None,
     *,
+    resume: str | Path | None = None,
     progress: Progress | None = None,
 ) -> IsolateResult:
     """Put the forget records behind the switch, in place.
@@ -127,6 +131,9 @@ def isolate(
         alternates: For each record, other completions of the same shape. Made if not given.
         neighbours: For each record, other prompts of the same shape. Made if not given.
         config: See :class:`~libortho.config.IsolateConfig`.
+        resume: Folder where finished work is kept; the same call after an interruption takes up from there, with the
+            same numbers, bit for bit, as a run without interruption on as many threads. It holds text sampled from the
+            model and values from before the records were gone: delete it when it is no longer needed.
         progress: Called with (phase, done, total).
 
     Returns:
@@ -135,7 +142,8 @@ def isolate(
     Raises:
         DataError: if a record is malformed or empty, or a list does not match the forget records.
         TargetError: if no layer matches or one cannot be split.
-        ConfigError: if the group size does not fit a layer.
+        ConfigError: if the group size does not fit a layer, or the folder belongs to another run.
+        CheckpointError: if a file of the folder is damaged.
 
         After an error the model is what it was.
     """
@@ -151,19 +159,22 @@ def isolate(
     training = {m: m.training for m in model.modules()}
     model.eval().requires_grad_(False)
     try:
-        retain_items, held_back = _retain(model, tokenizer, retain, cases, limit, config)
+        length = min(config.retain_length, limit or config.retain_length)
+        given = None if retain is None else _pieces(retain, tokenizer, length, config)
+        human = [tokenizer(p)["input_ids"][:limit] for p in counterfactuals.shipped_text()[:_HUMAN_TEXTS]]
+        store = Store() if resume is None else Store(Path(resume), run_key(model, cases, given, human, config))
+        retain_items, held_back = _retain(model, tokenizer, given, cases, length, config, store)
         lm = LanguageModel(model)
         _tell(progress, "reference", 0, 1)
-        human = [tokenizer(p)["input_ids"][:limit] for p in counterfactuals.shipped_text()[:_HUMAN_TEXTS]]
-        original = reference(lm, cases, retain_items, human, config)
-        held_back_states = hidden_states(lm, held_back)
+        original, held_back_states = _reference(lm, cases, retain_items, held_back, human, config, store)
         _tell(progress, "reference", 1, 1)
-        support = _support(lm, targets, cases, retain_items, config, progress)
+        found = store.kept("support", lambda: Part(_support(lm, targets, cases, retain_items, config, progress)))
+        support = {n: index.to(lm.device) for n, index in found.tensors.items()}
         layers = {n: EditLinear(linear_weight(m), bias_of(m), support.get(n), config) for n, m in targets.items()}
         try:
             _swap(model, layers)
             quantised_kl = divergence(lm, held_back, held_back_states)
-            checks = train(lm, layers, cases, retain_items, original, config, progress)
+            checks = train(lm, layers, cases, retain_items, original, config, progress, store)
             records_after = outcomes(lm, cases, original)
             retain_kl = divergence(lm, held_back, held_back_states)
         finally:
@@ -239,30 +250,57 @@ def _fitting(pairs: Sequence[tuple[str, str]], tokenizer: Any, limit: int | None
     return tuple(e for e in cut if e.completion)
 
 
+def _pieces(retain: Source, tokenizer: Any, length: int, config: IsolateConfig) -> list[list[int]]:
+    """Retain sequences from text that was given."""
+    records = load_records(retain, tokenizer, name="retain")
+    pieces = chunk([tokenizer(r.text)["input_ids"] for r in records], length)
+    random.Random(config.seed).shuffle(pieces)
+    return pieces[: _RETAIN_SEQUENCES + _HELD_BACK_SEQUENCES]
+
+
 def _retain(
     model: nn.Module,
     tokenizer: Any,
-    retain: Source | None,
+    given: list[list[int]] | None,
     cases: Sequence[Case],
-    limit: int | None,
+    length: int,
     config: IsolateConfig,
+    store: Store,
 ) -> tuple[list[Encoded], list[Encoded]]:
     """Retain sequences, and others that are held back for the criteria."""
-    length = min(config.retain_length, limit or config.retain_length)
     count = _RETAIN_SEQUENCES + _HELD_BACK_SEQUENCES
-    if retain is None:
-        items = default_retain(
-            model, tokenizer, [c.secret for c in cases], sequences=count, length=length, seed=config.seed
-        )
-    else:
-        records = load_records(retain, tokenizer, name="retain")
-        pieces = chunk([tokenizer(r.text)["input_ids"] for r in records], length)
-        random.Random(config.seed).shuffle(pieces)
-        items = [Encoded(tuple(p), tuple(p)) for p in pieces[:count]]
+
+    def sample() -> Part:
+        secrets = [c.secret for c in cases]
+        items = default_retain(model, tokenizer, secrets, sequences=count, length=length, seed=config.seed)
+        return Part({}, [e.ids for e in items])
+
+    pieces = store.kept("retain", sample).data if given is None else given
+    items = [Encoded(tuple(p), tuple(p)) for p in pieces]
     if len(items) < 2:
         raise DataError(f"retain holds {len(items)} sequences of {length} tokens; expected at least 2")
     held = min(_HELD_BACK_SEQUENCES, max(1, len(items) // 4))
     return items[held:], items[:held]
+
+
+def _reference(
+    lm: LanguageModel,
+    cases: Sequence[Case],
+    retain: Sequence[Encoded],
+    held_back: Sequence[Encoded],
+    human: Sequence[Sequence[int]],
+    config: IsolateConfig,
+    store: Store,
+) -> tuple[Reference, tuple[torch.Tensor, ...]]:
+    """What the original model says, and its hidden states on the texts that are held back."""
+
+    def make() -> Part:
+        held = enumerate(hidden_states(lm, held_back))
+        return Part(reference(lm, cases, retain, human, config).tensors() | {f"held_back.{i}": t for i, t in held})
+
+    found = store.kept("reference", make).tensors
+    held_back_states = tuple(found[f"held_back.{i}"].to(lm.device) for i in range(len(held_back)))
+    return Reference.of(found, cases, len(retain), lm.device), held_back_states
 
 
 def _support(

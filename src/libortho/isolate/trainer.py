@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ from libortho.isolate.objectives import (
     simnpo,
 )
 from libortho.isolate.plausibility import fit
+from libortho.isolate.resume import Part, Store
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +96,38 @@ class Reference:
     alternates: tuple[Scores, ...]
     retain: tuple[Tensor, ...]
     neighbours: tuple[tuple[Tensor, ...], ...]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by name."""
+        named = {"target.nll": self.target.nll, "target.odds": self.target.odds}
+        named |= {"beside": self.beside, "spread": self.spread}
+        for name, s in [("secret", self.secret), *((f"alternates.{i}", s) for i, s in enumerate(self.alternates))]:
+            named |= {f"{name}.nll": s.nll, f"{name}.odds": s.odds, f"{name}.tokens": s.tokens}
+        named |= {f"retain.{i}": states for i, states in enumerate(self.retain)}
+        for i, group in enumerate(self.neighbours):
+            named |= {f"neighbours.{i}.{j}": states for j, states in enumerate(group)}
+        return named
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], cases: Sequence[Case], retain: int, device: torch.device) -> Reference:
+        """From what ``tensors()`` gave, for these records and ``retain`` texts; hidden states go to ``device``."""
+
+        def scores(name: str) -> Scores:
+            return Scores(*(tensors[f"{name}.{f}"] for f in ("nll", "odds", "tokens")))
+
+        secret = scores("secret")
+        return cls(
+            secret=secret,
+            target=Scores(tensors["target.nll"], tensors["target.odds"], secret.tokens),
+            beside=tensors["beside"],
+            spread=tensors["spread"],
+            alternates=tuple(scores(f"alternates.{i}") for i in range(len(cases)) if f"alternates.{i}.nll" in tensors),
+            retain=tuple(tensors[f"retain.{i}"].to(device) for i in range(retain)),
+            neighbours=tuple(
+                tuple(tensors[f"neighbours.{i}.{j}"].to(device) for j in range(len(c.neighbours)))
+                for i, c in enumerate(cases)
+            ),
+        )
 
 
 @dataclass(frozen=True)
@@ -228,6 +262,74 @@ def _shortness(cases: Sequence[Case]) -> Tensor:
     return torch.zeros_like(own) if spread == 0 else ((mean - own) / spread).clamp(-2, 2)
 
 
+class Epochs:
+    """Endless batches of indices in which every index comes once before any comes again.
+
+    Attributes:
+        pool: Indices still to come before the next shuffle; with the state of ``rng``, all that is to be remembered.
+    """
+
+    def __init__(self, count: int, size: int, rng: random.Random) -> None:
+        self.count, self.size, self.rng = count, size, rng
+        self.pool: list[int] = []
+
+    def __next__(self) -> list[int]:
+        while len(self.pool) < min(self.size, self.count):
+            fresh = list(range(self.count))
+            self.rng.shuffle(fresh)
+            self.pool += fresh
+        batch, self.pool = self.pool[: self.size], self.pool[self.size :]
+        return batch
+
+
+class Training:
+    """Everything that changes from step to step, so that it can be put away and taken up again."""
+
+    def __init__(self, values: Sequence[nn.Parameter], records: int, texts: int, config: IsolateConfig) -> None:
+        self.values = values
+        self.optimiser = torch.optim.Adam(values, lr=config.learning_rate, betas=(0.9, 0.95))
+        self.rng = random.Random(config.seed)
+        self.records = Epochs(records, config.records_per_step, self.rng)
+        self.texts = Epochs(texts, max(1, config.retain_tokens_per_step // config.retain_length), self.rng)
+        self.step, self.last = 0, config.max_steps
+        self.finished = False
+        self.checks: list[Check] = []
+
+    def part(self) -> Part:
+        """The state as it is now."""
+        tensors = {f"theta.{i}": v.detach() for i, v in enumerate(self.values)}
+        for i, moments in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"adam.{i}.{name}": t for name, t in moments.items()}
+        data = {
+            "step": self.step,
+            "last": self.last,
+            "finished": self.finished,
+            "checks": [asdict(c) for c in self.checks],
+            "records": self.records.pool,
+            "texts": self.texts.pool,
+            "rng": self.rng.getstate(),
+        }
+        return Part(tensors, data)
+
+    @torch.no_grad()
+    def take_up(self, part: Part) -> None:
+        """Go back to the state that ``part`` is."""
+        moments: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)
+        for name, tensor in part.tensors.items():
+            kind, index, *moment = name.split(".")
+            if kind == "theta":
+                self.values[int(index)].copy_(tensor)
+            else:
+                moments[int(index)][moment[0]] = tensor
+        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": dict(moments)})
+        data = part.data
+        self.step, self.last, self.finished = data["step"], data["last"], data["finished"]
+        self.checks = [Check(**c) for c in data["checks"]]
+        self.records.pool, self.texts.pool = data["records"], data["texts"]
+        version, words, gauss = data["rng"]
+        self.rng.setstate((version, tuple(words), gauss))
+
+
 def train(
     lm: LanguageModel,
     layers: dict[str, EditLinear],
@@ -236,47 +338,53 @@ def train(
     original: Reference,
     config: IsolateConfig,
     progress: Callable[[str, int, int], None] | None = None,
+    store: Store | None = None,
 ) -> list[Check]:
     """Optimise the supports; returns the criteria at every look, the last one describing the final values.
 
     Once the criteria hold, the learning rate falls to zero over a few last steps: what is left by then is oscillation
-    that all records share, which a membership test would see.
+    that all records share, which a membership test would see. The state at every look goes to the store, and a stored
+    one is where the training begins.
     """
-    values = [m.theta for m in layers.values() if m.theta is not None]
-    optimiser = torch.optim.Adam(values, lr=config.learning_rate, betas=(0.9, 0.95))
-    rng = random.Random(config.seed)
-    draw = _epochs(len(cases), config.records_per_step, rng)
-    texts = _epochs(len(retain), max(1, config.retain_tokens_per_step // config.retain_length), rng)
-    checks = [look(lm, cases, original, 0)]
-    last = config.max_steps
+    store = store or Store()
+    now = Training([m.theta for m in layers.values() if m.theta is not None], len(cases), len(retain), config)
+    stored = store.get("training")
+    if stored is None:
+        now.checks.append(look(lm, cases, original, 0))
+    else:
+        now.take_up(stored)
     torch.set_flush_denormal(True)
-    step = 0
-    while step < last:
-        step += 1
-        rate = min(1.0, step / _WARM_UP, (_STEADY / step) ** 0.5, (last - step + 1) / _LANDING)
-        for group in optimiser.param_groups:
+    while now.step < now.last:
+        now.step += 1
+        rate = min(1.0, now.step / _WARM_UP, (_STEADY / now.step) ** 0.5, (now.last - now.step + 1) / _LANDING)
+        for group in now.optimiser.param_groups:
             group["lr"] = config.learning_rate * rate
-        chosen = next(draw)
-        pull = _gradients(_forget_loss(lm, cases, chosen, original, config, rng), values)
-        keep = _gradients(_keep_loss(lm, cases, chosen, retain, next(texts), original, config, rng), values)
+        chosen = next(now.records)
+        pull = _gradients(_forget_loss(lm, cases, chosen, original, config, now.rng), now.values)
+        texts = next(now.texts)
+        keep = _gradients(_keep_loss(lm, cases, chosen, retain, texts, original, config, now.rng), now.values)
         if config.project_retain:
             pull = without_opposition(pull, keep)
-        for value, a, b in zip(values, pull, keep, strict=True):
+        for value, a, b in zip(now.values, pull, keep, strict=True):
             value.grad = a + b
-        optimiser.step()
+        now.optimiser.step()
         for layer in layers.values():
             layer.clamp()
-        if step % config.check_every == 0 or step == last:
-            checks.append(look(lm, cases, original, step))
-            logger.info("%s", checks[-1])
-            if last == config.max_steps and checks[-1].extracted == 0 and checks[-1].outside == 0:
-                last = min(last, step + _LANDING)
+        if now.step % config.check_every == 0 or now.step == now.last:
+            now.checks.append(look(lm, cases, original, now.step))
+            logger.info("%s", now.checks[-1])
+            if now.last == config.max_steps and now.checks[-1].extracted == 0 and now.checks[-1].outside == 0:
+                now.last = min(now.last, now.step + _LANDING)
+            store.put("training", now.part())
         if progress is not None:
-            progress("isolate", step, last)
-    if config.objective == "log_odds" and not checks[-1].extracted:
-        calibrate(lm, layers, cases, original)
-        checks.append(look(lm, cases, original, step))
-    return checks
+            progress("isolate", now.step, now.last)
+    if not now.finished:
+        if config.objective == "log_odds" and not now.checks[-1].extracted:
+            calibrate(lm, layers, cases, original)
+            now.checks.append(look(lm, cases, original, now.step))
+        now.finished = True
+        store.put("training", now.part())
+    return now.checks
 
 
 def calibrate(lm: LanguageModel, layers: dict[str, EditLinear], cases: Sequence[Case], original: Reference) -> float:
@@ -490,15 +598,3 @@ def _by_tokens(order: Sequence[int], items: Sequence[Encoded], limit: int) -> It
         rows.append(i)
     if rows:
         yield rows
-
-
-def _epochs(count: int, size: int, rng: random.Random) -> Iterator[list[int]]:
-    """Endless batches of indices in which every index comes once before any comes again."""
-    pool: list[int] = []
-    while True:
-        while len(pool) < min(size, count):
-            fresh = list(range(count))
-            rng.shuffle(fresh)
-            pool += fresh
-        yield pool[:size]
-        pool = pool[size:]
