@@ -29,6 +29,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -59,15 +60,30 @@ class AlphaState:
     values: Mapping[str, float | tuple[float, ...]]
     batch: int | None = None
 
-    @property
+    @cached_property
     def off(self) -> bool:
         """True if no stream takes part, so that a layer may stop after its base stream."""
-        return all(map(_is_off, self.values.values()))
+        return not self._on
+
+    @cached_property
+    def _on(self) -> dict[str, float | tuple[float, ...]]:
+        return {n: v for n, v in self.values.items() if not _is_off(v)}
+
+    @cached_property
+    def _tensors(self) -> dict[tuple[str, int, torch.device], torch.Tensor]:
+        return {}
 
     def of(self, stream: str) -> float | tuple[float, ...]:
         """Alpha of one stream, 0.0 if it is off for all sequences; so is a stream unknown to this state."""
-        value = self.values.get(stream, 0.0)
-        return 0.0 if _is_off(value) else value
+        return self._on.get(stream, 0.0)
+
+    def per_token(self, stream: str, tokens: int, device: torch.device) -> torch.Tensor:
+        """Per-sequence alpha of one stream, repeated over the ``tokens`` of each sequence, (batch * tokens, 1) fp32."""
+        key = (stream, tokens, device)
+        if key not in self._tensors:
+            values = torch.tensor(self.of(stream), dtype=torch.float32, device=device)
+            self._tensors[key] = values.repeat_interleave(tokens).unsqueeze(1)
+        return self._tensors[key]
 
     def expanded(self, factor: int) -> AlphaState:
         """The state for a batch whose sequences were each repeated ``factor`` times in a row (beams, samples)."""

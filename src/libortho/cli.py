@@ -226,6 +226,9 @@ def audit(
     out: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the report as one HTML page.")] = None,
     reveal: Annotated[bool, typer.Option("--reveal", help="Do not mask the secrets in the report.")] = False,
+    resume: Annotated[
+        Path | None, typer.Option(help="Keep finished parts in this folder, and take up from it. It holds secrets.")
+    ] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = "auto",
@@ -248,7 +251,7 @@ def audit(
     with _progress() as tell:
         report = audit_model(
             net, tokenizer, forget, retain, holdout, **beside, associations=associations, general=general,
-            tasks=task or (), name=Path(model).name, config=config, progress=tell,
+            tasks=task or (), name=Path(model).name, config=config, resume=resume, progress=tell,
         )  # fmt: skip
     if out is not None:
         report.to_json(out)

@@ -110,12 +110,15 @@ class OrthoLinear(nn.Module):
             return self._traced(x)
         state = self.switch.current()
         flat = x.reshape(-1, x.shape[-1])
-        y = self.base.forward(flat)  # not __call__: a nested module would cost as much as the branch saves
+        y = self.base.forward(flat)  # not __call__, here and below: nested modules would cost what the branch saves
         if not state.off:
-            for name, stream in self.streams.items():
+            for name, stream in self.streams._modules.items():
                 value = state.of(name)
-                if value != 0.0:
-                    y = stream(y, flat, value if isinstance(value, float) else _per_token(value, x))
+                if isinstance(value, tuple):
+                    check_batch(value, x)
+                    y = stream.forward(y, flat, state.per_token(name, len(flat) // len(value), x.device))
+                elif value != 0.0:
+                    y = stream.forward(y, flat, value)
         return self._shaped(y, x)
 
     def _traced(self, x: Tensor) -> Tensor:
@@ -149,13 +152,6 @@ class OrthoLinear(nn.Module):
     def extra_repr(self) -> str:
         """Shape and streams."""
         return f"in_features={self.in_features}, out_features={self.out_features}, streams={list(self.streams)}"
-
-
-def _per_token(values: tuple[float, ...], x: Tensor) -> Tensor:
-    """One alpha per row of the flattened input, (tokens, 1)."""
-    check_batch(values, x)
-    per_sequence = torch.tensor(values, dtype=torch.float32, device=x.device)
-    return per_sequence.repeat_interleave(x[0].numel() // x.shape[-1]).unsqueeze(1)
 
 
 def ortho_layers(model: nn.Module) -> dict[str, OrthoLinear]:

@@ -18,19 +18,20 @@ class Derived(Generic[T]):
     """
 
     def __init__(self) -> None:
-        self._sources: tuple[weakref.ref[Tensor], ...] = ()
-        self._versions: tuple[int, ...] = ()
+        self._sources: list[tuple[weakref.ref[Tensor], int]] = []
         self._made: T | None = None
 
     def get(self, make: Callable[..., T], *sources: Tensor) -> T | None:
         """``make(*sources)``, or None if a change of the sources could not be noticed (inference tensors)."""
+        for source, (reference, version) in zip(sources, self._sources, strict=False):
+            if reference() is not source or source._version != version:
+                break
+        else:
+            if self._sources:
+                return self._made
         if any(s.is_inference() for s in sources):
             return None
-        known = len(sources) == len(self._sources) and all(map(_same, sources, self._sources))
-        if known and self._versions == tuple([s._version for s in sources]):
-            return self._made
-        self._sources, self._versions = tuple(map(weakref.ref, sources)), tuple([s._version for s in sources])
-        self._made = make(*sources)
+        self._sources, self._made = [(weakref.ref(s), s._version) for s in sources], make(*sources)
         return self._made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Derived[T]:
@@ -38,7 +39,3 @@ class Derived(Generic[T]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Derived, ())
-
-
-def _same(tensor: Tensor, reference: weakref.ref[Tensor]) -> bool:
-    return reference() is tensor

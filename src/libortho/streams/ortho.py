@@ -132,9 +132,9 @@ class OrthoStream(nn.Module):
     def forward(self, y: Tensor, x: Tensor, alpha: Alpha) -> Tensor:
         """``y += alpha * W_ortho x`` in place, for y (tokens, out_features) and x (tokens, in_features)."""
         if self.tail is not None:
-            y = self.tail(y, x, alpha)
+            y = self.tail.forward(y, x, alpha)
         if self.support is not None:
-            y = self.support(y, x, alpha)
+            y = self.support.forward(y, x, alpha)
         return y
 
     def traced(self, y: Tensor, x: Tensor, alpha: Tensor) -> Tensor:
