@@ -246,13 +246,17 @@ def test_load_in_another_dtype_keeps_codes_scales_and_values(
 def test_load_in_a_wider_dtype_is_what_stock_tools_load(
     base: str, tiny_llama: PreTrainedModel, tokens: torch.Tensor, tmp_path: Path
 ) -> None:
-    save(make(in_dtype(tiny_llama, torch.bfloat16), **BASES[base]), None, tmp_path / "out")
+    model = make(in_dtype(tiny_llama, torch.bfloat16), **BASES[base])
+    save(model, None, tmp_path / "out")
     again, _ = load(tmp_path / "out", dtype=torch.float32)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert {p.dtype for p in again.parameters()} == {torch.float32}
     for name, parameter in again.named_parameters():
         assert torch.equal(parameter, stock.get_parameter(name)), name
-    torch.testing.assert_close(base_logits(again, tokens), logits(stock, tokens), rtol=1e-5, atol=1e-5)
+    if base == "dense":
+        assert torch.equal(base_logits(again, tokens), logits(stock, tokens))
+    else:  # the codes and scales stay as stored; stock tools decode them in one dtype or the other
+        assert all(torch.equal(t, buffers(again)[n]) for n, t in buffers(model).items())
 
 
 def test_parameters_are_not_mapped_from_the_file(saved: Path, tokens: torch.Tensor) -> None:
@@ -282,29 +286,25 @@ size = weights.stat().st_size
 os.truncate(weights, 0)  # kills a process that has it mapped and touches it
 with torch.no_grad():
     assert model(torch.arange(1, 9)[None]).logits.isfinite().all()
-assert not any("safetensors" in line for line in open("/proc/self/maps") if ".safetensors" in line)
+assert not any(line.endswith(".safetensors\\n") for line in open("/proc/self/maps"))
 print(peak / size, size)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(("targets", "bits"), [("all-linear", 8), ("mlp-out", None)])
-def test_loading_takes_little_more_memory_than_the_file(
-    targets: str, bits: int | None, saved: Path, tmp_path: Path
-) -> None:
+def test_loading_takes_little_more_memory_than_the_file(saved: Path, tmp_path: Path) -> None:
     config = LlamaConfig(
-        vocab_size=512, hidden_size=512, intermediate_size=2048, num_hidden_layers=4 if bits is None else 10,
-        num_attention_heads=8,
-    )  # fmt: skip
-    options = {"target_modules": targets, "bits": bits, **COLUMNS, "ratio": 0.005}
-    save(make(LlamaForCausalLM(config).eval(), **options), None, tmp_path / "large")
+        vocab_size=4000, hidden_size=1024, intermediate_size=2048, num_hidden_layers=2, num_attention_heads=8
+    )  # half of the file codes, half dense
+    model = make(LlamaForCausalLM(config).eval(), target_modules="all-linear", **{**COLUMNS, "ratio": 0.005})
+    save(model, None, tmp_path / "large")
     command = [sys.executable, "-c", PEAK, str(saved), str(tmp_path / "large")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     growth, size = map(float, done.stdout.split())
     assert size > 4e7
-    assert growth < 1.5  # 1.0 to 1.1; two copies would be 2
+    assert growth < 1.5  # about 1; a second copy, or a mapping beside the first, makes it 2
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_named(saved: Path) -> None:
@@ -324,9 +324,7 @@ def test_tensors_are_read_as_the_library_reads_them(shape: tuple[int, ...], dtyp
     for name, expected in load_file(tmp_path / "model.safetensors").items():
         found = files.get(name)
         assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
-        assert torch.equal(
-            found.view(torch.uint8) if shape else found, expected.view(torch.uint8) if shape else expected
-        )
+        assert torch.equal(found.reshape(-1).view(torch.uint8), expected.reshape(-1).view(torch.uint8))
 
 
 def test_a_dtype_that_the_format_does_not_hold_is_named(tmp_path: Path) -> None:

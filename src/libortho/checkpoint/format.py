@@ -13,12 +13,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
+import sys
+import weakref
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +45,12 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 _FILE_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._ -]*(/[A-Za-z0-9_][A-Za-z0-9._ -]*)*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_STORED = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+"""Names of dtypes in a safetensors header."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +129,7 @@ def encode_base(name: str, base: BaseStream) -> dict[str, Tensor]:
 
 
 def decode_base(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, int], scheme: Scheme) -> BaseStream:
-    """The base of one layer from its tensors.
+    """The base of one layer from its tensors, which it takes over: their memory becomes the base's.
 
     Raises:
         CheckpointError: if a tensor is missing, or has another dtype, shape or a value that cannot be right.
@@ -137,7 +147,7 @@ def decode_base(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, int]
     if not bool((scales > 0).all()):
         raise CheckpointError(f"{name}.weight_scale holds values that are not positive; {AGAIN}")
     codes = packed.view(torch.uint8)[:, : columns * scheme.bits // 8]
-    codes = (codes ^ 0x80).view(torch.int8) if scheme.bits == 8 else codes
+    codes = codes.bitwise_xor_(0x80).view(torch.int8) if scheme.bits == 8 else codes
     return BaseStream(scheme.bits, codes=codes.contiguous(), scales=scales)
 
 
@@ -161,8 +171,21 @@ def expect(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], dty
     return tensor
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where the bytes of a tensor are."""
+
+    file: BinaryIO
+    start: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
 class TensorFiles:
     """The tensors of a model directory by name, in one file or in shards.
+
+    They are read, not mapped: mapped pages count as memory of the process beside the copy that is made of them, and a
+    file that is truncated under a mapping kills the process.
 
     Raises:
         CheckpointError: if a file is missing, truncated, or named outside the directory.
@@ -180,38 +203,67 @@ class TensorFiles:
             if bad:
                 raise CheckpointError(f"{index} names the file {bad[0]!r}; expected a file name in the same directory")
             shards = sorted(set(found.values()))
-        self._handle: dict[str, Any] = {}
-        for shard in shards:
-            handle = _open(directory / shard)
-            self._handle.update(dict.fromkeys(handle.keys(), handle))
-        if found is not None and set(found) != set(self._handle):
-            name = min(set(found) ^ set(self._handle))
-            raise CheckpointError(f"{index} and its shards disagree about the tensor {name}; {AGAIN}")
+        if sys.byteorder != "little":
+            raise CheckpointError("this machine is big-endian; checkpoints are read on little-endian machines only")
+        self._places: dict[str, _Place] = {}
+        with ExitStack() as stack:
+            for shard in shards:
+                self._places.update(_open(directory / shard, stack))
+            if found is not None and set(found) != set(self._places):
+                name = min(set(found) ^ set(self._places))
+                raise CheckpointError(f"{index} and its shards disagree about the tensor {name}; {AGAIN}")
+            weakref.finalize(self, stack.pop_all().close)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._handle
+        return name in self._places
 
     def names(self) -> list[str]:
         """All names, sorted."""
-        return sorted(self._handle)
+        return sorted(self._places)
 
     def get(self, name: str) -> Tensor:
-        """A copy of one tensor, outside the memory-mapped file."""
+        """One tensor, in memory of its own."""
+        place = self._places[name]
+        tensor = torch.empty(place.shape, dtype=place.dtype)
+        content = tensor.reshape(-1).view(torch.uint8).numpy().data
         try:
-            return self._handle[name].get_tensor(name).clone()
-        except (SafetensorError, OSError, ValueError) as error:
+            place.file.seek(place.start)
+            size = place.file.readinto(content)  # type: ignore[attr-defined]
+        except OSError as error:
             raise CheckpointError(f"cannot read the tensor {name}: {error}; {AGAIN}") from error
+        if size != len(content):
+            raise CheckpointError(f"cannot read the tensor {name}: the file ends before it does; {AGAIN}")
+        return tensor
 
     def sha256(self, names: Iterable[str]) -> str:
         """Hash of the named tensors, one in memory at a time."""
         return sha256_of((name, self.get(name)) for name in sorted(names))
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path, stack: ExitStack) -> dict[str, _Place]:
+    """Where the tensors of one file are; ``stack`` closes it.
+
+    The library checks the header: every tensor lies within the file, without gaps, and is as long as its shape says.
+    """
     try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
+        with safe_open(path, framework="pt") as checked:
+            names = set(checked.keys())
+        file = stack.enter_context(path.open("rb"))
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        places = {}
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            place = _Place(file, 8 + length + begin, _STORED[entry["dtype"]], tuple(entry["shape"]))
+            if name not in names or end - begin != math.prod(place.shape) * place.dtype.itemsize:
+                raise ValueError(f"the header changed while it was read, see {name!r:.120}")
+            places[name] = place
+    except KeyError as error:
+        raise CheckpointError(f"{path} holds tensors of a dtype that is not supported: {error}") from error
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}: {error}; expected a complete safetensors file, {AGAIN}") from error
+    return places
 
 
 def sha256_of(tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 
 from libortho.checkpoint.card import model_card
 from libortho.checkpoint.detach import CERTIFICATE, check_base, choose, files_of_stream
@@ -54,10 +55,15 @@ def push_to_hub(
     files = [*base.files, BASE_MANIFEST, CERTIFICATE, CARD, *(f for n in names for f in files_of_stream(root, n, base))]
     api = HfApi(token=token)
     repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    commit = api.upload_folder(
-        repo_id=repo, folder_path=root, allow_patterns=[glob.escape(f) for f in files],
-        ignore_patterns=[] if names else ["ortho/*"], commit_message="LibOrtho checkpoint",
-    )  # fmt: skip
+    try:
+        commit = api.upload_folder(
+            repo_id=repo, folder_path=root, allow_patterns=[glob.escape(f) for f in files],
+            ignore_patterns=[] if names else ["ortho/*"], commit_message="LibOrtho checkpoint",
+        )  # fmt: skip
+    except RuntimeError as error:  # in which the library wraps a refusal of the store of large files
+        if isinstance(error.__cause__, HfHubHTTPError):
+            raise error.__cause__ from error
+        raise
     if not (root / CARD).is_file() and not api.file_exists(repo, CARD):
         card = model_card(root, streams=names)
         commit = api.upload_file(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,16 @@ def load(
     wanted.sort(key=lambda s: (s.position, s.name))
     tensors = _read_tensors(root, base)
     tokenizer = _load_tokenizer(root)
-    parts = {name: decode_base(name, tensors, shape, base.scheme) for name, shape in base.shapes.items()}
+    parts = {}
+    for name, shape in base.shapes.items():
+        stored = {n: tensors.pop(n) for n in base.scheme.tensor_names(name)}
+        parts[name] = decode_base(name, stored, shape, base.scheme)
     rest = {k: v for k, v in tensors.items() if not of_split_layer(k, base.shapes) or k.endswith(".bias")}
+    del tensors
+    if dtype is not None:  # one by one; transformers would hold all of them twice
+        for name, tensor in rest.items():
+            if tensor.is_floating_point() and torch.promote_types(tensor.dtype, dtype) is dtype:  # loses nothing
+                rest[name] = tensor.to(dtype)
     model = _build(root, rest, base.shapes, dtype)
     switch = Switch()
     layers: dict[str, OrthoLinear] = {}
@@ -125,12 +134,11 @@ def _read_tensors(root: Path, base: BaseManifest) -> dict[str, Tensor]:
     if missing:
         raise CheckpointError(f"the tensor {missing[0]} is missing from {root}; {AGAIN}")
     tensors = {name: files.get(name) for name in files.names()}
-    hashed = sorted(base.scheme.hashed_names(base.shapes))
-    for what, names, wanted in (
-        ("split layers", hashed, base.base_sha256),
-        ("other tensors", sorted(set(tensors) - set(ours)), base.rest_sha256),
-    ):
-        found = sha256_of((n, tensors[n]) for n in names)
+    hashed = sorted(base.scheme.hashed_names(base.shapes)), sorted(set(tensors) - set(ours))
+    with ThreadPoolExecutor(len(hashed)) as pool:  # hashlib lets other threads run
+        hashes = list(pool.map(lambda names: sha256_of((n, tensors[n]) for n in names), hashed))
+    expected = ("split layers", base.base_sha256), ("other tensors", base.rest_sha256)
+    for found, (what, wanted) in zip(hashes, expected, strict=True):
         if found != wanted:
             raise CheckpointError(
                 f"the {what} of {root} have the hash {found[:12]}..., {BASE_MANIFEST} and the streams expect "

@@ -32,6 +32,7 @@ from libortho.checkpoint.format import (
     count,
     expect,
     field,
+    file_sha256,
     libraries,
     read_json,
     report_from_json,
@@ -146,7 +147,7 @@ def write_stream(directory: Path, stream: StreamFile, shapes: Mapping[str, tuple
         "needs_libortho": stream.needs_libortho,
         "base_sha256": stream.base_sha256,
         "weights_file": weights.name,
-        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "weights_sha256": file_sha256(weights),
         "method": stream.method,
         "layers": layers,
         "libraries": libraries(),
@@ -297,20 +298,16 @@ def read_stream(directory: Path, name: str, base: BaseManifest) -> StreamFile:
     tensors = _read_weights(folder / manifest.weights_file, manifest.weights_sha256)
     layers: dict[str, OrthoStream] = {}
     ranks: dict[str, int] = {}
-    used: set[str] = set()
     for layer, (columns, entries, rank) in manifest.sizes.items():
         if not columns + entries + rank:
             continue
         ranks[layer] = columns + rank
-        if manifest.needs_libortho:
-            layers[layer] = _decode_entries(layer, tensors, base.shapes[layer], entries, rank)
-            used |= set(_encode_entries(layer, layers[layer]))
-        else:
-            layers[layer] = _decode_lora(layer, tensors, base.shapes[layer], columns, rank)
-            used |= {f"{_PREFIX}{layer}.lora_{m}.weight" for m in "AB"}
-    extra = sorted(set(tensors) - used)
-    if extra:
-        raise CheckpointError(f"{folder / manifest.weights_file} holds the unknown tensor {extra[0]!r:.120}; {AGAIN}")
+        decode = _decode_entries if manifest.needs_libortho else _decode_lora
+        layers[layer] = decode(layer, tensors, base.shapes[layer], entries + columns, rank)
+    if tensors:
+        raise CheckpointError(
+            f"{folder / manifest.weights_file} holds the unknown tensor {min(tensors)!r:.120}; {AGAIN}"
+        )
     if not manifest.needs_libortho and read_json(folder / ADAPTER_CONFIG) != _adapter_config(ranks):
         raise CheckpointError(f"{folder / ADAPTER_CONFIG} does not describe the adapter beside it; {AGAIN}")
     return StreamFile(name, manifest.position, manifest.base_sha256, layers, manifest.reports, manifest.method)
@@ -324,17 +321,26 @@ def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
     if hashlib.sha256(content).hexdigest() != sha256:
         raise CheckpointError(f"{path} does not have the hash that its manifest names; {AGAIN}")
     try:
-        return {name: tensor.clone() for name, tensor in load_bytes(content).items()}
+        return load_bytes(content)  # each tensor has memory of its own
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}: {error}; {AGAIN}") from error
 
 
+def _take(
+    tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...] = _FLOATS
+) -> Tensor:
+    """A checked copy, aligned as torch does it, of a tensor that is not needed any more."""
+    tensor = expect(tensors, name, shape, dtypes).clone()
+    del tensors[name]
+    return tensor
+
+
 def _decode_lora(
-    layer: str, tensors: Mapping[str, Tensor], shape: tuple[int, int], columns: int, rank: int
+    layer: str, tensors: dict[str, Tensor], shape: tuple[int, int], columns: int, rank: int
 ) -> OrthoStream:
     name = f"{_PREFIX}{layer}.lora_"
-    down = expect(tensors, f"{name}A.weight", (columns + rank, shape[1]), _FLOATS)
-    up = expect(tensors, f"{name}B.weight", (shape[0], columns + rank), (down.dtype,))
+    down = _take(tensors, f"{name}A.weight", (columns + rank, shape[1]))
+    up = _take(tensors, f"{name}B.weight", (shape[0], columns + rank), (down.dtype,))
     one_hot = down[:columns]
     if not bool(((one_hot != 0).sum(1) == 1).all()) or not bool((one_hot.sum(1) == 1).all()):
         raise CheckpointError(
@@ -345,13 +351,13 @@ def _decode_lora(
 
 
 def _decode_entries(
-    layer: str, tensors: Mapping[str, Tensor], shape: tuple[int, int], entries: int, rank: int
+    layer: str, tensors: dict[str, Tensor], shape: tuple[int, int], entries: int, rank: int
 ) -> OrthoStream:
     support = tail = None
     if entries:
-        rows = expect(tensors, f"{layer}.rows", (shape[0] + 1,), (torch.int32,)).long()
-        columns = expect(tensors, f"{layer}.columns", (entries,), (torch.int32,)).long()
-        values = expect(tensors, f"{layer}.values", (entries,), _FLOATS)
+        rows = _take(tensors, f"{layer}.rows", (shape[0] + 1,), (torch.int32,)).long()
+        columns = _take(tensors, f"{layer}.columns", (entries,), (torch.int32,)).long()
+        values = _take(tensors, f"{layer}.values", (entries,))
         counts = rows.diff()
         valid = int(rows[0]) == 0 and int(rows[-1]) == entries and bool((counts >= 0).all())
         if not valid or not bool(((columns >= 0) & (columns < shape[1])).all()):
@@ -361,6 +367,6 @@ def _decode_entries(
             raise CheckpointError(f"the entries of {layer} are repeated or out of order; {AGAIN}")
         support = Entries(rows, columns, values)
     if rank:
-        down = expect(tensors, f"{layer}.down", (rank, shape[1]), _FLOATS)
-        tail = Factors(down, expect(tensors, f"{layer}.up", (shape[0], rank), (down.dtype,)))
+        down = _take(tensors, f"{layer}.down", (rank, shape[1]))
+        tail = Factors(down, _take(tensors, f"{layer}.up", (shape[0], rank), (down.dtype,)))
     return OrthoStream(support, tail)
