@@ -27,7 +27,7 @@ class _ColumnProduct(torch.autograd.Function):
         gathered, small = x.index_select(1, index), delta.to(x.dtype)
         ctx.save_for_backward(gathered, small, index)
         ctx.base, ctx.delta_dtype = base, delta.dtype
-        return (x @ base.dense(x.dtype).T).addmm_(gathered, small)
+        return base.forward(x).addmm_(gathered, small)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -35,7 +35,7 @@ class _ColumnProduct(torch.autograd.Function):
         gathered, small, index = ctx.saved_tensors
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ ctx.base.dense(grad.dtype)
+            grad_x = ctx.base.gradient(grad)
             grad_x.index_add_(1, index, grad @ small.T)
         grad_delta = (gathered.T @ grad).to(ctx.delta_dtype) if ctx.needs_input_grad[1] else None
         return grad_x, grad_delta, None, None

@@ -359,17 +359,7 @@ def train(
         rate = min(1.0, now.step / _WARM_UP, (_STEADY / now.step) ** 0.5, (now.last - now.step + 1) / _LANDING)
         for group in now.optimiser.param_groups:
             group["lr"] = config.learning_rate * rate
-        chosen = next(now.records)
-        pull = _gradients(_forget_loss(lm, cases, chosen, original, config, now.rng), now.values)
-        texts = next(now.texts)
-        keep = _gradients(_keep_loss(lm, cases, chosen, retain, texts, original, config, now.rng), now.values)
-        if config.project_retain:
-            pull = without_opposition(pull, keep)
-        for value, a, b in zip(now.values, pull, keep, strict=True):
-            value.grad = a + b
-        now.optimiser.step()
-        for layer in layers.values():
-            layer.clamp()
+        step(lm, layers, cases, retain, original, config, now)
         if now.step % config.check_every == 0 or now.step == now.last:
             now.checks.append(look(lm, cases, original, now.step))
             logger.info("%s", now.checks[-1])
@@ -385,6 +375,29 @@ def train(
         now.finished = True
         store.put("training", now.part())
     return now.checks
+
+
+def step(
+    lm: LanguageModel,
+    layers: dict[str, EditLinear],
+    cases: Sequence[Case],
+    retain: Sequence[Encoded],
+    original: Reference,
+    config: IsolateConfig,
+    now: Training,
+) -> None:
+    """One optimiser step on the next records and the next retain texts."""
+    chosen = next(now.records)
+    pull = _gradients(_forget_loss(lm, cases, chosen, original, config, now.rng), now.values)
+    texts = next(now.texts)
+    keep = _gradients(_keep_loss(lm, cases, chosen, retain, texts, original, config, now.rng), now.values)
+    if config.project_retain:
+        pull = without_opposition(pull, keep)
+    for value, a, b in zip(now.values, pull, keep, strict=True):
+        value.grad = a + b
+    now.optimiser.step()
+    for layer in layers.values():
+        layer.clamp()
 
 
 def calibrate(lm: LanguageModel, layers: dict[str, EditLinear], cases: Sequence[Case], original: Reference) -> float:

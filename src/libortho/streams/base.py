@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from libortho.errors import ConfigError
 from libortho.ops import library
-from libortho.ops.base import base_linear
+from libortho.ops.base import base_gradient, base_linear
 from libortho.ops.cpu import DECODE_TOKENS, Int4Layout, few, int4_layout
 from libortho.ops.derived import Derived
 from libortho.ops.reference import choose_scales, dequantise, pack_int4, quantise, unpack_int4
@@ -96,6 +96,12 @@ class BaseStream(nn.Module):
         if self.bits is None:
             return F.linear(x, self.weight.to(x.dtype))
         return base_linear(x, self.codes, self.scales, self.bits, self.layout(x), self.activation_bits)
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        """``grad @ dense``: the gradient of :meth:`forward` for x, (tokens, in_features)."""
+        if self.bits is None:
+            return grad @ self.weight.to(grad.dtype)
+        return base_gradient(grad, self.codes, self.scales, self.bits)
 
     def traced(self, x: Tensor) -> Tensor:
         """:meth:`forward` for graphs: through the operator."""

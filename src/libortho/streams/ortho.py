@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from libortho.ops import library
+from libortho.ops import library, native
 from libortho.ops.derived import Derived
 from libortho.ops.ortho import Alpha, add_columns, add_factors, add_sparse, wants_wide
 
@@ -30,8 +30,10 @@ class Columns(nn.Module):
 
     def forward(self, y: Tensor, x: Tensor, alpha: Alpha) -> Tensor:
         """Add the part to ``y`` in place."""
-        wide = self._wide.get(Tensor.float, self.values) if wants_wide(x) else None
-        return add_columns(y, x, self.index, self.values, alpha, wide)
+        values, wide = self.values, None
+        if (native.add_columns is None or values.dtype is not torch.bfloat16) and wants_wide(x):
+            wide = self._wide.get(Tensor.float, values)
+        return add_columns(y, x, self.index, values, alpha, wide)
 
     def traced(self, y: Tensor, x: Tensor, alpha: Tensor) -> Tensor:
         """:meth:`forward` through the operator; alpha (sequences,)."""
