@@ -1,6 +1,7 @@
 """What the switch costs: alpha = 0 and 1 beside the same base kernel alone, beside dense bf16, and beside peers.
 
     python benchmarks/speed.py [--sizes 135M 1B] [--rounds 15] [--peers]
+    python benchmarks/speed.py --kernels native        # torch's kernels, or the C++ ones (libortho kernels)
     python benchmarks/speed.py --instructions          # counts them under valgrind, which must be installed
 
 Random Llama of two shapes (576 x 1536 x 30 and 2048 x 5632 x 22), every linear layer split but `lm_head`, which is not
@@ -29,15 +30,16 @@ from _common import save
 from _timing import Call, ratio, rounds, shown
 from libortho import SplitConfig, alpha, quantise_activations, split
 from libortho.layer import ortho_layers
+from libortho.ops import native
 
 SHAPES = {
-    "135M": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-                 num_key_value_heads=3),
-    "1B": dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
-               num_key_value_heads=4),
+    "135M": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+             "num_key_value_heads": 3},
+    "1B": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
+           "num_key_value_heads": 4},
 }  # fmt: skip
 CONTEXT, PREFILL = 32, 128
-COLUMNS = dict(use_low_rank=False, structure="columns", ratio=0.005)
+COLUMNS: dict[str, Any] = {"use_low_rank": False, "structure": "columns", "ratio": 0.005}
 TARGETS = {
     ("135M", "alpha 1", "base alone", "decode"): 1.10,
     ("1B", "alpha 1", "base alone", "decode"): 1.05,
@@ -183,7 +185,9 @@ def measure(shape: str, count: int, with_peers: bool, targets: str) -> dict[str,
             found = ratio(seconds, above, below)
             target = TARGETS.get((shape, above, below, phase)) if targets == "all-linear" else None
             results[f"{phase}: {above} / {below}"] = {**found, "target": target}
-            goal = "" if target is None else f"   target <= {target}: {'met' if found['median'] <= target else 'MISSED'}"
+            goal = (
+                "" if target is None else f"   target <= {target}: {'met' if found['median'] <= target else 'MISSED'}"
+            )
             print(f"  {above:>26} / {below:12} {shown(found)}{goal}")
         results[f"{phase}: milliseconds"] = {n: 1000 * min(s) for n, s in seconds.items()}
 
@@ -206,7 +210,11 @@ def measure(shape: str, count: int, with_peers: bool, targets: str) -> dict[str,
     table("decode", own(decoding), own_pairs)
     table("prefill", own(prefilling), own_pairs)
     mixed = [1.0, 0.0, 0.5, 1.0, 0.0, 0.25, 1.0, 0.75]
-    calls = {"base alone": decoding(plain, 8), "mixed alpha": decoding(ours, 8, mixed), "alpha 1": decoding(ours, 8, 1.0)}
+    calls = {
+        "base alone": decoding(plain, 8),
+        "mixed alpha": decoding(ours, 8, mixed),
+        "alpha 1": decoding(ours, 8, 1.0),
+    }
     table("decode, 8", calls, [("mixed alpha", "base alone"), ("alpha 1", "base alone")])
     if targets != "all-linear":
         return results
@@ -238,39 +246,35 @@ import sys, torch
 sys.path.insert(0, {here!r})
 import speed
 torch.set_num_threads(1)
-which, phase = sys.argv[1:]
-model = speed.splitted(speed.llama("135M", 6), targets="all-linear")
-make = speed.decoding if phase == "decode" else speed.prefilling
-step = make(speed.base_alone(model)) if which == "base" else make(model, under=0.0)
-for _ in range({repeats}):
-    step()
+model = speed.splitted(speed.llama("135M", {layers}), targets="all-linear")
+plain = speed.base_alone(model)
+for make in (speed.decoding, speed.prefilling):
+    steps = [make(plain), make(model, under=0.0)]
+    for step in steps:
+        for _ in range(3):
+            step()
+    for step in steps:
+        torch._C._valgrind_toggle()
+        for _ in range({repeats}):
+            step()
+        torch._C._valgrind_toggle_and_dump_stats()
 """
 
 
-def instructions() -> dict[str, Any]:
-    """Instructions of one step, from the difference between processes that make few and many."""
-    results: dict[str, Any] = {}
-    for phase, low, high in (("decode", 2, 12), ("prefill", 1, 4)):
-        per_step = {}
-        for which in ("base", "alpha0"):
-            counts = [_count(which, phase, n) for n in (low, high)]
-            per_step[which] = (counts[1] - counts[0]) / (high - low)
-        share = per_step["alpha0"] / per_step["base"] - 1
-        results[phase] = {**per_step, "difference": share}
-        print(f"{phase}: {per_step['base'] / 1e6:.2f} M instructions for the base alone, alpha = 0 {share:+.3%}")
-    return results
-
-
-def _count(which: str, phase: str, repeats: int) -> int:
+def instructions(layers: int = 4, repeats: int = 3) -> dict[str, Any]:
+    """Instructions of a step with alpha = 0 and of the base alone, counted by callgrind in one process."""
     with tempfile.TemporaryDirectory() as folder:
-        script = Path(folder) / "counted.py"
-        script.write_text(COUNTED.format(here=str(Path(__file__).parent), repeats=repeats))
-        command = ["valgrind", "--tool=none", "--version"]
-        subprocess.run(command, check=True, capture_output=True)
-        command = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={folder}/out", sys.executable, str(script)]
-        subprocess.run([*command, which, phase], check=True, capture_output=True)
-        lines = (Path(folder) / "out").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(("totals:", "summary:"))).split()[1])
+        script, out = Path(folder) / "counted.py", Path(folder) / "out"
+        script.write_text(COUNTED.format(here=str(Path(__file__).parent), layers=layers, repeats=repeats))
+        command = ["valgrind", "--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={out}"]
+        subprocess.run([*command, sys.executable, str(script)], check=True, capture_output=True)
+        dumps = [out.with_name(f"out.{n}").read_text().splitlines() for n in range(1, 5)]
+    counts = [int(next(x for x in d if x.startswith(("totals:", "summary:"))).split()[1]) / repeats for d in dumps]
+    results: dict[str, Any] = {"layers": layers, "repeats": repeats}
+    for phase, plain, off in (("decode", *counts[:2]), ("prefill", *counts[2:])):
+        results[phase] = {"base alone": plain, "alpha 0": off, "difference": off / plain - 1}
+        print(f"{phase}: {plain / 1e6:.2f} M instructions for the base alone, alpha = 0: {off / plain - 1:+.3%}")
+    return results
 
 
 def main() -> None:
@@ -279,8 +283,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--instructions", action="store_true")
+    parser.add_argument("--kernels", choices=["torch", "native"], help="default: native if they are built")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.kernels == "torch":
+        native.use(None)
+    elif arguments.kernels == "native":
+        native.build()
+    kernels = "torch" if native.kernels() is None else "native"
+    print(f"kernels: {kernels}")
     if arguments.instructions:
         print(f"saved to {save('speed_instructions', instructions()).name}")
         return
@@ -292,7 +303,7 @@ def main() -> None:
     for size in arguments.sizes:
         data[f"{size}, all linear layers"] = measure(size, arguments.rounds, arguments.peers, "all-linear")
         data[f"{size}, down_proj"] = measure(size, arguments.rounds, False, "down_proj")
-    print(f"\nsaved to {save('speed', {'rounds': arguments.rounds, 'results': data}).name}")
+    print(f"\nsaved to {save('speed', {'rounds': arguments.rounds, 'kernels': kernels, 'results': data}).name}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """``x @ dequantise(codes)^T``: the product with the base stream.
 
-Few bf16 tokens on a CPU: torch's INT8/INT4 pack kernels (:mod:`libortho.ops.cpu`). Otherwise the weight is built and
-one matrix product run in the input's dtype. In bf16, INT8 codes with one scale per output channel need no scaled weight:
-integers below 256 are exact in bf16, and the scale is taken to the few outputs instead of the many weights. (Not so in
-fp16, whose range such sums leave, nor in fp32, where the result equals the stored weight's to the last bit.)
+Few bf16 tokens on a CPU: torch's INT8/INT4 pack kernels (:mod:`libortho.ops.cpu`). Few tokens on a GPU: Triton's
+(:mod:`libortho.ops.triton`). Otherwise the weight is built and one matrix product run in the input's dtype. In bf16,
+INT8 codes with one scale per output channel need no scaled weight: integers below 256 are exact in bf16, and the scale
+is taken to the few outputs instead of the many weights. (Not so in fp16, whose range such sums leave, nor in fp32,
+where the result equals the stored weight's to the last bit.)
 
     y[t, n] = scale[n] * sum_k x[t, k] code[n, k]
 
 With ``activation_bits=8`` the inputs are rounded too, with one scale per token (W8A8, opt-in): about half the time of
-bf16 in prefill, at a cost in accuracy that the caller has to measure.
+bf16 in prefill, at a cost in accuracy that the caller has to measure. Shapes that the GPU's product does not take stay
+W8A16.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from libortho.ops import triton
 from libortho.ops.cpu import DECODE_TOKENS, Int4Layout, decode, few
 from libortho.ops.reference import dequantise, unpack_int4
 
@@ -50,8 +53,10 @@ def base_linear(
         y = decode(x, codes, scales, bits, layout)
         if y is not None:
             return y
-    if activation_bits == 8 and bits == 8 and scales.shape[1] == 1:
+    if activation_bits == 8 and bits == 8 and scales.shape[1] == 1 and int8_product_takes(x, codes):
         return _int8_product(x, codes, scales)
+    if x.is_cuda and triton.takes(x, scales):
+        return triton.base_linear(x, codes, scales, bits)
     return _product(x, codes, scales, bits)
 
 
@@ -59,6 +64,11 @@ def round_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     """INT8 codes (tokens, in_features) and fp32 scales (tokens, 1) of the inputs: the largest of a token is 127."""
     scales = (x.abs().amax(1, keepdim=True).float() / 127).clamp_min(torch.finfo(torch.float32).tiny)
     return (x / scales).round_().to(torch.int8), scales
+
+
+def int8_product_takes(x: Tensor, codes: Tensor) -> bool:
+    """True if torch multiplies INT8 matrices of these shapes: on a CPU always, on a GPU by the rules of cuBLAS."""
+    return not x.is_cuda or (x.shape[0] > 16 and codes.shape[0] % 8 == 0 and codes.shape[1] % 8 == 0)
 
 
 def _int8_product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
