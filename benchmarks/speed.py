@@ -5,9 +5,9 @@
     python benchmarks/speed.py --instructions          # counts them under valgrind, which must be installed
 
 Random Llama of two shapes (576 x 1536 x 30 and 2048 x 5632 x 22), every linear layer split but `lm_head`, which is not
-run; 0.5 % columns. One thread, interleaved rounds, medians and quartiles of the per-round ratios. "Decode" is one token
-after 32, a whole pass over weights that no cache holds; "prefill" is 128 tokens. The control is a second copy of the
-base alone. `--peers` needs bitsandbytes, optimum-quanto and torchao.
+run; 0.5 % columns. One thread, interleaved rounds, medians and quartiles of the per-round ratios. "Decode" is eight
+tokens after 32, each a whole pass over weights that no cache holds; "prefill" is 128 tokens. The control is a second
+copy of the base alone. `--peers` needs bitsandbytes, optimum-quanto and torchao.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ SHAPES = {
     "1B": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
            "num_key_value_heads": 4},
 }  # fmt: skip
-CONTEXT, PREFILL = 32, 128
+CONTEXT, TOKENS, PREFILL = 32, 8, 128
 COLUMNS: dict[str, Any] = {"use_low_rank": False, "structure": "columns", "ratio": 0.005}
 TARGETS = {
     ("135M", "alpha 1", "base alone", "decode"): 1.10,
@@ -95,25 +96,24 @@ def base_alone(model: LlamaModel) -> LlamaModel:
 
 
 def decoding(model: nn.Module, batch: int = 1, under: Any = None) -> Call:
-    """One more token after ``CONTEXT``; the cache is cut back after every call."""
-    tokens = torch.randint(0, 1024, (batch, CONTEXT + 1), generator=torch.Generator().manual_seed(1))
+    """``TOKENS`` more, one by one, after ``CONTEXT``; then the cache is cut back."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, 1024, (batch, CONTEXT + TOKENS), generator=generator)
     cache = DynamicCache()
 
     def within(call: Callable[[], Any]) -> None:
-        if under is None:
+        with torch.inference_mode(), nullcontext() if under is None else alpha(model, under):
             call()
-        else:
-            with alpha(model, under):
-                call()
 
-    with torch.inference_mode():
-        within(lambda: model(tokens[:, :-1], past_key_values=cache))
+    def decode() -> None:
+        for i in range(CONTEXT, CONTEXT + TOKENS):
+            model(tokens[:, i : i + 1], past_key_values=cache)
 
     def step() -> None:
-        with torch.inference_mode():
-            within(lambda: model(tokens[:, -1:], past_key_values=cache))
-            cache.crop(-1)
+        within(decode)
+        cache.crop(-TOKENS)
 
+    within(lambda: model(tokens[:, :CONTEXT], past_key_values=cache))
     return step
 
 
@@ -121,12 +121,8 @@ def prefilling(model: nn.Module, under: Any = None) -> Call:
     tokens = torch.randint(0, 1024, (1, PREFILL), generator=torch.Generator().manual_seed(1))
 
     def step() -> None:
-        with torch.inference_mode():
-            if under is None:
-                model(tokens, use_cache=False)
-            else:
-                with alpha(model, under):
-                    model(tokens, use_cache=False)
+        with torch.inference_mode(), nullcontext() if under is None else alpha(model, under):
+            model(tokens, use_cache=False)
 
     return step
 

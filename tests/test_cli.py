@@ -283,7 +283,8 @@ def holdout(tmp_path_factory) -> Path:
 
 def test_audit_of_a_model_that_knows_exits_with_3_and_writes_its_reports(planted_directory, forget, holdout, tmp_path):
     result = call("audit", planted_directory, "--forget", forget, "--holdout", holdout, "--samples", 2,
-                  "--out", tmp_path / "a.json", "--html", tmp_path / "a.html", "--resume", tmp_path / "kept")  # fmt: skip
+                  "--out", tmp_path / "a.json", "--html", tmp_path / "a.html",
+                  "--resume", tmp_path / "kept")  # fmt: skip
     assert result.exit_code == 3, result.output
     assert any((tmp_path / "kept").iterdir())
     assert (tmp_path / "kept").stat().st_mode & 0o077 == 0

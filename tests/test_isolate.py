@@ -84,6 +84,7 @@ def test_alpha_zero_forgets_and_alpha_one_remembers(planted, tokenizer, options)
     assert not any(r.extracted for r in result.records)
     assert extracted(planted, tokenizer, 0.0) == 0
     assert extracted(planted, tokenizer, 1.0) == len(tiny.FORGET)
+    assert (result.recited, result.recited_on) == (len(tiny.FORGET), len(tiny.FORGET))
     assert 0 < result.density <= config.ratio
     for name, layer in ortho_layers(planted).items():
         weight = original.get_submodule(name).weight

@@ -390,7 +390,13 @@ def get_switch(model: nn.Module) -> Switch:
     Raises:
         AlphaError: if no layer of the model is split, or if parts of it were split apart.
     """
-    found = [m.__dict__[_ATTRIBUTE] for m in model.modules() if _ATTRIBUTE in m.__dict__]
+    found: list[Switch] = []
+    waiting = [model]
+    while waiting:  # not modules(), which is ten times slower: this runs once for every request
+        own = waiting.pop().__dict__
+        if _ATTRIBUTE in own and own[_ATTRIBUTE] not in found:
+            found.append(own[_ATTRIBUTE])
+        waiting.extend(m for m in own["_modules"].values() if m is not None)
     if not found:
         raise AlphaError("this model has no ortho stream; call libortho.split, isolate or load first")
     if len(found) > 1:
@@ -398,8 +404,7 @@ def get_switch(model: nn.Module) -> Switch:
             f"this model has more than one switch: {len(found)} parts of it were split apart; set alpha on each part, "
             "or split the whole model at once"
         )
-    switch: Switch = found[0]
-    return switch
+    return found[0]
 
 
 def set_alpha(model: nn.Module, value: AlphaSpec, *, allow_extrapolation: bool = False) -> None:

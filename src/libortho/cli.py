@@ -482,6 +482,26 @@ def decrypt(
 
 
 @app.command()
+def kernels(as_json: Json = False) -> None:
+    """Build the optional C++ kernels for few tokens on a CPU, and say what they use. They need a C++ compiler."""
+    from libortho.ops import native
+
+    path = native.build()
+    module = native.kernels()
+    assert module is not None
+    data = {
+        "path": str(path), "instructions": module.level(), "available": list(module.levels()),
+        "int8_linear": native.int8_linear is not None, "add_columns": native.add_columns is not None,
+    }  # fmt: skip
+    if as_json:
+        _emit(data)
+    else:
+        tables.note(Console(soft_wrap=True), f"{path}: {module.level()}, of {', '.join(module.levels())}")
+        if native.int8_linear is None:
+            tables.note(Console(), "the INT8 product stays torch's: without these instructions it is faster")
+
+
+@app.command()
 def card(
     directory: Checkpoint,
     report: Annotated[Path | None, typer.Option("--audit", help="JSON of libortho audit.")] = None,

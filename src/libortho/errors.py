@@ -30,3 +30,7 @@ class AlphaContextError(LibOrthoError, RuntimeError):
 
 class CheckpointError(LibOrthoError, RuntimeError):
     """A directory on disk is not a complete, consistent split model."""
+
+
+class KernelError(LibOrthoError, RuntimeError):
+    """The optional C++ kernels cannot be built or loaded here."""

@@ -51,6 +51,12 @@ def show_isolate(result: IsolateResult, console: Console) -> None:
         f"at alpha = 0: {extracted} extracted, {inside} of {len(result.records)} inside the 5-95 % band, retain KL "
         f"{result.retain_kl:.4f} nats per token",
     )
+    if result.recited_on < result.recited:
+        note(
+            console,
+            f"at alpha = 1: {result.recited_on} of the {result.recited} records that the model recited; the others "
+            "fell to the rounding of the base (more bits keep them)",
+        )
     for missed in result.missed:
         note(console, f"missed: {missed}")
 

@@ -48,6 +48,7 @@ from libortho.isolate.trainer import (
     hidden_states,
     outcomes,
     reference,
+    score,
     train,
 )
 from libortho.layer import OrthoLinear
@@ -75,6 +76,8 @@ class IsolateResult:
         guarantee: What alpha = 0 means here, in words.
         missed: The criteria that do not hold, in words; empty if all do.
         records: One outcome per forget record.
+        recited: Records whose completion is the greedy continuation under the original model.
+        recited_on: Those of them that it still is at alpha = 1; rounding of the base can lose some (INT4 most).
         checks: The criteria during training.
         retain_kl: Mean KL(original || alpha 0) on held-back retain text, in nats per token.
         quantised_kl: The same of the quantised base before any record was moved: the price of the base alone.
@@ -88,6 +91,8 @@ class IsolateResult:
     guarantee: str
     missed: tuple[str, ...]
     records: tuple[RecordOutcome, ...]
+    recited: int
+    recited_on: int
     checks: tuple[Check, ...]
     retain_kl: float
     quantised_kl: float
@@ -177,6 +182,11 @@ def isolate(
             checks = train(lm, layers, cases, retain_items, original, config, progress, store)
             records_after = outcomes(lm, cases, original)
             retain_kl = divergence(lm, held_back, held_back_states)
+            switch = Switch()
+            switch.add_stream(config.stream)
+            finished = {n: _finish(n, linear_weight(targets[n]), m, config, switch) for n, m in layers.items()}
+            _swap(model, finished)
+            _, recited_on = score(lm, [c.secret for c in cases])
         finally:
             _swap(model, targets)
     finally:
@@ -184,12 +194,10 @@ def isolate(
             module.training = flag
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(required[name])
-    switch = Switch()
-    switch.add_stream(config.stream)
-    finished = {n: _finish(n, linear_weight(targets[n]), m, config, switch) for n, m in layers.items()}
     install(model, finished, switch)
+    recited = (int(original.recited.sum()), int((original.recited & recited_on).sum()))
     result = _result(
-        config, records_after, checks, (quantised_kl, retain_kl), support, finished, time.monotonic() - began
+        config, records_after, recited, checks, (quantised_kl, retain_kl), support, finished, time.monotonic() - began
     )
     figures = {n: getattr(result, n) for n in ("missed", "density", "retain_kl", "quantised_kl", "steps", "guarantee")}
     record_method(model, config.stream, {"verb": "isolate", "records": len(records), **config.to_dict(), **figures})
@@ -352,6 +360,7 @@ def _finish(name: str, weight: torch.Tensor, edited: EditLinear, config: Isolate
 def _result(
     config: IsolateConfig,
     records: tuple[RecordOutcome, ...],
+    recited: tuple[int, int],
     checks: Sequence[Check],
     divergences: tuple[float, float],
     support: Mapping[str, torch.Tensor],
@@ -382,6 +391,8 @@ def _result(
         guarantee="measured: at alpha = 0 the model behaves as if it had not been trained on the records",
         missed=tuple(missed),
         records=records,
+        recited=recited[0],
+        recited_on=recited[1],
         checks=tuple(checks),
         retain_kl=retain_kl,
         quantised_kl=quantised_kl,

@@ -81,6 +81,7 @@ class Reference:
 
     Attributes:
         secret: Scores of the records, (records,).
+        recited: Whether each record's completion is the greedy continuation of its prompt, (records,) bool.
         target: Scores that each record should have had, (records,).
         beside: Mean negative log-likelihood of each record's counterfactuals, in nats per token, (records,).
         spread: Standard deviation around the target's negative log-likelihood, in nats per token, (records,).
@@ -90,6 +91,7 @@ class Reference:
     """
 
     secret: Scores
+    recited: Tensor
     target: Scores
     beside: Tensor
     spread: Tensor
@@ -100,7 +102,7 @@ class Reference:
     def tensors(self) -> dict[str, Tensor]:
         """All of it by name."""
         named = {"target.nll": self.target.nll, "target.odds": self.target.odds}
-        named |= {"beside": self.beside, "spread": self.spread}
+        named |= {"recited": self.recited, "beside": self.beside, "spread": self.spread}
         for name, s in [("secret", self.secret), *((f"alternates.{i}", s) for i, s in enumerate(self.alternates))]:
             named |= {f"{name}.nll": s.nll, f"{name}.odds": s.odds, f"{name}.tokens": s.tokens}
         named |= {f"retain.{i}": states for i, states in enumerate(self.retain)}
@@ -118,6 +120,7 @@ class Reference:
         secret = scores("secret")
         return cls(
             secret=secret,
+            recited=tensors["recited"],
             target=Scores(tensors["target.nll"], tensors["target.odds"], secret.tokens),
             beside=tensors["beside"],
             spread=tensors["spread"],
@@ -208,7 +211,7 @@ def reference(
     config: IsolateConfig,
 ) -> Reference:
     """Everything that the training needs from the original model; ``human`` are texts for the targets of sentences."""
-    secret, _ = score(lm, [c.secret for c in cases])
+    secret, recited = score(lm, [c.secret for c in cases])
     counterfactual = _scores_by_case(lm, [c.neighbours or c.alternates for c in cases])
     beside = torch.stack([s.nll.mean() for s in counterfactual])
     nll, odds = beside.clone(), torch.stack([s.odds.mean() for s in counterfactual])
@@ -229,6 +232,7 @@ def reference(
             spread[i] = model.deviation / secret.tokens[i].sqrt()
     return Reference(
         secret=secret,
+        recited=recited,
         target=Scores(nll, odds, secret.tokens),
         spread=spread,
         beside=beside,

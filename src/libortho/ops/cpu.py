@@ -5,6 +5,8 @@ wins up to about 8 tokens for INT8 and 32 for INT4; beyond, one conversion and o
 to a scalar loop, 20 to 100 times slower, on fp32 inputs, so they get bf16 only. A bf16 matrix product with a single row
 costs 25 to 40 microseconds before it begins, an fp32 one under 10: what a stream adds to few tokens is computed in
 fp32, from a copy of its values.
+
+Where the C++ kernels are built (:mod:`libortho.ops.native`), INT8 up to the same 8 tokens and bf16 columns are theirs.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from libortho.ops import native
 from libortho.ops.reference import unpack_int4
 
 DECODE_TOKENS = {8: 8, 4: 32}
@@ -66,8 +69,11 @@ def int4_layout(codes: Tensor, scales: Tensor) -> Int4Layout | None:
 
 def decode(x: Tensor, codes: Tensor, scales: Tensor, bits: int, layout: Int4Layout | None) -> Tensor | None:
     """The product by a pack kernel, (tokens, out_features) bf16, or None where there is none for this shape."""
-    if bits == 8 and scales.shape[1] == 1 and x.shape[1] % _INT8_STEP == 0:
-        return torch._weight_int8pack_mm(x.contiguous(), codes, scales.view(-1).to(x.dtype))
+    if bits == 8 and scales.shape[1] == 1:
+        if native.int8_linear is not None and (y := native.int8_linear(x, codes, scales)) is not None:
+            return y
+        if x.shape[1] % _INT8_STEP == 0:
+            return torch._weight_int8pack_mm(x.contiguous(), codes, scales.view(-1).to(x.dtype))
     if bits == 4 and layout is not None:
         group = x.shape[1] // scales.shape[1]
         return torch._weight_int4pack_mm_for_cpu(x.contiguous(), layout.packed, group, layout.pairs)

@@ -1,7 +1,8 @@
 """What an ortho stream adds to the base product, in place: ``y += alpha * W_ortho x``.
 
 ``alpha`` is a float, or (tokens, 1) for values that differ between sequences; it scales the gathered inputs, which are
-few, and not the outputs. For few tokens on a CPU the columns are computed in fp32 (:mod:`libortho.ops.cpu`).
+few, and not the outputs. For few tokens the columns are computed in fp32 on a CPU (:mod:`libortho.ops.cpu`), and by one
+kernel on a GPU (:mod:`libortho.ops.triton`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from libortho.ops import native, triton
 from libortho.ops.cpu import WIDE_TOKENS, few
 
 Alpha = float | Tensor
@@ -35,6 +37,10 @@ def add_columns(
         alpha: Float or (tokens, 1).
         wide: The values in fp32, used where :func:`wants_wide` says so.
     """
+    if x.is_cuda and triton.takes(x, y, values):
+        return triton.add_columns(y, x, index, values, alpha)
+    if wide is None and native.add_columns is not None and native.add_columns(y, x, index, values, alpha) is not None:
+        return y
     gathered = x.index_select(1, index)
     if wide is not None and wants_wide(x):
         gathered = gathered.float()

@@ -30,10 +30,13 @@ class Columns(nn.Module):
 
     def forward(self, y: Tensor, x: Tensor, alpha: Alpha) -> Tensor:
         """Add the part to ``y`` in place."""
-        values, wide = self.values, None
+        buffers = self._buffers  # here and below, not by attribute: that search takes longer than the kernel
+        index, values, wide = buffers["index"], buffers["values"], None
+        assert index is not None
+        assert values is not None
         if (native.add_columns is None or values.dtype is not torch.bfloat16) and wants_wide(x):
             wide = self._wide.get(Tensor.float, values)
-        return add_columns(y, x, self.index, values, alpha, wide)
+        return add_columns(y, x, index, values, alpha, wide)
 
     def traced(self, y: Tensor, x: Tensor, alpha: Tensor) -> Tensor:
         """:meth:`forward` through the operator; alpha (sequences,)."""
@@ -133,10 +136,11 @@ class OrthoStream(nn.Module):
 
     def forward(self, y: Tensor, x: Tensor, alpha: Alpha) -> Tensor:
         """``y += alpha * W_ortho x`` in place, for y (tokens, out_features) and x (tokens, in_features)."""
-        if self.tail is not None:
-            y = self.tail.forward(y, x, alpha)
-        if self.support is not None:
-            y = self.support.forward(y, x, alpha)
+        parts = self._modules
+        if (tail := parts.get("tail")) is not None:
+            y = tail.forward(y, x, alpha)
+        if (support := parts.get("support")) is not None:
+            y = support.forward(y, x, alpha)
         return y
 
     def traced(self, y: Tensor, x: Tensor, alpha: Tensor) -> Tensor:
