@@ -277,6 +277,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--targets", nargs="+", default=["all-linear", "down_proj"])
+    parser.add_argument("--name", default="speed", help="of the file with the results")
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--instructions", action="store_true")
     parser.add_argument("--kernels", choices=["torch", "native"], help="default: native if they are built")
@@ -295,11 +297,13 @@ def main() -> None:
         missing = [n for n in ("bitsandbytes", "optimum", "torchao") if importlib.util.find_spec(n) is None]
         if missing:
             raise SystemExit(f"--peers needs bitsandbytes, optimum-quanto and torchao; missing: {', '.join(missing)}")
-    data = {}
-    for size in arguments.sizes:
-        data[f"{size}, all linear layers"] = measure(size, arguments.rounds, arguments.peers, "all-linear")
-        data[f"{size}, down_proj"] = measure(size, arguments.rounds, False, "down_proj")
-    print(f"\nsaved to {save('speed', {'rounds': arguments.rounds, 'kernels': kernels, 'results': data}).name}")
+    data = {
+        f"{size}, {targets}": measure(size, arguments.rounds, arguments.peers and targets == "all-linear", targets)
+        for size in arguments.sizes
+        for targets in arguments.targets
+    }
+    path = save(arguments.name, {"rounds": arguments.rounds, "kernels": kernels, "results": data})
+    print(f"\nsaved to {path.name}")
 
 
 if __name__ == "__main__":

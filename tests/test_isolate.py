@@ -203,6 +203,25 @@ def test_bf16(planted, tokenizer):
 # -- the report -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("make", ["planted", "tiny_gpt2"])
+def test_gradient_checkpointing_runs_layers_twice_and_changes_nothing(request, tokenizer, make):
+    found, calls = [], []
+    for checkpointing in (False, True):
+        model = copy.deepcopy(request.getfixturevalue(make))
+        model.resize_token_embeddings(len(tokenizer))
+        count = [0]
+        layer = next(m for n, m in model.named_modules() if n.endswith("mlp"))
+        layer.register_forward_pre_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
+        config = replace(SHORT, gradient_checkpointing=checkpointing)
+        result = isolate(model, tokenizer, tiny.FORGET, tiny.RETAIN, config=config)
+        found.append([r.after for r in result.records])
+        calls.append(count[0])
+        assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+        assert not any(m.training for m in model.modules())
+    assert found[0] == pytest.approx(found[1], abs=1e-3)  # to the order of sums
+    assert calls[1] > calls[0]
+
+
 def test_a_missed_criterion_is_said(planted, tokenizer):
     config = replace(CONFIG, max_steps=1, learning_rate=1e-6)
     result = isolate(planted, tokenizer, tiny.FORGET, tiny.RETAIN, config=config)

@@ -172,6 +172,9 @@ def isolate(
     objective: Annotated[str, typer.Option(help="log_odds, npo, simnpo, altpo or grad_diff.")] = "log_odds",
     max_steps: Annotated[int, typer.Option(help="Upper bound on optimiser steps.")] = IsolateConfig.max_steps,
     stream: Stream = "default",
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
+    ] = False,
     resume: Annotated[
         Path | None, typer.Option(help="Keep finished work in this folder, and take up from it. It holds secrets.")
     ] = None,
@@ -187,7 +190,8 @@ def isolate(
 
     fields: dict[str, Any] = dict(  # validated by the config itself
         ratio=ratio, bits=_bits(bits), group_size=group_size, structure=structure, objective=objective,
-        max_steps=max_steps, stream=stream, seed=seed, **_targets(target_modules),
+        max_steps=max_steps, stream=stream, seed=seed, gradient_checkpointing=gradient_checkpointing,
+        **_targets(target_modules),
     )  # fmt: skip
     config = IsolateConfig(**fields)
     net, tokenizer = load_model(model, _dtype(dtype), _device(device))

@@ -14,18 +14,22 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from libortho.alpha import Switch
 from libortho.config import DTYPES, IsolateConfig
 from libortho.data import Encoded, Record, Source, collate, encode, load_records
-from libortho.errors import DataError
+from libortho.errors import ConfigError, DataError
 from libortho.isolate import counterfactuals
 from libortho.isolate.edit import EditLinear
 from libortho.isolate.language_model import LanguageModel
@@ -179,7 +183,8 @@ def isolate(
         try:
             _swap(model, layers)
             quantised_kl = divergence(lm, held_back, held_back_states)
-            checks = train(lm, layers, cases, retain_items, original, config, progress, store)
+            with _checkpointing(model) if config.gradient_checkpointing else nullcontext():
+                checks = train(lm, layers, cases, retain_items, original, config, progress, store)
             records_after = outcomes(lm, cases, original)
             retain_kl = divergence(lm, held_back, held_back_states)
             switch = Switch()
@@ -344,6 +349,26 @@ def _support(
         entry_floor = retain_floor(about_retain)
         scores = {n: s / entry_floor[n] for n, s in about_forget.items()}
     return allocate(scores, config.ratio, config.layer_cap, unit_costs(targets, columns=columns))
+
+
+@contextmanager
+def _checkpointing(model: nn.Module) -> Iterator[None]:
+    """Gradient checkpointing of the decoder layers, which transformers ties to their own training flag.
+
+    Raises:
+        ConfigError: if the model has no layers that transformers can checkpoint.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise ConfigError(f"{type(model).__name__} has no layers for gradient checkpointing; leave it off")
+    try:
+        for layer in layers:
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
+            layer.gradient_checkpointing = layer.training = True
+        yield
+    finally:
+        for layer in layers:
+            layer.gradient_checkpointing = layer.training = False
 
 
 def _swap(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
