@@ -244,11 +244,12 @@ import speed
 torch.set_num_threads(1)
 model = speed.splitted(speed.llama("135M", {layers}), targets="all-linear")
 plain = speed.base_alone(model)
+speed.PREFILL = {prefill}
 for make in (speed.decoding, speed.prefilling):
     steps = [make(plain), make(model, under=0.0)]
     for step in steps:
-        for _ in range(3):
-            step()
+        step()
+    print("warm", flush=True)
     for step in steps:
         torch._C._valgrind_toggle()
         for _ in range({repeats}):
@@ -257,16 +258,22 @@ for make in (speed.decoding, speed.prefilling):
 """
 
 
-def instructions(layers: int = 4, repeats: int = 3) -> dict[str, Any]:
-    """Instructions of a step with alpha = 0 and of the base alone, counted by callgrind in one process."""
+def instructions(layers: int = 2, repeats: int = 2, prefill: int = 16) -> dict[str, Any]:
+    """Instructions of a step with alpha = 0 and of the base alone, counted by callgrind in one process.
+
+    Few layers and a short prefill: valgrind hides AVX-512, and bf16 products are slow without it. What the switch costs
+    is a number of instructions for each layer, so that a longer prefill only makes its share smaller.
+    """
     with tempfile.TemporaryDirectory() as folder:
         script, out = Path(folder) / "counted.py", Path(folder) / "out"
-        script.write_text(COUNTED.format(here=str(Path(__file__).parent), layers=layers, repeats=repeats))
+        script.write_text(
+            COUNTED.format(here=str(Path(__file__).parent), layers=layers, repeats=repeats, prefill=prefill)
+        )
         command = ["valgrind", "--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={out}"]
         subprocess.run([*command, sys.executable, str(script)], check=True, capture_output=True)
         dumps = [out.with_name(f"out.{n}").read_text().splitlines() for n in range(1, 5)]
     counts = [int(next(x for x in d if x.startswith(("totals:", "summary:"))).split()[1]) / repeats for d in dumps]
-    results: dict[str, Any] = {"layers": layers, "repeats": repeats}
+    results: dict[str, Any] = {"layers": layers, "repeats": repeats, "prefill_tokens": prefill}
     for phase, plain, off in (("decode", *counts[:2]), ("prefill", *counts[2:])):
         results[phase] = {"base alone": plain, "alpha 0": off, "difference": off / plain - 1}
         print(f"{phase}: {plain / 1e6:.2f} M instructions for the base alone, alpha = 0: {off / plain - 1:+.3%}")
