@@ -258,7 +258,7 @@ for make in (speed.decoding, speed.prefilling):
 """
 
 
-def instructions(layers: int = 2, repeats: int = 2, prefill: int = 16) -> dict[str, Any]:
+def instructions(layers: int = 4, repeats: int = 2, prefill: int = 16) -> dict[str, Any]:
     """Instructions of a step with alpha = 0 and of the base alone, counted by callgrind in one process.
 
     Few layers and a short prefill: valgrind hides AVX-512, and bf16 products are slow without it. What the switch costs
@@ -269,7 +269,7 @@ def instructions(layers: int = 2, repeats: int = 2, prefill: int = 16) -> dict[s
         script.write_text(
             COUNTED.format(here=str(Path(__file__).parent), layers=layers, repeats=repeats, prefill=prefill)
         )
-        command = ["valgrind", "--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={out}"]
+        command = ["valgrind", "--tool=callgrind", "--collect-atstart=no", f"--callgrind-out-file={out}"]
         subprocess.run([*command, sys.executable, str(script)], check=True, capture_output=True)
         dumps = [out.with_name(f"out.{n}").read_text().splitlines() for n in range(1, 5)]
     counts = [int(next(x for x in d if x.startswith(("totals:", "summary:"))).split()[1]) / repeats for d in dumps]

@@ -756,3 +756,21 @@ def test_embeddings_as_input(split_llama, tokens):
 def test_every_split_layer_reads_one_switch(split_llama):
     switches = {id(m.switch) for m in split_llama.modules() if isinstance(m, OrthoLinear)}
     assert switches == {id(get_switch(split_llama))}
+
+
+def test_per_token_values_made_in_inference_mode_serve_a_later_gradient():
+    model = torch.nn.Sequential(torch.nn.Linear(16, 8))
+    libortho.split(model, libortho.SplitConfig(target_modules="0", use_low_rank=False, structure="columns", ratio=0.2))
+    libortho.set_alpha(model, [1.0, 0.5])
+    x = torch.randn(2, 3, 16)
+    with torch.inference_mode():
+        model(x)
+    model(x.requires_grad_()).sum().backward()
+    assert x.grad is not None
+
+
+def test_a_switch_is_found_in_a_tree_with_a_cycle():
+    model = torch.nn.Sequential(torch.nn.Linear(16, 8))
+    model[0].back = model
+    with pytest.raises(libortho.AlphaError, match="no ortho stream"):
+        libortho.set_alpha(model, 0.0)

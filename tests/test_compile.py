@@ -162,3 +162,22 @@ def test_compiled_int4_decodes_from_the_packed_layout_and_follows_a_change():
     second = library.base_linear(x, base.codes, base.scales, 4)
     assert torch.equal(second, base(x))
     assert not torch.equal(first, second)
+
+
+def test_a_compiled_layer_rounds_inputs_only_where_no_gradient_is_wanted():
+    model = split_pair("columns", torch.bfloat16)
+    compiled = torch.compile(model[0], backend="aot_eager", fullgraph=True)
+    x = torch.randn(20, 64, dtype=torch.bfloat16)
+    exact = model[0](x)
+    libortho.quantise_activations(model)
+    assert not torch.equal(compiled(x), exact)
+    torch.testing.assert_close(compiled(x.clone().requires_grad_()).detach(), exact, atol=1e-2, rtol=1e-2)
+    libortho.quantise_activations(model, None)
+    with pytest.raises(libortho.ConfigError, match="expected 8 or None"):
+        libortho.quantise_activations(model, 4)
+
+
+def test_a_graph_of_another_model_is_refused():
+    model = split_pair()
+    with pytest.raises(libortho.AlphaError, match="serve the process that made them"):
+        torch.ops.libortho.alpha(torch.randn(2, 64), get_switch(model).number, "hr")

@@ -207,7 +207,7 @@ def test_bf16(planted, tokenizer):
 def test_gradient_checkpointing_runs_layers_twice_and_changes_nothing(request, tokenizer, make):
     found, calls = [], []
     for checkpointing in (False, True):
-        model = copy.deepcopy(request.getfixturevalue(make))
+        model = copy.deepcopy(request.getfixturevalue(make)).train()  # GPT-2 has dropout, which must stay off
         model.resize_token_embeddings(len(tokenizer))
         count = [0]
         layer = next(m for n, m in model.named_modules() if n.endswith("mlp"))
@@ -216,8 +216,7 @@ def test_gradient_checkpointing_runs_layers_twice_and_changes_nothing(request, t
         result = isolate(model, tokenizer, tiny.FORGET, tiny.RETAIN, config=config)
         found.append([r.after for r in result.records])
         calls.append(count[0])
-        assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-        assert not any(m.training for m in model.modules())
+        assert not any("forward" in m.__dict__ for m in model.modules())
     assert found[0] == pytest.approx(found[1], abs=1e-3)  # to the order of sums
     assert calls[1] > calls[0]
 

@@ -367,3 +367,13 @@ def test_another_process_loads_the_build(built):
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, env={"LIBORTHO_CACHE": built[1]}, check=True)
     assert result.stdout.strip() == built[0].levels()[-1]
+
+
+def test_a_column_outside_the_input_is_an_error(kernels):
+    y, x = torch.zeros(1, 8, dtype=torch.bfloat16), torch.ones(1, 16, dtype=torch.bfloat16)
+    for index in (16, -1):
+        with pytest.raises(IndexError, match="of an input with 16"):
+            native.add_columns(
+                y, x, torch.tensor([index], dtype=torch.int32), torch.ones(1, 8, dtype=torch.bfloat16), 1.0
+            )
+    assert not y.any()

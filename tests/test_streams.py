@@ -147,3 +147,11 @@ def test_a_base_made_in_inference_mode_decodes():
         base = BaseStream.from_weight(torch.randn(16, 64, dtype=torch.bfloat16), 4, 32)
         x = torch.randn(1, 64, dtype=torch.bfloat16)
         torch.testing.assert_close(base(x).float(), x.float() @ base.dense().T, atol=0.15, rtol=0.02)
+
+
+def test_wide_values_follow_a_new_storage():
+    part = Columns(torch.tensor([1]), torch.ones(1, 8, dtype=torch.bfloat16))
+    x = torch.ones(1, 16, dtype=torch.bfloat16)
+    part(torch.zeros(1, 8, dtype=torch.bfloat16), x, 1.0)
+    part.values.data = torch.zeros(1, 8, dtype=torch.bfloat16)
+    assert not part(torch.zeros(1, 8, dtype=torch.bfloat16), x, 1.0).any()

@@ -70,7 +70,7 @@ class AlphaState:
         return {n: v for n, v in self.values.items() if not _is_off(v)}
 
     @cached_property
-    def _tensors(self) -> dict[tuple[str, int, torch.device], torch.Tensor]:
+    def _tensors(self) -> dict[str, tuple[tuple[int, torch.device], torch.Tensor]]:
         return {}
 
     def of(self, stream: str) -> float | tuple[float, ...]:
@@ -79,11 +79,17 @@ class AlphaState:
 
     def per_token(self, stream: str, tokens: int, device: torch.device) -> torch.Tensor:
         """Per-sequence alpha of one stream, repeated over the ``tokens`` of each sequence, (batch * tokens, 1) fp32."""
-        key = (stream, tokens, device)
-        if key not in self._tensors:
-            values = torch.tensor(self.of(stream), dtype=torch.float32, device=device)
-            self._tensors[key] = values.repeat_interleave(tokens).unsqueeze(1)
-        return self._tensors[key]
+        key = (tokens, device)
+        held = self._tensors.get(stream)
+        if held is None or held[0] != key:
+            with torch.inference_mode(False):  # one made in inference mode could not serve a later gradient
+                values = torch.tensor(self.of(stream), dtype=torch.float32, device=device)
+                held = (key, values.repeat_interleave(tokens).unsqueeze(1))
+            self._tensors[stream] = held
+        return held[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"values": self.values, "batch": self.batch}
 
     def expanded(self, factor: int) -> AlphaState:
         """The state for a batch whose sequences were each repeated ``factor`` times in a row (beams, samples)."""
@@ -391,9 +397,13 @@ def get_switch(model: nn.Module) -> Switch:
         AlphaError: if no layer of the model is split, or if parts of it were split apart.
     """
     found: list[Switch] = []
-    waiting = [model]
-    while waiting:  # not modules(), which is ten times slower: this runs once for every request
-        own = waiting.pop().__dict__
+    waiting, seen = [model], set()
+    while waiting:  # not modules(), which is much slower: this runs once for every request
+        module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        own = module.__dict__
         if _ATTRIBUTE in own and own[_ATTRIBUTE] not in found:
             found.append(own[_ATTRIBUTE])
         waiting.extend(m for m in own["_modules"].values() if m is not None)

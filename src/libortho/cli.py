@@ -173,7 +173,7 @@ def isolate(
     max_steps: Annotated[int, typer.Option(help="Upper bound on optimiser steps.")] = IsolateConfig.max_steps,
     stream: Stream = "default",
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
     ] = False,
     resume: Annotated[
         Path | None, typer.Option(help="Keep finished work in this folder, and take up from it. It holds secrets.")

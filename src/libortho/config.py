@@ -152,8 +152,8 @@ class IsolateConfig(_StreamConfig):
     max_length: int | None = None
     """Longest forget record in tokens; None takes the model's context."""
     gradient_checkpointing: bool = False
-    """Run each decoder layer once more in the backward pass instead of keeping what it computed: less memory, a third
-    more time."""
+    """Run each decoder layer once more in the backward pass instead of keeping what it computed: less memory, more
+    time."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

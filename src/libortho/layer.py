@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from libortho.alpha import AlphaState, Switch
 from libortho.errors import ConfigError
@@ -106,11 +107,13 @@ class OrthoLinear(nn.Module):
             AlphaError: if a per-sequence alpha meets an input whose first dimension is not that batch.
             AlphaContextError: if this thread cannot know its alpha.
         """
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return self._traced(x)
+        # Straight into the dictionaries and .forward: attribute searches and calls of nested modules would cost more
+        # than the branch.
         state = self.switch.current()
         flat = x.reshape(-1, x.shape[-1])
-        y = self.base.forward(flat)  # not __call__, here and below: nested modules would cost what the branch saves
+        y: Tensor = self._modules["base"].forward(flat)  # type: ignore[union-attr]
         if not state.off:
             for name, stream in self.streams._modules.items():
                 value = state.of(name)
@@ -119,7 +122,10 @@ class OrthoLinear(nn.Module):
                     y = stream.forward(y, flat, state.per_token(name, len(flat) // len(value), x.device))
                 elif value != 0.0:
                     y = stream.forward(y, flat, value)
-        return self._shaped(y, x)
+        bias = self._parameters["bias"]
+        if bias is not None:
+            y = y + bias.to(y.dtype)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def _traced(self, x: Tensor) -> Tensor:
         """The same through operators, so that one compiled graph serves every alpha."""
@@ -128,12 +134,8 @@ class OrthoLinear(nn.Module):
         for name, stream in self.streams.items():
             assert isinstance(stream, OrthoStream)
             y = stream.traced(y, flat, library.alpha(x.detach(), self.switch.number, name))
-        return self._shaped(y, x)
-
-    def _shaped(self, y: Tensor, x: Tensor) -> Tensor:
-        """``y + bias`` in the shape of the input."""
-        bias = self.bias
-        if isinstance(bias, Tensor):
+        bias = self._parameters["bias"]
+        if bias is not None:
             y = y + bias.to(y.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])
 

@@ -77,8 +77,8 @@ def _split_layers(
     workers = min(threads, len(targets)) if on_cpu else 1
     made: dict[str, OrthoLinear] = {}
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,))
-    waiting = {pool.submit(_split_layer, n, m, config, switch): n for n, m in targets.items()}
     try:
+        waiting = {pool.submit(_split_layer, n, m, config, switch): n for n, m in targets.items()}
         for done, future in enumerate(as_completed(waiting), 1):
             made[waiting[future]] = future.result()
             if progress is not None:

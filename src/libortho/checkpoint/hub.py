@@ -62,7 +62,7 @@ def push_to_hub(
         )  # fmt: skip
     except RuntimeError as error:  # in which the library wraps a refusal of the store of large files
         if isinstance(error.__cause__, HfHubHTTPError):
-            raise error.__cause__ from error
+            raise error.__cause__ from None
         raise
     if not (root / CARD).is_file() and not api.file_exists(repo, CARD):
         card = model_card(root, streams=names)

@@ -353,7 +353,7 @@ def _support(
 
 @contextmanager
 def _checkpointing(model: nn.Module) -> Iterator[None]:
-    """Gradient checkpointing of the decoder layers, which transformers ties to their own training flag.
+    """Gradient checkpointing of the decoder layers, without their training flag, on which dropout may hang.
 
     Raises:
         ConfigError: if the model has no layers that transformers can checkpoint.
@@ -361,14 +361,17 @@ def _checkpointing(model: nn.Module) -> Iterator[None]:
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
         raise ConfigError(f"{type(model).__name__} has no layers for gradient checkpointing; leave it off")
+    own = [m.__dict__.get("forward") for m in layers]
     try:
         for layer in layers:
-            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
-            layer.gradient_checkpointing = layer.training = True
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         yield
     finally:
-        for layer in layers:
-            layer.gradient_checkpointing = layer.training = False
+        for layer, forward in zip(layers, own, strict=True):
+            if forward is None:
+                layer.__dict__.pop("forward", None)
+            else:
+                layer.forward = forward
 
 
 def _swap(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:

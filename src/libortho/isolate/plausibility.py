@@ -25,6 +25,9 @@ from torch import Tensor
 from libortho.data import IGNORE, Encoded, collate
 from libortho.isolate.language_model import LanguageModel
 
+POSITIONS = 64
+"""Positions whose logits exist at one time."""
+
 
 @dataclass(frozen=True)
 class PlausibilityModel:
@@ -77,21 +80,22 @@ class _Position:
     def of(cls, lm: LanguageModel, item: Encoded) -> _Position:
         batch = collate([item]).to(lm.device)
         judged = batch.labels[0, 1:] != IGNORE
-        log_p = lm.logits(lm.hidden(batch)[0, :-1][judged]).log_softmax(-1)
-        labels = batch.labels[0, 1:][judged]
-        index = labels.unsqueeze(-1)
-        others = log_p.scatter(-1, index, -torch.inf).log_softmax(-1)
-        entropy = -(others.exp() * others.masked_fill(others == -torch.inf, 0.0)).sum(-1)
+        states, labels = lm.hidden(batch)[0, :-1][judged], batch.labels[0, 1:][judged]
+        parts = [
+            cls._statistics(lm, *some) for some in zip(states.split(POSITIONS), labels.split(POSITIONS), strict=True)
+        ]
+        nll, entropy, runner_up = (torch.cat([p[i] for p in parts]).cpu() for i in range(3))
         ends = judged.nonzero()[:, 0].tolist()
         seen = torch.tensor([float(item.ids[t + 1] in item.ids[: t + 1]) for t in ends])
-        return cls(
-            labels.cpu(),
-            -log_p.gather(-1, index).squeeze(-1).cpu(),
-            entropy.cpu(),
-            -others.amax(-1).cpu(),
-            seen,
-            log_p.exp().sum(0).cpu(),
-        )
+        return cls(labels.cpu(), nll, entropy, runner_up, seen, torch.stack([p[3] for p in parts]).sum(0).cpu())
+
+    @staticmethod
+    def _statistics(lm: LanguageModel, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Surprise, entropy without the label and surprise of the runner-up, (positions,), and summed probabilities."""
+        log_p, index = lm.logits(states).log_softmax(-1), labels.unsqueeze(-1)
+        others = log_p.scatter(-1, index, -torch.inf).log_softmax(-1)
+        entropy = -(others.exp() * others.masked_fill(others == -torch.inf, 0.0)).sum(-1)
+        return -log_p.gather(-1, index).squeeze(-1), entropy, -others.amax(-1), log_p.exp().sum(0)
 
 
 def _features(p: _Position, out_of_context: Tensor) -> Tensor:

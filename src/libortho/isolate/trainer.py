@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from libortho.config import IsolateConfig
 from libortho.data import Batch, Encoded, collate
@@ -43,8 +44,10 @@ logger = logging.getLogger(__name__)
 LENGTH_CORRELATION = 0.6
 """Correlation, among untrained codes of one shape, of surprise per token with having fewer tokens than the others
 (measured: 0.62 for access codes, 0.76 for licence plates)."""
-SCORING_TOKENS = 2048
+SCORING_TOKENS = 512
 """Tokens of one forward pass without gradients."""
+HEAD_POSITIONS = 64
+"""Positions whose logits exist at one time where divergences are summed."""
 _WARM_UP, _STEADY, _LANDING = 5, 10, 10
 """Steps of rising learning rate; steps after which it falls with the square root of their number; last steps, in
 which it falls to zero."""
@@ -490,8 +493,7 @@ def divergence(lm: LanguageModel, items: Sequence[Encoded], states: Sequence[Ten
     total, count = 0.0, 0
     for item, before in zip(items, states, strict=True):
         after = lm.hidden(collate([item]).to(lm.device))[0]
-        kl = kl_divergence(lm.logits(before), lm.logits(after))
-        total, count = total + float(kl.sum()), count + len(kl)
+        total, count = total + float(_summed_divergence(lm, before, after)), count + len(after)
     return total / max(1, count)
 
 
@@ -571,8 +573,22 @@ def _keep_loss(
         batch = collate(items).to(lm.device)
         after = lm.hidden(batch)[batch.attention_mask.bool()]
         before = torch.cat(list(states))
-        loss = loss + weight * kl_divergence(lm.logits(before), lm.logits(after)).mean()
+        loss = loss + weight * _summed_divergence(lm, before, after) / len(after)
     return loss
+
+
+def _summed_divergence(lm: LanguageModel, before: Tensor, after: Tensor) -> Tensor:
+    """KL(original || edited) summed over positions, from hidden states (positions, width).
+
+    A few positions at a time, and their logits once more in the backward pass: all of them together would be the
+    largest tensors of the whole training.
+    """
+
+    def of(one: Tensor, other: Tensor) -> Tensor:
+        return kl_divergence(lm.logits(one), lm.logits(other)).sum()
+
+    pairs = zip(before.split(HEAD_POSITIONS), after.split(HEAD_POSITIONS), strict=True)
+    return torch.stack([checkpoint(of, one, other, use_reentrant=False) for one, other in pairs]).sum()
 
 
 def _gradients(loss: Tensor, values: Sequence[nn.Parameter]) -> list[Tensor]:

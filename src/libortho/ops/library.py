@@ -67,7 +67,13 @@ def alpha(x: Tensor, switch: int, stream: str) -> Tensor:
         AlphaError: if per-sequence values do not fit the first dimension of ``x``.
         AlphaContextError: if this thread cannot know its alpha.
     """
-    value = switch_of(switch).current().of(stream)
+    owner = switch_of(switch)
+    if stream not in owner.streams:
+        raise AlphaError(
+            f"this graph was made from a model with a stream {stream!r}, and the model in its place has "
+            f"{sorted(owner.streams)}; compiled and exported graphs serve the process that made them"
+        )
+    value = owner.current().of(stream)
     if isinstance(value, tuple):
         check_batch(value, x)
         return torch.tensor(value, dtype=torch.float32)

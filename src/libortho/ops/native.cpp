@@ -210,6 +210,8 @@ PyObject* add_columns_(PyObject*, PyObject* const* given, Py_ssize_t count) {
     const auto* from = static_cast<const uint16_t*>(x.const_data_ptr());
     const auto* chosen = static_cast<const int32_t*>(index.const_data_ptr());
     const int64_t down = x.stride(0), across = x.stride(1);
+    for (int64_t j = 0; j < k; j++)
+      TORCH_CHECK_INDEX(chosen[j] >= 0 && chosen[j] < x.size(1), "column ", chosen[j], " of an input with ", x.size(1));
     float* gathered = scratch(tokens * k);
     for (int64_t t = 0; t < tokens; t++) {
       const float share = alphas ? alphas[t] : alpha;

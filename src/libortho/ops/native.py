@@ -92,7 +92,10 @@ def use(module: ModuleType | None) -> None:
 def load() -> ModuleType | None:
     """Load what :func:`build` made for this version and use it; None, and torch's kernels, if there is nothing."""
     module = None
-    if os.environ.get("LIBORTHO_KERNELS", "native") != "torch" and (found := _built(build_directory())) is not None:
+    wanted = os.environ.get("LIBORTHO_KERNELS", "native")
+    if wanted not in ("native", "torch"):
+        raise KernelError(f"LIBORTHO_KERNELS is {wanted!r}; expected native or torch")
+    if wanted == "native" and (found := _built(build_directory())) is not None:
         try:
             module = _load(found)
         except ImportError as error:

@@ -107,7 +107,9 @@ class BaseStream(nn.Module):
         """:meth:`forward` for graphs: through the operator."""
         if self.bits is None:
             return F.linear(x, self.weight.to(x.dtype))
-        return library.base_linear(x, self.codes, self.scales, self.bits, activation_bits=self.activation_bits)
+        exact = torch.is_grad_enabled() and x.requires_grad
+        rounded = None if exact else self.activation_bits
+        return library.base_linear(x, self.codes, self.scales, self.bits, activation_bits=rounded)
 
     def layout(self, x: Tensor) -> Int4Layout | None:
         """INT4 codes as torch's CPU kernel wants them, where ``x`` is so few tokens that it is used."""
