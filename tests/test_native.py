@@ -1,4 +1,4 @@
-"""The C++ kernels, built once for the session, against products in fp64 and against torch's path."""
+"""The C++ kernels, built once for all tests, against products in fp64 and against torch's path."""
 
 import shutil
 import subprocess
