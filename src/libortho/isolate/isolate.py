@@ -185,13 +185,15 @@ def isolate(
             quantised_kl = divergence(lm, held_back, held_back_states)
             with _checkpointing(model) if config.gradient_checkpointing else nullcontext():
                 checks = train(lm, layers, cases, retain_items, original, config, progress, store)
-            records_after = outcomes(lm, cases, original)
-            retain_kl = divergence(lm, held_back, held_back_states)
             switch = Switch()
             switch.add_stream(config.stream)
             finished = {n: _finish(n, linear_weight(targets[n]), m, config, switch) for n, m in layers.items()}
-            _swap(model, finished)
+            _swap(model, finished)  # what follows is measured on the layers that callers get
             _, recited_on = score(lm, [c.secret for c in cases])
+            switch.set(0.0, extrapolate=False)
+            records_after = outcomes(lm, cases, original)
+            retain_kl = divergence(lm, held_back, held_back_states)
+            switch.set(1.0, extrapolate=False)
         finally:
             _swap(model, targets)
     finally:
