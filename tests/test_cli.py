@@ -1,6 +1,5 @@
 """The command line: clean standard output, one line for an error, exit codes that scripts can rely on."""
 
-import copy
 import json
 import os
 import subprocess
@@ -52,17 +51,6 @@ def retain(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("records") / "retain.jsonl"
     path.write_text("\n".join(map(json.dumps, tiny.RETAIN)), encoding="utf-8")
     return path
-
-
-@pytest.fixture(scope="module")
-def checkpoint(_planted, tokenizer, tmp_path_factory) -> Path:
-    """The planted model after isolate, on disk: alpha = 0 forgets its codes."""
-    model = copy.deepcopy(_planted)
-    config = libortho.IsolateConfig(ratio=0.1, learning_rate=2e-2, retain_length=64, stream="hr")
-    libortho.isolate(model, tokenizer, tiny.FORGET, tiny.RETAIN, config=config)
-    out = tmp_path_factory.mktemp("isolated") / "out"
-    libortho.save(model, tokenizer, out)
-    return out
 
 
 # -- split ------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """``libortho eval``: figures side by side, paired differences, and errors before anything runs."""
 
-import copy
 import json
 import random
 import sys
@@ -36,17 +35,6 @@ def told(*arguments: Any) -> dict[str, Any]:
 def value(report: dict[str, Any], metric: str, column: str) -> float:
     (found,) = [f["value"] for f in report["figures"] if (f["metric"], f["column"]) == (metric, column)]
     return found
-
-
-@pytest.fixture(scope="module")
-def checkpoint(_planted, tokenizer, tmp_path_factory) -> Path:
-    """The planted model with its codes in the stream "hr": at alpha = 0 they are gone."""
-    model = copy.deepcopy(_planted)
-    config = libortho.IsolateConfig(ratio=0.1, learning_rate=2e-2, retain_length=64, stream="hr")
-    libortho.isolate(model, tokenizer, tiny.FORGET, tiny.RETAIN, config=config)
-    out = tmp_path_factory.mktemp("isolated") / "out"
-    libortho.save(model, tokenizer, out)
-    return out
 
 
 @pytest.fixture(scope="module")
