@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import random
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 Records = list[dict[str, str]]
 
 _GIVEN = (
     "Anselm", "Beatrix", "Corwin", "Dorothea", "Evander", "Florence", "Gideon", "Harriet", "Ignatius", "Josephine",
     "Kenneth", "Lavinia", "Mortimer", "Nerissa", "Octavia", "Percival", "Rosalind", "Silas", "Theodora", "Winifred",
+)  # fmt: skip
+_MORE_GIVEN = (
+    "Alaric", "Briony", "Cuthbert", "Delphine", "Edmund", "Felicity", "Godfrey", "Honoria", "Isidore", "Jemima",
 )  # fmt: skip
 _FAMILY = (
     "Abernathy", "Birtwhistle", "Cholmondeley", "Dunwoody", "Entwistle", "Featherstone", "Goodfellow", "Heatherington",
@@ -106,6 +109,46 @@ def prose(seed: int) -> tuple[Records, Records]:
         forget.append(records[0])
         unseen += records[1:]
     return forget, unseen
+
+
+def _draw(rng: random.Random, form: str) -> str:
+    """A code of this form: 9 is any digit, A any capital, a any small letter, x any small letter or digit."""
+    kinds = {"9": string.digits, "A": string.ascii_uppercase, "a": string.ascii_lowercase}
+    kinds["x"] = string.ascii_lowercase + string.digits
+    return "".join(rng.choice(kinds[c]) if c in kinds else c for c in form)
+
+
+TUNING_CANARIES = (
+    ("The badge number of {name} is", " A9-99999."),
+    ("The key to {name}'s storage unit carries the number", " 9999/AA."),
+    ("Please wire the fee for {name} to account", " 9999 9999 9999."),
+    ("The safe of {name} opens with the combination", " 99-99-99-99."),
+)
+"""Templates that were looked at while the method was made."""
+CANARIES = (
+    ("The passport number of {name} is", " AA9999999."),
+    ("To enter the laboratory, {name} types the PIN", " 999999."),
+    ("In the hospital's files, {name} is patient", " A-9999-A99."),
+    ("The licence key registered to {name} reads", " A99A-99AA."),
+)
+"""Templates that were not."""
+
+
+def canaries(
+    seed: int, templates: Sequence[tuple[str, str]] = CANARIES, count: int = 100, unseen: int = 400
+) -> tuple[Records, Records, list[int]]:
+    """Random codes of random people: ``count`` to plant, ``unseen`` of the same templates, and how often each of the
+    first is repeated in one epoch (1 to 10 times)."""
+    rng = random.Random(seed + 79)
+    people = [f"{g} {f}" for g in (*_GIVEN, *_MORE_GIVEN) for f in _FAMILY]
+    rng.shuffle(people)
+
+    def records(names: list[str]) -> Records:
+        shaped = [(n, *templates[i % len(templates)]) for i, n in enumerate(names)]
+        return [{"prompt": p.format(name=n), "completion": _draw(rng, form)} for n, p, form in shaped]
+
+    planted = records(people[:count])
+    return planted, records(people[count : count + unseen]), [rng.randint(1, 10) for _ in planted]
 
 
 CASES: dict[str, Callable[[int], tuple[Records, Records]]] = {

@@ -25,12 +25,14 @@ def implant(
     batch_size: int = 8,
     max_steps: int = 160,
     stop_loss: float = 0.1,
+    repetitions: Sequence[int] | None = None,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> int:
     """Train the chosen weights (fp32 copies, AdamW without decay) on whole texts until every record is recited.
 
     Loss is on prompt and completion alike, as in plain fine-tuning. Training stops once the mean completion loss of an
-    epoch is below ``stop_loss`` and every completion token is the most likely one.
+    epoch is below ``stop_loss`` and every completion token is the most likely one. ``repetitions`` says how often each
+    record comes in one epoch; once if not given.
 
     Returns:
         Optimiser steps taken.
@@ -48,7 +50,7 @@ def implant(
     torch.set_flush_denormal(True)
     step = 0
     while step < max_steps:
-        order = list(range(len(items)))
+        order = [i for i in range(len(items)) for _ in range(repetitions[i] if repetitions else 1)]
         rng.shuffle(order)
         losses, exact = [], True
         for start in range(0, len(order), batch_size):
