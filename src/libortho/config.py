@@ -17,7 +17,7 @@ from libortho.errors import ConfigError
 
 Structure = Literal["unstructured", "columns"]
 Score = Literal["absolute", "relative", "magnitude"]
-Objective = Literal["log_odds", "npo", "simnpo", "altpo", "grad_diff"]
+Objective = Literal["profile", "log_odds", "npo", "simnpo", "altpo", "grad_diff"]
 ValueDtype = Literal["bfloat16", "float16", "float32"]
 TargetModules = str | tuple[str, ...] | list[str]
 
@@ -118,7 +118,7 @@ class IsolateConfig(_StreamConfig):
 
     structure: Structure = "columns"
     """Whole input columns (a LoRA with a one-hot A: every engine can serve it), or free entries."""
-    objective: Objective = "log_odds"
+    objective: Objective = "profile"
     """Loss on the forget set; see :mod:`libortho.isolate.objectives`."""
     seed: int = 0
     """Seed of everything drawn: alternates, neighbours, batches."""
@@ -158,7 +158,7 @@ class IsolateConfig(_StreamConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _one_of("structure", self.structure, ("unstructured", "columns"))
-        _one_of("objective", self.objective, ("log_odds", "npo", "simnpo", "altpo", "grad_diff"))
+        _one_of("objective", self.objective, ("profile", "log_odds", "npo", "simnpo", "altpo", "grad_diff"))
         for name in ("max_steps", "records_per_step", "retain_tokens_per_step", "retain_length", "check_every"):
             _positive_int(name, getattr(self, name))
         for name in ("alternates_per_record", "neighbours_per_record"):

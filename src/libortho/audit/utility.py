@@ -342,7 +342,7 @@ def general_items(tokenizer: Any, text: str | Path | None, sequences: int = 24, 
             raise DataError(f"general text: {text} is not UTF-8 text ({error})") from error
         except OSError as error:
             raise DataError(f"general text: {text} cannot be read ({error.strerror})") from error
-    pieces = chunk([tokenizer(t, verbose=False)["input_ids"] for t in texts], tokens)
+    pieces = chunk(texts, tokenizer, tokens)
     if not pieces:
         raise DataError(f"general text: {text} holds no window of tokens; expected at least a sentence")
     step = max(1, len(pieces) // sequences)

@@ -31,6 +31,7 @@ from libortho.config import DTYPES, IsolateConfig
 from libortho.data import Encoded, Record, Source, collate, encode, load_records
 from libortho.errors import ConfigError, DataError
 from libortho.isolate import counterfactuals
+from libortho.isolate.donors import beginnings, donors
 from libortho.isolate.edit import EditLinear
 from libortho.isolate.language_model import LanguageModel
 from libortho.isolate.resume import Part, Store, run_key
@@ -245,14 +246,21 @@ def _cases(
         secret = encode(record, tokenizer, limit, name="forget")
         same_prompt = [(record.prompt, c) for c in others]
         same_shape = [(p, others[j % len(others)]) for j, p in enumerate(beside)]
+        own = _fitting(same_prompt, tokenizer, limit) or (secret,)
+        around = _fitting(same_shape, tokenizer, limit)
+        exchangeable = alternates is not None or not counterfactuals.is_prose(record.completion)
+        told = [(n, beginnings(n, tokenizer)) for n in around] if exchangeable else []
+
         cases.append(
             Case(
                 number=record.number,
                 secret=secret,
-                alternates=_fitting(same_prompt, tokenizer, limit) or (secret,),
-                neighbours=_fitting(same_shape, tokenizer, limit),
+                alternates=own,
+                neighbours=around,
                 crossed=_fitting([(p, record.completion) for p in beside], tokenizer, limit),
-                exchangeable=alternates is not None or not counterfactuals.is_prose(record.completion),
+                exchangeable=exchangeable,
+                donors=donors(beginnings(secret, tokenizer), told, i),
+                alternate_donors=tuple(donors(beginnings(a, tokenizer), told, j) for j, a in enumerate(own)),
             )
         )
     return cases
@@ -268,7 +276,7 @@ def _fitting(pairs: Sequence[tuple[str, str]], tokenizer: Any, limit: int | None
 def _pieces(retain: Source, tokenizer: Any, length: int, config: IsolateConfig) -> list[list[int]]:
     """Retain sequences from text that was given."""
     records = load_records(retain, tokenizer, name="retain")
-    pieces = chunk([tokenizer(r.text)["input_ids"] for r in records], length)
+    pieces = chunk([r.text for r in records], tokenizer, length)
     random.Random(config.seed).shuffle(pieces)
     return pieces[: _RETAIN_SEQUENCES + _HELD_BACK_SEQUENCES]
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_LEAST_SURPRISE = 1e-3
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -62,6 +64,44 @@ def completion_scores(logits: Tensor, labels: Tensor, record: Tensor, records: i
     return Scores(mean(F.softplus(-odds)), mean(odds), tokens)
 
 
+def token_profile(logits: Tensor, labels: Tensor) -> Tensor:
+    """Surprise, entropy and deviation at each token, (tokens, 3), in nats.
+
+    Surprise is ``-log p_y``. The others are the moments under the model's own distribution by which Min-K%++
+    (arXiv 2404.02936, eq. 3) scales it: ``-sum_v p_v log p_v`` and ``sqrt(sum_v p_v log^2 p_v - mean^2)``.
+
+    Args:
+        logits: (tokens, vocabulary) fp32, at the positions that predict completion tokens.
+        labels: (tokens,) the completion tokens.
+    """
+    log_p = logits.log_softmax(-1)
+    p = log_p.exp()
+    mean = (p * log_p).sum(-1)
+    deviation = ((p * log_p.square()).sum(-1) - mean.square()).clamp_min(1e-6).sqrt()
+    return torch.stack([F.softplus(-label_log_odds(logits, labels)), -mean, deviation], 1)
+
+
+def match_profile(logits: Tensor, labels: Tensor, target: Tensor, record: Tensor, records: int) -> Tensor:
+    """Match a record to its target token by token, (records,).
+
+    The mean over tokens of the Huber distances of surprise, entropy and deviation from the target's; plus, while a
+    token is likelier than it should be, that of its log-odds, whose gradient does not vanish as p approaches 1.
+
+    Args:
+        logits: (tokens, vocabulary) fp32, at the positions that predict completion tokens.
+        labels: (tokens,) the completion tokens.
+        target: (tokens, 3), see ``token_profile``.
+        record: (tokens,) index of the record that each token belongs to.
+        records: Number of records.
+    """
+    distance = F.smooth_l1_loss(token_profile(logits, labels), target, reduction="none").sum(-1)
+    surprise = target[:, 0].clamp_min(_LEAST_SURPRISE)
+    excess = (label_log_odds(logits, labels) + surprise + torch.log(-torch.expm1(-surprise))).relu()
+    distance = distance + F.smooth_l1_loss(excess, torch.zeros_like(excess), reduction="none")
+    tokens = torch.zeros(records, device=logits.device).index_add_(0, record, torch.ones_like(distance))
+    return torch.zeros(records, device=logits.device).index_add_(0, record, distance) / tokens
+
+
 def log_odds(secret: Scores, target: Scores) -> Tensor:
     """Match the record to its target: neither likelier (remembering) nor unlikelier (as visible).
 
@@ -72,6 +112,20 @@ def log_odds(secret: Scores, target: Scores) -> Tensor:
     return F.smooth_l1_loss(secret.nll, target.nll, reduction="none") + F.smooth_l1_loss(
         excess, torch.zeros_like(excess), reduction="none"
     )
+
+
+def with_log_probability(logits: Tensor, labels: Tensor, log_p: Tensor) -> Tensor:
+    """Logits whose softmax gives each label this log-probability and keeps the proportions of all others.
+
+    Args:
+        logits: (tokens, vocabulary).
+        labels: (tokens,).
+        log_p: (tokens,) below 0.
+    """
+    index = labels.unsqueeze(-1)
+    rest = logits.scatter(-1, index, -torch.inf).logsumexp(-1)
+    own = rest + log_p - torch.log(-torch.expm1(log_p))
+    return logits.scatter(-1, index, own.unsqueeze(-1))
 
 
 def grad_diff(secret: Scores) -> Tensor:

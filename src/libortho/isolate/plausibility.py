@@ -45,8 +45,11 @@ class PlausibilityModel:
 
     def predict(self, lm: LanguageModel, item: Encoded) -> float:
         """Expected mean negative log-likelihood of the completion, in nats per token; at least 0."""
-        features = _features(_Position.of(lm, item), self.out_of_context)
-        return max(0.0, float((features @ self.weights).mean()))
+        return max(0.0, float(self.by_token(lm, item).mean()))
+
+    def by_token(self, lm: LanguageModel, item: Encoded) -> Tensor:
+        """Expected negative log-likelihood of each token of the completion, (tokens,) in nats; may be below 0."""
+        return _features(_Position.of(lm, item), self.out_of_context) @ self.weights
 
 
 def fit(lm: LanguageModel, texts: Sequence[Sequence[int]]) -> PlausibilityModel:

@@ -32,18 +32,31 @@ def default_retain(
     sampled = _cached_samples(model, tokenizer, forget, sequences // 2, length, seed)
     paragraphs = list(shipped_text())
     random.Random(seed).shuffle(paragraphs)
-    shipped = chunk([tokenizer(p)["input_ids"] for p in paragraphs], length)
+    shipped = chunk(paragraphs, tokenizer, length)
     shipped = _unlike(shipped, forget)[: sequences - len(sampled)]
     mixed = [*sampled, *shipped]
     random.Random(seed + 1).shuffle(mixed)
     return [Encoded(tuple(ids), tuple(ids)) for ids in mixed]
 
 
-def chunk(texts: Sequence[Sequence[int]], length: int) -> list[list[int]]:
-    """Join texts and cut them into sequences of ``length`` tokens; a last piece of under 8 tokens is dropped."""
-    joined = [i for ids in texts for i in ids]
-    pieces = [joined[start : start + length] for start in range(0, len(joined), length)]
+def chunk(texts: Sequence[str], tokenizer: Any, length: int) -> list[list[int]]:
+    """Join texts and cut them into sequences of ``length`` tokens; a last piece of under 8 tokens is dropped.
+
+    A tokenizer that begins every text with a special token begins every piece with it, and no piece holds it inside:
+    some models (Gemma) are lost without.
+    """
+    opening = opening_tokens(tokenizer)
+    joined = [i for t in texts for i in tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"]]
+    inside = max(1, length - len(opening))
+    pieces = [opening + joined[start : start + inside] for start in range(0, len(joined), inside)]
     return [p for p in pieces if len(p) >= SHARED_TOKENS]
+
+
+def opening_tokens(tokenizer: Any) -> list[int]:
+    """The special tokens that this tokenizer puts before every text; most put none."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    return next((whole[:n] for n in range(len(whole)) if whole[n : n + len(bare)] == bare), [])
 
 
 def _unlike(texts: Sequence[Sequence[int]], forget: Sequence[Encoded]) -> list[list[int]]:

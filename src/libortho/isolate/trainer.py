@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from libortho.config import IsolateConfig
 from libortho.data import Batch, Encoded, collate
+from libortho.isolate.donors import Donor, predicting
 from libortho.isolate.edit import EditLinear
 from libortho.isolate.language_model import LanguageModel
 from libortho.isolate.objectives import (
@@ -33,8 +34,11 @@ from libortho.isolate.objectives import (
     grad_diff,
     kl_divergence,
     log_odds,
+    match_profile,
     npo,
     simnpo,
+    token_profile,
+    with_log_probability,
 )
 from libortho.isolate.plausibility import fit
 from libortho.isolate.resume import Part, Store
@@ -53,6 +57,8 @@ _WARM_UP, _STEADY, _LANDING = 5, 10, 10
 which it falls to zero."""
 _STRETCH, _SECANT_STEPS, _CLOSE = (0.8, 1.25), 3, 0.05
 """Range of the factor of the finished edit, secant steps to find it, and nats per token that need none."""
+LEAST_SURPRISE = 0.01
+"""Smallest surprise, in nats, that is expected of a token of a sentence."""
 BAND = 1.645
 """Half-width of the 5-95 % band, in standard deviations of a normal distribution."""
 
@@ -68,6 +74,8 @@ class Case:
         neighbours: Other prompts with other completions; what the original model gives these is the target.
         crossed: Other prompts with the record's completion.
         exchangeable: Untrained, the alternates are as likely as the record: true of codes and names, not of sentences.
+        donors: For each token of the record, whose distribution it should have; see :mod:`libortho.isolate.donors`.
+        alternate_donors: The same for each alternate.
     """
 
     number: int
@@ -76,6 +84,8 @@ class Case:
     neighbours: tuple[Encoded, ...]
     crossed: tuple[Encoded, ...]
     exchangeable: bool
+    donors: tuple[Donor, ...]
+    alternate_donors: tuple[tuple[Donor, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -89,6 +99,7 @@ class Reference:
         beside: Mean negative log-likelihood of each record's counterfactuals, in nats per token, (records,).
         spread: Standard deviation around the target's negative log-likelihood, in nats per token, (records,).
         alternates: Scores of the alternates, record by record; empty unless the objective compares with them.
+        profiles: For each record, what its tokens should look like, (tokens, 3), and those of each alternate.
         retain: Last hidden states of each retain sequence, (tokens, width).
         neighbours: Last hidden states of each neighbour, (tokens, width), record by record.
     """
@@ -99,6 +110,7 @@ class Reference:
     beside: Tensor
     spread: Tensor
     alternates: tuple[Scores, ...]
+    profiles: tuple[tuple[Tensor, ...], ...]
     retain: tuple[Tensor, ...]
     neighbours: tuple[tuple[Tensor, ...], ...]
 
@@ -109,8 +121,8 @@ class Reference:
         for name, s in [("secret", self.secret), *((f"alternates.{i}", s) for i, s in enumerate(self.alternates))]:
             named |= {f"{name}.nll": s.nll, f"{name}.odds": s.odds, f"{name}.tokens": s.tokens}
         named |= {f"retain.{i}": states for i, states in enumerate(self.retain)}
-        for i, group in enumerate(self.neighbours):
-            named |= {f"neighbours.{i}.{j}": states for j, states in enumerate(group)}
+        for name, groups in (("neighbours", self.neighbours), ("profiles", self.profiles)):
+            named |= {f"{name}.{i}.{j}": tensor for i, group in enumerate(groups) for j, tensor in enumerate(group)}
         return named
 
     @classmethod
@@ -128,6 +140,10 @@ class Reference:
             beside=tensors["beside"],
             spread=tensors["spread"],
             alternates=tuple(scores(f"alternates.{i}") for i in range(len(cases)) if f"alternates.{i}.nll" in tensors),
+            profiles=tuple(
+                tuple(tensors[f"profiles.{i}.{j}"] for j in range(1 + len(c.alternate_donors)))
+                for i, c in enumerate(cases)
+            ),
             retain=tuple(tensors[f"retain.{i}"].to(device) for i in range(retain)),
             neighbours=tuple(
                 tuple(tensors[f"neighbours.{i}.{j}"].to(device) for j in range(len(c.neighbours)))
@@ -227,22 +243,60 @@ def reference(
         noise = deviation.square() / torch.tensor([float(len(s.nll)) for s in own])
         nll[fair], odds[fair] = shrunk(nll[fair], noise), shrunk(odds[fair], noise)
         nll[fair] += LENGTH_CORRELATION * deviation * _shortness([c for c in cases if c.exchangeable])
+    expected = [(-x).expand(len(predicting(c.secret))) for x, c in zip(nll, cases, strict=True)]
     if not fair.all():
         model = fit(lm, human)
         for i in (~fair).nonzero()[:, 0].tolist():
-            nll[i] = model.predict(lm, cases[i].secret)
+            by_token = model.by_token(lm, cases[i].secret)
+            nll[i] = by_token.mean().clamp_min(0.0)
             odds[i] = -nll[i]
             spread[i] = model.deviation / secret.tokens[i].sqrt()
+            expected[i] = -by_token.clamp_min(LEAST_SURPRISE)
+    neighbours = tuple(hidden_states(lm, c.neighbours) for c in cases)
+    secrets = hidden_states(lm, [c.secret for c in cases])
+    predictors = tuple(h[list(predicting(c.secret))] for h, c in zip(secrets, cases, strict=True))
     return Reference(
         secret=secret,
         recited=recited,
         target=Scores(nll, odds, secret.tokens),
+        profiles=tuple(
+            tuple(_profile(lm, c, donors, *states) for donors in (c.donors, *c.alternate_donors))
+            for c, *states in zip(cases, neighbours, predictors, expected, strict=True)
+        ),
         spread=spread,
         beside=beside,
         alternates=_scores_by_case(lm, [c.alternates for c in cases]) if config.objective == "altpo" else (),
         retain=hidden_states(lm, retain),
-        neighbours=tuple(hidden_states(lm, c.neighbours) for c in cases),
+        neighbours=neighbours,
     )
+
+
+@torch.no_grad()
+def _profile(
+    lm: LanguageModel, case: Case, donors: Sequence[Donor], neighbours: Sequence[Tensor], own: Tensor, expected: Tensor
+) -> Tensor:
+    """What a completion should look like token by token, (tokens, 3); see ``token_profile``.
+
+    A token with a donor gets what the donor's own token has there; a token without one gets its own distribution with
+    the expected probability for its label.
+    """
+    places = predicting(case.secret)
+    states, labels = [], []
+    for i, donor in enumerate(donors):
+        if donor is None:
+            place = min(i, len(own) - 1)
+            states.append(own[place])
+            labels.append(case.secret.ids[places[place] + 1])
+        else:
+            number, position = donor
+            states.append(neighbours[number][position])
+            labels.append(case.neighbours[number].ids[position + 1])
+    logits, index = lm.logits(torch.stack(states)), torch.tensor(labels, device=lm.device)
+    lonely = [i for i, donor in enumerate(donors) if donor is None]
+    if lonely:
+        wanted = expected[[min(i, len(own) - 1) for i in lonely]].to(lm.device)
+        logits[lonely] = with_log_probability(logits[lonely], index[lonely], wanted)
+    return token_profile(logits, index).cpu()
 
 
 def shrunk(means: Tensor, noise: Tensor) -> Tensor:
@@ -376,7 +430,7 @@ def train(
         if progress is not None:
             progress("isolate", now.step, now.last)
     if not now.finished:
-        if config.objective == "log_odds" and not now.checks[-1].extracted:
+        if config.objective in ("profile", "log_odds") and not now.checks[-1].extracted:
             calibrate(lm, layers, cases, original)
             now.checks.append(look(lm, cases, original, now.step))
         now.finished = True
@@ -529,6 +583,8 @@ def _forget_loss(
                 others[slot] = cases[i].secret
         now = _train_scores(lm, [*secrets, *others])
         return log_odds(now, _take(target, torch.arange(len(chosen)).repeat(2))).mean()
+    if config.objective == "profile":
+        return _profile_loss(lm, cases, chosen, original, rng)
     if config.objective == "grad_diff":
         return grad_diff(_train_scores(lm, secrets)).mean()
     if config.objective == "simnpo":
@@ -544,6 +600,26 @@ def _forget_loss(
     )).to(lm.device)  # fmt: skip
     first, second = torch.arange(half), torch.arange(half, 2 * half)
     return altpo(_take(both, first), before, _take(both, second), alternate_before).mean()
+
+
+def _profile_loss(
+    lm: LanguageModel, cases: Sequence[Case], chosen: Sequence[int], original: Reference, rng: random.Random
+) -> Tensor:
+    """Distance of each record from its profile, and of its completion on a neighbour's prompt or of an alternate."""
+    items, wanted = [cases[i].secret for i in chosen], [original.profiles[i][0] for i in chosen]
+    for i in chosen:
+        case = cases[i]
+        crossed = [c for c in case.crossed if c.completion == case.secret.completion]
+        if crossed and (rng.random() < 0.5 or not case.exchangeable):
+            items.append(rng.choice(crossed))
+            wanted.append(original.profiles[i][0])
+        elif case.exchangeable:
+            pick = rng.randrange(len(case.alternates))
+            items.append(case.alternates[pick])
+            wanted.append(original.profiles[i][1 + pick])
+    batch = collate(items).to(lm.device)
+    logits, labels, row = _judged(lm, lm.hidden(batch), batch)
+    return match_profile(logits, labels, torch.cat(wanted).to(lm.device), row, len(items)).mean()
 
 
 def _keep_loss(

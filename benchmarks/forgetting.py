@@ -1,0 +1,309 @@
+"""Is alpha = 0 a model that was never trained on the records? Random canaries, several seeds, objectives, requests.
+
+    python benchmarks/forgetting.py plant --seeds 11 12 13               the models, once (in the cache)
+    python benchmarks/forgetting.py measure --seeds 11 12 13             the final templates
+    python benchmarks/forgetting.py measure --case tuning --seeds 0 --objectives profile log_odds
+    python benchmarks/forgetting.py measure --seeds 11 --attacks         with rounding and relearning
+    python benchmarks/forgetting.py show                                 table and plots of what was measured
+
+100 canaries in four templates, each repeated 1 to 10 times in an epoch, are planted in SmolLM2-135M, moved off its
+quantisation grid. The never-trained model is measured on the same records, 400 unseen ones of the same templates stand
+beside them, and differences of AUC are paired (bootstrap). Templates of ``--case tuning`` were looked at while the
+method was made, those of ``--case final`` were not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import random
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from _common import DATA, RESULTS, save, wikitext
+from cases import CANARIES, TUNING_CANARIES, canaries
+from libortho import IsolateConfig, alpha, isolate
+from libortho.audit import privacy
+from libortho.audit.attacks.relearning import relearning
+from libortho.audit.attacks.requantisation import requantisation
+from libortho.audit.charts import Dot, Row, dots
+from libortho.audit.gradients import gradient_norms
+from libortho.audit.memory import exposure_extrapolated, fillings
+from libortho.audit.statistics import auc_difference, mean_estimate, stratified_auc
+from libortho.audit.subjects import Subject
+from libortho.audit.tokens import shared_prefix_nll, token_statistics
+from libortho.audit.utility import arithmetic_rows, evaluate, general_items, load_task
+from libortho.cache import cache_directory
+from libortho.data import Record, encode, load_records
+from libortho.demo import facts
+from libortho.demo.implant import implant
+from libortho.demo.model import move_off_grid, packaged_model
+from libortho.isolate import counterfactuals
+from libortho.isolate.language_model import LanguageModel
+from libortho.layer import ortho_layers
+from libortho.metrics import general_perplexity, sampled_extractions
+from libortho.models import load_model
+from libortho.targets import find_targets
+
+ATTACKS = ("loss", "zlib", "min_k", "min_k_plus", "grad_norm")
+TASKS = ("lambada/lambada_openai_test.jsonl", "arc/arc_easy_test.jsonl", "piqa/piqa_valid.jsonl")
+PLOTS = Path(__file__).parents[1] / "docs" / "images"
+Enter = Callable[[], AbstractContextManager[Any]]
+
+
+def case(name: str, seed: int, count: int) -> tuple[list[dict[str, str]], list[dict[str, str]], list[int] | None]:
+    """Records to plant, unseen ones, and repetitions."""
+    if name == "demo":
+        return facts.secrets(seed), facts.unseen(seed), None
+    return canaries(seed, CANARIES if name == "final" else TUNING_CANARIES, count)
+
+
+def models(name: str, seed: int, count: int) -> Path:
+    """Directory with ``never`` and ``implanted``, made at the first call."""
+    place = cache_directory() / "benchmarks" / f"{name}-{seed}-{count}"
+    if (place / "done").is_file():
+        return place
+    forget, _, repetitions = case(name, seed, count)
+    torch.manual_seed(seed)
+    loaded, tokenizer = load_model(packaged_model(), torch.float32)
+    model: Any = move_off_grid(loaded, seed).to(torch.bfloat16)
+    model.save_pretrained(place / "never")
+    tokenizer.save_pretrained(place / "never")
+    faster = {"learning_rate": 1e-4, "batch_size": 16, "max_steps": 600} if repetitions else {}
+    steps = implant(model, tokenizer, load_records(forget), seed=seed, repetitions=repetitions, **faster)  # type: ignore[arg-type]
+    logging.info("planted in %d steps", steps)
+    model.save_pretrained(place / "implanted")
+    tokenizer.save_pretrained(place / "implanted")
+    (place / "done").touch()
+    return place
+
+
+def figures(
+    model: Any, tokenizer: Any, enter: Enter, forget: Sequence[Record], unseen: Sequence[Record], rows: int, seed: int
+) -> dict[str, Any]:
+    """Everything about one model: scores record by record, and ability."""
+    targets = list(find_targets(model, "mlp-out")) if not ortho_layers(model) else list(ortho_layers(model))
+    mine, others = ([encode(r, tokenizer) for r in s] for s in (forget, unseen))
+    subject = Subject("one", "one", "control", model, enter)
+    norms = [(-gradient_norms(subject, items, targets)).tolist() for items in (mine, others)]
+    with enter():
+        lm = LanguageModel(model)
+        found = [token_statistics(lm, items) for items in (mine, others)]
+        scores: dict[str, list[list[float]]] = {
+            "loss": [[privacy.loss_score(s.log_p) for s in part] for part in found],
+            "zlib": [
+                [privacy.zlib_score(r.completion, s.log_p) for r, s in zip(records, part, strict=True)]
+                for records, part in zip((forget, unseen), found, strict=True)
+            ],
+            "min_k": [[privacy.min_k_score(s.log_p, 0.4) for s in part] for part in found],
+            "min_k_plus": [
+                [privacy.min_k_plus_score(s.log_p, s.mean, s.deviation, 0.4) for s in part] for part in found
+            ],
+            "grad_norm": norms,
+        }
+        rest = [
+            bool(s.correct[k:].all())
+            for item, s in zip(mine, found[0], strict=True)
+            for k in range(1, len(item.completion))
+            if sum(c.isalnum() for c in tokenizer.decode(list(item.completion)[k:])) >= 4
+        ]
+        bits = [_exposures(lm, tokenizer, part[:50], seed) for part in (forget, unseen)]
+        beside = [encode(r, tokenizer) for r in _neighbours(forget, seed)]
+        general = general_perplexity(lm, general_items(tokenizer, wikitext()))
+        asked = [*(load_task(DATA / p) for p in TASKS), load_task(arithmetic_rows(200, 0), "arithmetic")]
+        tasks = {t.name: evaluate(lm, tokenizer, t, rows, 0).correct for t in asked} if rows else {}
+        hits = sampled_extractions(model, tokenizer, list(forget), 20)
+        return {
+            "scores": scores,
+            "greedy": sum(bool(s.correct.all()) for s in found[0]) / len(forget),
+            "sampled": sum(h > 0 for h in hits) / len(forget),
+            "beginning_given": sum(rest) / max(1, len(rest)),
+            "exposure": bits,
+            "nll": [[s.nll for s in part] for part in found],
+            "entropy": [[-float(s.mean.mean()) for s in part] for part in found],
+            "neighbours_nll": [s.nll for s in token_statistics(lm, beside)],
+            "wikitext": general,
+            "tasks": {n: [int(c) for c in v] for n, v in tasks.items()},
+        }
+
+
+def _exposures(lm: LanguageModel, tokenizer: Any, records: Sequence[Record], seed: int) -> list[float]:
+    rng, found = random.Random(seed), []
+    for r in records:
+        others = [Record(r.prompt, c) for c in counterfactuals.alternates(r.completion, 32, rng)]
+        items = [encode(o, tokenizer) for o in (r, *others)]
+        totals = shared_prefix_nll(lm, items).double() * torch.tensor([len(e.completion) for e in items])
+        found.append(exposure_extrapolated(float(totals[0]), totals[1:], fillings(r.completion)).bits)
+    return found
+
+
+def _neighbours(records: Sequence[Record], seed: int) -> list[Record]:
+    """Somebody else's prompts with somebody else's codes; drawn with another seed than those that isolate makes."""
+    rng, found = random.Random(seed + 1_000), []
+    for r in records[:60]:
+        prompts = counterfactuals.neighbours(r.prompt, 1, rng)
+        codes = counterfactuals.alternates(r.completion, 1, rng)
+        found += [Record(p, c) for p, c in zip(prompts, codes, strict=True)]
+    return found
+
+
+def run(name: str, seed: int, arguments: argparse.Namespace, objective: str) -> dict[str, Any]:
+    """Isolate and measure one set of records."""
+    place = models(name, seed, arguments.count)
+    raw, beside, _ = case(name, seed, arguments.count)
+    forget, unseen = load_records(raw), load_records(beside)
+    kept = place / f"figures-{arguments.rows}.json"
+    if not kept.is_file():
+        made = {}
+        for which in ("never", "implanted"):
+            model, tokenizer = load_model(place / which)
+            made[which] = figures(model, tokenizer, contextlib.nullcontext, forget, unseen, arguments.rows, seed)
+            logging.info("%s measured", which)
+        kept.write_text(json.dumps(made))
+    plain = json.loads(kept.read_text())
+    model, tokenizer = load_model(place / "implanted")
+    result = isolate(model, tokenizer, forget, config=IsolateConfig(seed=seed, objective=objective))  # type: ignore[arg-type]
+    logging.info("isolated: %s", result.missed or "no criterion missed")
+    off = figures(model, tokenizer, lambda: alpha(model, 0.0), forget, unseen, arguments.rows, seed)
+    on = figures(model, tokenizer, lambda: alpha(model, 1.0), forget, unseen, arguments.rows, seed)
+    row = {
+        "case": name, "seed": seed, "objective": objective, "records": len(forget), "steps": result.steps,
+        "seconds": result.seconds, "density": result.density, "missed": result.missed, "retain_kl": result.retain_kl,
+        "quantised_kl": result.quantised_kl, "recited_on": result.recited_on,
+        **compared(off, on, plain["never"], plain["implanted"], forget, unseen, seed),
+    }  # fmt: skip
+    if arguments.attacks:
+        row["attacks"] = attacked(model, tokenizer, place, forget)
+    return row
+
+
+def compared(
+    off: Any, on: Any, never: Any, implanted: Any, forget: Sequence[Record], unseen: Sequence[Record], seed: int
+) -> dict[str, Any]:
+    """The figures of the four models, and the differences that the targets are about."""
+    models = {"alpha 0": off, "alpha 1": on, "never trained": never, "implanted": implanted}
+    strata = [privacy.strata([r.prompt for r in s]) for s in (forget, unseen)]
+
+    def mean(values: Sequence[float]) -> float:
+        return sum(values) / max(1, len(values))
+
+    rows = {
+        key: {
+            "greedy": f["greedy"], "sampled": f["sampled"], "beginning_given": f["beginning_given"],
+            "exposure": mean(f["exposure"][0]), "exposure_unseen": mean(f["exposure"][1]),
+            "nll": mean(f["nll"][0]), "nll_unseen": mean(f["nll"][1]),
+            "entropy": mean(f["entropy"][0]), "entropy_unseen": mean(f["entropy"][1]),
+            "neighbours_nll": mean(f["neighbours_nll"]), "wikitext": f["wikitext"],
+            "tasks": {t: mean(c) for t, c in f["tasks"].items()},
+            "auc": {a: _auc(f["scores"][a], strata, seed) for a in ATTACKS},
+        }
+        for key, f in models.items()
+    }  # fmt: skip
+    differences = {}
+    for attack in ATTACKS:
+        found = auc_difference(*off["scores"][attack], *never["scores"][attack], *strata, seed=seed)
+        differences[attack] = [found.value, found.low, found.high]
+    return {"models": rows, "auc_difference": differences}
+
+
+def _auc(scores: Sequence[Sequence[float]], strata: Sequence[Sequence[str]], seed: int) -> float:
+    return stratified_auc(*scores, *strata).value
+
+
+def attacked(model: Any, tokenizer: Any, place: Path, forget: Sequence[Record]) -> dict[str, Any]:
+    """Rounding to fewer bits, and one epoch of training on half of the set."""
+    items, general = [encode(r, tokenizer) for r in forget], general_items(tokenizer, wikitext(), 4)
+    reference, _ = load_model(place / "never")
+    off = Subject("off", "alpha = 0", "audited", model, lambda: alpha(model, 0.0))
+    never = Subject("reference", "never trained", "reference", reference, contextlib.nullcontext)
+    rounded = requantisation(off, items, general, reference=never)
+    again = relearning([off, never], items, general, seed=0, epochs=1)
+    return {"requantisation": rounded.to_dict(), "relearning": again.to_dict()}
+
+
+def show(runs: Sequence[dict[str, Any]]) -> None:
+    """One row for each model of each run, and the plots."""
+    table = Table("case", "seed", "objective", "model", "greedy %", "in 20 %", "beginning %", "exposure", "unseen",
+                  "nats", "unseen", *(f"AUC {a}" for a in ATTACKS), "neighbours", "WikiText", "steps")  # fmt: skip
+    for r in runs:
+        for label, m in r["models"].items():
+            table.add_row(
+                r["case"], str(r["seed"]), r["objective"], label, f"{100 * m['greedy']:.0f}",
+                f"{100 * m['sampled']:.0f}", f"{100 * m['beginning_given']:.1f}", f"{m['exposure']:.2f}",
+                f"{m['exposure_unseen']:.2f}", f"{m['nll']:.2f}", f"{m['nll_unseen']:.2f}",
+                *(f"{m['auc'][a]:.3f}" for a in ATTACKS), f"{m['neighbours_nll']:.3f}", f"{m['wikitext']:.2f}",
+                str(r["steps"]) if label == "alpha 0" else "",
+            )  # fmt: skip
+        table.add_section()
+    console = Console(width=200)
+    console.print(table)
+    for r in runs:
+        shown = ", ".join(
+            f"{a} {v:+.3f} [{low:+.3f}, {high:+.3f}]" for a, (v, low, high) in r["auc_difference"].items()
+        )
+        console.print(f"{r['case']} {r['seed']} {r['objective']}: AUC minus never trained: {shown}")
+        off, on = (r["models"][k]["tasks"] for k in ("alpha 0", "alpha 1"))
+        console.print("   tasks alpha 0 / 1: " + ", ".join(f"{t} {off[t]:.3f} / {on[t]:.3f}" for t in off))
+        console.print(f"   {r['seconds']:.0f} s, density {r['density']:.5f}, missed: {r['missed'] or 'nothing'}")
+    plot(runs)
+
+
+def plot(runs: Sequence[dict[str, Any]]) -> None:
+    """AUC of each attack minus that of the never-trained model, by objective, over the seeds."""
+    objectives = list(dict.fromkeys(r["objective"] for r in runs))
+    styles = dict(zip(objectives, ("off", "on", "reference", "control", "other", "member"), strict=False))
+    rows = []
+    for attack in ATTACKS:
+        found = []
+        for o in objectives:
+            values = [r["auc_difference"][attack][0] for r in runs if r["objective"] == o]
+            e = mean_estimate(values, seed=0) if len(values) > 1 else None
+            low, high = (e.low, e.high) if e is not None else (None, None)
+            found.append(Dot(styles[o], o, sum(values) / len(values), low, high))
+        rows.append(Row(attack, dots=found))
+    description = "AUC of membership attacks at alpha = 0 minus the never-trained model's; 0 is the aim."
+    svg = dots("auc", "Membership attacks", description, rows, x_label="AUC minus never trained", x_range=(-0.6, 0.6),
+               level=0.0)  # fmt: skip
+    PLOTS.mkdir(parents=True, exist_ok=True)
+    (PLOTS / "membership.svg").write_text(svg)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["plant", "measure", "show"])
+    parser.add_argument("--case", default="final", choices=["final", "tuning", "demo"])
+    parser.add_argument("--count", type=int, default=100, help="canaries to plant")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[11, 12, 13])
+    parser.add_argument("--objectives", nargs="+", default=["profile"])
+    parser.add_argument("--rows", type=int, default=200, help="rows of each task; 0 for none")
+    parser.add_argument("--attacks", action="store_true")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    stored = RESULTS / "forgetting.json"
+    runs = json.loads(stored.read_text())["runs"] if stored.is_file() else []
+    for seed in arguments.seeds if arguments.what != "show" else []:
+        if arguments.what == "plant":
+            models(arguments.case, seed, arguments.count)
+            continue
+        for objective in arguments.objectives:
+            began = time.monotonic()
+            row = run(arguments.case, seed, arguments, objective)
+            key = ("case", "seed", "objective", "records")
+            runs = [r for r in runs if any(r[k] != row[k] for k in key)] + [row]
+            save("forgetting", {"runs": runs})
+            logging.info("%s %d %s: %.0f s", arguments.case, seed, objective, time.monotonic() - began)
+    if runs:
+        show(runs)
+
+
+if __name__ == "__main__":
+    main()
