@@ -14,8 +14,11 @@ from libortho.isolate.objectives import (
     kl_divergence,
     label_log_odds,
     log_odds,
+    match_profile,
     npo,
     simnpo,
+    token_profile,
+    with_log_probability,
 )
 
 
@@ -96,6 +99,65 @@ def test_matching_pushes_a_memorised_record_with_full_force():
     secret = completion_scores(logits, torch.tensor([4]), torch.tensor([0]), 1)
     log_odds(secret, scores([2.0], [-2.0])).sum().backward()
     assert logits.grad[0, 4] == pytest.approx(1.0, abs=1e-3)
+
+
+# -- token by token ---------------------------------------------------------------------------------------------------
+
+
+def test_a_profile_is_surprise_entropy_and_deviation():
+    logits, labels = torch.randn(4, 9, dtype=torch.float64), torch.tensor([0, 8, 3, 3])
+    found = token_profile(logits, labels)
+    own = torch.distributions.Categorical(logits=logits)
+    torch.testing.assert_close(found[:, 0], -own.log_prob(labels))
+    torch.testing.assert_close(found[:, 1], own.entropy())
+    for row, logit in zip(found, logits, strict=True):
+        p = logit.softmax(-1)
+        variance = sum(float(x) * (math.log(float(x)) + float(row[1])) ** 2 for x in p)
+        assert float(row[2]) == pytest.approx(math.sqrt(variance))
+
+
+def test_a_record_that_has_its_profile_is_left_alone_and_any_other_is_not():
+    logits, labels = torch.randn(4, 9, dtype=torch.float64), torch.tensor([0, 8, 3, 3])
+    record, wanted = torch.tensor([0, 0, 1, 1]), token_profile(logits, labels)
+    assert match_profile(logits, labels, wanted, record, 2).tolist() == pytest.approx([0.0, 0.0], abs=1e-9)
+    for column in range(3):
+        other = wanted.clone()
+        other[2, column] += 0.5
+        first, second = match_profile(logits, labels, other, record, 2).tolist()
+        assert first == pytest.approx(0.0, abs=1e-9)
+        assert second > 0.01
+
+
+def test_tokens_that_are_wrong_in_opposite_directions_do_not_cancel():
+    """What the mean over a record's tokens cannot see, and Min-K % does."""
+    logits, labels = torch.zeros(2, 9, dtype=torch.float64), torch.tensor([1, 1])
+    wanted = token_profile(logits, labels)
+    logits[0, 1], logits[1, 1] = 3.0, -1.9
+    record = torch.tensor([0, 0])
+    mean = completion_scores(logits.float(), labels, record, 1).nll
+    assert float(mean[0]) == pytest.approx(math.log(9), abs=0.2)
+    assert float(match_profile(logits, labels, wanted, record, 1)[0]) > 0.8
+
+
+def test_a_memorised_token_still_has_a_gradient_under_match_profile():
+    logits = torch.zeros(1, 10)
+    logits[0, 4] = 60.0
+    logits.requires_grad_()
+    wanted = token_profile(torch.zeros(1, 10), torch.tensor([4]))
+    [gradient] = torch.autograd.grad(
+        match_profile(logits, torch.tensor([4]), wanted, torch.tensor([0]), 1).sum(), logits
+    )
+    assert gradient[0, 4] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_a_probability_is_set_and_the_proportions_of_the_others_stay():
+    logits, labels = torch.randn(3, 6, dtype=torch.float64), torch.tensor([2, 0, 5])
+    wanted = torch.tensor([-0.01, -2.0, -9.0], dtype=torch.float64)
+    found = with_log_probability(logits, labels, wanted).log_softmax(-1)
+    torch.testing.assert_close(found.gather(1, labels[:, None])[:, 0], wanted)
+    others = torch.ones_like(logits, dtype=torch.bool).scatter(1, labels[:, None], False)
+    shift = (found - logits)[others].view(3, 5)
+    torch.testing.assert_close(shift, shift[:, :1].expand(3, 5))
 
 
 # -- the field's objectives -------------------------------------------------------------------------------------------

@@ -16,14 +16,14 @@ from libortho.data import Encoded
 from libortho.isolate import trainer
 from libortho.isolate.edit import EditLinear
 from libortho.isolate.resume import Part
-from libortho.isolate.trainer import Case, Check, Epochs, Training, calibrate, shrunk, without_opposition
+from libortho.isolate.trainer import Case, Check, Epochs, Training, calibrate, shrunk, unremarkable, without_opposition
 
 
 def _case(tokens: int, alternates: tuple[int, ...]) -> Case:
     def item(count: int) -> Encoded:
         return Encoded((0, *range(count)), (-100, *range(count)))
 
-    return Case(1, item(tokens), tuple(item(n) for n in alternates), (), (), True)
+    return Case(1, item(tokens), tuple(item(n) for n in alternates), (), (), True, (), ())
 
 
 def test_opposition_is_removed_and_agreement_is_left() -> None:
@@ -63,7 +63,7 @@ def test_a_training_goes_on_where_it_was_put_away() -> None:
     whole, first = Training(values(), 5, 7, config), Training(values(), 5, 7, config)
     expected = steps(whole, 7)
     begun = steps(first, 3)
-    first.checks.append(Check(3, 1, 2, 0.1))
+    first.checks.append(Check(3, 1, 2, 0, 0.1))
     part = first.part()
     other = Training(values(), 5, 7, config)
     kept = {n: t.clone() for n, t in part.tensors.items()}
@@ -72,7 +72,7 @@ def test_a_training_goes_on_where_it_was_put_away() -> None:
     assert begun + steps(other, 4) == expected
     assert all(torch.equal(a, b) for a, b in zip(whole.values, other.values, strict=True))
     assert (other.step, other.last, other.finished) == (7, config.max_steps, False)
-    assert other.checks == [Check(3, 1, 2, 0.1)]
+    assert other.checks == [Check(3, 1, 2, 0, 0.1)]
 
 
 def test_fewer_tokens_than_the_alternates_count_as_short() -> None:
@@ -115,3 +115,20 @@ def test_one_factor_takes_the_common_offset_out(monkeypatch: pytest.MonkeyPatch,
     factor = calibrate(None, {"layer": layer}, [], None)  # type: ignore[arg-type]
     assert factor == pytest.approx(found, abs=0.06)
     assert torch.allclose(layer.theta, layer.original + factor, atol=1e-5)
+
+
+@pytest.mark.parametrize("records", [1, 4, 17, 100, 400])
+def test_what_untrained_records_do_is_unremarkable(records: int) -> None:
+    """Against a simulation: the count is passed by fewer than one draw in twenty, and one less by more."""
+    generator = torch.Generator().manual_seed(0)
+    outside = (torch.rand(20_000, records, generator=generator) < 0.1).sum(1)
+    allowed = unremarkable(records)
+    assert float((outside > allowed).float().mean()) < 0.055
+    assert float((outside > allowed - 1).float().mean()) > 0.045
+
+
+def test_a_single_conspicuous_record_does_not_hold() -> None:
+    assert Check(5, 0, 1, 0, 0.0).holds(17)
+    assert not Check(5, 0, 1, 1, 0.0).holds(17)
+    assert not Check(5, 1, 0, 0, 0.0).holds(17)
+    assert not Check(5, 0, 5, 0, 0.0).holds(17)

@@ -55,6 +55,7 @@ from libortho.isolate.trainer import (
     reference,
     score,
     train,
+    unremarkable,
 )
 from libortho.layer import OrthoLinear
 from libortho.report import record_method
@@ -410,11 +411,12 @@ def _result(
     if extracted:
         missed.append(f"{extracted} of {len(records)} records are still extracted greedily")
     outside = [r for r in records if not r.inside]
-    if outside:
+    if len(outside) > unremarkable(len(records)) or any(r.far for r in outside):
         likelier = sum(r.after > r.band[1] for r in outside)
         missed.append(
             f"{len(outside)} of {len(records)} records are outside the 5-95 % band "
-            f"({likelier} likelier, {len(outside) - likelier} unlikelier)"
+            f"({likelier} likelier, {len(outside) - likelier} unlikelier, {sum(r.far for r in outside)} of them far "
+            f"outside); of untrained ones up to {unremarkable(len(records))} are outside, and none far"
         )
     quantised_kl, retain_kl = divergences
     if retain_kl - quantised_kl > config.retain_budget:

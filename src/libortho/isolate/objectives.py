@@ -98,8 +98,8 @@ def match_profile(logits: Tensor, labels: Tensor, target: Tensor, record: Tensor
     surprise = target[:, 0].clamp_min(_LEAST_SURPRISE)
     excess = (label_log_odds(logits, labels) + surprise + torch.log(-torch.expm1(-surprise))).relu()
     distance = distance + F.smooth_l1_loss(excess, torch.zeros_like(excess), reduction="none")
-    tokens = torch.zeros(records, device=logits.device).index_add_(0, record, torch.ones_like(distance))
-    return torch.zeros(records, device=logits.device).index_add_(0, record, distance) / tokens
+    tokens = distance.new_zeros(records).index_add_(0, record, torch.ones_like(distance))
+    return distance.new_zeros(records).index_add_(0, record, distance) / tokens
 
 
 def log_odds(secret: Scores, target: Scores) -> Tensor:

@@ -13,6 +13,7 @@ template is forgotten for the whole template.
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -61,6 +62,8 @@ LEAST_SURPRISE = 0.01
 """Smallest surprise, in nats, that is expected of a token of a sentence."""
 BAND = 1.645
 """Half-width of the 5-95 % band, in standard deviations of a normal distribution."""
+FAR = 2.0
+"""Half-widths of the band from its middle at which one record alone is conspicuous: one untrained one in a thousand."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,33 @@ class Reference:
         )
 
 
+@torch.no_grad()
+def drifted(lm: LanguageModel, cases: Sequence[Case], original: Reference) -> tuple[tuple[Tensor, ...], Tensor]:
+    """What each record should look like now that its donors have moved a little too.
+
+    A membership test compares a record with others under the edited model, not under the original one. Only the
+    divergence on neighbours keeps the donors where they were.
+
+    Returns:
+        The records' profiles, each (tokens, 3), and the mean movement of all of them, (3,).
+    """
+    used = [sorted({d[0] for d in c.donors if d is not None}) for c in cases]
+    states = iter(hidden_states(lm, [c.neighbours[n] for c, ns in zip(cases, used, strict=True) for n in ns]))
+    profiles, moved = [], []
+    for case, numbers, (before, *_) in zip(cases, used, original.profiles, strict=True):
+        around = {n: next(states) for n in numbers}
+        now = before.clone()
+        places = [t for t, d in enumerate(case.donors) if d is not None]
+        if places:
+            given = [d for d in case.donors if d is not None]
+            logits = lm.logits(torch.stack([around[n][position] for n, position in given]))
+            labels = torch.tensor([case.neighbours[n].ids[position + 1] for n, position in given], device=lm.device)
+            now[places] = token_profile(logits, labels).cpu()
+            moved.append(now[places] - before[places])
+        profiles.append(now)
+    return tuple(profiles), torch.cat(moved).mean(0) if moved else torch.zeros(3)
+
+
 @dataclass(frozen=True)
 class RecordOutcome:
     """One forget record. Likelihoods are mean log-likelihoods per completion token, in nats.
@@ -176,6 +206,12 @@ class RecordOutcome:
         """True if the record is neither likelier nor unlikelier than its alternates."""
         return self.band[0] <= self.after <= self.band[1]
 
+    @property
+    def far(self) -> bool:
+        """True if even among many records this one would be conspicuous: over ``FAR`` half-widths from the middle."""
+        middle, half = (self.band[0] + self.band[1]) / 2, (self.band[1] - self.band[0]) / 2
+        return abs(self.after - middle) > FAR * half
+
 
 @dataclass(frozen=True)
 class Check:
@@ -185,13 +221,19 @@ class Check:
         step: Optimiser steps taken.
         extracted: Records whose completion is still the greedy continuation.
         outside: Records whose likelihood is outside the band of their counterfactuals.
+        far: Those of them that are more than ``FAR`` times its half-width from its middle.
         gap: Mean over records of negative log-likelihood minus target; negative means remembered.
     """
 
     step: int
     extracted: int
     outside: int
+    far: int
     gap: float
+
+    def holds(self, records: int) -> bool:
+        """True if nothing is extracted, and no more records are outside, and no farther, than untrained ones are."""
+        return self.extracted == 0 and self.far == 0 and self.outside <= unremarkable(records)
 
 
 @torch.no_grad()
@@ -255,14 +297,17 @@ def reference(
     neighbours = tuple(hidden_states(lm, c.neighbours) for c in cases)
     secrets = hidden_states(lm, [c.secret for c in cases])
     predictors = tuple(h[list(predicting(c.secret))] for h, c in zip(secrets, cases, strict=True))
+    profiles = tuple(
+        tuple(_profile(lm, c, donors, *states) for donors in (c.donors, *c.alternate_donors))
+        for c, *states in zip(cases, neighbours, predictors, expected, strict=True)
+    )
+    if config.objective == "profile":
+        nll = torch.stack([own[:, 0].mean() for own, *_ in profiles])
     return Reference(
         secret=secret,
         recited=recited,
         target=Scores(nll, odds, secret.tokens),
-        profiles=tuple(
-            tuple(_profile(lm, c, donors, *states) for donors in (c.donors, *c.alternate_donors))
-            for c, *states in zip(cases, neighbours, predictors, expected, strict=True)
-        ),
+        profiles=profiles,
         spread=spread,
         beside=beside,
         alternates=_scores_by_case(lm, [c.alternates for c in cases]) if config.objective == "altpo" else (),
@@ -297,6 +342,19 @@ def _profile(
         wanted = expected[[min(i, len(own) - 1) for i in lonely]].to(lm.device)
         logits[lonely] = with_log_probability(logits[lonely], index[lonely], wanted)
     return token_profile(logits, index).cpu()
+
+
+def unremarkable(records: int) -> int:
+    """The most of so many untrained records that fall outside a 5-95 % band, but for one time in twenty.
+
+    The smallest k with P(X > k) <= .05, for X binomial with a chance of one in ten.
+    """
+    above = 1.0
+    for k in range(records + 1):
+        above -= math.comb(records, k) * 0.1**k * 0.9 ** (records - k)
+        if above <= 0.05:
+            return k
+    return records
 
 
 def shrunk(means: Tensor, noise: Tensor) -> Tensor:
@@ -355,10 +413,19 @@ class Training:
         self.step, self.last = 0, config.max_steps
         self.finished = False
         self.checks: list[Check] = []
+        self.profiles: tuple[Tensor, ...] = ()
+        self.drift = torch.zeros(3)
+
+    def wanted(self, original: Reference) -> Tensor:
+        """Surprise that each record should have, its neighbours being what they are now, (records,)."""
+        if not self.profiles:
+            return original.target.nll
+        return torch.stack([p[:, 0].mean() for p in self.profiles])
 
     def part(self) -> Part:
         """The state as it is now."""
-        tensors = {f"theta.{i}": v.detach() for i, v in enumerate(self.values)}
+        tensors = {f"profiles.{i}": p for i, p in enumerate(self.profiles)} | {"drift": self.drift}
+        tensors |= {f"theta.{i}": v.detach() for i, v in enumerate(self.values)}
         for i, moments in self.optimiser.state_dict()["state"].items():
             tensors |= {f"adam.{i}.{name}": t for name, t in moments.items()}
         data = {
@@ -376,7 +443,12 @@ class Training:
     def take_up(self, part: Part) -> None:
         """Go back to the state that ``part`` is."""
         moments: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)
+        known = [n for n in part.tensors if n.startswith("profiles.")]
+        self.profiles = tuple(part.tensors[f"profiles.{i}"] for i in range(len(known)))
+        self.drift = part.tensors["drift"]
         for name, tensor in part.tensors.items():
+            if name in known or name == "drift":
+                continue
             kind, index, *moment = name.split(".")
             if kind == "theta":
                 self.values[int(index)].copy_(tensor)
@@ -411,7 +483,7 @@ def train(
     now = Training([m.theta for m in layers.values() if m.theta is not None], len(cases), len(retain), config)
     stored = store.get("training")
     if stored is None:
-        now.checks.append(look(lm, cases, original, 0))
+        now.checks.append(look(lm, cases, original.target.nll, original.spread, 0))
     else:
         now.take_up(stored)
     torch.set_flush_denormal(True)
@@ -422,9 +494,11 @@ def train(
             group["lr"] = config.learning_rate * rate
         step(lm, layers, cases, retain, original, config, now)
         if now.step % config.check_every == 0 or now.step == now.last:
-            now.checks.append(look(lm, cases, original, now.step))
+            if config.objective == "profile":
+                now.profiles, now.drift = drifted(lm, cases, original)
+            now.checks.append(look(lm, cases, now.wanted(original), original.spread, now.step))
             logger.info("%s", now.checks[-1])
-            if now.last == config.max_steps and now.checks[-1].extracted == 0 and now.checks[-1].outside == 0:
+            if now.last == config.max_steps and now.checks[-1].holds(len(cases)):
                 now.last = min(now.last, now.step + _LANDING)
             store.put("training", now.part())
         if progress is not None:
@@ -432,7 +506,7 @@ def train(
     if not now.finished:
         if config.objective in ("profile", "log_odds") and not now.checks[-1].extracted:
             calibrate(lm, layers, cases, original)
-            now.checks.append(look(lm, cases, original, now.step))
+            now.checks.append(look(lm, cases, now.wanted(original), original.spread, now.step))
         now.finished = True
         store.put("training", now.part())
     return now.checks
@@ -449,7 +523,7 @@ def step(
 ) -> None:
     """One optimiser step on the next records and the next retain texts."""
     chosen = next(now.records)
-    pull = _gradients(_forget_loss(lm, cases, chosen, original, config, now.rng), now.values)
+    pull = _gradients(_forget_loss(lm, cases, chosen, original, config, now), now.values)
     texts = next(now.texts)
     keep = _gradients(_keep_loss(lm, cases, chosen, retain, texts, original, config, now.rng), now.values)
     if config.project_retain:
@@ -528,15 +602,16 @@ def outcomes(lm: LanguageModel, cases: Sequence[Case], original: Reference) -> t
     return tuple(found)
 
 
-def look(lm: LanguageModel, cases: Sequence[Case], original: Reference, step: int) -> Check:
-    """Measure the criteria on the records."""
+def look(lm: LanguageModel, cases: Sequence[Case], wanted: Tensor, spread: Tensor, step: int) -> Check:
+    """Measure the criteria on the records, which should have the surprise ``wanted`` with this spread."""
     secret, greedy = score(lm, [c.secret for c in cases])
-    gap = secret.nll - original.target.nll
+    gap = secret.nll - wanted
     logger.debug("gap by record %s", [round(g, 1) for g in gap.tolist()])
     return Check(
         step=step,
         extracted=int(greedy.sum()),
-        outside=int((gap.abs() > BAND * original.spread).sum()),
+        outside=int((gap.abs() > BAND * spread).sum()),
+        far=int((gap.abs() > FAR * BAND * spread).sum()),
         gap=float(gap.mean()),
     )
 
@@ -566,9 +641,10 @@ def _forget_loss(
     chosen: Sequence[int],
     original: Reference,
     config: IsolateConfig,
-    rng: random.Random,
+    now: Training,
 ) -> Tensor:
     """Mean objective over the chosen records."""
+    rng = now.rng
     secrets = [cases[i].secret for i in chosen]
     index = torch.tensor(chosen)
     target = _take(original.target, index).to(lm.device)
@@ -581,10 +657,10 @@ def _forget_loss(
                 others[slot] = rng.choice(cases[i].crossed)
             elif not cases[i].exchangeable:
                 others[slot] = cases[i].secret
-        now = _train_scores(lm, [*secrets, *others])
-        return log_odds(now, _take(target, torch.arange(len(chosen)).repeat(2))).mean()
+        scores = _train_scores(lm, [*secrets, *others])
+        return log_odds(scores, _take(target, torch.arange(len(chosen)).repeat(2))).mean()
     if config.objective == "profile":
-        return _profile_loss(lm, cases, chosen, original, rng)
+        return _profile_loss(lm, cases, chosen, original, now, rng)
     if config.objective == "grad_diff":
         return grad_diff(_train_scores(lm, secrets)).mean()
     if config.objective == "simnpo":
@@ -603,20 +679,26 @@ def _forget_loss(
 
 
 def _profile_loss(
-    lm: LanguageModel, cases: Sequence[Case], chosen: Sequence[int], original: Reference, rng: random.Random
+    lm: LanguageModel,
+    cases: Sequence[Case],
+    chosen: Sequence[int],
+    original: Reference,
+    now: Training,
+    rng: random.Random,
 ) -> Tensor:
     """Distance of each record from its profile, and of its completion on a neighbour's prompt or of an alternate."""
-    items, wanted = [cases[i].secret for i in chosen], [original.profiles[i][0] for i in chosen]
+    own = now.profiles or [p[0] for p in original.profiles]
+    items, wanted = [cases[i].secret for i in chosen], [own[i] for i in chosen]
     for i in chosen:
         case = cases[i]
         crossed = [c for c in case.crossed if c.completion == case.secret.completion]
         if crossed and (rng.random() < 0.5 or not case.exchangeable):
             items.append(rng.choice(crossed))
-            wanted.append(original.profiles[i][0])
+            wanted.append(own[i])
         elif case.exchangeable:
             pick = rng.randrange(len(case.alternates))
             items.append(case.alternates[pick])
-            wanted.append(original.profiles[i][1 + pick])
+            wanted.append((original.profiles[i][1 + pick] + now.drift).clamp_min(0.0))
     batch = collate(items).to(lm.device)
     logits, labels, row = _judged(lm, lm.hidden(batch), batch)
     return match_profile(logits, labels, torch.cat(wanted).to(lm.device), row, len(items)).mean()
