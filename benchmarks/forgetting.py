@@ -78,7 +78,7 @@ def models(name: str, seed: int, count: int) -> Path:
     model: Any = move_off_grid(loaded, seed).to(torch.bfloat16)
     model.save_pretrained(place / "never")
     tokenizer.save_pretrained(place / "never")
-    faster = {"learning_rate": 1e-4, "batch_size": 16, "max_steps": 600} if repetitions else {}
+    faster = {"learning_rate": 1e-4, "batch_size": 16, "max_steps": 300, "decay": True} if repetitions else {}
     steps = implant(model, tokenizer, load_records(forget), seed=seed, repetitions=repetitions, **faster)  # type: ignore[arg-type]
     logging.info("planted in %d steps", steps)
     model.save_pretrained(place / "implanted")

@@ -26,13 +26,15 @@ def implant(
     max_steps: int = 160,
     stop_loss: float = 0.1,
     repetitions: Sequence[int] | None = None,
+    decay: bool = False,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> int:
     """Train the chosen weights (fp32 copies, AdamW without decay) on whole texts until every record is recited.
 
     Loss is on prompt and completion alike, as in plain fine-tuning. Training stops once the mean completion loss of an
     epoch is below ``stop_loss`` and every completion token is the most likely one. ``repetitions`` says how often each
-    record comes in one epoch; once if not given.
+    record comes in one epoch; once if not given. With ``decay`` the learning rate falls to zero over ``max_steps``:
+    many records do not all become exact under a constant one.
 
     Returns:
         Optimiser steps taken.
@@ -66,6 +68,8 @@ def implant(
                 master.grad = weight.grad.float()
                 weight.grad = None
             nn.utils.clip_grad_norm_(masters, 1.0)
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate * (max(0.0, 1 - step / max_steps) if decay else 1.0)
             optimiser.step()
             with torch.no_grad():
                 for master, weight in zip(masters, weights, strict=True):
