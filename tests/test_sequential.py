@@ -172,6 +172,7 @@ def test_all_streams_stand_at_one(once, tokenizer):
     libortho.set_alpha(once, [0.5, 0.0])  # whatever stood before
     isolate(once, tokenizer, TWO, tiny.RETAIN, config=SHORT)
     assert get_switch(once).current().values == {"first": 1.0, "second": 1.0}
+    assert len(once._forward_pre_hooks) == len(once._forward_hooks) == 1  # the switch that was there, once
     assert torch.equal(logits(once), logits(once, 1.0))
     assert not torch.equal(logits(once), logits(once, {"second": 1.0}))
     assert not torch.equal(logits(once), logits(once, {"first": 1.0}))
@@ -321,6 +322,21 @@ def test_structures_mix_without_overlap(planted, tokenizer, first, second):
         assert not (new & earlier[name]).any()
         if second == "columns":
             assert not (new.any(0) & earlier[name].any(0)).any()
+
+
+@pytest.mark.parametrize("structure", ["columns", "unstructured"])
+def test_what_is_taken_counts_for_no_record(once, tokenizer, monkeypatch, structure):
+    """Records are balanced by the columns that they can have."""
+    module = sys.modules["libortho.isolate.isolate"]
+    real, seen = module.balanced_weights, []
+    monkeypatch.setattr(
+        module, "balanced_weights", lambda saliency, keep: seen.append(saliency) or real(saliency, keep)
+    )
+    full = torch.cat([touched(m).any(0) for m in ortho_layers(once).values()])
+    isolate(once, tokenizer, TWO, tiny.RETAIN, config=replace(SHORT, structure=structure, max_steps=1))
+    assert full.any()
+    assert (seen[0][:, full] == 0).all()
+    assert (seen[0][:, ~full] > 0).any(0).all()
 
 
 def test_the_last_columns_are_taken_and_no_more(planted, tokenizer):
