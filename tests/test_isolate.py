@@ -436,10 +436,11 @@ def test_bad_input_is_refused_and_the_model_is_what_it_was(unusual, tokenizer, c
     assert_same(unusual, before)
 
 
-def test_a_split_model_is_refused(planted, tokenizer):
+def test_the_same_stream_again_is_refused(planted, tokenizer):
+    """Another name is another request: test_sequential.py."""
     isolate(planted, tokenizer, tiny.FORGET, tiny.RETAIN, config=SHORT)
     before = state(planted)
-    with pytest.raises(TargetError, match="already split"):
+    with pytest.raises(libortho.ConfigError, match="stream 'default' exists already"):
         isolate(planted, tokenizer, tiny.FORGET, tiny.RETAIN, config=SHORT)
     assert_same(planted, before)
 

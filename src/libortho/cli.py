@@ -160,7 +160,9 @@ def split(
 
 @app.command()
 def isolate(
-    model: Model,
+    model: Annotated[
+        str, typer.Argument(help="Hub id or path of a dense causal language model, or a checkpoint made by isolate.")
+    ],
     forget: Annotated[Path, typer.Option(help="Records that must go: JSONL, JSON or txt.")],
     out: Out,
     retain: Annotated[Path | None, typer.Option(help="Text to keep; by default samples and shipped text.")] = None,
@@ -183,8 +185,11 @@ def isolate(
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Put the records in a file behind the switch. Exit code 3 if a criterion is missed."""
-    from libortho.checkpoint import save
+    """Put the records in a file behind the switch. Exit code 3 if a criterion is missed.
+
+    A checkpoint is isolated further: give another --stream, and the bits and group size that it has.
+    """
+    from libortho.checkpoint import is_checkpoint, load, save
     from libortho.isolate import isolate as isolate_records
     from libortho.models import load_model
 
@@ -194,7 +199,15 @@ def isolate(
         **_targets(target_modules),
     )  # fmt: skip
     config = IsolateConfig(**fields)
-    net, tokenizer = load_model(model, _dtype(dtype), _device(device))
+    net: Any
+    if is_checkpoint(model):
+        if dtype != "auto":
+            raise ConfigError(f"--dtype is {dtype!r}, but {model} is a checkpoint of libortho, which keeps its own")
+        net, tokenizer = load(model, device=_device(device))
+        if tokenizer is None:
+            raise CheckpointError(f"{model} holds no tokenizer; save the model together with its own")
+    else:
+        net, tokenizer = load_model(model, _dtype(dtype), _device(device))
     with _progress() as tell:
         result = isolate_records(net, tokenizer, forget, retain, config=config, resume=resume, progress=tell)
         tell("save", 0, 1)

@@ -22,12 +22,15 @@ from libortho.alpha import AlphaState, Switch
 from libortho.errors import ConfigError
 from libortho.ops import library
 from libortho.ops.library import check_batch
-from libortho.streams import BaseStream, OrthoStream
+from libortho.streams import BaseStream, Columns, Entries, OrthoStream
 
 
 @dataclass(frozen=True)
 class LayerReport:
     """What a split did to one layer. Errors are relative Frobenius norms, of the tensors as stored.
+
+    They compare with the weight that was split: the dense one, or, in a layer that a later request changed, the sum of
+    base and streams as that request found them. Densities and bytes are those of all streams together.
 
     Attributes:
         name: Dotted path.
@@ -161,6 +164,20 @@ def ortho_layers(model: nn.Module) -> dict[str, OrthoLinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, OrthoLinear)}
 
 
+def touched(layer: OrthoLinear) -> Tensor:
+    """Where any support of the layer lies, (out_features, in_features) bool."""
+    device = next(layer.base.buffers()).device
+    mask = torch.zeros(layer.out_features, layer.in_features, dtype=torch.bool, device=device)
+    for stream in layer.streams.values():
+        support = stream.support if isinstance(stream, OrthoStream) else None
+        if isinstance(support, Columns):
+            mask[:, support.index.long()] = True
+        elif isinstance(support, Entries):
+            rows = torch.repeat_interleave(torch.arange(len(mask), device=mask.device), support.rows.diff().long())
+            mask[rows, support.columns.long()] = True
+    return mask
+
+
 def quantise_activations(model: nn.Module, bits: int | None = 8) -> None:
     """Round the inputs of the INT8 base streams as well (W8A8): faster where there are many tokens, and less exact.
 
@@ -185,4 +202,4 @@ def quantise_activations(model: nn.Module, bits: int | None = 8) -> None:
         layer.base.activation_bits = bits
 
 
-__all__ = ["AlphaState", "LayerReport", "OrthoLinear", "ortho_layers", "quantise_activations"]
+__all__ = ["AlphaState", "LayerReport", "OrthoLinear", "ortho_layers", "quantise_activations", "touched"]

@@ -12,7 +12,7 @@ any base that is good enough to be of use (measured; see docs/isolation.md): for
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from libortho.alpha import Switch
 from libortho.config import DTYPES, SplitConfig, TargetModules
-from libortho.layer import LayerReport, OrthoLinear
+from libortho.layer import LayerReport, OrthoLinear, ortho_layers
 from libortho.report import record_method
 from libortho.select.scores import SCORES, top_columns, top_entries
 from libortho.streams import BaseStream, Columns, Entries, Factors, OrthoStream
@@ -109,14 +109,35 @@ def linear_weight(module: nn.Module) -> Tensor:
     return weight.detach() if isinstance(module, nn.Linear) else weight.detach().T
 
 
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features) of a linear layer, split or not."""
+    if isinstance(module, OrthoLinear):
+        return module.out_features, module.in_features
+    rows, columns = linear_weight(module).shape
+    return rows, columns
+
+
 def install(model: nn.Module, layers: dict[str, OrthoLinear], switch: Switch) -> None:
-    """Put finished layers in the place of the dense ones and attach the switch, if it controls any stream."""
+    """Put finished layers in the place of others and attach the switch, if it controls any stream.
+
+    A model that is split already keeps the switch that it has, which takes over the streams of ``switch``; all stand at
+    alpha = 1 then.
+    """
+    own = next((m.switch for m in ortho_layers(model).values()), None)
+    attached = own is not None and bool(own.streams)
     for name, layer in layers.items():
         parent, _, leaf = name.rpartition(".")
         owner = model.get_submodule(parent)
         layer.train(getattr(owner, leaf).training)
         setattr(owner, leaf, layer)
-    if switch.streams:
+        if own is not None:
+            layer.switch = own
+    if own is not None:
+        for stream in switch.streams:
+            own.add_stream(stream)
+        own.set(1.0, extrapolate=False)
+        switch = own
+    if switch.streams and not attached:
         switch.attach(model)
 
 
@@ -150,6 +171,7 @@ def assemble(
     stream_name: str,
     cut: _Truncation | None = None,
     low_rank_error: float | None = None,
+    earlier: Mapping[str, OrthoStream] | None = None,
 ) -> OrthoLinear:
     """A finished layer with its report; errors are measured on the tensors as stored.
 
@@ -163,10 +185,13 @@ def assemble(
         stream_name: Name of the ortho stream.
         cut: The low-rank truncation that the base was made from, if any.
         low_rank_error: Error of the truncation that was tried, if any.
+        earlier: Streams that the layer has already; none of them has a tail.
     """
+    streams = {**(earlier or {}), stream_name: stream}
     approximation = base.dense(torch.float32)
     base_error = relative_error(approximation, weight)
-    stream.add_to(approximation)
+    for part in streams.values():
+        part.add_to(approximation)
     report = LayerReport(
         name=name,
         shape=(weight.shape[0], weight.shape[1]),
@@ -175,14 +200,15 @@ def assemble(
         low_rank_error=low_rank_error,
         base_error=base_error,
         final_error=relative_error(approximation, weight),
-        ortho_density=stream.support_size / weight.numel(),
+        ortho_density=sum(s.support_size for s in streams.values()) / weight.numel(),
         tail_rank=stream.tail.rank if stream.tail is not None else 0,
         tail_density=stream.tail_size / weight.numel(),
         base_bytes=base.nbytes,
-        ortho_bytes=stream.nbytes,
+        ortho_bytes=sum(s.nbytes for s in streams.values()),
     )
     layer = OrthoLinear(base, bias, switch, report)
-    layer.add_stream(stream_name, stream)
+    for key, part in streams.items():
+        layer.add_stream(key, part)
     return layer
 
 

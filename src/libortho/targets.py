@@ -13,12 +13,13 @@ from transformers.pytorch_utils import Conv1D
 from libortho.config import ALL_LINEAR, MLP_OUT, TargetModules
 from libortho.errors import TargetError
 from libortho.layer import OrthoLinear
+from libortho.streams import OrthoStream
 
 # The output projection of the MLP in the families that transformers knows; "c_proj" is also an attention name in GPT-2.
 _MLP_OUT = re.compile(r"(.*\.)?(down_proj|fc2|mlp\.c_proj|dense_4h_to_h|w2)")
 
 
-def find_targets(model: nn.Module, target_modules: TargetModules) -> dict[str, nn.Module]:
+def find_targets(model: nn.Module, target_modules: TargetModules, *, again: bool = False) -> dict[str, nn.Module]:
     """Return the linear layers that ``target_modules`` names, by dotted path, in the model's order.
 
     Args:
@@ -26,17 +27,20 @@ def find_targets(model: nn.Module, target_modules: TargetModules) -> dict[str, n
         target_modules: A plain name matches a suffix of the dotted path (as in PEFT); ``re:<pattern>`` matches the
             full path; ``"mlp-out"`` is the MLP's output projection; ``"all-linear"`` is every linear layer but the
             output embedding.
+        again: Take layers that are split already, too.
 
     Raises:
-        TargetError: if nothing matches (near names are listed), or if a match is already split, quantised by another
-            library, tied, shared, not floating point or not finite.
+        TargetError: if nothing matches (near names are listed), or if a match is already split (with ``again``: if
+            it has a tail), quantised by another library, tied, shared, not floating point or not finite.
     """
     patterns = (target_modules,) if isinstance(target_modules, str) else tuple(target_modules)
-    if any(isinstance(m, OrthoLinear) for m in model.modules()):
+    split = tuple(n for n, m in model.named_modules() if isinstance(m, OrthoLinear))
+    if split and not again:
         raise TargetError(
-            "this model is already split; start from the original model (base and ortho cannot be split again)"
+            "this model is already split; start from the original model (isolate alone can split it again)"
         )
-    modules = {name: module for name, module in model.named_modules() if name}
+    inner = tuple(f"{n}." for n in split)
+    modules = {name: module for name, module in model.named_modules() if name and not name.startswith(inner)}
     head = output_embedding(model)
     found: dict[str, nn.Module] = {}
     for pattern in patterns:
@@ -64,9 +68,10 @@ def is_linear(module: nn.Module) -> bool:
 
 def _matches(name: str, module: nn.Module, pattern: str, head: nn.Module | None) -> bool:
     if pattern == MLP_OUT:
-        return bool(_MLP_OUT.fullmatch(name)) and not list(module.children())
+        leaf = isinstance(module, OrthoLinear) or not list(module.children())
+        return bool(_MLP_OUT.fullmatch(name)) and leaf
     if pattern == ALL_LINEAR:
-        return isinstance(module, nn.Linear | Conv1D) and module is not head
+        return isinstance(module, nn.Linear | Conv1D | OrthoLinear) and module is not head
     if pattern.startswith("re:"):
         try:
             return re.fullmatch(pattern[3:], name) is not None
@@ -76,7 +81,7 @@ def _matches(name: str, module: nn.Module, pattern: str, head: nn.Module | None)
 
 
 def _near(pattern: str, modules: dict[str, nn.Module]) -> str:
-    linear = [n for n, m in modules.items() if isinstance(m, nn.Linear | Conv1D)]
+    linear = [n for n, m in modules.items() if isinstance(m, nn.Linear | Conv1D | OrthoLinear)]
     leaves = sorted({n.rsplit(".", 1)[-1] for n in linear})
     close = difflib.get_close_matches(pattern.rsplit(".", 1)[-1], leaves, n=3, cutoff=0.5)
     if close:
@@ -95,6 +100,14 @@ def _shared_parameters(model: nn.Module) -> set[int]:
 def _check(name: str, module: nn.Module, head: nn.Module | None, shared: set[int]) -> None:
     if module is head:
         raise TargetError(f"{name} makes the logits and is not split; leave it out of target_modules")
+    if isinstance(module, OrthoLinear):
+        tails = [n for n, s in module.streams.items() if isinstance(s, OrthoStream) and s.tail is not None]
+        if tails:
+            raise TargetError(
+                f"{name} has a low-rank tail in stream {tails[0]!r}, which covers the whole weight and leaves no place "
+                "to another stream; split with keep_tail=False, or start from the original model"
+            )
+        return
     if not is_linear(module):
         kind = f"{type(module).__module__}.{type(module).__name__}"
         raise TargetError(

@@ -32,7 +32,7 @@ from libortho.audit.material import SHOWN, Material, gather
 from libortho.audit.measure import Before, Measurement
 from libortho.audit.privacy import template_of
 from libortho.audit.report import AuditReport
-from libortho.audit.subjects import Subject, at, base_sha256, subjects, touched
+from libortho.audit.subjects import Subject, at, base_sha256, subjects
 from libortho.audit.verdicts import verdicts
 from libortho.config import AuditConfig
 from libortho.data import Encoded, Record, Source
@@ -40,7 +40,7 @@ from libortho.errors import TargetError
 from libortho.files import write_atomically
 from libortho.isolate.counterfactuals import is_prose
 from libortho.isolate.language_model import LanguageModel
-from libortho.layer import OrthoLinear, ortho_layers
+from libortho.layer import OrthoLinear, ortho_layers, touched
 from libortho.models import fingerprint
 from libortho.split import Progress
 from libortho.streams import OrthoStream

@@ -27,9 +27,9 @@ from libortho.alpha import Switch, alpha
 from libortho.checkpoint.format import encode_base, scheme_of, sha256_of
 from libortho.errors import CheckpointError
 from libortho.isolate.language_model import LanguageModel
-from libortho.layer import OrthoLinear, ortho_layers
+from libortho.layer import OrthoLinear, ortho_layers, touched
 from libortho.split import bias_of
-from libortho.streams import BaseStream, Columns, Entries, OrthoStream
+from libortho.streams import BaseStream, OrthoStream
 
 
 @dataclass(frozen=True)
@@ -142,19 +142,6 @@ def moved_edit(layer: OrthoLinear, order: Tensor) -> BaseStream:
     places = torch.zeros_like(plain, dtype=torch.bool)
     places[:, target] = True
     return _requantised(plain_base(layer), moved, places)
-
-
-def touched(layer: OrthoLinear) -> Tensor:
-    """Where any support of the layer lies, (out_features, in_features) bool."""
-    mask = torch.zeros(layer.out_features, layer.in_features, dtype=torch.bool, device=_device(layer.base))
-    for stream in layer.streams.values():
-        support = stream.support if isinstance(stream, OrthoStream) else None
-        if isinstance(support, Columns):
-            mask[:, support.index.long()] = True
-        elif isinstance(support, Entries):
-            rows = torch.repeat_interleave(torch.arange(len(mask), device=mask.device), support.rows.diff().long())
-            mask[rows, support.columns.long()] = True
-    return mask
 
 
 def base_sha256(layers: Mapping[str, OrthoLinear]) -> str | None:

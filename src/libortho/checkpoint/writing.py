@@ -149,7 +149,9 @@ def _plan(model: nn.Module) -> _Plan:
                 f"the base of {name} is kept in {stored}, the model in {model.dtype}; stock loaders would round it. "
                 "Load and split the model in the dtype in which it will be saved"
             )
-    names = dict.fromkeys(checked_name(s) for layer in layers.values() for s in layer.streams)
+    present = dict.fromkeys(checked_name(s) for layer in layers.values() for s in layer.streams)
+    made = [s for layer in layers.values() for s in layer.switch.streams if s in present]  # a layer may lack the first
+    names = dict.fromkeys([*made, *present])
     streams = []
     for position, stream_name in enumerate(names):
         parts: dict[str, OrthoStream] = {}

@@ -2,13 +2,15 @@ r"""A layer while its memory is being moved out: a frozen quantised base, and tr
 
     y = W_q x + (Q(theta) - W_q[support]) x[support] + bias
 
-``theta`` starts at the original weight, lives in fp32, and passes through the same grid as the base (straight-through),
-so the model that is trained is the integer model that will be stored. Nothing off the support can move: it is not a
-parameter. No dense weight is kept for the backward pass; it is rebuilt from the codes.
+``theta`` starts at the original weight (that of the base itself, where a base is edited further), lives in fp32, and
+passes through the same grid as the base (straight-through), so the model that is trained is the integer model that will
+be stored. Nothing off the support can move: it is not a parameter. No dense weight is kept for the backward pass; it is
+rebuilt from the codes.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -74,18 +76,23 @@ class EditLinear(nn.Module):
     """
 
     def __init__(
-        self, weight: Tensor, bias: nn.Parameter | None, support: Tensor | None, config: IsolateConfig
+        self, start: Tensor | BaseStream, bias: nn.Parameter | None, support: Tensor | None, config: IsolateConfig
     ) -> None:
+        """From a weight (out_features, in_features), which is quantised, or from a base, which is left as it is."""
         super().__init__()
-        weight = weight.contiguous()  # GPT-2's is a transposed view; entries are counted in row-major order
-        self.base = BaseStream.from_weight(weight, config.bits, config.resolved_group_size)
+        if isinstance(start, BaseStream):
+            self.base = start if support is None else copy.deepcopy(start)
+            weight = None
+        else:
+            weight = start.contiguous()  # GPT-2's is a transposed view; entries are counted in row-major order
+            self.base = BaseStream.from_weight(weight, config.bits, config.resolved_group_size)
         self.register_parameter("bias", bias)
         self.columns = config.structure == "columns"
         self.support = support
         self.theta: nn.Parameter | None = None
         if support is not None:
-            self.original = self._on_support(weight.float())
             self.frozen = self._on_support(self.base.dense(torch.float32))
+            self.original = self.frozen if weight is None else self._on_support(weight.float())
             self.step = self._on_support(self._steps()) if config.bits is not None else None
             self.theta = nn.Parameter(self.original.clone())
 

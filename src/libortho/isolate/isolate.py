@@ -16,7 +16,7 @@ import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from libortho.data import Encoded, Record, Source, collate, encode, load_records
 from libortho.errors import ConfigError, DataError
 from libortho.isolate import counterfactuals
 from libortho.isolate.donors import beginnings, donors
+from libortho.isolate.earlier import earlier_switch, taken, without
 from libortho.isolate.edit import EditLinear
 from libortho.isolate.language_model import LanguageModel
 from libortho.isolate.resume import Part, Store, run_key
@@ -57,10 +58,10 @@ from libortho.isolate.trainer import (
     train,
     unremarkable,
 )
-from libortho.layer import OrthoLinear
+from libortho.layer import OrthoLinear, ortho_layers
 from libortho.report import record_method
-from libortho.split import Progress, assemble, bias_of, install, linear_weight
-from libortho.streams import OrthoStream
+from libortho.split import Progress, assemble, bias_of, install, linear_shape, linear_weight
+from libortho.streams import BaseStream, OrthoStream
 from libortho.streams.base import check_shape
 from libortho.targets import find_targets
 
@@ -134,8 +135,13 @@ def isolate(
     At alpha = 1 the model is the original one on the support (to the value dtype) and the plain quantised one
     elsewhere; at alpha = 0 the records are no likelier than other completions of the same shape.
 
+    A model that was isolated before, by this call with another stream, can be isolated again. "Original" is then the
+    model with all earlier streams off; they and their columns are left alone, and all streams stand at alpha = 1
+    afterwards.
+
     Args:
-        model: A transformers causal LM with dense weights. bf16 models train several times faster on recent CPUs.
+        model: A transformers causal LM with dense weights, or one that ``isolate`` has split before. bf16 models train
+            several times faster on recent CPUs.
         tokenizer: Its tokenizer.
         forget: The records that must go; see :mod:`libortho.data`.
         retain: Text to keep; by default text sampled from the model and the general text of the package.
@@ -152,24 +158,24 @@ def isolate(
 
     Raises:
         DataError: if a record is malformed or empty, or a list does not match the forget records.
-        TargetError: if no layer matches or one cannot be split.
-        ConfigError: if the group size does not fit a layer, or the folder belongs to another run.
+        TargetError: if no layer matches or one cannot be split (an earlier stream with a low-rank tail is in the way).
+        ConfigError: if the group size does not fit a layer, the stream exists, bits or group size are not those of an
+            earlier base, earlier streams leave no column, or the folder belongs to another run.
         CheckpointError: if a file of the folder is damaged.
 
         After an error the model is what it was.
     """
     began = time.monotonic()
     config = config or IsolateConfig()
-    targets = find_targets(model, config.target_modules)
+    targets = find_targets(model, config.target_modules, again=True)
+    earlier = earlier_switch(model, config)
     for module in targets.values():
-        check_shape(linear_weight(module).shape[1], config.bits, config.resolved_group_size)
+        check_shape(linear_shape(module)[1], config.bits, config.resolved_group_size)
+    replaced = targets | ortho_layers(model)  # layers of earlier requests are stand-ins too, without their streams
     records = load_records(forget, tokenizer, name="forget")
     limit = _max_length(model, config)
     cases = _cases(records, tokenizer, alternates, neighbours, limit, config)
-    required = {n: p.requires_grad for n, p in model.named_parameters()}
-    training = {m: m.training for m in model.modules()}
-    model.eval().requires_grad_(False)
-    try:
+    with _frozen(model, earlier):
         length = min(config.retain_length, limit or config.retain_length)
         given = None if retain is None else _pieces(retain, tokenizer, length, config)
         human = [tokenizer(p)["input_ids"][:limit] for p in counterfactuals.shipped_text()[:_HUMAN_TEXTS]]
@@ -181,7 +187,7 @@ def isolate(
         _tell(progress, "reference", 1, 1)
         found = store.kept("support", lambda: Part(_support(lm, targets, cases, retain_items, config, progress)))
         support = {n: index.to(lm.device) for n, index in found.tensors.items()}
-        layers = {n: EditLinear(linear_weight(m), bias_of(m), support.get(n), config) for n, m in targets.items()}
+        layers = {n: EditLinear(_start(m), bias_of(m), support.get(n), config) for n, m in replaced.items()}
         try:
             _swap(model, layers)
             quantised_kl = divergence(lm, held_back, held_back_states)
@@ -189,7 +195,8 @@ def isolate(
                 checks = train(lm, layers, cases, retain_items, original, config, progress, store)
             switch = Switch()
             switch.add_stream(config.stream)
-            finished = {n: _finish(n, linear_weight(targets[n]), m, config, switch) for n, m in layers.items()}
+            changed = {n: m for n, m in targets.items() if n in support or not isinstance(m, OrthoLinear)}
+            finished = {n: _finish(n, m, layers[n], config, switch) for n, m in changed.items()}
             _swap(model, finished)  # what follows is measured on the layers that callers get
             _, recited_on = score(lm, [c.secret for c in cases])
             switch.set(0.0, extrapolate=False)
@@ -197,16 +204,11 @@ def isolate(
             retain_kl = divergence(lm, held_back, held_back_states)
             switch.set(1.0, extrapolate=False)
         finally:
-            _swap(model, targets)
-    finally:
-        for module, flag in training.items():
-            module.training = flag
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(required[name])
+            _swap(model, replaced)
     install(model, finished, switch)
     recited = (int(original.recited.sum()), int((original.recited & recited_on).sum()))
     result = _result(
-        config, records_after, recited, checks, (quantised_kl, retain_kl), support, finished, time.monotonic() - began
+        config, records_after, recited, checks, (quantised_kl, retain_kl), support, targets, time.monotonic() - began
     )
     figures = {n: getattr(result, n) for n in ("missed", "density", "retain_kl", "quantised_kl", "steps", "guarantee")}
     record_method(model, config.stream, {"verb": "isolate", "records": len(records), **config.to_dict(), **figures})
@@ -348,6 +350,8 @@ def _support(
     kept, kept_norms = column_saliency(lm, targets, texts)
     _tell(progress, "support", 2, phases)
     floor = retain_floor({n: s.sum(0) for n, s in kept.items()})
+    held = taken(targets, columns=columns)
+    forget = without(forget, {n: mask if columns else mask.all(0) for n, mask in held.items()}, 0.0)
     side_by_side = torch.cat([s / floor[n] for n, s in forget.items()], 1)
     weights = balanced_weights(side_by_side, max(1, int(config.ratio * side_by_side.shape[1])))
     if columns:
@@ -359,7 +363,24 @@ def _support(
         _tell(progress, "support", 4, phases)
         entry_floor = retain_floor(about_retain)
         scores = {n: s / entry_floor[n] for n, s in about_forget.items()}
+    scores = without(scores, held, -torch.inf)
     return allocate(scores, config.ratio, config.layer_cap, unit_costs(targets, columns=columns))
+
+
+@contextmanager
+def _frozen(model: nn.Module, earlier: Switch | None) -> Iterator[None]:
+    """Evaluation mode, no gradients of parameters, and earlier streams off; afterwards all is what it was."""
+    required = {n: p.requires_grad for n, p in model.named_parameters()}
+    training = {m: m.training for m in model.modules()}
+    model.eval().requires_grad_(False)
+    try:
+        with nullcontext() if earlier is None else earlier.context(0.0, extrapolate=False):
+            yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(required[name])
 
 
 @contextmanager
@@ -391,9 +412,26 @@ def _swap(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         setattr(model.get_submodule(parent), leaf, layer)
 
 
-def _finish(name: str, weight: torch.Tensor, edited: EditLinear, config: IsolateConfig, switch: Switch) -> OrthoLinear:
+def _start(module: nn.Module) -> torch.Tensor | BaseStream:
+    """What a layer is edited from."""
+    return module.base if isinstance(module, OrthoLinear) else linear_weight(module)
+
+
+def _finish(name: str, module: nn.Module, edited: EditLinear, config: IsolateConfig, switch: Switch) -> OrthoLinear:
     base, support = edited.finish(DTYPES[config.value_dtype])
-    return assemble(name, weight.float(), base, OrthoStream(support), bias_of(edited), switch, config.stream)
+    stream = OrthoStream(support)
+    if not isinstance(module, OrthoLinear):
+        weight = linear_weight(module).float()
+        return assemble(name, weight, base, stream, bias_of(edited), switch, config.stream)
+    streams = {n: s for n, s in module.streams.items() if isinstance(s, OrthoStream)}
+    layer = assemble(
+        name, module.dense_weight(1.0), base, stream, bias_of(edited), switch, config.stream, earlier=streams
+    )
+    if layer.report is not None and (before := module.report) is not None:
+        layer.report = replace(
+            layer.report, rank=before.rank, used_low_rank=before.used_low_rank, low_rank_error=before.low_rank_error
+        )
+    return layer
 
 
 def _result(
@@ -403,7 +441,7 @@ def _result(
     checks: Sequence[Check],
     divergences: tuple[float, float],
     support: Mapping[str, torch.Tensor],
-    layers: Mapping[str, OrthoLinear],
+    targets: Mapping[str, nn.Module],
     seconds: float,
 ) -> IsolateResult:
     missed = []
@@ -424,8 +462,8 @@ def _result(
             f"retain divergence {retain_kl:.4f} nats per token exceeds that of the quantised base alone "
             f"({quantised_kl:.4f}) by more than the budget of {config.retain_budget}"
         )
-    reports = [m.report for m in layers.values() if m.report is not None]
-    weights = sum(r.shape[0] * r.shape[1] for r in reports)
+    cost = unit_costs(dict(targets), columns=config.structure == "columns")
+    weights = sum(rows * columns for rows, columns in map(linear_shape, targets.values()))
     return IsolateResult(
         stream=config.stream,
         guarantee="measured: at alpha = 0 the model behaves as if it had not been trained on the records",
@@ -436,7 +474,7 @@ def _result(
         checks=tuple(checks),
         retain_kl=retain_kl,
         quantised_kl=quantised_kl,
-        density=sum(r.ortho_density * r.shape[0] * r.shape[1] for r in reports) / weights,
+        density=sum(len(index) * cost[n] for n, index in support.items()) / weights,
         columns_per_layer={n: len(s) for n, s in support.items()},
         steps=checks[-1].step,
         seconds=seconds,

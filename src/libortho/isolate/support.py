@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from libortho.data import Batch
 from libortho.isolate.language_model import LanguageModel
 from libortho.isolate.objectives import label_log_odds
-from libortho.split import linear_weight
+from libortho.split import linear_shape
 
 
 class _Tap:
@@ -145,7 +145,8 @@ def allocate(scores: dict[str, Tensor], ratio: float, cap: float, unit: dict[str
     """Take the best-scored columns or entries of all layers together, within one budget.
 
     Args:
-        scores: Name to a score per column (in_features,) or per entry (out_features, in_features).
+        scores: Name to a score per column (in_features,) or per entry (out_features, in_features); minus infinity keeps
+            an item out.
         ratio: Budget as a fraction of all weights of these layers.
         cap: No layer takes more than ``cap`` times its even share.
         unit: Weights that one scored item costs (out_features for columns, 1 for entries).
@@ -161,14 +162,15 @@ def allocate(scores: dict[str, Tensor], ratio: float, cap: float, unit: dict[str
         flat = score.flatten()
         most = min(flat.numel(), max(1, int(cap * ratio * flat.numel())))
         best = flat.topk(most)
-        kept.append((best.values, best.indices, name))
+        free = best.values != -torch.inf
+        kept.append((best.values[free], best.indices[free], name))
     values = torch.cat([v for v, _, _ in kept])
     cost = torch.cat([torch.full((len(v),), float(unit[n])) for v, _, n in kept])
     owner = torch.cat([torch.full((len(v),), i) for i, (v, _, _) in enumerate(kept)])
     index = torch.cat([i for _, i, _ in kept])
     order = values.cpu().argsort(descending=True)
     affordable = cost[order].cumsum(0) <= budget
-    affordable[0] = True
+    affordable[:1] = True
     chosen = order[affordable]
     result = {}
     for number, (_, _, name) in enumerate(kept):
@@ -185,4 +187,4 @@ def retain_floor(retain: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def unit_costs(layers: dict[str, nn.Module], *, columns: bool) -> dict[str, int]:
     """Weights that one column, or one entry, of each layer costs."""
-    return {n: linear_weight(m).shape[0] if columns else 1 for n, m in layers.items()}
+    return {n: linear_shape(m)[0] if columns else 1 for n, m in layers.items()}

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from libortho.audit.attacks.measuring import Level, Progress, general_subset, measure, normal_like
-from libortho.audit.subjects import Subject, dense_copy, touched
+from libortho.audit.subjects import Subject, dense_copy
 from libortho.data import Encoded
 from libortho.errors import TargetError
 from libortho.isolate.language_model import LanguageModel
-from libortho.layer import OrthoLinear, ortho_layers
+from libortho.layer import OrthoLinear, ortho_layers, touched
 from libortho.streams import OrthoStream
 
 

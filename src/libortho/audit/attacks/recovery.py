@@ -38,10 +38,10 @@ from torch import Tensor
 from libortho.audit.attacks.measuring import Level, Progress, measure
 from libortho.audit.attacks.noise import edited_layers, support_weight
 from libortho.audit.statistics import auc
-from libortho.audit.subjects import at, dense_copy, touched
+from libortho.audit.subjects import at, dense_copy
 from libortho.data import Encoded
 from libortho.isolate.language_model import LanguageModel
-from libortho.layer import OrthoLinear
+from libortho.layer import OrthoLinear, touched
 from libortho.streams import BaseStream, Columns, OrthoStream
 
 _LEADING = 4
