@@ -53,7 +53,7 @@ SCORING_TOKENS = 512
 """Tokens of one forward pass without gradients."""
 HEAD_POSITIONS = 64
 """Positions whose logits exist at one time where divergences are summed."""
-_WARM_UP, _STEADY, _LANDING = 5, 10, 10
+_WARM_UP, _STEADY, _LANDING = 5, 20, 10
 """Steps of rising learning rate; steps after which it falls with the square root of their number; last steps, in
 which it falls to zero."""
 _STRETCH, _SECANT_STEPS, _CLOSE = (0.8, 1.25), 3, 0.05
@@ -223,6 +223,7 @@ class Check:
         outside: Records whose likelihood is outside the band of their counterfactuals.
         far: Those of them that are more than ``FAR`` times its half-width from its middle.
         gap: Mean over records of negative log-likelihood minus target; negative means remembered.
+        holds: The criteria hold; see ``acceptable``.
     """
 
     step: int
@@ -230,10 +231,7 @@ class Check:
     outside: int
     far: int
     gap: float
-
-    def holds(self, records: int) -> bool:
-        """True if nothing is extracted, and no more records are outside, and no farther, than untrained ones are."""
-        return self.extracted == 0 and self.far == 0 and self.outside <= unremarkable(records)
+    holds: bool
 
 
 @torch.no_grad()
@@ -498,7 +496,7 @@ def train(
                 now.profiles, now.drift = drifted(lm, cases, original)
             now.checks.append(look(lm, cases, now.wanted(original), original.spread, now.step))
             logger.info("%s", now.checks[-1])
-            if now.last == config.max_steps and now.checks[-1].holds(len(cases)):
+            if now.last == config.max_steps and now.checks[-1].holds:
                 now.last = min(now.last, now.step + _LANDING)
             store.put("training", now.part())
         if progress is not None:
@@ -607,13 +605,28 @@ def look(lm: LanguageModel, cases: Sequence[Case], wanted: Tensor, spread: Tenso
     secret, greedy = score(lm, [c.secret for c in cases])
     gap = secret.nll - wanted
     logger.debug("gap by record %s", [round(g, 1) for g in gap.tolist()])
+    distance = gap.abs() / (BAND * spread)
+    extracted, outside, far = int(greedy.sum()), int((distance > 1).sum()), int((distance > FAR).sum())
     return Check(
         step=step,
-        extracted=int(greedy.sum()),
-        outside=int((gap.abs() > BAND * spread).sum()),
-        far=int((gap.abs() > FAR * BAND * spread).sum()),
+        extracted=extracted,
+        outside=outside,
+        far=far,
         gap=float(gap.mean()),
+        holds=extracted == 0 and far == 0 and acceptable(gap, outside, spread),
     )
+
+
+def acceptable(gap: Tensor, outside: int, spread: Tensor) -> bool:
+    """True if the records as a group look untrained: in how many are outside the band, and in their mean.
+
+    Args:
+        gap: (records,) surprise minus what it should be, in nats per token.
+        outside: How many of them are outside the band.
+        spread: (records,) standard deviation that the gap of an untrained record has.
+    """
+    chance = BAND * float(spread.mean()) / len(gap) ** 0.5
+    return outside <= unremarkable(len(gap)) and abs(float(gap.mean())) <= max(chance, _CLOSE)
 
 
 @torch.no_grad()
