@@ -492,17 +492,17 @@ def train(
             group["lr"] = config.learning_rate * rate
         step(lm, layers, cases, retain, original, config, now)
         if now.step % config.check_every == 0 or now.step == now.last:
-            if config.objective == "profile":
-                now.profiles, now.drift = drifted(lm, cases, original)
             now.checks.append(look(lm, cases, now.wanted(original), original.spread, now.step))
             logger.info("%s", now.checks[-1])
             if now.last == config.max_steps and now.checks[-1].holds:
+                if config.objective == "profile":
+                    now.profiles, now.drift = drifted(lm, cases, original)
                 now.last = min(now.last, now.step + _LANDING)
             store.put("training", now.part())
         if progress is not None:
             progress("isolate", now.step, now.last)
     if not now.finished:
-        if config.objective in ("profile", "log_odds") and not now.checks[-1].extracted:
+        if config.objective == "log_odds" and not now.checks[-1].extracted:
             calibrate(lm, layers, cases, original)
             now.checks.append(look(lm, cases, now.wanted(original), original.spread, now.step))
         now.finished = True
