@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.005)
     parser.add_argument("--structure", default="columns")
     parser.add_argument("--bits", type=int, default=8)
-    parser.add_argument("--objective", default="log_odds")
+    parser.add_argument("--objective", default="profile")
     arguments = parser.parse_args()
     runs = []
     for case in arguments.cases:

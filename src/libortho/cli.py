@@ -171,7 +171,7 @@ def isolate(
     bits: Bits = 8,
     group_size: GroupSize = None,
     structure: Annotated[str, typer.Option(help="columns or unstructured.")] = "columns",
-    objective: Annotated[str, typer.Option(help="log_odds, npo, simnpo, altpo or grad_diff.")] = "log_odds",
+    objective: Annotated[str, typer.Option(help="profile, log_odds, npo, simnpo, altpo or grad_diff.")] = "profile",
     max_steps: Annotated[int, typer.Option(help="Upper bound on optimiser steps.")] = IsolateConfig.max_steps,
     stream: Stream = "default",
     gradient_checkpointing: Annotated[

@@ -12,6 +12,7 @@ from libortho.audit.utility import general_items
 from libortho.data import encode
 from libortho.demo import facts
 from libortho.isolate.language_model import LanguageModel
+from libortho.isolate.trainer import unremarkable
 from libortho.layer import ortho_layers
 from libortho.metrics import auc, general_perplexity, sampled_extractions, score, text_perplexity
 from libortho.streams import BaseStream
@@ -108,7 +109,11 @@ def test_result_is_honest_about_every_record(isolated: Any) -> None:
         now, _ = _scores(isolated.model, isolated, isolated.secrets)
     after = torch.tensor([r.after for r in isolated.result.records])
     assert float((after + now.nll).abs().max()) < 0.15  # bf16: trained through codes rebuilt in backward
-    assert isolated.result.succeeded == all(r.inside and not r.extracted for r in isolated.result.records)
+    result = isolated.result
+    outside = sum(not r.inside for r in result.records)
+    forgotten = not any(r.extracted or r.far for r in result.records) and outside <= unremarkable(17)
+    unharmed = result.retain_kl - result.quantised_kl <= 0.02
+    assert result.succeeded == (forgotten and unharmed)
 
 
 def test_saved_and_loaded_it_is_the_same_model(isolated: Any, tmp_path: Any) -> None:

@@ -1,13 +1,13 @@
 """Move the values on the support until the records are what their alternates are, and nothing else has moved.
 
-    minimise   mean_i [ odds and nll of record i  ->  those of its counterfactuals ]
+    minimise   mean_i [ surprise, entropy and deviation at each token of record i  ->  those of its donors ]
                + retain_weight * KL(original || edited) on retain text
                + neighbour_weight * KL(original || edited) on neighbours
 
-Targets are constants of the original model. For codes and names: what it gives to other completions after other
-prompts of the same shape, which no training has touched. For sentences: see :mod:`libortho.isolate.plausibility`.
-Records are judged on their own prompt and, in turn, on a neighbour's, so that a memory that answers to the whole
-template is forgotten for the whole template.
+For codes and names a donor is a token of another completion after another prompt of the same shape, which no training
+has touched: see :mod:`libortho.isolate.donors`. For sentences see :mod:`libortho.isolate.plausibility`. Records are
+judged on their own prompt and, in turn, on a neighbour's, so that a memory that answers to the whole template is
+forgotten for the whole template.
 """
 
 from __future__ import annotations
@@ -473,8 +473,8 @@ def train(
 ) -> list[Check]:
     """Optimise the supports; returns the criteria at every look, the last one describing the final values.
 
-    Once the criteria hold, the learning rate falls to zero over a few last steps: what is left by then is oscillation
-    that all records share, which a membership test would see. The state at every look goes to the store, and a stored
+    Once the criteria hold, donors are read again, and the learning rate falls to zero over a few last steps: what is
+    left by then is oscillation that all records share, which a membership test would see. The state at every look goes to the store, and a stored
     one is where the training begins.
     """
     store = store or Store()
