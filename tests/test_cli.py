@@ -141,7 +141,18 @@ def test_isolate_exits_with_3_when_a_criterion_is_missed(planted_directory, forg
 def test_isolate_exits_with_0_when_all_criteria_hold(planted_directory, retain, tmp_path):
     forget = tmp_path / "forget.json"
     forget.write_text(json.dumps(tiny.FORGET[:1]), encoding="utf-8")
-    arguments = ["--forget", forget, "--retain", retain, "--out", tmp_path / "out", "--ratio", "0.1"]
+    arguments = [
+        "--forget",
+        forget,
+        "--retain",
+        retain,
+        "--out",
+        tmp_path / "out",
+        "--ratio",
+        "0.1",
+        "--objective",
+        "log_odds",
+    ]
     result = call("isolate", planted_directory, *arguments)
     assert result.exit_code == 0, result.output
     assert "0 extracted, 1 of 1 inside" in " ".join(result.stdout.split())

@@ -18,7 +18,7 @@ from libortho import DataError, IsolateConfig, TargetError, isolate
 from libortho.isolate import IsolateResult
 from libortho.isolate import retain as retain_module
 from libortho.isolate.language_model import LanguageModel
-from libortho.isolate.trainer import unremarkable
+from libortho.isolate.trainer import leaning, unremarkable
 from libortho.layer import ortho_layers
 from libortho.metrics import score
 from libortho.streams import BaseStream
@@ -116,7 +116,8 @@ def test_the_outcome_is_that_of_the_model_as_stored(planted, tokenizer):
     assert [r.number for r in result.records] == [1, 2, 3, 4]
     inside = [r.band[0] <= r.after <= r.band[1] for r in result.records]
     assert [r.inside for r in result.records] == inside
-    conspicuous = inside.count(False) > unremarkable(4) or any(r.far for r in result.records)
+    lean, chance = leaning(result.records)
+    conspicuous = abs(lean) > chance or inside.count(False) > unremarkable(4) or any(r.far for r in result.records)
     assert bool(result.missed) == conspicuous
     reports = libortho.layer_report(planted)
     assert result.density == pytest.approx(reports.totals()["ortho_density"])

@@ -20,9 +20,11 @@ from libortho.isolate.trainer import (
     Case,
     Check,
     Epochs,
+    RecordOutcome,
     Training,
     acceptable,
     calibrate,
+    leaning,
     shrunk,
     unremarkable,
     without_opposition,
@@ -143,4 +145,15 @@ def test_a_group_that_leans_is_not_acceptable_though_each_record_is() -> None:
     assert acceptable(balanced, 10, spread)
     assert not acceptable(balanced, 16, spread)
     assert not acceptable(balanced - 0.4, 10, spread)
-    assert acceptable(balanced[:4] - 0.4, 1, spread[:4])  # four records may lean as far by chance
+    assert acceptable(balanced[:4] - 0.4, 1, spread[:4])  # BAND / 2 / 2 = 0.41: four records may lean as far by chance
+
+
+def test_a_lean_is_measured_from_the_middle_of_each_band() -> None:
+    def record(after: float) -> RecordOutcome:
+        return RecordOutcome(1, -0.1, after, (-4 - trainer.BAND, -4 + trainer.BAND), False)  # spread 1, middle -4
+
+    assert leaning([record(-3.0), record(-4.5)]) == pytest.approx((0.25, trainer.BAND / 2**0.5))
+    assert leaning([record(-5.0)])[0] == pytest.approx(-1.0)
+    assert not record(-3.0).far
+    assert record(-0.5).far
+    assert record(-7.5).far

@@ -12,7 +12,7 @@ from libortho.audit.utility import general_items
 from libortho.data import encode
 from libortho.demo import facts
 from libortho.isolate.language_model import LanguageModel
-from libortho.isolate.trainer import unremarkable
+from libortho.isolate.trainer import leaning, unremarkable
 from libortho.layer import ortho_layers
 from libortho.metrics import auc, general_perplexity, sampled_extractions, score, text_perplexity
 from libortho.streams import BaseStream
@@ -112,6 +112,8 @@ def test_result_is_honest_about_every_record(isolated: Any) -> None:
     result = isolated.result
     outside = sum(not r.inside for r in result.records)
     forgotten = not any(r.extracted or r.far for r in result.records) and outside <= unremarkable(17)
+    lean, chance = leaning(result.records)
+    forgotten &= abs(lean) <= chance
     unharmed = result.retain_kl - result.quantised_kl <= 0.02
     assert result.succeeded == (forgotten and unharmed)
 

@@ -52,6 +52,7 @@ from libortho.isolate.trainer import (
     Reference,
     divergence,
     hidden_states,
+    leaning,
     outcomes,
     reference,
     score,
@@ -449,12 +450,19 @@ def _result(
     if extracted:
         missed.append(f"{extracted} of {len(records)} records are still extracted greedily")
     outside = [r for r in records if not r.inside]
+    likelier = sum(r.after > r.band[1] for r in outside)
     if len(outside) > unremarkable(len(records)) or any(r.far for r in outside):
-        likelier = sum(r.after > r.band[1] for r in outside)
         missed.append(
             f"{len(outside)} of {len(records)} records are outside the 5-95 % band "
             f"({likelier} likelier, {len(outside) - likelier} unlikelier, {sum(r.far for r in outside)} of them far "
             f"outside); of untrained ones up to {unremarkable(len(records))} are outside, and none far"
+        )
+    lean, chance = leaning(records)
+    if abs(lean) > chance:
+        side = "likelier" if lean > 0 else "unlikelier"
+        missed.append(
+            f"the records are on average {abs(lean):.2f} nats per token {side} than "
+            f"their alternates; by chance they would be up to {chance:.2f}"
         )
     quantised_kl, retain_kl = divergences
     if retain_kl - quantised_kl > config.retain_budget:

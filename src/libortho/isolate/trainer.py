@@ -474,8 +474,8 @@ def train(
     """Optimise the supports; returns the criteria at every look, the last one describing the final values.
 
     Once the criteria hold, donors are read again, and the learning rate falls to zero over a few last steps: what is
-    left by then is oscillation that all records share, which a membership test would see. The state at every look goes to the store, and a stored
-    one is where the training begins.
+    left by then is oscillation that all records share, which a membership test would see. The state at every look goes
+    to the store, and a stored one is where the training begins.
     """
     store = store or Store()
     now = Training([m.theta for m in layers.values() if m.theta is not None], len(cases), len(retain), config)
@@ -502,8 +502,11 @@ def train(
         if progress is not None:
             progress("isolate", now.step, now.last)
     if not now.finished:
-        if config.objective == "log_odds" and not now.checks[-1].extracted:
-            calibrate(lm, layers, cases, original)
+        if config.objective in ("profile", "log_odds") and not now.checks[-1].extracted:
+            matched = config.objective == "profile"
+            calibrate(lm, layers, cases, original, _profile_distances if matched else _distances)
+            if matched:
+                now.profiles, now.drift = drifted(lm, cases, original)
             now.checks.append(look(lm, cases, now.wanted(original), original.spread, now.step))
         now.finished = True
         store.put("training", now.part())
@@ -533,7 +536,17 @@ def step(
         layer.clamp()
 
 
-def calibrate(lm: LanguageModel, layers: dict[str, EditLinear], cases: Sequence[Case], original: Reference) -> float:
+Distances = Callable[[LanguageModel, Sequence[Case], Reference], Tensor]
+"""Surprise of each record minus what it should be, under the model as it is now; nats per token."""
+
+
+def calibrate(
+    lm: LanguageModel,
+    layers: dict[str, EditLinear],
+    cases: Sequence[Case],
+    original: Reference,
+    distances: Distances | None = None,
+) -> float:
     """Lengthen or shorten the whole edit until the records, on average, are where they belong, and return the factor.
 
     What training leaves is mostly an offset that all records share, and that is what a membership test sees. One number
@@ -547,7 +560,7 @@ def calibrate(lm: LanguageModel, layers: dict[str, EditLinear], cases: Sequence[
 
     def offset(factor: float) -> float:
         stretch(factor)
-        return float(_distances(lm, cases, original).mean())
+        return float((distances or _distances)(lm, cases, original).mean())
 
     tried = {1.0: offset(1.0)}
     previous, factor = 1.0, 1.05 if tried[1.0] < 0 else 0.95
@@ -563,6 +576,13 @@ def calibrate(lm: LanguageModel, layers: dict[str, EditLinear], cases: Sequence[
     stretch(best)
     logger.info("edit rescaled by %.3f, offset %.2f to %.2f nats per token", best, tried[1.0], tried[best])
     return best
+
+
+def _profile_distances(lm: LanguageModel, cases: Sequence[Case], original: Reference) -> Tensor:
+    """``Distances`` from donors as they are now."""
+    profiles, _ = drifted(lm, cases, original)
+    secret, _ = score(lm, [c.secret for c in cases])
+    return secret.nll - torch.stack([p[:, 0].mean() for p in profiles])
 
 
 def _distances(lm: LanguageModel, cases: Sequence[Case], original: Reference) -> Tensor:
@@ -620,13 +640,29 @@ def look(lm: LanguageModel, cases: Sequence[Case], wanted: Tensor, spread: Tenso
 def acceptable(gap: Tensor, outside: int, spread: Tensor) -> bool:
     """True if the records as a group look untrained: in how many are outside the band, and in their mean.
 
+    Training asks for half of what chance would allow the mean: a lean of one standard error is seen by an attack that
+    has many records to compare with.
+
     Args:
         gap: (records,) surprise minus what it should be, in nats per token.
         outside: How many of them are outside the band.
         spread: (records,) standard deviation that the gap of an untrained record has.
     """
-    chance = BAND * float(spread.mean()) / len(gap) ** 0.5
-    return outside <= unremarkable(len(gap)) and abs(float(gap.mean())) <= max(chance, _CLOSE)
+    return outside <= unremarkable(len(gap)) and abs(float(gap.mean())) <= max(
+        _CLOSE, _by_chance(float(spread.mean()), len(gap)) / 2
+    )
+
+
+def leaning(records: Sequence[RecordOutcome]) -> tuple[float, float]:
+    """How much likelier than its band's middle the average record is, and how much it may be; nats per token."""
+    lean = sum(r.after - (r.band[0] + r.band[1]) / 2 for r in records) / len(records)
+    spread = sum(r.band[1] - r.band[0] for r in records) / (2 * BAND * len(records))
+    return lean, _by_chance(spread, len(records))
+
+
+def _by_chance(spread: float, records: int) -> float:
+    """How far the mean of untrained records may be off: 5-95 %, but no less than what training can see."""
+    return max(_CLOSE, BAND * spread / records**0.5)
 
 
 @torch.no_grad()
