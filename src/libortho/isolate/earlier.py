@@ -31,7 +31,7 @@ def earlier_switch(model: nn.Module, config: IsolateConfig) -> Switch | None:
     layers = ortho_layers(model)
     switches = {id(m.switch): m.switch for m in layers.values()}
     if len(switches) > 1:
-        raise TargetError(f"{len(switches)} parts of this model were split apart; isolate the parts one by one")
+        raise TargetError(f"{len(switches)} parts of this model were split apart; start from the original model")
     existing = sorted({n for m in layers.values() for n in (*m.switch.streams, *m.streams)})
     if config.stream in existing:
         raise ConfigError(f"stream {config.stream!r} exists already; streams are {existing}, give another name")
