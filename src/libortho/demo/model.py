@@ -42,6 +42,12 @@ def packaged_model() -> Path:
     source = spec.submodule_search_locations[0]
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
     model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+    keep_dense(model, tokenizer, target)
+    return target
+
+
+def keep_dense(model: Any, tokenizer: Any, target: Path) -> None:
+    """Save a model that was dequantised on loading, whole or not at all; another process may be first."""
     # What remains is a dense fp32 model: drop the loader's marks, which would stop save_pretrained.
     for name in ("hf_quantizer", "quantization_method"):
         if hasattr(model, name):
@@ -58,7 +64,6 @@ def packaged_model() -> Path:
         except OSError:
             if not (target / "config.json").is_file():  # another process may have been first
                 raise
-    return target
 
 
 @torch.no_grad()

@@ -709,7 +709,7 @@ def _forget_loss(
         scores = _train_scores(lm, [*secrets, *others])
         return log_odds(scores, _take(target, torch.arange(len(chosen)).repeat(2))).mean()
     if config.objective == "profile":
-        return _profile_loss(lm, cases, chosen, original, now, rng)
+        return _profile_loss(lm, cases, chosen, original, now)
     if config.objective == "grad_diff":
         return grad_diff(_train_scores(lm, secrets)).mean()
     if config.objective == "simnpo":
@@ -733,7 +733,6 @@ def _profile_loss(
     chosen: Sequence[int],
     original: Reference,
     now: Training,
-    rng: random.Random,
 ) -> Tensor:
     """Distance of each record from its profile, and of its completion on a neighbour's prompt or of an alternate."""
     own = now.profiles or [p[0] for p in original.profiles]
@@ -741,11 +740,11 @@ def _profile_loss(
     for i in chosen:
         case = cases[i]
         crossed = [c for c in case.crossed if c.completion == case.secret.completion]
-        if crossed and (rng.random() < 0.5 or not case.exchangeable):
-            items.append(rng.choice(crossed))
+        if crossed and (now.rng.random() < 0.5 or not case.exchangeable):
+            items.append(now.rng.choice(crossed))
             wanted.append(own[i])
         elif case.exchangeable:
-            pick = rng.randrange(len(case.alternates))
+            pick = now.rng.randrange(len(case.alternates))
             items.append(case.alternates[pick])
             wanted.append((original.profiles[i][1 + pick] + now.drift).clamp_min(0.0))
     batch = collate(items).to(lm.device)
