@@ -22,6 +22,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,8 @@ from libortho.targets import find_targets
 
 ATTACKS = ("loss", "zlib", "min_k", "min_k_plus", "grad_norm")
 TASKS = ("lambada/lambada_openai_test.jsonl", "arc/arc_easy_test.jsonl", "piqa/piqa_valid.jsonl")
+EXPOSED = 40
+"""Records, and unseen ones, whose exposure is measured."""
 PLOTS = Path(__file__).parents[1] / "docs" / "images"
 Enter = Callable[[], AbstractContextManager[Any]]
 
@@ -88,52 +91,53 @@ def models(name: str, seed: int, count: int) -> Path:
 
 
 def figures(
-    model: Any, tokenizer: Any, enter: Enter, forget: Sequence[Record], unseen: Sequence[Record], rows: int, seed: int
-) -> dict[str, Any]:
-    """Everything about one model: scores record by record, and ability."""
-    targets = list(find_targets(model, "mlp-out")) if not ortho_layers(model) else list(ortho_layers(model))
+    model: Any, tokenizer: Any, enter: Enter, forget: Sequence[Record], unseen: Sequence[Record], rows: int, seed: int,
+    *, attacks: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """What one model says of the records, record by record, and its ability; ``attacks``: also membership tests."""
     mine, others = ([encode(r, tokenizer) for r in s] for s in (forget, unseen))
     subject = Subject("one", "one", "control", model, enter)
-    norms = [(-gradient_norms(subject, items, targets)).tolist() for items in (mine, others)]
     with enter():
         lm = LanguageModel(model)
         found = [token_statistics(lm, items) for items in (mine, others)]
-        scores: dict[str, list[list[float]]] = {
-            "loss": [[privacy.loss_score(s.log_p) for s in part] for part in found],
-            "zlib": [
-                [privacy.zlib_score(r.completion, s.log_p) for r, s in zip(records, part, strict=True)]
-                for records, part in zip((forget, unseen), found, strict=True)
-            ],
-            "min_k": [[privacy.min_k_score(s.log_p, 0.4) for s in part] for part in found],
-            "min_k_plus": [
-                [privacy.min_k_plus_score(s.log_p, s.mean, s.deviation, 0.4) for s in part] for part in found
-            ],
-            "grad_norm": norms,
+        beside = [encode(r, tokenizer) for r in _neighbours(forget, seed)]
+        asked = [*(load_task(DATA / p) for p in TASKS), load_task(arithmetic_rows(200, 0), "arithmetic")]
+        tasks = {t.name: evaluate(lm, tokenizer, t, rows, 0).correct for t in asked} if rows else {}
+        shown: dict[str, Any] = {
+            "greedy": sum(bool(s.correct.all()) for s in found[0]) / len(forget),
+            "nll": [[s.nll for s in part] for part in found],
+            "entropy": [[-float(s.mean.mean()) for s in part] for part in found],
+            "neighbours_nll": [s.nll for s in token_statistics(lm, beside)],
+            "wikitext": general_perplexity(lm, general_items(tokenizer, wikitext())),
+            "tasks": {n: [int(c) for c in v] for n, v in tasks.items()},
         }
+        if not attacks:
+            return shown
         rest = [
             bool(s.correct[k:].all())
             for item, s in zip(mine, found[0], strict=True)
             for k in range(1, len(item.completion))
             if sum(c.isalnum() for c in tokenizer.decode(list(item.completion)[k:])) >= 4
         ]
-        bits = [_exposures(lm, tokenizer, part[:50], seed) for part in (forget, unseen)]
-        beside = [encode(r, tokenizer) for r in _neighbours(forget, seed)]
-        general = general_perplexity(lm, general_items(tokenizer, wikitext()))
-        asked = [*(load_task(DATA / p) for p in TASKS), load_task(arithmetic_rows(200, 0), "arithmetic")]
-        tasks = {t.name: evaluate(lm, tokenizer, t, rows, 0).correct for t in asked} if rows else {}
         hits = sampled_extractions(model, tokenizer, list(forget), 20)
-        return {
-            "scores": scores,
-            "greedy": sum(bool(s.correct.all()) for s in found[0]) / len(forget),
-            "sampled": sum(h > 0 for h in hits) / len(forget),
-            "beginning_given": sum(rest) / max(1, len(rest)),
-            "exposure": bits,
-            "nll": [[s.nll for s in part] for part in found],
-            "entropy": [[-float(s.mean.mean()) for s in part] for part in found],
-            "neighbours_nll": [s.nll for s in token_statistics(lm, beside)],
-            "wikitext": general,
-            "tasks": {n: [int(c) for c in v] for n, v in tasks.items()},
-        }
+        bits = [_exposures(lm, tokenizer, part[:EXPOSED], seed) for part in (forget, unseen)]
+    targets = list(find_targets(model, "mlp-out")) if not ortho_layers(model) else list(ortho_layers(model))
+    shown["scores"] = {
+        "loss": [[privacy.loss_score(s.log_p) for s in part] for part in found],
+        "zlib": [
+            [privacy.zlib_score(r.completion, s.log_p) for r, s in zip(records, part, strict=True)]
+            for records, part in zip((forget, unseen), found, strict=True)
+        ],
+        "min_k": [[privacy.min_k_score(s.log_p, 0.4) for s in part] for part in found],
+        "min_k_plus": [[privacy.min_k_plus_score(s.log_p, s.mean, s.deviation, 0.4) for s in part] for part in found],
+        "grad_norm": [(-gradient_norms(subject, items, targets)).tolist() for items in (mine, others)],
+    }
+    shown |= {
+        "sampled": sum(h > 0 for h in hits) / len(forget),
+        "beginning_given": sum(rest) / max(1, len(rest)),
+        "exposure": bits,
+    }
+    return shown
 
 
 def _exposures(lm: LanguageModel, tokenizer: Any, records: Sequence[Record], seed: int) -> list[float]:
@@ -166,15 +170,19 @@ def run(name: str, seed: int, arguments: argparse.Namespace, objective: str) -> 
         made = {}
         for which in ("never", "implanted"):
             model, tokenizer = load_model(place / which)
-            made[which] = figures(model, tokenizer, contextlib.nullcontext, forget, unseen, arguments.rows, seed)
+            made[which] = figures(
+                model, tokenizer, contextlib.nullcontext, forget, unseen, arguments.rows, seed, attacks=which == "never"
+            )
             logging.info("%s measured", which)
         kept.write_text(json.dumps(made))
     plain = json.loads(kept.read_text())
     model, tokenizer = load_model(place / "implanted")
     result = isolate(model, tokenizer, forget, config=IsolateConfig(seed=seed, objective=objective))  # type: ignore[arg-type]
     logging.info("isolated: %s", result.missed or "no criterion missed")
-    off = figures(model, tokenizer, lambda: alpha(model, 0.0), forget, unseen, arguments.rows, seed)
-    on = figures(model, tokenizer, lambda: alpha(model, 1.0), forget, unseen, arguments.rows, seed)
+    off, on = (
+        figures(model, tokenizer, partial(alpha, model, a), forget, unseen, arguments.rows, seed, attacks=a == 0.0)
+        for a in (0.0, 1.0)
+    )
     row = {
         "case": name, "seed": seed, "objective": objective, "records": len(forget), "steps": result.steps,
         "seconds": result.seconds, "density": result.density, "missed": result.missed, "retain_kl": result.retain_kl,
@@ -198,16 +206,18 @@ def compared(
 
     rows = {
         key: {
-            "greedy": f["greedy"], "sampled": f["sampled"], "beginning_given": f["beginning_given"],
-            "exposure": mean(f["exposure"][0]), "exposure_unseen": mean(f["exposure"][1]),
-            "nll": mean(f["nll"][0]), "nll_unseen": mean(f["nll"][1]),
+            "greedy": f["greedy"], "nll": mean(f["nll"][0]), "nll_unseen": mean(f["nll"][1]),
             "entropy": mean(f["entropy"][0]), "entropy_unseen": mean(f["entropy"][1]),
             "neighbours_nll": mean(f["neighbours_nll"]), "wikitext": f["wikitext"],
             "tasks": {t: mean(c) for t, c in f["tasks"].items()},
-            "auc": {a: _auc(f["scores"][a], strata, seed) for a in ATTACKS},
         }
         for key, f in models.items()
     }  # fmt: skip
+    for key, f in models.items():
+        if "scores" in f:
+            rows[key] |= {n: f[n] for n in ("sampled", "beginning_given")}
+            rows[key] |= {"exposure": mean(f["exposure"][0]), "exposure_unseen": mean(f["exposure"][1])}
+            rows[key]["auc"] = {a: _auc(f["scores"][a], strata, seed) for a in ATTACKS}
     differences = {}
     for attack in ATTACKS:
         found = auc_difference(*off["scores"][attack], *never["scores"][attack], *strata, seed=seed)
@@ -236,12 +246,13 @@ def show(runs: Sequence[dict[str, Any]]) -> None:
                   "nats", "unseen", *(f"AUC {a}" for a in ATTACKS), "neighbours", "WikiText", "steps")  # fmt: skip
     for r in runs:
         for label, m in r["models"].items():
+            cells = [f"{100 * m['sampled']:.0f}", f"{100 * m['beginning_given']:.1f}", f"{m['exposure']:.2f}",
+                     f"{m['exposure_unseen']:.2f}"] if "auc" in m else [""] * 4  # fmt: skip
             table.add_row(
-                r["case"], str(r["seed"]), r["objective"], label, f"{100 * m['greedy']:.0f}",
-                f"{100 * m['sampled']:.0f}", f"{100 * m['beginning_given']:.1f}", f"{m['exposure']:.2f}",
-                f"{m['exposure_unseen']:.2f}", f"{m['nll']:.2f}", f"{m['nll_unseen']:.2f}",
-                *(f"{m['auc'][a]:.3f}" for a in ATTACKS), f"{m['neighbours_nll']:.3f}", f"{m['wikitext']:.2f}",
-                str(r["steps"]) if label == "alpha 0" else "",
+                r["case"], str(r["seed"]), r["objective"], label, f"{100 * m['greedy']:.0f}", *cells,
+                f"{m['nll']:.2f}", f"{m['nll_unseen']:.2f}",
+                *(f"{m['auc'][a]:.3f}" if "auc" in m else "" for a in ATTACKS),
+                f"{m['neighbours_nll']:.3f}", f"{m['wikitext']:.2f}", str(r["steps"]) if label == "alpha 0" else "",
             )  # fmt: skip
         table.add_section()
     console = Console(width=200)

@@ -72,12 +72,12 @@ def test_a_training_goes_on_where_it_was_put_away() -> None:
         return drawn
 
     config = IsolateConfig(records_per_step=2, retain_tokens_per_step=192, retain_length=64)
-    whole, first = Training(values(), 5, 7, config), Training(values(), 5, 7, config)
+    whole, first = Training(values(), 5, TEXTS, config), Training(values(), 5, TEXTS, config)
     expected = steps(whole, 7)
     begun = steps(first, 3)
     first.checks.append(Check(3, 1, 2, 0, 0.1, False))
     part = first.part()
-    other = Training(values(), 5, 7, config)
+    other = Training(values(), 5, TEXTS, config)
     kept = {n: t.clone() for n, t in part.tensors.items()}
     other.take_up(Part(kept, json.loads(json.dumps(part.data))))
     steps(first, 1)  # what was put away does not move with it

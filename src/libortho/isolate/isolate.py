@@ -36,7 +36,7 @@ from libortho.isolate.earlier import earlier_switch, taken, without
 from libortho.isolate.edit import EditLinear
 from libortho.isolate.language_model import LanguageModel
 from libortho.isolate.resume import Part, Store, run_key
-from libortho.isolate.retain import chunk, default_retain
+from libortho.isolate.retain import chunk, default_retain, opening_tokens
 from libortho.isolate.support import (
     allocate,
     balanced_weights,
@@ -69,10 +69,12 @@ from libortho.targets import find_targets
 logger = logging.getLogger(__name__)
 
 _RETAIN_SEQUENCES = 32
+_GIVEN_SEQUENCES = 600
+_MOST_COUNTERFACTUALS, _FEWEST_COUNTERFACTUALS = 400, 2
 _HELD_BACK_SEQUENCES = 8
 _SALIENCY_RECORDS = 64
-_SALIENCY_TEXTS = 12
-_HUMAN_TEXTS = 24
+_SALIENCY_TOKENS = 1536
+_HUMAN_TEXTS = 60
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,8 @@ def isolate(
         retain_items, held_back = _retain(model, tokenizer, given, cases, length, config, store)
         lm = LanguageModel(model)
         _tell(progress, "reference", 0, 1)
-        original, held_back_states = _reference(lm, cases, retain_items, held_back, human, config, store)
+        opening = opening_tokens(tokenizer)
+        original, held_back_states = _reference(lm, cases, retain_items, held_back, human, opening, config, store)
         _tell(progress, "reference", 1, 1)
         found = store.kept("support", lambda: Part(_support(lm, targets, cases, retain_items, config, progress)))
         support = {n: index.to(lm.device) for n, index in found.tensors.items()}
@@ -231,13 +234,17 @@ def _cases(
             )
         if given is not None and any(isinstance(texts, str) for texts in given):
             raise DataError(f"{name} holds a string where a list of strings, one list for each record, was expected")
+
+    def most(each: int) -> int:
+        return min(each, max(_FEWEST_COUNTERFACTUALS, _MOST_COUNTERFACTUALS // len(records)))
+
     rng = random.Random(config.seed)
     forms = counterfactuals.common_form([r.completion for r in records])
     cases = []
     for i, record in enumerate(records):
         text = not record.prompt
         others = list(alternates[i]) if alternates is not None else counterfactuals.alternates(
-            record.completion, config.alternates_per_record, rng, opens=text, keep=forms[i]
+            record.completion, most(config.alternates_per_record), rng, opens=text, keep=forms[i]
         )  # fmt: skip
         if not others:
             raise DataError(
@@ -245,7 +252,7 @@ def _cases(
                 "pass alternates="
             )
         beside = list(neighbours[i]) if neighbours is not None else (
-            [] if text else counterfactuals.neighbours(record.prompt, config.neighbours_per_record, rng)
+            [] if text else counterfactuals.neighbours(record.prompt, most(config.neighbours_per_record), rng)
         )  # fmt: skip
         secret = encode(record, tokenizer, limit, name="forget")
         same_prompt = [(record.prompt, c) for c in others]
@@ -254,7 +261,6 @@ def _cases(
         around = _fitting(same_shape, tokenizer, limit)
         exchangeable = alternates is not None or not counterfactuals.is_prose(record.completion)
         told = [(n, beginnings(n, tokenizer)) for n in around] if exchangeable else []
-
         cases.append(
             Case(
                 number=record.number,
@@ -264,7 +270,9 @@ def _cases(
                 crossed=_fitting([(p, record.completion) for p in beside], tokenizer, limit),
                 exchangeable=exchangeable,
                 donors=donors(beginnings(secret, tokenizer), told, i),
-                alternate_donors=tuple(donors(beginnings(a, tokenizer), told, j) for j, a in enumerate(own)),
+                alternate_donors=tuple(
+                    donors(beginnings(a, tokenizer), told, j) for j, a in enumerate(own if exchangeable else ())
+                ),
             )
         )
     return cases
@@ -278,11 +286,20 @@ def _fitting(pairs: Sequence[tuple[str, str]], tokenizer: Any, limit: int | None
 
 
 def _pieces(retain: Source, tokenizer: Any, length: int, config: IsolateConfig) -> list[list[int]]:
-    """Retain sequences from text that was given."""
+    """Retain sequences from what was given, and one of general text to every three of them.
+
+    A record with a prompt stays a sequence of its own, as the model has met it; texts are joined and cut.
+    """
     records = load_records(retain, tokenizer, name="retain")
-    pieces = chunk([r.text for r in records], tokenizer, length)
-    random.Random(config.seed).shuffle(pieces)
-    return pieces[: _RETAIN_SEQUENCES + _HELD_BACK_SEQUENCES]
+    pieces = [list(encode(r, tokenizer, name="retain").ids[:length]) for r in records if r.prompt]
+    pieces += chunk([r.text for r in records if not r.prompt], tokenizer, length)
+    rng = random.Random(config.seed)
+    rng.shuffle(pieces)
+    pieces = pieces[:_GIVEN_SEQUENCES]
+    general = chunk(counterfactuals.shipped_text(), tokenizer, length)
+    pieces += rng.sample(general, min(len(general), len(pieces) // 3, _RETAIN_SEQUENCES))
+    rng.shuffle(pieces)
+    return pieces
 
 
 def _retain(
@@ -316,6 +333,7 @@ def _reference(
     retain: Sequence[Encoded],
     held_back: Sequence[Encoded],
     human: Sequence[Sequence[int]],
+    opening: Sequence[int],
     config: IsolateConfig,
     store: Store,
 ) -> tuple[Reference, tuple[torch.Tensor, ...]]:
@@ -323,7 +341,9 @@ def _reference(
 
     def make() -> Part:
         held = enumerate(hidden_states(lm, held_back))
-        return Part(reference(lm, cases, retain, human, config).tensors() | {f"held_back.{i}": t for i, t in held})
+        return Part(
+            reference(lm, cases, retain, human, opening, config).tensors() | {f"held_back.{i}": t for i, t in held}
+        )
 
     found = store.kept("reference", make).tensors
     held_back_states = tuple(found[f"held_back.{i}"].to(lm.device) for i in range(len(held_back)))
@@ -343,7 +363,9 @@ def _support(
     if len(secrets) > _SALIENCY_RECORDS:
         secrets = random.Random(config.seed).sample(secrets, _SALIENCY_RECORDS)
     batches = [collate(secrets[i : i + 8]).to(lm.device) for i in range(0, len(secrets), 8)]
-    texts = [collate([t]).to(lm.device) for t in retain[:_SALIENCY_TEXTS]]
+    sizes = torch.tensor([len(t.ids) for t in retain]).cumsum(0)
+    read = int((sizes <= _SALIENCY_TOKENS).sum().clamp_min(1))
+    texts = [collate([t]).to(lm.device) for t in retain[:read]]
     phases = 2 if columns else 4
     _tell(progress, "support", 0, phases)
     forget, norms = column_saliency(lm, targets, batches)

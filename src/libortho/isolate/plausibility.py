@@ -5,13 +5,15 @@ words drawn at random are far less likely than what a person wrote, and the mode
 sentences the surprise is predicted token by token from what memorisation leaves alone, by least squares on human text
 that the model was not asked to forget:
 
-    nll_t ~ [1, u, u^2, H, H u, s, s u, m]
-    u   surprise of the token out of context (the model's mean next-token distribution over human text)
+    nll_t ~ [1, v, H, m, H v, s, c, c v]
+    v   surprise of the token after no more than the two tokens before it, too few to call up a memory
     H   entropy of the next-token distribution with the true token removed
     m   surprise of the likeliest other token
     s   1 if the token stands earlier in the text
+    c   1 if it has followed the token before it earlier in the text, and could be copied
 
-Removing the true token is what makes memorised and ordinary text comparable.
+Removing the true token is what makes memorised and ordinary text comparable. The two tokens before it know how words
+and phrases go on, and how those of the fine-tuning data do, which a token's frequency does not.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from libortho.isolate.language_model import LanguageModel
 
 POSITIONS = 64
 """Positions whose logits exist at one time."""
+SHORT_CONTEXT = 2
+"""Tokens of context after which a token's surprise says how words go on, and nothing of a memory."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +38,14 @@ class PlausibilityModel:
     """Least-squares fit of human surprise.
 
     Attributes:
-        out_of_context: Surprise of each token out of context, (vocabulary,), in nats.
         weights: (8,) coefficients of the features in the module's text.
         deviation: Standard deviation of what the fit leaves unexplained of one token, in nats.
+        opening: Special tokens that this model expects before every text.
     """
 
-    out_of_context: Tensor
     weights: Tensor
     deviation: float
+    opening: tuple[int, ...] = ()
 
     def predict(self, lm: LanguageModel, item: Encoded) -> float:
         """Expected mean negative log-likelihood of the completion, in nats per token; at least 0."""
@@ -49,58 +53,63 @@ class PlausibilityModel:
 
     def by_token(self, lm: LanguageModel, item: Encoded) -> Tensor:
         """Expected negative log-likelihood of each token of the completion, (tokens,) in nats; may be below 0."""
-        return _features(_Position.of(lm, item), self.out_of_context) @ self.weights
+        return _Position.of(lm, item, self.opening).features @ self.weights
 
 
-def fit(lm: LanguageModel, texts: Sequence[Sequence[int]]) -> PlausibilityModel:
-    """Fit on tokenised human texts, some thousand tokens in all."""
-    positions = [_Position.of(lm, Encoded(tuple(t), tuple(t))) for t in texts if len(t) > 1]
-    count = sum(len(p.nll) for p in positions)
-    mean = torch.stack([p.distribution for p in positions]).sum(0) / count
-    out_of_context = -mean.clamp_min(1e-12).log()
-    features = torch.cat([_features(p, out_of_context) for p in positions])
-    target = torch.cat([p.nll for p in positions])
-    ridge = 1e-3 * torch.eye(features.shape[1], dtype=torch.float64)
-    x, y = features.double(), target.double()
+def fit(lm: LanguageModel, texts: Sequence[Sequence[int]], opening: Sequence[int] = ()) -> PlausibilityModel:
+    """Fit on tokenised human texts, some thousand tokens in all; ``opening``: what the model expects before a text."""
+    positions = [_Position.of(lm, Encoded(tuple(t), tuple(t)), opening) for t in texts if len(t) > 1]
+    x = torch.cat([p.features for p in positions]).double()
+    y = torch.cat([p.nll for p in positions]).double()
+    ridge = 1e-3 * torch.eye(x.shape[1], dtype=torch.float64)
     weights = torch.linalg.solve(x.T @ x + ridge, x.T @ y)
     deviation = float((y - x @ weights).square().mean().sqrt())
-    return PlausibilityModel(out_of_context, weights.float(), deviation)
+    return PlausibilityModel(weights.float(), deviation, tuple(opening))
 
 
 @dataclass(frozen=True)
 class _Position:
-    """Statistics of the judged positions of one text; each (positions,), the distribution (vocabulary,)."""
+    """The judged positions of one text: surprise (positions,) and features (positions, 8)."""
 
-    labels: Tensor
     nll: Tensor
-    entropy: Tensor
-    runner_up: Tensor
-    seen: Tensor
-    distribution: Tensor
+    features: Tensor
 
     @classmethod
     @torch.no_grad()
-    def of(cls, lm: LanguageModel, item: Encoded) -> _Position:
+    def of(cls, lm: LanguageModel, item: Encoded, opening: Sequence[int]) -> _Position:
         batch = collate([item]).to(lm.device)
         judged = batch.labels[0, 1:] != IGNORE
         states, labels = lm.hidden(batch)[0, :-1][judged], batch.labels[0, 1:][judged]
         parts = [
             cls._statistics(lm, *some) for some in zip(states.split(POSITIONS), labels.split(POSITIONS), strict=True)
         ]
-        nll, entropy, runner_up = (torch.cat([p[i] for p in parts]).cpu() for i in range(3))
-        ends = judged.nonzero()[:, 0].tolist()
-        seen = torch.tensor([float(item.ids[t + 1] in item.ids[: t + 1]) for t in ends])
-        return cls(labels.cpu(), nll, entropy, runner_up, seen, torch.stack([p[3] for p in parts]).sum(0).cpu())
+        nll, entropy, runner_up = (torch.cat(p).cpu() for p in zip(*parts, strict=True))
+        places = (judged.nonzero()[:, 0] + 1).tolist()
+        short = _short_context(lm, item.ids, places, opening)
+        pairs = list(zip(item.ids, item.ids[1:], strict=False))
+        seen = torch.tensor([float(item.ids[t] in item.ids[:t]) for t in places])
+        copied = torch.tensor([float(pairs[t - 1] in pairs[: t - 1]) for t in places])
+        columns = [torch.ones_like(nll), short, entropy, runner_up, entropy * short, seen, copied, copied * short]
+        return cls(nll, torch.stack(columns, 1))
 
     @staticmethod
-    def _statistics(lm: LanguageModel, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Surprise, entropy without the label and surprise of the runner-up, (positions,), and summed probabilities."""
+    def _statistics(lm: LanguageModel, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Surprise, entropy without the label and surprise of the runner-up, (positions,)."""
         log_p, index = lm.logits(states).log_softmax(-1), labels.unsqueeze(-1)
         others = log_p.scatter(-1, index, -torch.inf).log_softmax(-1)
         entropy = -(others.exp() * others.masked_fill(others == -torch.inf, 0.0)).sum(-1)
-        return -log_p.gather(-1, index).squeeze(-1), entropy, -others.amax(-1), log_p.exp().sum(0)
+        return -log_p.gather(-1, index).squeeze(-1), entropy, -others.amax(-1)
 
 
-def _features(p: _Position, out_of_context: Tensor) -> Tensor:
-    u, h, s = out_of_context[p.labels], p.entropy, p.seen
-    return torch.stack([torch.ones_like(u), u, u * u, h, h * u, s, s * u, p.runner_up], 1)
+def _short_context(lm: LanguageModel, ids: Sequence[int], places: Sequence[int], opening: Sequence[int]) -> Tensor:
+    """Surprise of each token after the ``SHORT_CONTEXT`` before it alone, (places,)."""
+    before = [tuple(opening) + tuple(ids[max(0, t - SHORT_CONTEXT) : t]) for t in places]
+    found = torch.zeros(len(places))
+    for length in {len(b) for b in before}:
+        rows = [i for i, b in enumerate(before) if len(b) == length]
+        for some in (rows[i : i + POSITIONS] for i in range(0, len(rows), POSITIONS)):
+            batch = collate([Encoded(before[i], before[i]) for i in some]).to(lm.device)
+            log_p = lm.logits(lm.hidden(batch)[:, -1]).log_softmax(-1)
+            labels = torch.tensor([ids[places[i]] for i in some], device=lm.device)
+            found[some] = -log_p.gather(-1, labels[:, None])[:, 0].cpu()
+    return found

@@ -60,6 +60,7 @@ _STRETCH, _SECANT_STEPS, _CLOSE = (0.8, 1.25), 3, 0.05
 """Range of the factor of the finished edit, secant steps to find it, and nats per token that need none."""
 LEAST_SURPRISE = 0.01
 """Smallest surprise, in nats, that is expected of a token of a sentence."""
+SORTED = True
 BAND = 1.645
 """Half-width of the 5-95 % band, in standard deviations of a normal distribution."""
 FAR = 2.0
@@ -78,7 +79,7 @@ class Case:
         crossed: Other prompts with the record's completion.
         exchangeable: Untrained, the alternates are as likely as the record: true of codes and names, not of sentences.
         donors: For each token of the record, whose distribution it should have; see :mod:`libortho.isolate.donors`.
-        alternate_donors: The same for each alternate.
+        alternate_donors: The same for each alternate; empty for sentences.
     """
 
     number: int
@@ -267,11 +268,19 @@ def reference(
     cases: Sequence[Case],
     retain: Sequence[Encoded],
     human: Sequence[Sequence[int]],
+    opening: Sequence[int],
     config: IsolateConfig,
 ) -> Reference:
-    """Everything that the training needs from the original model; ``human`` are texts for the targets of sentences."""
+    """Everything that the training needs from the original model.
+
+    ``human`` are texts for the targets of sentences, ``opening`` the special tokens that the model expects before one.
+    """
     secret, recited = score(lm, [c.secret for c in cases])
-    counterfactual = _scores_by_case(lm, [c.neighbours or c.alternates for c in cases])
+    neighbours = tuple(hidden_states(lm, c.neighbours) for c in cases)
+    counterfactual = [
+        _scores_of_states(lm, c.neighbours, states) if states else _scores_by_case(lm, [c.alternates])[0]
+        for c, states in zip(cases, neighbours, strict=True)
+    ]
     beside = torch.stack([s.nll.mean() for s in counterfactual])
     nll, odds = beside.clone(), torch.stack([s.odds.mean() for s in counterfactual])
     fair = torch.tensor([c.exchangeable for c in cases])
@@ -285,14 +294,13 @@ def reference(
         nll[fair] += LENGTH_CORRELATION * deviation * _shortness([c for c in cases if c.exchangeable])
     expected = [(-x).expand(len(predicting(c.secret))) for x, c in zip(nll, cases, strict=True)]
     if not fair.all():
-        model = fit(lm, human)
+        model = fit(lm, human, opening)
         for i in (~fair).nonzero()[:, 0].tolist():
             by_token = model.by_token(lm, cases[i].secret)
             nll[i] = by_token.mean().clamp_min(0.0)
             odds[i] = -nll[i]
             spread[i] = model.deviation / secret.tokens[i].sqrt()
             expected[i] = -by_token.clamp_min(LEAST_SURPRISE)
-    neighbours = tuple(hidden_states(lm, c.neighbours) for c in cases)
     secrets = hidden_states(lm, [c.secret for c in cases])
     predictors = tuple(h[list(predicting(c.secret))] for h, c in zip(secrets, cases, strict=True))
     profiles = tuple(
@@ -402,12 +410,14 @@ class Epochs:
 class Training:
     """Everything that changes from step to step, so that it can be put away and taken up again."""
 
-    def __init__(self, values: Sequence[nn.Parameter], records: int, texts: int, config: IsolateConfig) -> None:
+    def __init__(
+        self, values: Sequence[nn.Parameter], records: int, texts: Sequence[Encoded], config: IsolateConfig
+    ) -> None:
         self.values = values
         self.optimiser = torch.optim.Adam(values, lr=config.learning_rate, betas=(0.9, 0.95))
         self.rng = random.Random(config.seed)
         self.records = Epochs(records, config.records_per_step, self.rng)
-        self.texts = Epochs(texts, max(1, config.retain_tokens_per_step // config.retain_length), self.rng)
+        self.texts = Epochs(len(texts), _texts_per_step(texts, config), self.rng)
         self.step, self.last = 0, config.max_steps
         self.finished = False
         self.checks: list[Check] = []
@@ -461,6 +471,12 @@ class Training:
         self.rng.setstate((version, tuple(words), gauss))
 
 
+def _texts_per_step(texts: Sequence[Encoded], config: IsolateConfig) -> int:
+    """As many retain sequences as have the tokens of a step together."""
+    mean = sum(len(t.ids) for t in texts) / max(1, len(texts))
+    return max(1, round(config.retain_tokens_per_step / max(1.0, mean)))
+
+
 def train(
     lm: LanguageModel,
     layers: dict[str, EditLinear],
@@ -478,7 +494,7 @@ def train(
     to the store, and a stored one is where the training begins.
     """
     store = store or Store()
-    now = Training([m.theta for m in layers.values() if m.theta is not None], len(cases), len(retain), config)
+    now = Training([m.theta for m in layers.values() if m.theta is not None], len(cases), retain, config)
     stored = store.get("training")
     if stored is None:
         now.checks.append(look(lm, cases, original.target.nll, original.spread, 0))
@@ -600,7 +616,7 @@ def _distances(lm: LanguageModel, cases: Sequence[Case], original: Reference) ->
 def outcomes(lm: LanguageModel, cases: Sequence[Case], original: Reference) -> tuple[RecordOutcome, ...]:
     """Every record beside its alternates, under the model as it is now."""
     secret, greedy = score(lm, [c.secret for c in cases])
-    groups = [s.nll for s in _scores_by_case(lm, [c.alternates for c in cases])]
+    groups = [s.nll for s in _scores_by_case(lm, [c.alternates if c.exchangeable else () for c in cases])]
     around = [g - g.mean() for g, c in zip(groups, cases, strict=True) if c.exchangeable and len(g) > 1]
     spread = float(torch.cat(around).square().mean().sqrt()) if around else 0.0
     found = []
@@ -749,7 +765,19 @@ def _profile_loss(
             wanted.append((original.profiles[i][1 + pick] + now.drift).clamp_min(0.0))
     batch = collate(items).to(lm.device)
     logits, labels, row = _judged(lm, lm.hidden(batch), batch)
-    return match_profile(logits, labels, torch.cat(wanted).to(lm.device), row, len(items)).mean()
+    target = torch.cat(wanted).to(lm.device)
+    if SORTED:
+        target = assigned(logits.detach(), labels, target, row)
+    return match_profile(logits, labels, target, row, len(items)).mean()
+
+
+def assigned(logits: Tensor, labels: Tensor, target: Tensor, record: Tensor) -> Tensor:
+    now = token_profile(logits, labels)[:, 0]
+    place = (record.double() * 1e4 + now.double()).argsort()
+    order = (record.double() * 1e4 + target[:, 0].double()).argsort()
+    found = torch.empty_like(target)
+    found[place] = target[order]
+    return found
 
 
 def _keep_loss(
@@ -777,9 +805,15 @@ def _keep_loss(
         if not items or weight == 0:
             continue
         batch = collate(items).to(lm.device)
-        after = lm.hidden(batch)[batch.attention_mask.bool()]
+        hidden = lm.hidden(batch)
+        after = hidden[batch.attention_mask.bool()]
         before = torch.cat(list(states))
         loss = loss + weight * _summed_divergence(lm, before, after) / len(after)
+        if config.objective == "profile" and items is not parts[0][1]:
+            logits, labels, row = _judged(lm, hidden, batch)
+            same = torch.cat([s[list(predicting(e))] for e, s in zip(items, states, strict=True)])
+            wanted = token_profile(lm.logits(same), labels)
+            loss = loss + weight * match_profile(logits, labels, wanted, row, len(items)).mean()
     return loss
 
 
@@ -825,6 +859,17 @@ def _scores_by_case(lm: LanguageModel, groups: Sequence[Sequence[Encoded]]) -> t
     flat, _ = score(lm, [e for group in groups for e in group])
     ends = torch.tensor([len(g) for g in groups]).cumsum(0).tolist()
     return tuple(_take(flat, torch.arange(end - len(group), end)) for group, end in zip(groups, ends, strict=True))
+
+
+@torch.no_grad()
+def _scores_of_states(lm: LanguageModel, items: Sequence[Encoded], states: Sequence[Tensor]) -> Scores:
+    """Scores of completions whose hidden states are known."""
+    places = [list(predicting(e)) for e in items]
+    logits = lm.logits(torch.cat([s[p] for s, p in zip(states, places, strict=True)]))
+    labels = torch.tensor([e.ids[t + 1] for e, p in zip(items, places, strict=True) for t in p], device=lm.device)
+    owner = torch.tensor([i for i, p in enumerate(places) for _ in p], device=lm.device)
+    found = completion_scores(logits, labels, owner, len(items))
+    return Scores(found.nll.cpu(), found.odds.cpu(), found.tokens.cpu())
 
 
 def _by_tokens(order: Sequence[int], items: Sequence[Encoded], limit: int) -> Iterator[list[int]]:
