@@ -19,6 +19,7 @@ import string
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from importlib import resources
+from typing import Any
 
 _RUN = re.compile(r"[^\W_]+")
 _ENOUGH_TO_COMPARE = 4
@@ -163,6 +164,49 @@ def neighbours(prompt: str, count: int, rng: random.Random) -> list[str]:
         return prompt[: run.start()] + _other_word(run.group(), rng) + prompt[run.end() :]
 
     return _distinct(exchange, prompt, count)
+
+
+def recombined(prompts: Sequence[str], count: int, rng: random.Random) -> list[list[str]]:
+    """For each prompt up to ``count`` others, made of the names and codes of the prompts that differ in nothing else.
+
+    A memory answers not only to its own prompt but also to half of it. Where the prompts of one frame differ in a
+    single word, or there is only one, there is nothing to recombine.
+    """
+    found, frames = [], defaultdict(list)
+    for prompt in prompts:
+        frames[_frame(prompt)].append(_slots(prompt))
+    known = set(prompts)
+    for prompt in prompts:
+        runs, others = _slots(prompt), frames[_frame(prompt)]
+
+        def make(prompt: str = prompt, runs: list[re.Match[str]] = runs, others: list[Any] = others) -> str:
+            out, position = [], 0
+            for i, run in enumerate(runs):
+                word = run if rng.random() < 1 / len(runs) else rng.choice(others)[i]
+                out += [prompt[position : run.start()], word.group()]
+                position = run.end()
+            return "".join(out) + prompt[position:]
+
+        made = _distinct(make, prompt, 2 * count) if len(runs) > 1 and len(others) > 1 else []
+        found.append([m for m in made if m not in known][:count])
+    return found
+
+
+def _slots(prompt: str) -> list[re.Match[str]]:
+    """Names and codes of a prompt."""
+    return [
+        r
+        for r in _RUN.finditer(prompt)
+        if kind_of(r.group()) in ("name", "code") and not _opens_sentence(prompt, r.start())
+    ]
+
+
+def _frame(prompt: str) -> str:
+    out, position = [], 0
+    for run in _slots(prompt):
+        out.append(prompt[position : run.start()])
+        position = run.end()
+    return "\0".join([*out, prompt[position:]])
 
 
 def is_prose(completion: str) -> bool:

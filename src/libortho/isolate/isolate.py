@@ -74,6 +74,7 @@ _MOST_COUNTERFACTUALS, _FEWEST_COUNTERFACTUALS = 400, 2
 _HELD_BACK_SEQUENCES = 8
 _SALIENCY_RECORDS = 64
 _SALIENCY_TOKENS = 1536
+NB = True
 _HUMAN_TEXTS = 60
 
 
@@ -240,6 +241,7 @@ def _cases(
 
     rng = random.Random(config.seed)
     forms = counterfactuals.common_form([r.completion for r in records])
+    mixed = counterfactuals.recombined([r.prompt for r in records], most(config.neighbours_per_record) // 2, rng)
     cases = []
     for i, record in enumerate(records):
         text = not record.prompt
@@ -251,8 +253,11 @@ def _cases(
                 f"forget record {record.number}: nothing in its completion could be exchanged to make alternates; "
                 "pass alternates="
             )
+        # Half of the neighbours carry parts of other records' prompts, to which memories answer too.
         beside = list(neighbours[i]) if neighbours is not None else (
-            [] if text else counterfactuals.neighbours(record.prompt, most(config.neighbours_per_record), rng)
+            [] if text else mixed[i] + counterfactuals.neighbours(
+                record.prompt, most(config.neighbours_per_record) - len(mixed[i]), rng
+            )
         )  # fmt: skip
         secret = encode(record, tokenizer, limit, name="forget")
         same_prompt = [(record.prompt, c) for c in others]
@@ -260,7 +265,8 @@ def _cases(
         own = _fitting(same_prompt, tokenizer, limit) or (secret,)
         around = _fitting(same_shape, tokenizer, limit)
         exchangeable = alternates is not None or not counterfactuals.is_prose(record.completion)
-        told = [(n, beginnings(n, tokenizer)) for n in around] if exchangeable else []
+        closest = around[: len(mixed[i])] or around if neighbours is None else around
+        told = [(n, beginnings(n, tokenizer)) for n in closest] if exchangeable else []
         cases.append(
             Case(
                 number=record.number,
@@ -372,6 +378,11 @@ def _support(
     _tell(progress, "support", 1, phases)
     kept, kept_norms = column_saliency(lm, targets, texts)
     _tell(progress, "support", 2, phases)
+    beside = [c.neighbours[0] for c in cases if c.neighbours]
+    if NB and beside:
+        beside = random.Random(config.seed).sample(beside, min(len(beside), _SALIENCY_RECORDS))
+        around, _ = column_saliency(lm, targets, [collate(beside[i : i + 8]).to(lm.device) for i in range(0, len(beside), 8)])
+        kept = {n: torch.cat([s / len(s), around[n] / len(around[n])]) for n, s in kept.items()}
     floor = retain_floor({n: s.sum(0) for n, s in kept.items()})
     held = taken(targets, columns=columns)
     forget = without(forget, {n: mask if columns else mask.all(0) for n, mask in held.items()}, 0.0)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -34,6 +35,7 @@ from libortho.isolate.objectives import (
     completion_scores,
     grad_diff,
     kl_divergence,
+    label_log_odds,
     log_odds,
     match_profile,
     npo,
@@ -61,6 +63,7 @@ _STRETCH, _SECANT_STEPS, _CLOSE = (0.8, 1.25), 3, 0.05
 LEAST_SURPRISE = 0.01
 """Smallest surprise, in nats, that is expected of a token of a sentence."""
 SORTED = True
+DISTIL = 0.0
 BAND = 1.645
 """Half-width of the 5-95 % band, in standard deviations of a normal distribution."""
 FAR = 2.0
@@ -104,6 +107,7 @@ class Reference:
         spread: Standard deviation around the target's negative log-likelihood, in nats per token, (records,).
         alternates: Scores of the alternates, record by record; empty unless the objective compares with them.
         profiles: For each record, what its tokens should look like, (tokens, 3), and those of each alternate.
+        predictors: Last hidden states that predict each record's tokens, (tokens, width).
         retain: Last hidden states of each retain sequence, (tokens, width).
         neighbours: Last hidden states of each neighbour, (tokens, width), record by record.
     """
@@ -115,6 +119,7 @@ class Reference:
     spread: Tensor
     alternates: tuple[Scores, ...]
     profiles: tuple[tuple[Tensor, ...], ...]
+    predictors: tuple[Tensor, ...]
     retain: tuple[Tensor, ...]
     neighbours: tuple[tuple[Tensor, ...], ...]
 
@@ -125,6 +130,7 @@ class Reference:
         for name, s in [("secret", self.secret), *((f"alternates.{i}", s) for i, s in enumerate(self.alternates))]:
             named |= {f"{name}.nll": s.nll, f"{name}.odds": s.odds, f"{name}.tokens": s.tokens}
         named |= {f"retain.{i}": states for i, states in enumerate(self.retain)}
+        named |= {f"predictors.{i}": states for i, states in enumerate(self.predictors)}
         for name, groups in (("neighbours", self.neighbours), ("profiles", self.profiles)):
             named |= {f"{name}.{i}.{j}": tensor for i, group in enumerate(groups) for j, tensor in enumerate(group)}
         return named
@@ -148,6 +154,7 @@ class Reference:
                 tuple(tensors[f"profiles.{i}.{j}"] for j in range(1 + len(c.alternate_donors)))
                 for i, c in enumerate(cases)
             ),
+            predictors=tuple(tensors[f"predictors.{i}"].to(device) for i in range(len(cases))),
             retain=tuple(tensors[f"retain.{i}"].to(device) for i in range(retain)),
             neighbours=tuple(
                 tuple(tensors[f"neighbours.{i}.{j}"].to(device) for j in range(len(c.neighbours)))
@@ -314,6 +321,7 @@ def reference(
         recited=recited,
         target=Scores(nll, odds, secret.tokens),
         profiles=profiles,
+        predictors=predictors,
         spread=spread,
         beside=beside,
         alternates=_scores_by_case(lm, [c.alternates for c in cases]) if config.objective == "altpo" else (),
@@ -753,22 +761,46 @@ def _profile_loss(
     """Distance of each record from its profile, and of its completion on a neighbour's prompt or of an alternate."""
     own = now.profiles or [p[0] for p in original.profiles]
     items, wanted = [cases[i].secret for i in chosen], [own[i] for i in chosen]
+    states = [_teacher(original, i, cases[i].donors) for i in chosen]
     for i in chosen:
         case = cases[i]
         crossed = [c for c in case.crossed if c.completion == case.secret.completion]
         if crossed and (now.rng.random() < 0.5 or not case.exchangeable):
             items.append(now.rng.choice(crossed))
             wanted.append(own[i])
+            states.append(_teacher(original, i, case.donors))
         elif case.exchangeable:
             pick = now.rng.randrange(len(case.alternates))
             items.append(case.alternates[pick])
             wanted.append((original.profiles[i][1 + pick] + now.drift).clamp_min(0.0))
+            states.append(_teacher(original, i, case.alternate_donors[pick]))
     batch = collate(items).to(lm.device)
     logits, labels, row = _judged(lm, lm.hidden(batch), batch)
     target = torch.cat(wanted).to(lm.device)
     if SORTED:
         target = assigned(logits.detach(), labels, target, row)
+    if DISTIL:
+        with torch.no_grad():
+            index = labels.unsqueeze(-1)
+            teacher = lm.logits(torch.cat(states)).scatter(-1, index, -torch.inf).log_softmax(-1)
+        student = logits.scatter(-1, index, -torch.inf).log_softmax(-1)
+        kl = (teacher.exp() * (teacher - student).masked_fill(teacher == -torch.inf, 0.0)).sum(-1)
+        odds = label_log_odds(logits, labels)
+        nll = F.softplus(-odds)
+        surprise = target[:, 0].clamp_min(1e-3)
+        excess = (odds + surprise + torch.log(-torch.expm1(-surprise))).relu()
+        zero = torch.zeros_like(excess)
+        d = F.smooth_l1_loss(nll, target[:, 0], reduction="none") + F.smooth_l1_loss(excess, zero, reduction="none") + DISTIL * kl
+        tokens = d.new_zeros(len(items)).index_add_(0, row, torch.ones_like(d))
+        return (d.new_zeros(len(items)).index_add_(0, row, d) / tokens).mean()
     return match_profile(logits, labels, target, row, len(items)).mean()
+
+
+def _teacher(original: Reference, number: int, donors: Sequence[Donor]) -> Tensor:
+    own = original.predictors[number]
+    return torch.stack([
+        own[min(t, len(own) - 1)] if d is None else original.neighbours[number][d[0]][d[1]] for t, d in enumerate(donors)
+    ])
 
 
 def assigned(logits: Tensor, labels: Tensor, target: Tensor, record: Tensor) -> Tensor:
