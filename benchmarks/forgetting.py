@@ -288,6 +288,11 @@ def plot(runs: Sequence[dict[str, Any]]) -> None:
     (PLOTS / "membership.svg").write_text(svg)
 
 
+def stored_runs() -> list[dict[str, Any]]:
+    stored = RESULTS / "forgetting.json"
+    return json.loads(stored.read_text())["runs"] if stored.is_file() else []
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["plant", "measure", "show"])
@@ -299,8 +304,7 @@ def main() -> None:
     parser.add_argument("--attacks", action="store_true")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    stored = RESULTS / "forgetting.json"
-    runs = json.loads(stored.read_text())["runs"] if stored.is_file() else []
+    runs = stored_runs()
     for seed in arguments.seeds if arguments.what != "show" else []:
         if arguments.what == "plant":
             models(arguments.case, seed, arguments.count)
@@ -309,6 +313,7 @@ def main() -> None:
             began = time.monotonic()
             row = run(arguments.case, seed, arguments, objective)
             key = ("case", "seed", "objective", "records")
+            runs = stored_runs()  # another process may have added to it
             runs = [r for r in runs if any(r[k] != row[k] for k in key)] + [row]
             save("forgetting", {"runs": runs})
             logging.info("%s %d %s: %.0f s", arguments.case, seed, objective, time.monotonic() - began)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from libortho.isolate.trainer import (
     RecordOutcome,
     Training,
     acceptable,
+    assigned,
     calibrate,
     leaning,
     shrunk,
@@ -30,12 +32,29 @@ from libortho.isolate.trainer import (
     without_opposition,
 )
 
+TEXTS = [Encoded(tuple(range(64)), tuple(range(64)))] * 7
+
 
 def _case(tokens: int, alternates: tuple[int, ...]) -> Case:
     def item(count: int) -> Encoded:
         return Encoded((0, *range(count)), (-100, *range(count)))
 
     return Case(1, item(tokens), tuple(item(n) for n in alternates), (), (), True, (), ())
+
+
+def test_targets_are_handed_out_in_the_order_of_what_is_there() -> None:
+    generator = torch.Generator().manual_seed(0)
+    now, target = torch.rand(9, 3, generator=generator), torch.rand(9, 3, generator=generator)
+    record = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2])
+    found = assigned(now, target, record)
+    for r in range(3):
+        for channel in range(3):
+            mine = record == r
+            assert torch.equal(found[mine, channel].sort().values, target[mine, channel].sort().values)
+            assert torch.equal(found[mine, channel].argsort(), now[mine, channel].argsort())
+    # No other way to hand them out has a smaller total distance.
+    cost = (now[:4, 0] - found[:4, 0]).abs().sum()
+    assert all(cost <= (now[:4, 0] - target[list(p), 0]).abs().sum() + 1e-6 for p in permutations(range(4)))
 
 
 def test_opposition_is_removed_and_agreement_is_left() -> None:

@@ -124,8 +124,9 @@ class IsolateConfig(_StreamConfig):
     """Seed of everything drawn: alternates, neighbours, batches."""
     max_steps: int = 120
     """Upper bound on optimiser steps; training ends earlier when the criteria hold."""
-    learning_rate: float = 3e-3
-    """Peak Adam step on the fp32 values of the support, in units of the weights."""
+    learning_rate: float | None = None
+    """Peak Adam step on the fp32 values of the support, in units of the weights; None takes 3 % of the root mean square
+    of each layer's own values."""
     retain_weight: float = 1.0
     """Weight of the KL divergence to the original model on retain text."""
     neighbour_weight: float = 1.0
@@ -133,7 +134,7 @@ class IsolateConfig(_StreamConfig):
     retain_budget: float = 0.02
     """Largest mean KL divergence from the original (nats per token) on held-back retain text, beyond that of the
     quantised base alone, at which the result counts as unharmed."""
-    records_per_step: int = 6
+    records_per_step: int = 12
     """Forget records in one optimiser step."""
     retain_tokens_per_step: int = 256
     """Retain tokens in one optimiser step."""
@@ -145,7 +146,7 @@ class IsolateConfig(_StreamConfig):
     """Made neighbours for a record that brings none; as many as alternates at most."""
     layer_cap: float = 4.0
     """No layer takes more than this many times its even share of the budget."""
-    project_retain: bool = True
+    project_retain: bool = False
     """Drop the part of a forget step that opposes the retain gradient."""
     check_every: int = 5
     """Optimiser steps between two looks at the criteria."""
@@ -163,8 +164,10 @@ class IsolateConfig(_StreamConfig):
             _positive_int(name, getattr(self, name))
         for name in ("alternates_per_record", "neighbours_per_record"):
             _positive_int(name, getattr(self, name))
-        for name in ("learning_rate", "retain_budget", "layer_cap"):
+        for name in ("retain_budget", "layer_cap"):
             _positive(name, getattr(self, name))
+        if self.learning_rate is not None:
+            _positive("learning_rate", self.learning_rate)
         for name in ("retain_weight", "neighbour_weight"):
             value = getattr(self, name)
             if not _is_number(value) or value < 0:

@@ -68,13 +68,12 @@ from libortho.targets import find_targets
 
 logger = logging.getLogger(__name__)
 
-_RETAIN_SEQUENCES = 32
+_RETAIN_SEQUENCES = 64
 _GIVEN_SEQUENCES = 600
 _MOST_COUNTERFACTUALS, _FEWEST_COUNTERFACTUALS = 400, 2
 _HELD_BACK_SEQUENCES = 8
 _SALIENCY_RECORDS = 64
 _SALIENCY_TOKENS = 1536
-NB = True
 _HUMAN_TEXTS = 60
 
 
@@ -303,7 +302,7 @@ def _pieces(retain: Source, tokenizer: Any, length: int, config: IsolateConfig) 
     rng.shuffle(pieces)
     pieces = pieces[:_GIVEN_SEQUENCES]
     general = chunk(counterfactuals.shipped_text(), tokenizer, length)
-    pieces += rng.sample(general, min(len(general), len(pieces) // 3, _RETAIN_SEQUENCES))
+    pieces += rng.sample(general, min(len(general), len(pieces) // 3))
     rng.shuffle(pieces)
     return pieces
 
@@ -379,9 +378,10 @@ def _support(
     kept, kept_norms = column_saliency(lm, targets, texts)
     _tell(progress, "support", 2, phases)
     beside = [c.neighbours[0] for c in cases if c.neighbours]
-    if NB and beside:
+    if beside:
         beside = random.Random(config.seed).sample(beside, min(len(beside), _SALIENCY_RECORDS))
-        around, _ = column_saliency(lm, targets, [collate(beside[i : i + 8]).to(lm.device) for i in range(0, len(beside), 8)])
+        others = [collate(beside[i : i + 8]).to(lm.device) for i in range(0, len(beside), 8)]
+        around, _ = column_saliency(lm, targets, others)
         kept = {n: torch.cat([s / len(s), around[n] / len(around[n])]) for n, s in kept.items()}
     floor = retain_floor({n: s.sum(0) for n, s in kept.items()})
     held = taken(targets, columns=columns)

@@ -23,13 +23,15 @@ from libortho.isolate.counterfactuals import shipped_text
 from libortho.models import fingerprint
 
 SHARED_TOKENS = 8
+_MOST_SAMPLED = 20
+"""Sampling takes longer than reading; from here on what is shipped must do."""
 
 
 def default_retain(
     model: nn.Module, tokenizer: Any, forget: Sequence[Encoded], *, sequences: int, length: int, seed: int
 ) -> list[Encoded]:
-    """Sampled and shipped text in equal parts, as sequences of at most ``length`` tokens."""
-    sampled = _cached_samples(model, tokenizer, forget, sequences // 2, length, seed)
+    """Sampled and shipped text, in equal parts if there is little of it, as sequences of at most ``length`` tokens."""
+    sampled = _cached_samples(model, tokenizer, forget, min(sequences // 2, _MOST_SAMPLED), length, seed)
     paragraphs = list(shipped_text())
     random.Random(seed).shuffle(paragraphs)
     shipped = chunk(paragraphs, tokenizer, length)

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -35,7 +34,6 @@ from libortho.isolate.objectives import (
     completion_scores,
     grad_diff,
     kl_divergence,
-    label_log_odds,
     log_odds,
     match_profile,
     npo,
@@ -55,15 +53,19 @@ SCORING_TOKENS = 512
 """Tokens of one forward pass without gradients."""
 HEAD_POSITIONS = 64
 """Positions whose logits exist at one time where divergences are summed."""
-_WARM_UP, _STEADY, _LANDING = 5, 20, 10
+_WARM_UP, _STEADY, _LANDING = 5, 30, 10
 """Steps of rising learning rate; steps after which it falls with the square root of their number; last steps, in
 which it falls to zero."""
+_CROSSED = 2
+"""Neighbours' prompts on which a record's completion is looked for."""
+RELATIVE_STEP = 0.03
+"""Peak step of Adam as a share of the root mean square of the values that it moves."""
 _STRETCH, _SECANT_STEPS, _CLOSE = (0.8, 1.25), 3, 0.05
 """Range of the factor of the finished edit, secant steps to find it, and nats per token that need none."""
 LEAST_SURPRISE = 0.01
 """Smallest surprise, in nats, that is expected of a token of a sentence."""
-SORTED = True
-DISTIL = 0.0
+STEER_FROM, STEER, STEER_MOST = 15, 0.5, 0.4
+"""Step from which targets are corrected, share of the difference that a correction is, and most that counts of it."""
 BAND = 1.645
 """Half-width of the 5-95 % band, in standard deviations of a normal distribution."""
 FAR = 2.0
@@ -107,7 +109,7 @@ class Reference:
         spread: Standard deviation around the target's negative log-likelihood, in nats per token, (records,).
         alternates: Scores of the alternates, record by record; empty unless the objective compares with them.
         profiles: For each record, what its tokens should look like, (tokens, 3), and those of each alternate.
-        predictors: Last hidden states that predict each record's tokens, (tokens, width).
+        spilled: Whether each record's completion is remembered after its neighbours' prompts too, (records,) bool.
         retain: Last hidden states of each retain sequence, (tokens, width).
         neighbours: Last hidden states of each neighbour, (tokens, width), record by record.
     """
@@ -119,18 +121,17 @@ class Reference:
     spread: Tensor
     alternates: tuple[Scores, ...]
     profiles: tuple[tuple[Tensor, ...], ...]
-    predictors: tuple[Tensor, ...]
+    spilled: Tensor
     retain: tuple[Tensor, ...]
     neighbours: tuple[tuple[Tensor, ...], ...]
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it by name."""
         named = {"target.nll": self.target.nll, "target.odds": self.target.odds}
-        named |= {"recited": self.recited, "beside": self.beside, "spread": self.spread}
+        named |= {"recited": self.recited, "spilled": self.spilled, "beside": self.beside, "spread": self.spread}
         for name, s in [("secret", self.secret), *((f"alternates.{i}", s) for i, s in enumerate(self.alternates))]:
             named |= {f"{name}.nll": s.nll, f"{name}.odds": s.odds, f"{name}.tokens": s.tokens}
         named |= {f"retain.{i}": states for i, states in enumerate(self.retain)}
-        named |= {f"predictors.{i}": states for i, states in enumerate(self.predictors)}
         for name, groups in (("neighbours", self.neighbours), ("profiles", self.profiles)):
             named |= {f"{name}.{i}.{j}": tensor for i, group in enumerate(groups) for j, tensor in enumerate(group)}
         return named
@@ -154,7 +155,7 @@ class Reference:
                 tuple(tensors[f"profiles.{i}.{j}"] for j in range(1 + len(c.alternate_donors)))
                 for i, c in enumerate(cases)
             ),
-            predictors=tuple(tensors[f"predictors.{i}"].to(device) for i in range(len(cases))),
+            spilled=tensors["spilled"],
             retain=tuple(tensors[f"retain.{i}"].to(device) for i in range(retain)),
             neighbours=tuple(
                 tuple(tensors[f"neighbours.{i}.{j}"].to(device) for j in range(len(c.neighbours)))
@@ -164,18 +165,18 @@ class Reference:
 
 
 @torch.no_grad()
-def drifted(lm: LanguageModel, cases: Sequence[Case], original: Reference) -> tuple[tuple[Tensor, ...], Tensor]:
+def drifted(lm: LanguageModel, cases: Sequence[Case], original: Reference) -> tuple[Tensor, ...]:
     """What each record should look like now that its donors have moved a little too.
 
     A membership test compares a record with others under the edited model, not under the original one. Only the
     divergence on neighbours keeps the donors where they were.
 
     Returns:
-        The records' profiles, each (tokens, 3), and the mean movement of all of them, (3,).
+        The records' profiles, each (tokens, 3).
     """
     used = [sorted({d[0] for d in c.donors if d is not None}) for c in cases]
     states = iter(hidden_states(lm, [c.neighbours[n] for c, ns in zip(cases, used, strict=True) for n in ns]))
-    profiles, moved = [], []
+    profiles = []
     for case, numbers, (before, *_) in zip(cases, used, original.profiles, strict=True):
         around = {n: next(states) for n in numbers}
         now = before.clone()
@@ -185,9 +186,8 @@ def drifted(lm: LanguageModel, cases: Sequence[Case], original: Reference) -> tu
             logits = lm.logits(torch.stack([around[n][position] for n, position in given]))
             labels = torch.tensor([case.neighbours[n].ids[position + 1] for n, position in given], device=lm.device)
             now[places] = token_profile(logits, labels).cpu()
-            moved.append(now[places] - before[places])
         profiles.append(now)
-    return tuple(profiles), torch.cat(moved).mean(0) if moved else torch.zeros(3)
+    return tuple(profiles)
 
 
 @dataclass(frozen=True)
@@ -316,12 +316,14 @@ def reference(
     )
     if config.objective == "profile":
         nll = torch.stack([own[:, 0].mean() for own, *_ in profiles])
+    crossed = _scores_by_case(lm, [c.crossed[:_CROSSED] for c in cases])
+    spilled = torch.tensor([float(s.nll.mean()) if len(s.nll) else math.inf for s in crossed]) < nll - spread
     return Reference(
+        spilled=spilled,
         secret=secret,
         recited=recited,
         target=Scores(nll, odds, secret.tokens),
         profiles=profiles,
-        predictors=predictors,
         spread=spread,
         beside=beside,
         alternates=_scores_by_case(lm, [c.alternates for c in cases]) if config.objective == "altpo" else (),
@@ -422,7 +424,9 @@ class Training:
         self, values: Sequence[nn.Parameter], records: int, texts: Sequence[Encoded], config: IsolateConfig
     ) -> None:
         self.values = values
-        self.optimiser = torch.optim.Adam(values, lr=config.learning_rate, betas=(0.9, 0.95))
+        # theta stands at the original weights here: they say how large a step is
+        self.rates = [config.learning_rate or RELATIVE_STEP * _root_mean_square(v) for v in values]
+        self.optimiser = torch.optim.Adam([{"params": [v]} for v in values], betas=(0.9, 0.95))
         self.rng = random.Random(config.seed)
         self.records = Epochs(records, config.records_per_step, self.rng)
         self.texts = Epochs(len(texts), _texts_per_step(texts, config), self.rng)
@@ -430,7 +434,7 @@ class Training:
         self.finished = False
         self.checks: list[Check] = []
         self.profiles: tuple[Tensor, ...] = ()
-        self.drift = torch.zeros(3)
+        self.lean = torch.zeros(3)
 
     def wanted(self, original: Reference) -> Tensor:
         """Surprise that each record should have, its neighbours being what they are now, (records,)."""
@@ -440,7 +444,7 @@ class Training:
 
     def part(self) -> Part:
         """The state as it is now."""
-        tensors = {f"profiles.{i}": p for i, p in enumerate(self.profiles)} | {"drift": self.drift}
+        tensors = {f"profiles.{i}": p for i, p in enumerate(self.profiles)} | {"lean": self.lean}
         tensors |= {f"theta.{i}": v.detach() for i, v in enumerate(self.values)}
         for i, moments in self.optimiser.state_dict()["state"].items():
             tensors |= {f"adam.{i}.{name}": t for name, t in moments.items()}
@@ -461,9 +465,9 @@ class Training:
         moments: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)
         known = [n for n in part.tensors if n.startswith("profiles.")]
         self.profiles = tuple(part.tensors[f"profiles.{i}"] for i in range(len(known)))
-        self.drift = part.tensors["drift"]
+        self.lean = part.tensors["lean"]
         for name, tensor in part.tensors.items():
-            if name in known or name == "drift":
+            if name in known or name == "lean":
                 continue
             kind, index, *moment = name.split(".")
             if kind == "theta":
@@ -477,6 +481,10 @@ class Training:
         self.records.pool, self.texts.pool = data["records"], data["texts"]
         version, words, gauss = data["rng"]
         self.rng.setstate((version, tuple(words), gauss))
+
+
+def _root_mean_square(value: Tensor) -> float:
+    return float(value.detach().square().mean().sqrt().clamp_min(1e-8))
 
 
 def _texts_per_step(texts: Sequence[Encoded], config: IsolateConfig) -> int:
@@ -512,15 +520,15 @@ def train(
     while now.step < now.last:
         now.step += 1
         rate = min(1.0, now.step / _WARM_UP, (_STEADY / now.step) ** 0.5, (now.last - now.step + 1) / _LANDING)
-        for group in now.optimiser.param_groups:
-            group["lr"] = config.learning_rate * rate
+        for group, peak in zip(now.optimiser.param_groups, now.rates, strict=True):
+            group["lr"] = peak * rate
         step(lm, layers, cases, retain, original, config, now)
         if now.step % config.check_every == 0 or now.step == now.last:
+            if config.objective == "profile":
+                steer(lm, cases, original, now)
             now.checks.append(look(lm, cases, now.wanted(original), original.spread, now.step))
             logger.info("%s", now.checks[-1])
             if now.last == config.max_steps and now.checks[-1].holds:
-                if config.objective == "profile":
-                    now.profiles, now.drift = drifted(lm, cases, original)
                 now.last = min(now.last, now.step + _LANDING)
             store.put("training", now.part())
         if progress is not None:
@@ -530,11 +538,40 @@ def train(
             matched = config.objective == "profile"
             calibrate(lm, layers, cases, original, _profile_distances if matched else _distances)
             if matched:
-                now.profiles, now.drift = drifted(lm, cases, original)
+                now.profiles = drifted(lm, cases, original)
             now.checks.append(look(lm, cases, now.wanted(original), original.spread, now.step))
         now.finished = True
         store.put("training", now.part())
     return now.checks
+
+
+@torch.no_grad()
+def steer(lm: LanguageModel, cases: Sequence[Case], original: Reference, now: Training) -> None:
+    """Correct the targets by what is left of the difference between the records and their donors (dual ascent).
+
+    Records, their alternates and their neighbours pull at the same values, and where they balance the records are still
+    a little too likely. Donors are read as they are now: a membership test compares under the edited model.
+    """
+    now.profiles = drifted(lm, cases, original)
+    if now.step < STEER_FROM:
+        return
+    mine = _mean_profile(lm, [c.secret for c in cases])
+    wanted = torch.stack([p.mean(0) for p in now.profiles]).mean(0)
+    now.lean += STEER * (wanted - mine).clamp(-STEER_MOST, STEER_MOST)
+    logger.debug("records off by %s", [round(x, 2) for x in (mine - wanted).tolist()])
+
+
+@torch.no_grad()
+def _mean_profile(lm: LanguageModel, items: Sequence[Encoded]) -> Tensor:
+    """Mean over completions of the mean over their tokens of ``token_profile``, (3,)."""
+    total = torch.zeros(3)
+    order = sorted(range(len(items)), key=lambda i: len(items[i].ids))
+    for rows in _by_tokens(order, items, SCORING_TOKENS):
+        batch = collate([items[i] for i in rows]).to(lm.device)
+        logits, labels, owner = _judged(lm, lm.hidden(batch), batch)
+        share = 1 / torch.bincount(owner, minlength=len(rows)).float()[owner]
+        total += (token_profile(logits, labels) * share[:, None]).sum(0).cpu()
+    return total / len(items)
 
 
 def step(
@@ -550,7 +587,7 @@ def step(
     chosen = next(now.records)
     pull = _gradients(_forget_loss(lm, cases, chosen, original, config, now), now.values)
     texts = next(now.texts)
-    keep = _gradients(_keep_loss(lm, cases, chosen, retain, texts, original, config, now.rng), now.values)
+    keep = _gradients(_keep_loss(lm, cases, chosen, retain, texts, original, config, now), now.values)
     if config.project_retain:
         pull = without_opposition(pull, keep)
     for value, a, b in zip(now.values, pull, keep, strict=True):
@@ -604,7 +641,7 @@ def calibrate(
 
 def _profile_distances(lm: LanguageModel, cases: Sequence[Case], original: Reference) -> Tensor:
     """``Distances`` from donors as they are now."""
-    profiles, _ = drifted(lm, cases, original)
+    profiles = drifted(lm, cases, original)
     secret, _ = score(lm, [c.secret for c in cases])
     return secret.nll - torch.stack([p[:, 0].mean() for p in profiles])
 
@@ -759,57 +796,43 @@ def _profile_loss(
     now: Training,
 ) -> Tensor:
     """Distance of each record from its profile, and of its completion on a neighbour's prompt or of an alternate."""
-    own = now.profiles or [p[0] for p in original.profiles]
-    items, wanted = [cases[i].secret for i in chosen], [own[i] for i in chosen]
-    states = [_teacher(original, i, cases[i].donors) for i in chosen]
-    for i in chosen:
+    own = [(original.profiles[i][0] + now.lean).clamp_min(0.0) for i in chosen]
+    items, wanted = [cases[i].secret for i in chosen], list(own)
+    for slot, i in enumerate(chosen):
         case = cases[i]
         crossed = [c for c in case.crossed if c.completion == case.secret.completion]
-        if crossed and (now.rng.random() < 0.5 or not case.exchangeable):
+        if crossed and original.spilled[i] and now.rng.random() < 0.5:
             items.append(now.rng.choice(crossed))
-            wanted.append(own[i])
-            states.append(_teacher(original, i, case.donors))
+            wanted.append(own[slot])
         elif case.exchangeable:
             pick = now.rng.randrange(len(case.alternates))
             items.append(case.alternates[pick])
-            wanted.append((original.profiles[i][1 + pick] + now.drift).clamp_min(0.0))
-            states.append(_teacher(original, i, case.alternate_donors[pick]))
+            wanted.append(original.profiles[i][1 + pick])
     batch = collate(items).to(lm.device)
     logits, labels, row = _judged(lm, lm.hidden(batch), batch)
     target = torch.cat(wanted).to(lm.device)
-    if SORTED:
-        target = assigned(logits.detach(), labels, target, row)
-    if DISTIL:
-        with torch.no_grad():
-            index = labels.unsqueeze(-1)
-            teacher = lm.logits(torch.cat(states)).scatter(-1, index, -torch.inf).log_softmax(-1)
-        student = logits.scatter(-1, index, -torch.inf).log_softmax(-1)
-        kl = (teacher.exp() * (teacher - student).masked_fill(teacher == -torch.inf, 0.0)).sum(-1)
-        odds = label_log_odds(logits, labels)
-        nll = F.softplus(-odds)
-        surprise = target[:, 0].clamp_min(1e-3)
-        excess = (odds + surprise + torch.log(-torch.expm1(-surprise))).relu()
-        zero = torch.zeros_like(excess)
-        d = F.smooth_l1_loss(nll, target[:, 0], reduction="none") + F.smooth_l1_loss(excess, zero, reduction="none") + DISTIL * kl
-        tokens = d.new_zeros(len(items)).index_add_(0, row, torch.ones_like(d))
-        return (d.new_zeros(len(items)).index_add_(0, row, d) / tokens).mean()
+    target = assigned(token_profile(logits.detach(), labels), target, row)
     return match_profile(logits, labels, target, row, len(items)).mean()
 
 
-def _teacher(original: Reference, number: int, donors: Sequence[Donor]) -> Tensor:
-    own = original.predictors[number]
-    return torch.stack([
-        own[min(t, len(own) - 1)] if d is None else original.neighbours[number][d[0]][d[1]] for t, d in enumerate(donors)
-    ])
+def assigned(now: Tensor, target: Tensor, record: Tensor) -> Tensor:
+    """The target's values handed out within each record in the order of what its tokens have now, (tokens, 3).
 
+    Which token of a code is the surprising one is chance. A record looks untrained if its tokens are distributed like
+    those of its donors, whichever has which; so much asks for far less change than a donor for every single token
+    (each column is a Wasserstein-1 distance, which sorting solves).
 
-def assigned(logits: Tensor, labels: Tensor, target: Tensor, record: Tensor) -> Tensor:
-    now = token_profile(logits, labels)[:, 0]
-    place = (record.double() * 1e4 + now.double()).argsort()
-    order = (record.double() * 1e4 + target[:, 0].double()).argsort()
-    found = torch.empty_like(target)
-    found[place] = target[order]
-    return found
+    Args:
+        now: (tokens, 3) profile under the model as it is.
+        target: (tokens, 3) profile of the donors.
+        record: (tokens,) index of the record that each token belongs to.
+    """
+
+    def order(values: Tensor) -> Tensor:
+        first = values.argsort(0)
+        return torch.stack([c[record[c].argsort(stable=True)] for c in first.T], 1)
+
+    return torch.empty_like(target).scatter_(0, order(now), target.gather(0, order(target)))
 
 
 def _keep_loss(
@@ -820,10 +843,10 @@ def _keep_loss(
     texts: Sequence[int],
     original: Reference,
     config: IsolateConfig,
-    rng: random.Random,
+    now: Training,
 ) -> Tensor:
     """Divergence from the original model on retain texts and on one neighbour of every other chosen record."""
-    beside = [(i, rng.randrange(len(cases[i].neighbours))) for i in chosen[::2] if cases[i].neighbours]
+    beside = [(i, now.rng.randrange(len(cases[i].neighbours))) for i in chosen if cases[i].neighbours]
     parts = [
         (config.retain_weight, [retain[t] for t in texts], [original.retain[t] for t in texts]),
         (
