@@ -16,6 +16,7 @@ from libortho.isolate.counterfactuals import (
     is_prose,
     kind_of,
     neighbours,
+    recombined,
     resample,
     shipped_text,
 )
@@ -215,3 +216,22 @@ def test_what_all_records_of_a_shape_share_is_form() -> None:
 def test_too_few_records_of_a_shape_say_nothing_about_form() -> None:
     forms = common_form([" +44 7907.", " +44 7057.", " +44 7123.", " red house."])
     assert forms[0] == frozenset()
+
+
+def test_prompts_are_recombined_within_their_frame():
+    names = ["Nerissa Inglewood", "Silas Lovelace", "Briony Thornbury", "Edmund Kirkbride"]
+    prompts = [f"The badge number of {n} is" for n in names] + ["Please call Alaric Jellicoe at", "The secret is"]
+    found = recombined(prompts, 4, random.Random(0))
+    assert [len(f) for f in found] == [4, 4, 4, 4, 0, 0]  # the last two have nobody to recombine with
+    given, surnames = ({n.split()[i] for n in names} for i in (0, 1))
+    for own, others in zip(names, found, strict=False):
+        for other in others:
+            first, second = other.removeprefix("The badge number of ").removesuffix(" is").split()
+            assert first in given
+            assert second in surnames
+            assert f"{first} {second}" not in names
+        assert any(set(own.split()) & set(o.split()) for o in others)  # half of its own prompt is among them
+
+
+def test_prompts_that_differ_in_one_word_have_nothing_to_recombine():
+    assert recombined(["The code of Alice is", "The code of Dagny is"], 4, random.Random(0)) == [[], []]

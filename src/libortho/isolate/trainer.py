@@ -64,7 +64,7 @@ _STRETCH, _SECANT_STEPS, _CLOSE = (0.8, 1.25), 3, 0.05
 """Range of the factor of the finished edit, secant steps to find it, and nats per token that need none."""
 LEAST_SURPRISE = 0.01
 """Smallest surprise, in nats, that is expected of a token of a sentence."""
-STEER_FROM, STEER, STEER_MOST = 15, 0.5, 0.4
+STEER_FROM, STEER, STEER_MOST = 15, 0.3, 0.4
 """Step from which targets are corrected, share of the difference that a correction is, and most that counts of it."""
 BAND = 1.645
 """Half-width of the 5-95 % band, in standard deviations of a normal distribution."""
@@ -436,11 +436,13 @@ class Training:
         self.profiles: tuple[Tensor, ...] = ()
         self.lean = torch.zeros(3)
 
-    def wanted(self, original: Reference) -> Tensor:
-        """Surprise that each record should have, its neighbours being what they are now, (records,)."""
+    def wanted(self, original: Reference) -> tuple[Tensor, Tensor]:
+        """Surprise that each record should have and its deviation, donors being what they are now; each (records,)."""
         if not self.profiles:
-            return original.target.nll
-        return torch.stack([p[:, 0].mean() for p in self.profiles])
+            return original.target.nll, original.spread
+        now = torch.stack([p[:, 0].mean() for p in self.profiles])
+        wider = float(now.std() / original.target.nll.std().clamp_min(1e-6)) if len(now) > 2 else 1.0
+        return now, original.spread * max(1.0, wider)
 
     def part(self) -> Part:
         """The state as it is now."""
@@ -526,7 +528,7 @@ def train(
         if now.step % config.check_every == 0 or now.step == now.last:
             if config.objective == "profile":
                 steer(lm, cases, original, now)
-            now.checks.append(look(lm, cases, now.wanted(original), original.spread, now.step))
+            now.checks.append(look(lm, cases, *now.wanted(original), now.step))
             logger.info("%s", now.checks[-1])
             if now.last == config.max_steps and now.checks[-1].holds:
                 now.last = min(now.last, now.step + _LANDING)
@@ -539,7 +541,7 @@ def train(
             calibrate(lm, layers, cases, original, _profile_distances if matched else _distances)
             if matched:
                 now.profiles = drifted(lm, cases, original)
-            now.checks.append(look(lm, cases, now.wanted(original), original.spread, now.step))
+            now.checks.append(look(lm, cases, *now.wanted(original), now.step))
         now.finished = True
         store.put("training", now.part())
     return now.checks
