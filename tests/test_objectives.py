@@ -235,3 +235,18 @@ def test_divergence_of_equals_is_zero_and_not_below():
 def test_divergence_has_a_direction():
     certain, flat = torch.tensor([[9.0, 0.0]]), torch.zeros(1, 2)
     assert kl_divergence(flat, certain).item() > 2 * kl_divergence(certain, flat).item()
+
+
+def test_a_sure_token_still_has_a_gradient_towards_doubt():
+    """With the label's own surprise right, only entropy and deviation are off, and the model is all but sure."""
+    logits = torch.zeros(1, 10)
+    logits[0, 7] = 12.0  # sure of another token than the label
+    logits.requires_grad_()
+    wanted = token_profile(logits.detach(), torch.tensor([4]))
+    wanted[0, 1:] = torch.tensor([1.0, 1.0])
+    loss = match_profile(logits, torch.tensor([4]), wanted, torch.tensor([0]), 1)
+    (found,) = torch.autograd.grad(loss.sum(), logits)
+    entropy = token_profile(logits, torch.tensor([4]))[0, 1]
+    (plain,) = torch.autograd.grad(entropy, logits)
+    assert float(found[0, 7]) > 0  # downhill is less of the token that it is sure of
+    assert float(found.norm()) > 10 * float(plain.norm())

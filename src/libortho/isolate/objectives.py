@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _LEAST_SURPRISE = 1e-3
-_SMALL = 0.25
-"""Nats from which a difference of entropy or deviation counts linearly."""
+_SMALL = 0.02
+"""Nats of entropy or deviation below which differences hardly count."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ def token_profile(logits: Tensor, labels: Tensor) -> Tensor:
 def match_profile(logits: Tensor, labels: Tensor, target: Tensor, record: Tensor, records: int) -> Tensor:
     """Match a record to its target token by token, (records,).
 
-    The mean over tokens of the Huber distances of surprise, entropy and deviation from the target's (the latter two
-    differ by tenths where surprise differs by nats, and turn linear earlier); plus, while a token is likelier than it
-    should be, that of its log-odds, whose gradient does not vanish as p approaches 1.
+    The mean over tokens of the Huber distances of surprise and of the logarithms of entropy and deviation from the
+    target's (where the model is sure, the gradient of the entropy itself vanishes); plus, while a token is likelier
+    than it should be, that of its log-odds, whose gradient does not vanish as p approaches 1.
 
     Args:
         logits: (tokens, vocabulary) fp32, at the positions that predict completion tokens.
@@ -99,7 +99,8 @@ def match_profile(logits: Tensor, labels: Tensor, target: Tensor, record: Tensor
     """
     found = token_profile(logits, labels)
     distance = F.smooth_l1_loss(found[:, 0], target[:, 0], reduction="none")
-    distance = distance + F.smooth_l1_loss(found[:, 1:], target[:, 1:], reduction="none", beta=_SMALL).sum(-1)
+    logs = [(x[:, 1:].clamp_min(0.0) + _SMALL).log() for x in (found, target)]
+    distance = distance + F.smooth_l1_loss(*logs, reduction="none").sum(-1)
     surprise = target[:, 0].clamp_min(_LEAST_SURPRISE)
     excess = (label_log_odds(logits, labels) + surprise + torch.log(-torch.expm1(-surprise))).relu()
     distance = distance + F.smooth_l1_loss(excess, torch.zeros_like(excess), reduction="none")
