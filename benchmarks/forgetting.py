@@ -268,6 +268,37 @@ def show(runs: Sequence[dict[str, Any]]) -> None:
     plot(runs)
 
 
+def summarise(runs: Sequence[dict[str, Any]]) -> None:
+    """Over the seeds of each case and objective: mean, and the smallest and largest."""
+    table = Table("case", "objective", "seeds", "figure", "mean", "from", "to")
+    for name, objective, count in dict.fromkeys((r["case"], r["objective"], r["records"]) for r in runs):
+        same = [r for r in runs if (r["case"], r["objective"], r["records"]) == (name, objective, count)]
+        values = {f"AUC {a} - never trained": [r["auc_difference"][a][0] for r in same] for a in ATTACKS}
+        off, on, never = ([r["models"][k] for r in same] for k in ("alpha 0", "alpha 1", "never trained"))
+        values |= {
+            "greedy %": [100 * m["greedy"] for m in off],
+            "in 20 samples % - never trained": [
+                100 * (m["sampled"] - n["sampled"]) for m, n in zip(off, never, strict=True)
+            ],
+            "beginning given %": [100 * m["beginning_given"] for m in off],
+            "exposure - unseen's (bits)": [m["exposure"] - m["exposure_unseen"] for m in off],
+            "neighbours - alpha 1's (nats)": [
+                m["neighbours_nll"] - n["neighbours_nll"] for m, n in zip(off, on, strict=True)
+            ],
+            "WikiText alpha 0 / 1": [m["wikitext"] / n["wikitext"] for m, n in zip(off, on, strict=True)],
+            "alpha 1 greedy %": [100 * m["greedy"] for m in on],
+            "seconds": [r["seconds"] for r in same],
+        }
+        asked = [(m["tasks"], n["tasks"]) for m, n in zip(off, on, strict=True) if m["tasks"]]
+        for task in asked[0][0] if asked else ():
+            values[f"{task} alpha 0 - 1 (points)"] = [100 * (m[task] - n[task]) for m, n in asked]
+        for figure, found in values.items():
+            spread = [f"{v:+.3f}" for v in (sum(found) / len(found), min(found), max(found))]
+            table.add_row(f"{name} {count}", objective, str(len(found)), figure, *spread)
+        table.add_section()
+    Console(width=140).print(table)
+
+
 def plot(runs: Sequence[dict[str, Any]]) -> None:
     """AUC of each attack minus that of the never-trained model, by objective, over the seeds."""
     objectives = list(dict.fromkeys(r["objective"] for r in runs))
@@ -319,6 +350,7 @@ def main() -> None:
             logging.info("%s %d %s: %.0f s", arguments.case, seed, objective, time.monotonic() - began)
     if runs:
         show(runs)
+        summarise(runs)
 
 
 if __name__ == "__main__":
