@@ -4,7 +4,8 @@
 
 For sentences: the true surprise (nats per token), that of alternates with random words, of the model's own samples, and
 the prediction of `plausibility`. For codes: the true surprise, that of alternates, and the correlation of surprise per
-token with having few tokens.
+token with having few tokens. For answers: TOFU's small cut (where its data and adapters lie), as the model that was
+fine-tuned on them predicts them, beside what the retrained one says and what the fine-tuned one says of a holdout.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from _common import save
+from _common import DATA, MODELS, save
 from cases import CASES
 from libortho.data import Encoded, Record, encode, load_records
 from libortho.demo import facts
@@ -68,11 +69,31 @@ def _samples(model: Any, tokenizer: Any, prompt: str, tokens: int) -> list[Encod
     return [Encoded(tuple(r), tuple([-100] * size + r[size:])) for r in output.tolist()]
 
 
+def answers() -> dict[str, float]:
+    """Surprise of 60 TOFU answers (nats per token): predicted by the fine-tuned model, and what untrained ones get."""
+    from tofu import thinned
+    from tofu_models import build, rows
+
+    chosen = {w: thinned(rows("tofu_mini", w), 60) for w in ("forget", "holdout")}
+    plain = {w: [{k: r[k] for k in ("question", "answer")} for r in rs] for w, rs in chosen.items()}
+    found = {}
+    for name in ("full", "retain"):
+        model, tokenizer = build(name)
+        lm = LanguageModel(model)
+        items = {w: [encode(r, tokenizer) for r in load_records(rs, tokenizer)] for w, rs in plain.items()}
+        for which, of in items.items():
+            found[f"{name} {which}"] = float(score(lm, of)[0].nll.mean())
+        if name == "full":
+            human = fit(lm, [tokenizer(p)["input_ids"] for p in shipped_text()[:60]])
+            found |= {f"predicted {w}": sum(human.predict(lm, e) for e in of) / len(of) for w, of in items.items()}
+    return found
+
+
 def main() -> None:
     model, tokenizer = load_model(packaged_model(), torch.float32)
     model = move_off_grid(model, 0).to(torch.bfloat16)
     lm, rng = LanguageModel(model), random.Random(0)
-    human = fit(lm, [tokenizer(p)["input_ids"] for p in shipped_text()[:24]])
+    human = fit(lm, [tokenizer(p)["input_ids"] for p in shipped_text()[:60]])
     rows = []
     for prompt, completion in SENTENCES:
         item = encode(Record(prompt, completion), tokenizer)
@@ -98,6 +119,8 @@ def main() -> None:
             "nll_sd": float(scores.nll.std()),
             "correlation_with_shortness": float(torch.corrcoef(torch.stack([scores.nll, short]))[0, 1]),
         }
+    if (DATA / "tofu_mini").is_dir() and (MODELS / "tofu_mini").is_dir():
+        figures["answers"] = answers()
     save("targets", figures)
     out = Table("sentences (nats per token)", "mean")
     for key, value in figures["sentences"].items():
@@ -107,6 +130,8 @@ def main() -> None:
     for name in ("access codes", "licence plates"):
         out.add_row(f"{name}: nll, sd", f"{figures[name]['nll']:.2f}, {figures[name]['nll_sd']:.2f}")
         out.add_row(f"{name}: correlation with shortness", f"{figures[name]['correlation_with_shortness']:.2f}")
+    for key, value in figures.get("answers", {}).items():
+        out.add_row(f"TOFU answers, {key}", f"{value:.2f}")
     Console(width=120).print(out)
 
 
