@@ -99,8 +99,8 @@ def match_profile(logits: Tensor, labels: Tensor, target: Tensor, record: Tensor
     """
     found = token_profile(logits, labels)
     distance = F.smooth_l1_loss(found[:, 0], target[:, 0], reduction="none")
-    logs = [(x[:, 1:].clamp_min(0.0) + _SMALL).log() for x in (found, target)]
-    distance = distance + F.smooth_l1_loss(*logs, reduction="none").sum(-1)
+    mine, wanted = ((x[:, 1:].clamp_min(0.0) + _SMALL).log() for x in (found, target))
+    distance = distance + F.smooth_l1_loss(mine, wanted, reduction="none").sum(-1)
     surprise = target[:, 0].clamp_min(_LEAST_SURPRISE)
     excess = (label_log_odds(logits, labels) + surprise + torch.log(-torch.expm1(-surprise))).relu()
     distance = distance + F.smooth_l1_loss(excess, torch.zeros_like(excess), reduction="none")
