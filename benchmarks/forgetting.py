@@ -60,6 +60,12 @@ TASKS = ("lambada/lambada_openai_test.jsonl", "arc/arc_easy_test.jsonl", "piqa/p
 EXPOSED = 40
 """Records, and unseen ones, whose exposure is measured."""
 PLOTS = Path(__file__).parents[1] / "docs" / "images"
+STYLE = (
+    ".chart { font: 10px sans-serif; background: #fff } .chart text { fill: #444 } .grid { stroke: #ddd } "
+    ".axis, .rule { stroke: #777 } .whisker, .line, .mark { stroke: currentColor; fill: currentColor } "
+    ".s-off { color: #b3401d } .s-on { color: #2b6cb0 } .s-reference { color: #555 } .s-control { color: #777 }"
+)
+"""Of a chart outside the report, whose page styles it."""
 Enter = Callable[[], AbstractContextManager[Any]]
 
 
@@ -316,7 +322,10 @@ def plot(runs: Sequence[dict[str, Any]]) -> None:
     svg = dots("auc", "Membership attacks", description, rows, x_label="AUC minus never trained", x_range=(-0.6, 0.6),
                level=0.0)  # fmt: skip
     PLOTS.mkdir(parents=True, exist_ok=True)
-    (PLOTS / "membership.svg").write_text(svg)
+    alone = svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(
+        "<g ", f"<style>{STYLE}</style><g ", 1
+    )
+    (PLOTS / "membership.svg").write_text(alone)
 
 
 def stored_runs() -> list[dict[str, Any]]:
