@@ -19,7 +19,6 @@ import string
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from importlib import resources
-from typing import Any
 
 _RUN = re.compile(r"[^\W_]+")
 _ENOUGH_TO_COMPARE = 4
@@ -151,9 +150,7 @@ def neighbours(prompt: str, count: int, rng: random.Random) -> list[str]:
 
     Only names and codes are exchanged where the prompt has any; otherwise one content word is.
     """
-    if any(
-        kind_of(r.group()) in ("name", "code") and not _opens_sentence(prompt, r.start()) for r in _RUN.finditer(prompt)
-    ):
+    if _slots(prompt):
         return _distinct(lambda: resample(prompt, rng, words=False), prompt, count)
     content = [r for r in _RUN.finditer(prompt) if kind_of(r.group()) == "word"]
     if not content:
@@ -172,14 +169,17 @@ def recombined(prompts: Sequence[str], count: int, rng: random.Random) -> list[l
     A memory answers not only to its own prompt but also to half of it. Where the prompts of one frame differ in a
     single word, or there is only one, there is nothing to recombine.
     """
-    found, frames = [], defaultdict(list)
+    found: list[list[str]] = []
+    frames: defaultdict[str, list[list[re.Match[str]]]] = defaultdict(list)
     for prompt in prompts:
         frames[_frame(prompt)].append(_slots(prompt))
     known = set(prompts)
     for prompt in prompts:
         runs, others = _slots(prompt), frames[_frame(prompt)]
 
-        def make(prompt: str = prompt, runs: list[re.Match[str]] = runs, others: list[Any] = others) -> str:
+        def make(
+            prompt: str = prompt, runs: list[re.Match[str]] = runs, others: list[list[re.Match[str]]] = others
+        ) -> str:
             out, position = [], 0
             for i, run in enumerate(runs):
                 word = run if rng.random() < 1 / len(runs) else rng.choice(others)[i]

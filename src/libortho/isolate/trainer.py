@@ -507,9 +507,9 @@ def train(
 ) -> list[Check]:
     """Optimise the supports; returns the criteria at every look, the last one describing the final values.
 
-    Once the criteria hold, donors are read again, and the learning rate falls to zero over a few last steps: what is
-    left by then is oscillation that all records share, which a membership test would see. The state at every look goes
-    to the store, and a stored one is where the training begins.
+    Donors are read again at every look. Once the criteria hold, the learning rate falls to zero over a few last steps:
+    what is left by then is oscillation that all records share, which a membership test would see. The state at every
+    look goes to the store, and a stored one is where the training begins.
     """
     store = store or Store()
     now = Training([m.theta for m in layers.values() if m.theta is not None], len(cases), retain, config)
@@ -847,7 +847,7 @@ def _keep_loss(
     config: IsolateConfig,
     now: Training,
 ) -> Tensor:
-    """Divergence from the original model on retain texts and on one neighbour of every other chosen record."""
+    """Divergence from the original model on retain texts and on one neighbour of every chosen record."""
     beside = [(i, now.rng.randrange(len(cases[i].neighbours))) for i in chosen if cases[i].neighbours]
     parts = [
         (config.retain_weight, [retain[t] for t in texts], [original.retain[t] for t in texts]),
