@@ -15,6 +15,7 @@ from torch import nn
 from libortho.config import IsolateConfig
 from libortho.data import Encoded
 from libortho.isolate import trainer
+from libortho.isolate.curvature import Metric
 from libortho.isolate.edit import EditLinear
 from libortho.isolate.resume import Part
 from libortho.isolate.trainer import (
@@ -77,26 +78,26 @@ def test_every_record_comes_once_before_any_comes_again() -> None:
 def test_a_training_goes_on_where_it_was_put_away() -> None:
     """Seven steps at once, and three, a way through JSON, and four: the same draws and the same values."""
 
-    def values() -> list[nn.Parameter]:
-        return [nn.Parameter(torch.linspace(-1, 1, n)) for n in (3, 5)]
+    def training() -> Training:
+        values = [nn.Parameter(torch.linspace(-1, 1, 2 * n).view(2, n)) for n in (3, 5)]
+        return Training(values, 5, TEXTS, config, [None, Metric.of(torch.eye(2), torch.arange(5.0).diag())])
 
     def steps(training: Training, count: int) -> list[Any]:
         drawn = []
         for _ in range(count):
             drawn.append((next(training.records), next(training.texts), training.rng.random()))
-            for number, value in enumerate(training.values):
-                value.grad = value.detach() ** 2 + number + drawn[-1][0][0]
-            training.optimiser.step()
+            gradients = [v.detach() ** 2 + n + drawn[-1][0][0] for n, v in enumerate(training.values)]
+            training.descend(gradients, 0.5)
             training.step += 1
         return drawn
 
     config = IsolateConfig(records_per_step=2, retain_tokens_per_step=192, retain_length=64)
-    whole, first = Training(values(), 5, TEXTS, config), Training(values(), 5, TEXTS, config)
+    whole, first = training(), training()
     expected = steps(whole, 7)
     begun = steps(first, 3)
     first.checks.append(Check(3, 1, 2, 0, 0.1, False))
     part = first.part()
-    other = Training(values(), 5, TEXTS, config)
+    other = training()
     kept = {n: t.clone() for n, t in part.tensors.items()}
     other.take_up(Part(kept, json.loads(json.dumps(part.data))))
     steps(first, 1)  # what was put away does not move with it

@@ -67,10 +67,11 @@ def completion_scores(logits: Tensor, labels: Tensor, record: Tensor, records: i
 
 
 def token_profile(logits: Tensor, labels: Tensor) -> Tensor:
-    """Surprise, entropy and deviation at each token, (tokens, 3), in nats.
+    """Surprise, entropy and standardised surprise at each token, (tokens, 3).
 
-    Surprise is ``-log p_y``. The others are the moments under the model's own distribution by which Min-K%++
-    (arXiv 2404.02936, eq. 3) scales it: ``-sum_v p_v log p_v`` and ``sqrt(sum_v p_v log^2 p_v - mean^2)``.
+    Surprise is ``-log p_y`` and entropy its mean under the model's own distribution, both in nats. The third is what
+    Min-K%++ looks at (arXiv 2404.02936, eq. 3): by how many of the model's own deviations,
+    ``sqrt(sum_v p_v log^2 p_v - H^2)``, the surprise is more than the entropy; as ``asinh``, for its tail is long.
 
     Args:
         logits: (tokens, vocabulary) fp32, at the positions that predict completion tokens.
@@ -78,17 +79,18 @@ def token_profile(logits: Tensor, labels: Tensor) -> Tensor:
     """
     log_p = logits.log_softmax(-1)
     p = log_p.exp()
-    mean = (p * log_p).sum(-1)
-    deviation = ((p * log_p.square()).sum(-1) - mean.square()).clamp_min(1e-6).sqrt()
-    return torch.stack([F.softplus(-label_log_odds(logits, labels)), -mean, deviation], 1)
+    entropy = -(p * log_p).sum(-1)
+    deviation = ((p * log_p.square()).sum(-1) - entropy.square()).clamp_min(1e-6).sqrt()
+    surprise = F.softplus(-label_log_odds(logits, labels))
+    return torch.stack([surprise, entropy, torch.asinh((surprise - entropy) / (deviation + _SMALL))], 1)
 
 
 def match_profile(logits: Tensor, labels: Tensor, target: Tensor, record: Tensor, records: int) -> Tensor:
     """Match a record to its target token by token, (records,).
 
-    The mean over tokens of the Huber distances of surprise and of the logarithms of entropy and deviation from the
-    target's (where the model is sure, the gradient of the entropy itself vanishes); plus, while a token is likelier
-    than it should be, that of its log-odds, whose gradient does not vanish as p approaches 1.
+    The mean over tokens of the Huber distances of surprise, of the logarithm of the entropy (where the model is sure,
+    the gradient of the entropy itself vanishes) and of the standardised surprise from the target's; plus, while a token
+    is likelier than it should be, that of its log-odds, whose gradient does not vanish as p approaches 1.
 
     Args:
         logits: (tokens, vocabulary) fp32, at the positions that predict completion tokens.
@@ -98,9 +100,10 @@ def match_profile(logits: Tensor, labels: Tensor, target: Tensor, record: Tensor
         records: Number of records.
     """
     found = token_profile(logits, labels)
-    distance = F.smooth_l1_loss(found[:, 0], target[:, 0], reduction="none")
-    mine, wanted = ((x[:, 1:].clamp_min(0.0) + _SMALL).log() for x in (found, target))
-    distance = distance + F.smooth_l1_loss(mine, wanted, reduction="none").sum(-1)
+    mine, wanted = (
+        torch.stack([x[:, 0], (x[:, 1].clamp_min(0.0) + _SMALL).log(), x[:, 2]], 1) for x in (found, target)
+    )
+    distance = F.smooth_l1_loss(mine, wanted, reduction="none").sum(-1)
     surprise = target[:, 0].clamp_min(_LEAST_SURPRISE)
     excess = (label_log_odds(logits, labels) + surprise + torch.log(-torch.expm1(-surprise))).relu()
     distance = distance + F.smooth_l1_loss(excess, torch.zeros_like(excess), reduction="none")

@@ -11,13 +11,14 @@ on log-odds instead of losses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from libortho.data import Batch
+from libortho.data import IGNORE, Batch
 from libortho.isolate.language_model import LanguageModel
 from libortho.isolate.objectives import label_log_odds
 from libortho.split import linear_shape
@@ -118,27 +119,36 @@ def balanced_weights(saliency: Tensor, keep: int, rounds: int = 20) -> Tensor:
     return total / rounds / best * best.mean()
 
 
-def _backward(
-    lm: LanguageModel, layers: dict[str, nn.Module], batch: Batch, reduce: Callable[[str, Tensor, Tensor], None]
-) -> None:
-    """One backward pass of the summed per-record mean log-odds, with ``reduce(name, input, output gradient)``."""
+@contextmanager
+def tapped(
+    lm: LanguageModel, layers: Mapping[str, nn.Module], reduce: Callable[[str, Tensor, Tensor], None]
+) -> Iterator[None]:
+    """Within, a backward pass calls ``reduce(name, input, output gradient)`` for every layer."""
     taps = [_Tap(m, lambda x, g, name=n: reduce(name, x, g)) for n, m in layers.items()]  # type: ignore[misc]
     embedding = lm.model.get_input_embeddings()  # type: ignore[operator]
     # Parameters are frozen: let the graph begin at the embeddings.
     handle = embedding.register_forward_hook(lambda m, a, out: out.detach().requires_grad_())
     try:
         with torch.enable_grad():
-            hidden = lm.hidden(batch)[:, :-1]
-            labels = batch.labels[:, 1:]
-            judged = labels != -100
-            odds = label_log_odds(lm.logits(hidden[judged]), labels[judged])
-            counts = judged.sum(1).clamp_min(1)
-            weight = (1.0 / counts)[:, None].expand_as(judged)[judged]
-            (odds * weight).sum().backward()
+            yield
     finally:
         handle.remove()
         for tap in taps:
             tap.remove()
+
+
+def _backward(
+    lm: LanguageModel, layers: dict[str, nn.Module], batch: Batch, reduce: Callable[[str, Tensor, Tensor], None]
+) -> None:
+    """One backward pass of the summed per-record mean log-odds."""
+    with tapped(lm, layers, reduce):
+        hidden = lm.hidden(batch)[:, :-1]
+        labels = batch.labels[:, 1:]
+        judged = labels != IGNORE
+        odds = label_log_odds(lm.logits(hidden[judged]), labels[judged])
+        counts = judged.sum(1).clamp_min(1)
+        weight = (1.0 / counts)[:, None].expand_as(judged)[judged]
+        (odds * weight).sum().backward()
 
 
 def allocate(scores: dict[str, Tensor], ratio: float, cap: float, unit: dict[str, int]) -> dict[str, Tensor]:

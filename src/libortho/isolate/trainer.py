@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from libortho.config import IsolateConfig
-from libortho.data import Batch, Encoded, collate
+from libortho.data import IGNORE, Batch, Encoded, collate
+from libortho.isolate.curvature import Metric
 from libortho.isolate.donors import Donor, predicting
 from libortho.isolate.edit import EditLinear
 from libortho.isolate.language_model import LanguageModel
@@ -64,8 +65,9 @@ _STRETCH, _SECANT_STEPS, _CLOSE = (0.8, 1.25), 3, 0.05
 """Range of the factor of the finished edit, secant steps to find it, and nats per token that need none."""
 LEAST_SURPRISE = 0.01
 """Smallest surprise, in nats, that is expected of a token of a sentence."""
-STEER_FROM, STEER, STEER_MOST = 15, 0.3, 0.4
-"""Step from which targets are corrected, share of the difference that a correction is, and most that counts of it."""
+STEER_FROM, STEER, STEER_MOST, STEER_AHEAD = 15, 0.3, 0.4, 2.0
+"""Step from which targets are corrected, share of the difference that a correction is, most that counts of it, and
+for how many looks the training is trusted to go on as it goes."""
 BAND = 1.645
 """Half-width of the 5-95 % band, in standard deviations of a normal distribution."""
 FAR = 2.0
@@ -421,12 +423,19 @@ class Training:
     """Everything that changes from step to step, so that it can be put away and taken up again."""
 
     def __init__(
-        self, values: Sequence[nn.Parameter], records: int, texts: Sequence[Encoded], config: IsolateConfig
+        self,
+        values: Sequence[nn.Parameter],
+        records: int,
+        texts: Sequence[Encoded],
+        config: IsolateConfig,
+        metrics: Sequence[Metric | None],
     ) -> None:
-        self.values = values
+        self.values, self.metrics = values, metrics
         # theta stands at the original weights here: they say how large a step is
         self.rates = [config.learning_rate or RELATIVE_STEP * _root_mean_square(v) for v in values]
-        self.optimiser = torch.optim.Adam([{"params": [v]} for v in values], betas=(0.9, 0.95))
+        # Adam moves steps, which begin at zero every time, in the metric's basis.
+        self.moves = [nn.Parameter(torch.zeros_like(v)) for v in values]
+        self.optimiser = torch.optim.Adam([{"params": [m]} for m in self.moves], betas=(0.9, 0.95))
         self.rng = random.Random(config.seed)
         self.records = Epochs(records, config.records_per_step, self.rng)
         self.texts = Epochs(len(texts), _texts_per_step(texts, config), self.rng)
@@ -434,7 +443,7 @@ class Training:
         self.finished = False
         self.checks: list[Check] = []
         self.profiles: tuple[Tensor, ...] = ()
-        self.lean = torch.zeros(3)
+        self.lean, self.missing = torch.zeros(3), torch.zeros(3)
 
     def wanted(self, original: Reference) -> tuple[Tensor, Tensor]:
         """Surprise that each record should have and its deviation, donors being what they are now; each (records,)."""
@@ -444,9 +453,23 @@ class Training:
         wider = float(now.std() / original.target.nll.std().clamp_min(1e-6)) if len(now) > 2 else 1.0
         return now, original.spread * max(1.0, wider)
 
+    @torch.no_grad()
+    def descend(self, gradients: Sequence[Tensor], rate: float) -> None:
+        """One step of Adam at this share of the peak rates."""
+        for group, peak, move, metric, gradient in zip(
+            self.optimiser.param_groups, self.rates, self.moves, self.metrics, gradients, strict=True
+        ):
+            group["lr"] = peak * rate
+            move.zero_()
+            move.grad = gradient if metric is None else metric.rotated(gradient)
+        self.optimiser.step()
+        for value, move, metric in zip(self.values, self.moves, self.metrics, strict=True):
+            value.add_(move if metric is None else metric.step(move))
+
     def part(self) -> Part:
         """The state as it is now."""
-        tensors = {f"profiles.{i}": p for i, p in enumerate(self.profiles)} | {"lean": self.lean}
+        tensors = {"lean": self.lean, "missing": self.missing}
+        tensors |= {f"profiles.{i}": p for i, p in enumerate(self.profiles)}
         tensors |= {f"theta.{i}": v.detach() for i, v in enumerate(self.values)}
         for i, moments in self.optimiser.state_dict()["state"].items():
             tensors |= {f"adam.{i}.{name}": t for name, t in moments.items()}
@@ -467,9 +490,9 @@ class Training:
         moments: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)
         known = [n for n in part.tensors if n.startswith("profiles.")]
         self.profiles = tuple(part.tensors[f"profiles.{i}"] for i in range(len(known)))
-        self.lean = part.tensors["lean"]
+        self.lean, self.missing = part.tensors["lean"], part.tensors["missing"]
         for name, tensor in part.tensors.items():
-            if name in known or name == "lean":
+            if name in known or name in ("lean", "missing"):
                 continue
             kind, index, *moment = name.split(".")
             if kind == "theta":
@@ -504,6 +527,7 @@ def train(
     config: IsolateConfig,
     progress: Callable[[str, int, int], None] | None = None,
     store: Store | None = None,
+    metrics: Mapping[str, Metric] | None = None,
 ) -> list[Check]:
     """Optimise the supports; returns the criteria at every look, the last one describing the final values.
 
@@ -512,7 +536,9 @@ def train(
     look goes to the store, and a stored one is where the training begins.
     """
     store = store or Store()
-    now = Training([m.theta for m in layers.values() if m.theta is not None], len(cases), retain, config)
+    edited = {n: m.theta for n, m in layers.items() if m.theta is not None}
+    metric = [(metrics or {}).get(n) for n in edited]
+    now = Training(list(edited.values()), len(cases), retain, config, metric)
     stored = store.get("training")
     if stored is None:
         now.checks.append(look(lm, cases, original.target.nll, original.spread, 0))
@@ -522,9 +548,7 @@ def train(
     while now.step < now.last:
         now.step += 1
         rate = min(1.0, now.step / _WARM_UP, (_STEADY / now.step) ** 0.5, (now.last - now.step + 1) / _LANDING)
-        for group, peak in zip(now.optimiser.param_groups, now.rates, strict=True):
-            group["lr"] = peak * rate
-        step(lm, layers, cases, retain, original, config, now)
+        step(lm, layers, cases, retain, original, config, now, rate)
         if now.step % config.check_every == 0 or now.step == now.last:
             if config.objective == "profile":
                 steer(lm, cases, original, now)
@@ -552,15 +576,18 @@ def steer(lm: LanguageModel, cases: Sequence[Case], original: Reference, now: Tr
     """Correct the targets by what is left of the difference between the records and their donors (dual ascent).
 
     Records, their alternates and their neighbours pull at the same values, and where they balance the records are still
-    a little too likely. Donors are read as they are now: a membership test compares under the edited model.
+    a little too likely. Donors are read as they are now: a membership test compares under the edited model. What the
+    training is about to make up for by itself is left to it; a correction for that would have to be taken back.
     """
     now.profiles = drifted(lm, cases, original)
+    mine = _mean_profile(lm, [c.secret for c in cases])
+    before, now.missing = now.missing, torch.stack([p.mean(0) for p in now.profiles]).mean(0) - mine
     if now.step < STEER_FROM:
         return
-    mine = _mean_profile(lm, [c.secret for c in cases])
-    wanted = torch.stack([p.mean(0) for p in now.profiles]).mean(0)
-    now.lean += STEER * (wanted - mine).clamp(-STEER_MOST, STEER_MOST)
-    logger.debug("records off by %s", [round(x, 2) for x in (mine - wanted).tolist()])
+    lasting = now.missing + STEER_AHEAD * (now.missing - before)
+    lasting = torch.where(lasting * now.missing > 0, lasting, 0.0)
+    now.lean += STEER * lasting.clamp(-STEER_MOST, STEER_MOST)
+    logger.debug("records lack %s, lasting %s", *([round(x, 2) for x in t.tolist()] for t in (now.missing, lasting)))
 
 
 @torch.no_grad()
@@ -584,17 +611,16 @@ def step(
     original: Reference,
     config: IsolateConfig,
     now: Training,
+    rate: float,
 ) -> None:
-    """One optimiser step on the next records and the next retain texts."""
+    """One optimiser step, at this share of the peak rate, on the next records and the next retain texts."""
     chosen = next(now.records)
     pull = _gradients(_forget_loss(lm, cases, chosen, original, config, now), now.values)
     texts = next(now.texts)
     keep = _gradients(_keep_loss(lm, cases, chosen, retain, texts, original, config, now), now.values)
     if config.project_retain:
         pull = without_opposition(pull, keep)
-    for value, a, b in zip(now.values, pull, keep, strict=True):
-        value.grad = a + b
-    now.optimiser.step()
+    now.descend([a + b for a, b in zip(pull, keep, strict=True)], rate)
     for layer in layers.values():
         layer.clamp()
 
@@ -733,7 +759,8 @@ def divergence(lm: LanguageModel, items: Sequence[Encoded], states: Sequence[Ten
     """Mean KL(original || edited) per token, in nats, over texts whose original hidden states are given."""
     total, count = 0.0, 0
     for item, before in zip(items, states, strict=True):
-        after = lm.hidden(collate([item]).to(lm.device))[0]
+        places = list(predicting(item))
+        before, after = before[places], lm.hidden(collate([item]).to(lm.device))[0, places]
         total, count = total + float(_summed_divergence(lm, before, after)), count + len(after)
     return total / max(1, count)
 
@@ -798,7 +825,7 @@ def _profile_loss(
     now: Training,
 ) -> Tensor:
     """Distance of each record from its profile, and of its completion on a neighbour's prompt or of an alternate."""
-    own = [(original.profiles[i][0] + now.lean).clamp_min(0.0) for i in chosen]
+    own = [original.profiles[i][0] + now.lean for i in chosen]
     items, wanted = [cases[i].secret for i in chosen], list(own)
     for slot, i in enumerate(chosen):
         case = cases[i]
@@ -863,13 +890,12 @@ def _keep_loss(
             continue
         batch = collate(items).to(lm.device)
         hidden = lm.hidden(batch)
-        after = hidden[batch.attention_mask.bool()]
-        before = torch.cat(list(states))
+        after = hidden[:, :-1][batch.labels[:, 1:] != IGNORE]
+        before = torch.cat([s[list(predicting(e))] for e, s in zip(items, states, strict=True)])
         loss = loss + weight * _summed_divergence(lm, before, after) / len(after)
         if config.objective == "profile" and items is not parts[0][1]:
             logits, labels, row = _judged(lm, hidden, batch)
-            same = torch.cat([s[list(predicting(e))] for e, s in zip(items, states, strict=True)])
-            wanted = token_profile(lm.logits(same), labels)
+            wanted = token_profile(lm.logits(before), labels)
             loss = loss + weight * match_profile(logits, labels, wanted, row, len(items)).mean()
     return loss
 
@@ -904,7 +930,7 @@ def _train_scores(lm: LanguageModel, items: Sequence[Encoded]) -> Scores:
 def _judged(lm: LanguageModel, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Logits at the positions that predict completion tokens, those tokens, and the row that each belongs to."""
     labels = batch.labels[:, 1:]
-    judged = labels != -100
+    judged = labels != IGNORE
     return lm.logits(hidden[:, :-1][judged]), labels[judged], judged.nonzero()[:, 0]
 
 
