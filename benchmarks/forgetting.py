@@ -3,7 +3,9 @@
     python benchmarks/forgetting.py plant --seeds 11 12 13               the models, once (in the cache)
     python benchmarks/forgetting.py measure --seeds 11 12 13             the final templates
     python benchmarks/forgetting.py measure --case tuning --seeds 0 --objectives profile log_odds
-    python benchmarks/forgetting.py measure --seeds 11 --attacks         with rounding and relearning
+    python benchmarks/forgetting.py measure --seeds 11 --attacks         with rounding, relearning, other prompts
+    python benchmarks/forgetting.py measure --seeds 11 --count 1         requests of other sizes
+    python benchmarks/forgetting.py sequential --seeds 11                the records in ten requests
     python benchmarks/forgetting.py show                                 table and plots of what was measured
 
 100 canaries in four templates, each repeated 1 to 10 times in an epoch, are planted in SmolLM2-135M, moved off its
@@ -39,6 +41,7 @@ from libortho.audit.attacks.requantisation import requantisation
 from libortho.audit.charts import Dot, Row, dots
 from libortho.audit.gradients import gradient_norms
 from libortho.audit.memory import exposure_extrapolated, fillings
+from libortho.audit.prompts import variants
 from libortho.audit.statistics import auc_difference, mean_estimate, stratified_auc
 from libortho.audit.subjects import Subject
 from libortho.audit.tokens import shared_prefix_nll, token_statistics
@@ -236,14 +239,72 @@ def _auc(scores: Sequence[Sequence[float]], strata: Sequence[Sequence[str]], see
 
 
 def attacked(model: Any, tokenizer: Any, place: Path, forget: Sequence[Record]) -> dict[str, Any]:
-    """Rounding to fewer bits, and one epoch of training on half of the set."""
+    """Rounding to fewer bits, one epoch of training on half of the set, and other words and formats of the prompts."""
     items, general = [encode(r, tokenizer) for r in forget], general_items(tokenizer, wikitext(), 4)
     reference, _ = load_model(place / "never")
     off = Subject("off", "alpha = 0", "audited", model, lambda: alpha(model, 0.0))
     never = Subject("reference", "never trained", "reference", reference, contextlib.nullcontext)
+    on = Subject("on", "alpha = 1", "switch on", model, lambda: alpha(model, 1.0))
     rounded = requantisation(off, items, general, reference=never)
-    again = relearning([off, never], items, general, seed=0, epochs=1)
-    return {"requantisation": rounded.to_dict(), "relearning": again.to_dict()}
+    again = relearning([off, never, on], items, general, seed=0, epochs=1)
+    asked = [encode(v, tokenizer) for r in forget for v in variants(r, tokenizer).values()]
+    with alpha(model, 0.0):
+        said = [bool(s.correct.all()) for s in token_statistics(LanguageModel(model), asked)]
+    with alpha(model, 1.0):
+        told = [bool(s.correct.all()) for s in token_statistics(LanguageModel(model), asked)]
+    return {
+        "requantisation": rounded.to_dict(),
+        "relearning": again.to_dict(),
+        "other_prompts": {"asked": len(asked), "alpha 0": sum(said) / len(said), "alpha 1": sum(told) / len(told)},
+    }
+
+
+def sequential(name: str, seed: int, arguments: argparse.Namespace, requests: int = 10) -> dict[str, Any]:
+    """The records in ``requests`` requests one after another, each with a stream of its own."""
+    place = models(name, seed, arguments.count)
+    raw, beside, _ = case(name, seed, arguments.count)
+    forget, unseen = load_records(raw), load_records(beside)
+    model, tokenizer = load_model(place / "implanted")
+    windows = general_items(tokenizer, wikitext())
+    groups = [[encode(r, tokenizer) for r in part] for part in (forget, unseen, _neighbours(forget, seed))]
+
+    def state(taken: int) -> dict[str, float]:
+        """Of all requests so far, and of those to come."""
+        lm = LanguageModel(model)
+        mine, others, near = (token_statistics(lm, g) for g in groups)
+        asked = [i % requests < taken for i in range(len(mine))]
+        means = {
+            "forgotten_nll": [s.nll for s, a in zip(mine, asked, strict=True) if a],
+            "waiting_nll": [s.nll for s, a in zip(mine, asked, strict=True) if not a],
+            "unseen_nll": [s.nll for s in others],
+            "neighbours_nll": [s.nll for s in near],
+        }
+        figures = {n: sum(v) / len(v) for n, v in means.items() if v}
+        extracted = sum(bool(s.correct.all()) for s, a in zip(mine, asked, strict=True) if a)
+        return {**figures, "extracted": extracted, "wikitext": general_perplexity(lm, windows)}
+
+    rows = [{"requests": 0, **state(0)}]
+    for r in range(requests):
+        result = isolate(model, tokenizer, forget[r::requests], config=IsolateConfig(seed=seed, stream=f"request-{r}"))
+        with alpha(model, 0.0):
+            figures = state(r + 1)
+        rows.append({"requests": r + 1, "steps": result.steps, "seconds": result.seconds, **figures})
+        logging.info("%s", rows[-1])
+    on = sum(bool(s.correct.all()) for s in token_statistics(LanguageModel(model), groups[0]))
+    return {"case": name, "seed": seed, "records": len(forget), "rows": rows, "recited_on": on}
+
+
+def show_sequential(runs: Sequence[dict[str, Any]]) -> None:
+    for r in runs:
+        title = f"{r['records']} records in requests, {r['case']} {r['seed']}; {r['recited_on']} recited with all on"
+        table = Table("requests", "extracted", "forgotten", "waiting", "unseen", "neighbours", "WikiText", "steps",
+                      "seconds", title=title)  # fmt: skip
+        for row in r["rows"]:
+            nats = [f"{row[k]:.2f}" if k in row else "" for k in
+                    ("forgotten_nll", "waiting_nll", "unseen_nll", "neighbours_nll", "wikitext")]  # fmt: skip
+            cost = [str(row.get("steps", "")), f"{row['seconds']:.0f}" if "seconds" in row else ""]
+            table.add_row(str(row["requests"]), str(row["extracted"]), *nats, *cost)
+        Console(width=140).print(table)
 
 
 def show(runs: Sequence[dict[str, Any]]) -> None:
@@ -271,7 +332,29 @@ def show(runs: Sequence[dict[str, Any]]) -> None:
         off, on = (r["models"][k]["tasks"] for k in ("alpha 0", "alpha 1"))
         console.print("   tasks alpha 0 / 1: " + ", ".join(f"{t} {off[t]:.3f} / {on[t]:.3f}" for t in off))
         console.print(f"   {r['seconds']:.0f} s, density {r['density']:.5f}, missed: {r['missed'] or 'nothing'}")
+        if "attacks" in r:
+            show_attacks(r["attacks"], console)
     plot(runs)
+
+
+def show_attacks(attacks: dict[str, Any], console: Console) -> None:
+    """Rounding, relearning and other prompts, in one line each."""
+    rounded = "; ".join(
+        f"{a['format']} {100 * a['extraction']:.0f} % {a['nll']:.2f} ({a['reference_nll']:.2f})"
+        for a in attacks["requantisation"]
+    )
+    console.print(f"   rounded, extracted and nats (never trained): {rounded}")
+    for c in attacks["relearning"]["curves"]:
+        console.print(
+            f"   relearning, {c['subject']}, {c['data']}: nats {c['nll'][0]:.2f} to {c['nll'][-1]:.2f}, extracted "
+            f"{100 * c['extraction'][-1]:.0f} %"
+        )
+    for n, v in attacks["relearning"]["recovery"].items():
+        excess = attacks["relearning"]["excess"][n]
+        console.print(f"   recovery by {n}: {v}, beyond the never-trained model's: {excess}")
+    other = attacks["other_prompts"]
+    console.print(f"   {other['asked']} other prompts: {100 * other['alpha 0']:.1f} % at alpha 0, "
+                  f"{100 * other['alpha 1']:.1f} % at alpha 1")  # fmt: skip
 
 
 def summarise(runs: Sequence[dict[str, Any]]) -> None:
@@ -328,14 +411,21 @@ def plot(runs: Sequence[dict[str, Any]]) -> None:
     (PLOTS / "membership.svg").write_text(alone)
 
 
-def stored_runs() -> list[dict[str, Any]]:
+def stored_runs(which: str = "runs") -> list[dict[str, Any]]:
     stored = RESULTS / "forgetting.json"
-    return json.loads(stored.read_text())["runs"] if stored.is_file() else []
+    return json.loads(stored.read_text()).get(which, []) if stored.is_file() else []
+
+
+def keep(which: str, row: dict[str, Any], key: Sequence[str]) -> None:
+    """Put a row among those of earlier runs, in place of one of the same case."""
+    found = {n: stored_runs(n) for n in ("runs", "sequential")}  # another process may have added to it
+    found[which] = [r for r in found[which] if any(r[k] != row[k] for k in key)] + [row]
+    save("forgetting", found)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["plant", "measure", "show"])
+    parser.add_argument("what", choices=["plant", "measure", "sequential", "show"])
     parser.add_argument("--case", default="final", choices=["final", "tuning", "demo"])
     parser.add_argument("--count", type=int, default=100, help="canaries to plant")
     parser.add_argument("--seeds", nargs="+", type=int, default=[11, 12, 13])
@@ -344,22 +434,22 @@ def main() -> None:
     parser.add_argument("--attacks", action="store_true")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    runs = stored_runs()
     for seed in arguments.seeds if arguments.what != "show" else []:
         if arguments.what == "plant":
             models(arguments.case, seed, arguments.count)
             continue
+        if arguments.what == "sequential":
+            keep("sequential", sequential(arguments.case, seed, arguments), ("case", "seed", "records"))
+            continue
         for objective in arguments.objectives:
             began = time.monotonic()
             row = run(arguments.case, seed, arguments, objective)
-            key = ("case", "seed", "objective", "records")
-            runs = stored_runs()  # another process may have added to it
-            runs = [r for r in runs if any(r[k] != row[k] for k in key)] + [row]
-            save("forgetting", {"runs": runs})
+            keep("runs", row, ("case", "seed", "objective", "records"))
             logging.info("%s %d %s: %.0f s", arguments.case, seed, objective, time.monotonic() - began)
-    if runs:
+    if runs := stored_runs():
         show(runs)
         summarise(runs)
+    show_sequential(stored_runs("sequential"))
 
 
 if __name__ == "__main__":

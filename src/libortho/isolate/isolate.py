@@ -28,9 +28,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from libortho.alpha import Switch
 from libortho.config import DTYPES, IsolateConfig
-from libortho.data import Encoded, Record, Source, collate, encode, load_records
+from libortho.data import Batch, Encoded, Record, Source, collate, encode, load_records
 from libortho.errors import ConfigError, DataError
 from libortho.isolate import counterfactuals
+from libortho.isolate.curvature import curvature
 from libortho.isolate.donors import beginnings, donors
 from libortho.isolate.earlier import earlier_switch, taken, without
 from libortho.isolate.edit import EditLinear
@@ -74,6 +75,7 @@ _MOST_COUNTERFACTUALS, _FEWEST_COUNTERFACTUALS = 400, 2
 _HELD_BACK_SEQUENCES = 8
 _SALIENCY_RECORDS = 64
 _SALIENCY_TOKENS = 1536
+_MOST_CURVATURE = 4.0
 _HUMAN_TEXTS = 60
 
 
@@ -177,7 +179,7 @@ def isolate(
     replaced = targets | ortho_layers(model)  # layers of earlier requests are stand-ins too, without their streams
     records = load_records(forget, tokenizer, name="forget")
     limit = _max_length(model, config)
-    cases = _cases(records, tokenizer, alternates, neighbours, limit, config)
+    cases = _cases(records, tokenizer, alternates, neighbours, limit, config, retain is not None)
     with _frozen(model, earlier):
         length = min(config.retain_length, limit or config.retain_length)
         given = None if retain is None else _pieces(retain, tokenizer, length, config)
@@ -191,12 +193,19 @@ def isolate(
         _tell(progress, "reference", 1, 1)
         found = store.kept("support", lambda: Part(_support(lm, targets, cases, retain_items, config, progress)))
         support = {n: index.to(lm.device) for n, index in found.tensors.items()}
+        metrics = {} if config.structure != "columns" else curvature(
+            lm,
+            targets,
+            support,
+            [*_read(lm, retain_items, _curvature_tokens(len(cases))), *_beside(lm, cases, config)],
+            config.seed,
+        )  # fmt: skip
         layers = {n: EditLinear(_start(m), bias_of(m), support.get(n), config) for n, m in replaced.items()}
         try:
             _swap(model, layers)
             quantised_kl = divergence(lm, held_back, held_back_states)
             with _checkpointing(model) if config.gradient_checkpointing else nullcontext():
-                checks = train(lm, layers, cases, retain_items, original, config, progress, store)
+                checks = train(lm, layers, cases, retain_items, original, config, progress, store, metrics)
             switch = Switch()
             switch.add_stream(config.stream)
             changed = {n: m for n, m in targets.items() if n in support or not isinstance(m, OrthoLinear)}
@@ -226,6 +235,7 @@ def _cases(
     neighbours: Sequence[Sequence[str]] | None,
     limit: int | None,
     config: IsolateConfig,
+    retains: bool,
 ) -> list[Case]:
     for name, given in (("alternates", alternates), ("neighbours", neighbours)):
         if given is not None and len(given) != len(records):
@@ -243,7 +253,7 @@ def _cases(
     mixed = counterfactuals.recombined([r.prompt for r in records], most(config.neighbours_per_record) // 2, rng)
     cases = []
     for i, record in enumerate(records):
-        text = not record.prompt
+        text, prose = not record.prompt, alternates is None and counterfactuals.is_prose(record.completion)
         others = list(alternates[i]) if alternates is not None else counterfactuals.alternates(
             record.completion, most(config.alternates_per_record), rng, opens=text, keep=forms[i]
         )  # fmt: skip
@@ -254,7 +264,7 @@ def _cases(
             )
         # Half of the neighbours carry parts of other records' prompts, to which memories answer too.
         beside = list(neighbours[i]) if neighbours is not None else (
-            [] if text else mixed[i] + counterfactuals.neighbours(
+            [] if text or (prose and retains) else mixed[i] + counterfactuals.neighbours(
                 record.prompt, most(config.neighbours_per_record) - len(mixed[i]), rng
             )
         )  # fmt: skip
@@ -263,9 +273,8 @@ def _cases(
         same_shape = [(p, others[j % len(others)]) for j, p in enumerate(beside)]
         own = _fitting(same_prompt, tokenizer, limit) or (secret,)
         around = _fitting(same_shape, tokenizer, limit)
-        exchangeable = alternates is not None or not counterfactuals.is_prose(record.completion)
         closest = around[: len(mixed[i])] or around if neighbours is None else around
-        told = [(n, beginnings(n, tokenizer)) for n in closest] if exchangeable else []
+        told = [(n, beginnings(n, tokenizer)) for n in closest] if not prose else []
         cases.append(
             Case(
                 number=record.number,
@@ -273,10 +282,10 @@ def _cases(
                 alternates=own,
                 neighbours=around,
                 crossed=_fitting([(p, record.completion) for p in beside], tokenizer, limit),
-                exchangeable=exchangeable,
+                exchangeable=not prose,
                 donors=donors(beginnings(secret, tokenizer), told, i),
                 alternate_donors=tuple(
-                    donors(beginnings(a, tokenizer), told, j) for j, a in enumerate(own if exchangeable else ())
+                    donors(beginnings(a, tokenizer), told, j) for j, a in enumerate(own if not prose else ())
                 ),
             )
         )
@@ -285,23 +294,32 @@ def _cases(
 
 def _fitting(pairs: Sequence[tuple[str, str]], tokenizer: Any, limit: int | None) -> tuple[Encoded, ...]:
     """Tokenised (prompt, completion) pairs, cut to the limit; a pair whose completion falls away is left out."""
-    items = [encode(Record(p, c), tokenizer) for p, c in pairs]
-    cut = [Encoded(e.ids[:limit], e.labels[:limit]) for e in items]
+    cut = [_cut(encode(Record(p, c), tokenizer), limit) for p, c in pairs]
     return tuple(e for e in cut if e.completion)
 
 
-def _pieces(retain: Source, tokenizer: Any, length: int, config: IsolateConfig) -> list[list[int]]:
+def _cut(item: Encoded, length: int | None) -> Encoded:
+    return Encoded(item.ids[:length], item.labels[:length])
+
+
+def _whole(texts: Sequence[Sequence[int]]) -> list[Encoded]:
+    return [Encoded(tuple(t), tuple(t)) for t in texts]
+
+
+def _pieces(retain: Source, tokenizer: Any, length: int, config: IsolateConfig) -> list[Encoded]:
     """Retain sequences from what was given, and one of general text to every three of them.
 
-    A record with a prompt stays a sequence of its own, as the model has met it; texts are joined and cut.
+    A record with a prompt stays a sequence of its own, as the model has met it, and is kept in its completion; texts
+    are joined and cut.
     """
     records = load_records(retain, tokenizer, name="retain")
-    pieces = [list(encode(r, tokenizer, name="retain").ids[:length]) for r in records if r.prompt]
-    pieces += chunk([r.text for r in records if not r.prompt], tokenizer, length)
+    pieces = [_cut(encode(r, tokenizer, name="retain"), length) for r in records if r.prompt]
+    pieces = [p for p in pieces if p.completion]
+    pieces += _whole(chunk([r.text for r in records if not r.prompt], tokenizer, length))
     rng = random.Random(config.seed)
     rng.shuffle(pieces)
     pieces = pieces[:_GIVEN_SEQUENCES]
-    general = chunk(counterfactuals.shipped_text(), tokenizer, length)
+    general = _whole(chunk(counterfactuals.shipped_text(), tokenizer, length))
     pieces += rng.sample(general, min(len(general), len(pieces) // 3))
     rng.shuffle(pieces)
     return pieces
@@ -310,7 +328,7 @@ def _pieces(retain: Source, tokenizer: Any, length: int, config: IsolateConfig) 
 def _retain(
     model: nn.Module,
     tokenizer: Any,
-    given: list[list[int]] | None,
+    given: list[Encoded] | None,
     cases: Sequence[Case],
     length: int,
     config: IsolateConfig,
@@ -324,8 +342,7 @@ def _retain(
         items = default_retain(model, tokenizer, secrets, sequences=count, length=length, seed=config.seed)
         return Part({}, [e.ids for e in items])
 
-    pieces = store.kept("retain", sample).data if given is None else given
-    items = [Encoded(tuple(p), tuple(p)) for p in pieces]
+    items = _whole(store.kept("retain", sample).data) if given is None else given
     if len(items) < 2:
         raise DataError(f"retain holds {len(items)} sequences of {length} tokens; expected at least 2")
     held = min(_HELD_BACK_SEQUENCES, max(1, len(items) // 4))
@@ -368,19 +385,15 @@ def _support(
     if len(secrets) > _SALIENCY_RECORDS:
         secrets = random.Random(config.seed).sample(secrets, _SALIENCY_RECORDS)
     batches = [collate(secrets[i : i + 8]).to(lm.device) for i in range(0, len(secrets), 8)]
-    sizes = torch.tensor([len(t.ids) for t in retain]).cumsum(0)
-    read = int((sizes <= _SALIENCY_TOKENS).sum().clamp_min(1))
-    texts = [collate([t]).to(lm.device) for t in retain[:read]]
+    texts = _read(lm, retain, _SALIENCY_TOKENS)
     phases = 2 if columns else 4
     _tell(progress, "support", 0, phases)
     forget, norms = column_saliency(lm, targets, batches)
     _tell(progress, "support", 1, phases)
     kept, kept_norms = column_saliency(lm, targets, texts)
     _tell(progress, "support", 2, phases)
-    beside = [c.neighbours[0] for c in cases if c.neighbours]
-    if beside:
-        beside = random.Random(config.seed).sample(beside, min(len(beside), _SALIENCY_RECORDS))
-        others = [collate(beside[i : i + 8]).to(lm.device) for i in range(0, len(beside), 8)]
+    others = _beside(lm, cases, config)
+    if others:
         around, _ = column_saliency(lm, targets, others)
         kept = {n: torch.cat([s / len(s), around[n] / len(around[n])]) for n, s in kept.items()}
     floor = retain_floor({n: s.sum(0) for n, s in kept.items()})
@@ -399,6 +412,25 @@ def _support(
         scores = {n: s / entry_floor[n] for n, s in about_forget.items()}
     scores = without(scores, held, -torch.inf)
     return allocate(scores, config.ratio, config.layer_cap, unit_costs(targets, columns=columns))
+
+
+def _curvature_tokens(records: int) -> int:
+    """The more is to be moved, the better the curvature must be known."""
+    return round(_SALIENCY_TOKENS * min(_MOST_CURVATURE, max(1.0, records / _SALIENCY_RECORDS)))
+
+
+def _read(lm: LanguageModel, retain: Sequence[Encoded], tokens: int) -> list[Batch]:
+    """The first retain sequences, one by one, as many as have that many tokens together."""
+    sizes = torch.tensor([len(t.ids) for t in retain]).cumsum(0)
+    count = int((sizes <= tokens).sum().clamp_min(1))
+    return [collate([t]).to(lm.device) for t in retain[:count]]
+
+
+def _beside(lm: LanguageModel, cases: Sequence[Case], config: IsolateConfig) -> list[Batch]:
+    """A neighbour of each record, or of some of many."""
+    beside = [c.neighbours[0] for c in cases if c.neighbours]
+    beside = random.Random(config.seed).sample(beside, min(len(beside), _SALIENCY_RECORDS))
+    return [collate(beside[i : i + 8]).to(lm.device) for i in range(0, len(beside), 8)]
 
 
 @contextmanager
