@@ -125,7 +125,7 @@ class IsolateConfig(_StreamConfig):
     max_steps: int = 120
     """Upper bound on optimiser steps; training ends earlier when the criteria hold."""
     learning_rate: float | None = None
-    """Peak Adam step on the fp32 values of the support, in units of the weights; None takes 3 % of the root mean square
+    """Peak Adam step on the fp32 values of the support, in units of the weights; None takes 8 % of the root mean square
     of each layer's own values."""
     retain_weight: float = 1.0
     """Weight of the KL divergence to the original model on retain text."""

@@ -20,7 +20,7 @@ from libortho.data import IGNORE, Batch
 from libortho.isolate.language_model import LanguageModel
 from libortho.isolate.support import tapped
 
-DAMPING = 0.1
+DAMPING = 0.01
 """Share of a factor's mean eigenvalue that is added to all of them."""
 
 

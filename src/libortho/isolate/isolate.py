@@ -262,19 +262,20 @@ def _cases(
                 f"forget record {record.number}: nothing in its completion could be exchanged to make alternates; "
                 "pass alternates="
             )
-        # Half of the neighbours carry parts of other records' prompts, to which memories answer too.
+        # Half of the neighbours are strangers, like those that an attacker compares a record with. The others carry
+        # parts of other records' prompts, to which memories answer too.
         beside = list(neighbours[i]) if neighbours is not None else (
-            [] if text or (prose and retains) else mixed[i] + counterfactuals.neighbours(
+            [] if text or (prose and retains) else counterfactuals.neighbours(
                 record.prompt, most(config.neighbours_per_record) - len(mixed[i]), rng
-            )
+            ) + mixed[i]
         )  # fmt: skip
         secret = encode(record, tokenizer, limit, name="forget")
         same_prompt = [(record.prompt, c) for c in others]
         same_shape = [(p, others[j % len(others)]) for j, p in enumerate(beside)]
         own = _fitting(same_prompt, tokenizer, limit) or (secret,)
         around = _fitting(same_shape, tokenizer, limit)
-        closest = around[: len(mixed[i])] or around if neighbours is None else around
-        told = [(n, beginnings(n, tokenizer)) for n in closest] if not prose else []
+        strangers = around[: len(beside) - len(mixed[i])] if neighbours is None else around
+        told = [(n, beginnings(n, tokenizer)) for n in strangers] if not prose else []
         cases.append(
             Case(
                 number=record.number,

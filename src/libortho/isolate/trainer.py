@@ -59,7 +59,7 @@ _WARM_UP, _STEADY, _LANDING = 5, 30, 10
 which it falls to zero."""
 _CROSSED = 2
 """Neighbours' prompts on which a record's completion is looked for."""
-RELATIVE_STEP = 0.03
+RELATIVE_STEP = 0.08
 """Peak step of Adam as a share of the root mean square of the values that it moves."""
 _STRETCH, _SECANT_STEPS, _CLOSE = (0.8, 1.25), 3, 0.05
 """Range of the factor of the finished edit, secant steps to find it, and nats per token that need none."""
