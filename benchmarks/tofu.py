@@ -4,10 +4,11 @@
     python benchmarks/tofu.py --peers npo --rows 40           fewer models, fewer rows
     python benchmarks/tofu.py --split forget10 --device cuda  the original sizes
 
-Fine-tunes on all rows and, with the same recipe, on the retain rows alone; isolates the forget rows with the default
-configuration; and audits the result beside the retrained model, the peers (all weights, one good recipe each) and the
-same optimisation on random columns. The scores are composites of memory, privacy and utility (arXiv 2605.24614), each
-also as a share of the retrained model's. Models and finished parts of the audit lie in the cache: run again to resume.
+Fine-tunes on all rows and, with the same recipe, on the retain rows alone; isolates the forget rows (defaults, but for
+the weight of retain text); and audits the result beside the retrained model, the peers (all weights, one good recipe
+each) and the same optimisation on random columns. The scores are composites of memory, privacy and utility (arXiv
+2605.24614), each also as a share of the retrained model's. Models and finished parts of the audit lie in the cache: run
+again to resume.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@
     retain           the same without the forget rows: the never-trained reference
     grad_diff, npo,
     simnpo, altpo    all-weight unlearning of ``full``, one good recipe each
-    libortho         ``isolate`` with its defaults; a split model
+    libortho         ``isolate`` (see ``isolation``); a split model
     libortho_random  the same optimisation on as many columns, drawn at random
 
 Every result lies in ``<cache>/tofu/<name>-<hash>``; the hash covers the recipe, the bytes of the data, the parent model
@@ -164,7 +164,7 @@ def key(name: str, split: str, seed: int) -> str:
         if PEERS[name].alternates:
             content["sampling"] = [ALTERNATE_TOKENS, NEAR_COPY]
     elif name in ("libortho", "libortho_random"):
-        content = {"parent": key("full", split, seed), "config": IsolateConfig(seed=seed).to_dict()}
+        content = {"parent": key("full", split, seed), "config": isolation(seed).to_dict()}
         content |= {"forget": forget, "retain": retain, "random": name == "libortho_random"}
     else:
         raise SystemExit(f"model is {name!r}; expected one of {', '.join(NAMES)}")
@@ -330,13 +330,16 @@ def _unlearn(name: str, split: str, seed: int, device: str, place: Path) -> None
     state.unlink(missing_ok=True)
 
 
+def isolation(seed: int) -> IsolateConfig:
+    """Defaults, but as much retain as forget text in a step, which counts five times (as it does for NPO)."""
+    return IsolateConfig(seed=seed, retain_weight=5.0, retain_tokens_per_step=768, max_steps=60)
+
+
 def _isolate(name: str, split: str, seed: int, device: str, place: Path) -> None:
     model, tokenizer = build("full", split, seed, device)
     forget, retain = rows(split, "forget"), rows(split, "retain")
     with random_support(seed) if name == "libortho_random" else nullcontext():
-        result = libortho.isolate(
-            model, tokenizer, forget, retain=retain, config=IsolateConfig(seed=seed), progress=_report
-        )
+        result = libortho.isolate(model, tokenizer, forget, retain=retain, config=isolation(seed), progress=_report)
     logger.info("missed: %s", "; ".join(result.missed) or "nothing")
     libortho.save(model, tokenizer, place)
     place.with_suffix(".json").write_text(json.dumps(result.to_dict(), indent=1))

@@ -1,6 +1,6 @@
 """Move the values on the support until the records are what their alternates are, and nothing else has moved.
 
-    minimise   mean_i [ surprise, entropy and deviation at each token of record i  ->  those of its donors ]
+    minimise   mean_i [ surprise, entropy and standardised surprise at each token of record i  ->  its donors' ]
                + retain_weight * KL(original || edited) on retain text
                + neighbour_weight * KL(original || edited) on neighbours
 
