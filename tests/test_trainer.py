@@ -177,3 +177,21 @@ def test_a_lean_is_measured_from_the_middle_of_each_band() -> None:
     assert not record(-3.0).far
     assert record(-0.5).far
     assert record(-7.5).far
+
+
+def test_what_the_training_makes_up_for_by_itself_is_not_steered() -> None:
+    before = torch.tensor([-2.0, -1.0, 1.0, 0.5])
+    now = torch.tensor([-1.0, -0.9, 1.0, 0.6])
+    found = trainer.lasting(now, before).tolist()
+    assert found[0] == 0.0  # gone in a look
+    assert found[1] == pytest.approx(-0.7)  # two looks take a fifth of it
+    assert found[2:] == pytest.approx([1.0, 0.8])  # stays, and grows
+
+
+@pytest.mark.parametrize("metric", [None, Metric.of(torch.eye(2), torch.eye(3))])
+def test_a_step_of_the_training_goes_downhill_at_the_peak_rate(metric: Metric | None) -> None:
+    value = nn.Parameter(torch.full((2, 3), 0.5))
+    training = Training([value], 5, TEXTS, IsolateConfig(), [metric])
+    training.descend([torch.tensor([[1.0, -2.0, 3.0], [-4.0, 5.0, -6.0]])], 0.5)
+    expected = 0.5 - 0.5 * trainer.RELATIVE_STEP * 0.5 * torch.tensor([[1.0, -1.0, 1.0], [-1.0, 1.0, -1.0]])
+    torch.testing.assert_close(value.detach(), expected)

@@ -584,10 +584,18 @@ def steer(lm: LanguageModel, cases: Sequence[Case], original: Reference, now: Tr
     before, now.missing = now.missing, torch.stack([p.mean(0) for p in now.profiles]).mean(0) - mine
     if now.step < STEER_FROM:
         return
-    lasting = now.missing + STEER_AHEAD * (now.missing - before)
-    lasting = torch.where(lasting * now.missing > 0, lasting, 0.0)
-    now.lean += STEER * lasting.clamp(-STEER_MOST, STEER_MOST)
-    logger.debug("records lack %s, lasting %s", *([round(x, 2) for x in t.tolist()] for t in (now.missing, lasting)))
+    now.lean += STEER * lasting(now.missing, before).clamp(-STEER_MOST, STEER_MOST)
+    logger.debug("records lack %s", [round(x, 2) for x in now.missing.tolist()])
+
+
+def lasting(missing: Tensor, before: Tensor) -> Tensor:
+    """What will still be missing ``STEER_AHEAD`` looks from now, if it goes on changing as since the look before.
+
+    Nothing where it would be made up for by then. Without this, the sum of corrections during the descent of a few
+    records, which takes few looks, had to be taken back.
+    """
+    ahead = missing + STEER_AHEAD * (missing - before)
+    return torch.where(ahead * missing > 0, ahead, 0.0)
 
 
 @torch.no_grad()
