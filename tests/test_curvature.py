@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import tiny
 from libortho.data import Encoded, collate
-from libortho.isolate.curvature import DAMPING, Metric, curvature
+from libortho.isolate.curvature import Metric, curvature
 from libortho.isolate.language_model import LanguageModel
 from libortho.isolate.trainer import divergence, hidden_states
 from libortho.split import linear_weight
@@ -17,16 +17,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_steps_fall_with_the_root_of_the_curvature_and_are_on_average_one():
     inputs, outputs = torch.tensor([1.0, 9.0]), torch.tensor([4.0, 0.0, 2.0])
-    metric = Metric.of(inputs.diag(), outputs.diag())
+    metric = Metric.of(inputs.diag(), outputs.diag(), 0.1)
     step = metric.step(metric.rotated(torch.ones(2, 3)).sign() * metric.rotated(torch.ones(2, 3)).abs().round())
-    expected = torch.outer((inputs + DAMPING * 5).rsqrt(), (outputs + DAMPING * 2).rsqrt())
+    expected = torch.outer((inputs + 0.1 * 5).rsqrt(), (outputs + 0.1 * 2).rsqrt())
     torch.testing.assert_close(step, expected / expected.square().mean().sqrt())
 
 
 def test_a_rotated_gradient_keeps_its_length_and_its_direction():
     torch.manual_seed(0)
     a, b = torch.randn(4, 4), torch.randn(6, 6)
-    metric = Metric.of(a @ a.T, b @ b.T)
+    metric = Metric.of(a @ a.T, b @ b.T, 0.1)
     gradient = torch.randn(4, 6)
     rotated = metric.rotated(gradient)
     assert float(rotated.norm()) == pytest.approx(float(gradient.norm()), rel=1e-5)
@@ -41,7 +41,7 @@ def test_a_step_in_the_metric_moves_text_to_keep_less_than_an_equally_long_one(p
     support = {n: torch.arange(0, linear_weight(m).shape[1], 3) for n, m in layers.items()}
     items = [Encoded(tuple(t), tuple(t)) for t in tokenizer([r["text"] for r in tiny.RETAIN[:24]])["input_ids"]]
     read, judged = items[:12], items[12:]
-    metrics = curvature(lm, layers, support, [collate([i]) for i in read], 0)
+    metrics = curvature(lm, layers, support, [collate([i]) for i in read], damping=0.1, seed=0)
     assert set(metrics) == set(support)
     before = hidden_states(lm, judged)
 
@@ -64,7 +64,7 @@ def test_the_draws_are_those_of_the_seed(planted, tokenizer):
     lm, layers = LanguageModel(model), find_targets(model, "mlp-out")
     support = {n: torch.arange(5) for n in layers}
     batch = [collate(tiny.encoded(tokenizer, tiny.FORGET))]
-    first, again, other = (curvature(lm, layers, support, batch, seed) for seed in (0, 0, 1))
+    first, again, other = (curvature(lm, layers, support, batch, damping=0.1, seed=seed) for seed in (0, 0, 1))
     name = next(iter(layers))
     assert torch.equal(first[name].scale, again[name].scale)
     assert not torch.equal(first[name].scale, other[name].scale)

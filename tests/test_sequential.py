@@ -32,10 +32,10 @@ from test_isolate import assert_same, state
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 
 FIRST = IsolateConfig(
-    ratio=0.02, learning_rate=5e-3, max_steps=80, retain_length=64, retain_budget=0.1, stream="first"
+    ratio=0.04, damping=0.1, learning_rate=1e-2, max_steps=80, retain_length=64, retain_budget=0.1, stream="first"
 )  # fmt: skip
 SECOND = replace(FIRST, stream="second")
-SHORT = replace(SECOND, max_steps=3, learning_rate=2e-2)
+SHORT = replace(SECOND, max_steps=3, learning_rate=5e-2)
 ONE, TWO = tiny.FORGET[:2], tiny.FORGET[2:]
 KEPT = [{"text": " ".join(r["prompt"] + r["completion"] for r in TWO)}] * 16 + tiny.RETAIN[:10]
 """What the first request keeps: so small a model would forget all four codes together, and leave none to the second."""
@@ -157,7 +157,7 @@ def test_weights(made, tokenizer, variant):
             assert torch.equal(layer.base.unpacked_codes()[~new], old.base.unpacked_codes()[~new])
         public, edited = old.base.dense(), layer.base.dense()
         assert torch.equal(edited[~new], public[~new])
-        assert not torch.equal(edited[new], public[new])
+        assert torch.equal(edited[new], public[new]) is not bool(new.any())
         tolerance = (edited - public).abs() * torch.finfo(torch.bfloat16).eps + 1e-6
         assert ((layer.dense_weight({"second": 1.0}) - public).abs() <= tolerance).all()
         assert ((layer.dense_weight(1.0) - old.dense_weight(1.0)).abs() <= tolerance).all()
@@ -165,7 +165,7 @@ def test_weights(made, tokenizer, variant):
         for key, tensor in old.streams["first"].state_dict().items():
             assert torch.equal(layer.streams["first"].state_dict()[key], tensor)
     assert result.density == moved / (2 * 64 * 128)
-    assert 0.018 < result.density <= 0.02
+    assert 0.85 * FIRST.ratio < result.density <= FIRST.ratio
 
 
 def test_all_streams_stand_at_one(once, tokenizer):
@@ -533,7 +533,7 @@ def test_a_base_without_its_stream_can_be_isolated(once, tokenizer, tmp_path):
     isolate(bare, tokenizer, TWO, tiny.RETAIN, config=replace(SHORT, stream="first"))
     assert get_switch(bare).streams == ("first",)
     torch.testing.assert_close(logits(bare, 1.0), before, atol=1e-2, rtol=1e-2)
-    assert (logits(bare, 0.0) - before).abs().max() > 0.1
+    assert (logits(bare, 0.0) - before).abs().max() > 0.05
     save(bare, tokenizer, tmp_path / "two")
     assert torch.equal(logits(load(tmp_path / "two")[0]), logits(bare))
 

@@ -80,7 +80,7 @@ def test_a_training_goes_on_where_it_was_put_away() -> None:
 
     def training() -> Training:
         values = [nn.Parameter(torch.linspace(-1, 1, 2 * n).view(2, n)) for n in (3, 5)]
-        return Training(values, 5, TEXTS, config, [None, Metric.of(torch.eye(2), torch.arange(5.0).diag())])
+        return Training(values, 5, TEXTS, config, [None, Metric.of(torch.eye(2), torch.arange(5.0).diag(), 0.1)])
 
     def steps(training: Training, count: int) -> list[Any]:
         drawn = []
@@ -188,7 +188,7 @@ def test_what_the_training_makes_up_for_by_itself_is_not_steered() -> None:
     assert found[2:] == pytest.approx([1.0, 0.8])  # stays, and grows
 
 
-@pytest.mark.parametrize("metric", [None, Metric.of(torch.eye(2), torch.eye(3))])
+@pytest.mark.parametrize("metric", [None, Metric.of(torch.eye(2), torch.eye(3), 0.1)])
 def test_a_step_of_the_training_goes_downhill_at_the_peak_rate(metric: Metric | None) -> None:
     value = nn.Parameter(torch.full((2, 3), 0.5))
     training = Training([value], 5, TEXTS, IsolateConfig(), [metric])

@@ -127,6 +127,9 @@ class IsolateConfig(_StreamConfig):
     learning_rate: float | None = None
     """Peak Adam step on the fp32 values of the support, in units of the weights; None takes 8 % of the root mean square
     of each layer's own values."""
+    damping: float = 0.01
+    """Share of the mean curvature of text to keep that is added to every direction's. The smaller, the more steps avoid
+    what such text would notice; far above 1, all directions are alike. Free entries have no such metric."""
     retain_weight: float = 1.0
     """Weight of the KL divergence to the original model on retain text."""
     neighbour_weight: float = 1.0
@@ -164,7 +167,7 @@ class IsolateConfig(_StreamConfig):
             _positive_int(name, getattr(self, name))
         for name in ("alternates_per_record", "neighbours_per_record"):
             _positive_int(name, getattr(self, name))
-        for name in ("retain_budget", "layer_cap"):
+        for name in ("retain_budget", "layer_cap", "damping"):
             _positive(name, getattr(self, name))
         if self.learning_rate is not None:
             _positive("learning_rate", self.learning_rate)

@@ -20,9 +20,6 @@ from libortho.data import IGNORE, Batch
 from libortho.isolate.language_model import LanguageModel
 from libortho.isolate.support import tapped
 
-DAMPING = 0.01
-"""Share of a factor's mean eigenvalue that is added to all of them."""
-
 
 class Metric:
     """Steps of one layer's values (k, out_features) in the eigenbasis of the layer's curvature.
@@ -37,14 +34,17 @@ class Metric:
         self.inside, self.outside, self.scale = inside, outside, scale
 
     @classmethod
-    def of(cls, inputs: Tensor, outputs: Tensor) -> Metric:
-        """From the two factors, (k, k) and (out_features, out_features), symmetric and positive semi-definite."""
+    def of(cls, inputs: Tensor, outputs: Tensor, damping: float) -> Metric:
+        """From the two factors, (k, k) and (out_features, out_features), symmetric and positive semi-definite.
+
+        ``damping`` is the share of a factor's mean eigenvalue that is added to all of them.
+        """
         bases, lengths = [], []
         for factor in (inputs, outputs):
             values, vectors = torch.linalg.eigh(factor)
             values = values.clamp_min(0.0)
             bases.append(vectors)
-            lengths.append((values + DAMPING * values.mean() + 1e-30).rsqrt())
+            lengths.append((values + damping * values.mean() + 1e-30).rsqrt())
         scale = torch.outer(*lengths)
         return cls(bases[0], bases[1], scale / scale.square().mean().sqrt())
 
@@ -62,6 +62,8 @@ def curvature(
     layers: Mapping[str, nn.Module],
     support: Mapping[str, Tensor],
     batches: Sequence[Batch],
+    *,
+    damping: float,
     seed: int,
 ) -> dict[str, Metric]:
     """The metric of every layer that has columns in the support.
@@ -71,7 +73,8 @@ def curvature(
         layers: Linear layers by name.
         support: Column indices, ascending, by layer.
         batches: Text to keep, with labels at the positions that count; what the labels are is drawn from the model.
-        seed: Of those draws.
+        damping: See ``Metric.of``.
+        seed: Of the draws.
     """
     edited = {n: m for n, m in layers.items() if n in support}
     rng = torch.Generator().manual_seed(seed)
@@ -89,4 +92,4 @@ def curvature(
             with torch.no_grad():
                 drawn = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=rng).to(logits.device)
             logits.log_softmax(-1).gather(1, drawn).sum().backward()
-    return {n: Metric.of(inputs[n], outputs[n]) for n in edited}
+    return {n: Metric.of(inputs[n], outputs[n], damping) for n in edited}

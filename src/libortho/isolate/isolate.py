@@ -198,7 +198,8 @@ def isolate(
             targets,
             support,
             [*_read(lm, retain_items, _curvature_tokens(len(cases))), *_beside(lm, cases, config)],
-            config.seed,
+            damping=config.damping,
+            seed=config.seed,
         )  # fmt: skip
         layers = {n: EditLinear(_start(m), bias_of(m), support.get(n), config) for n, m in replaced.items()}
         try:
