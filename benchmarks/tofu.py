@@ -2,6 +2,7 @@
 
     python benchmarks/tofu.py                                 the small cut (800 rows), seed 0, all peers
     python benchmarks/tofu.py --peers npo --rows 40           fewer models, fewer rows
+    python benchmarks/tofu.py --profile quick --peers         without attacks and depth, and without peers
     python benchmarks/tofu.py --split forget10 --device cuda  the original sizes
 
 Fine-tunes on all rows and, with the same recipe, on the retain rows alone; isolates the forget rows (defaults, but for
@@ -129,7 +130,8 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     result = run(arguments)
-    save("tofu" if arguments.split == "tofu_mini" else f"tofu_{arguments.split}", result)
+    name = "tofu" if arguments.split == "tofu_mini" else f"tofu_{arguments.split}"
+    save(name if arguments.profile == "full" else f"{name}_quick", result)
     show(result)
 
 
