@@ -3,7 +3,8 @@
 1. Counterfactuals: alternates of each completion, neighbours of each prompt (given, or made).
 2. Constants of the original model: what it says on retain text, on neighbours, and about other people's completions.
 3. Support: the columns (or entries) whose gradient is about the records and not about retain text.
-4. Values: trained on the support only, through the quantiser, until the criteria hold.
+4. Values: trained on the support only, through the quantiser, in steps that text to keep hardly notices, until the
+   criteria hold.
 5. Streams: base = edited codes; ortho = original - base on the support.
 
 The audit's holdout is never an input.
