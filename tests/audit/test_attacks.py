@@ -38,7 +38,7 @@ def isolated(_planted, tokenizer) -> nn.Module:
     model = copy.deepcopy(_planted)
     isolate(
         model, tokenizer, tiny.FORGET, retain=tiny.RETAIN,
-        config=IsolateConfig(ratio=0.05, max_steps=40, retain_length=32),
+        config=IsolateConfig(ratio=0.05, damping=10.0, max_steps=40, retain_length=32),
     )  # fmt: skip
     torch.set_num_threads(threads)
     return model
