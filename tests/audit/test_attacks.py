@@ -38,7 +38,7 @@ def isolated(_planted, tokenizer) -> nn.Module:
     model = copy.deepcopy(_planted)
     isolate(
         model, tokenizer, tiny.FORGET, retain=tiny.RETAIN,
-        config=IsolateConfig(ratio=0.05, damping=10.0, max_steps=40, retain_length=32),
+        config=IsolateConfig(ratio=0.1, damping=10.0, learning_rate=2e-2, max_steps=60, retain_length=64),
     )  # fmt: skip
     torch.set_num_threads(threads)
     return model
@@ -128,7 +128,7 @@ def test_relearning_teaches_the_shown_half_and_leaves_the_model_alone(audited, f
         ("off", "forget half"), ("off", "general text"), ("reference", "forget half"), ("reference", "general text"),
     ]  # fmt: skip
     assert found.steps == (0, 1, 2, 3, 4, 5, 6)
-    assert shown.trained_nll[0] > 0.5 > 0.2 > shown.trained_nll[-1]
+    assert shown.trained_nll[0] > 1.0 > 0.5 > shown.trained_nll[-1]
     assert shown.trained_extraction[0] < shown.trained_extraction[-1] == 1.0
     assert benign.trained_nll[-1] > shown.trained_nll[-1] + 0.5
     with audited[0].enter():
@@ -444,7 +444,9 @@ def test_the_attack_on_a_real_stream_changes_nothing(isolated, forget, unchanged
     with at(isolated, 0.0).enter():
         assert found.before == measure(LanguageModel(isolated), forget)
     assert 0 <= found.location_auc <= 1
-    assert found.value_r2 < 0.5
+    # With half of the stream's columns in hand a part of the values can be told, and none of the codes.
+    assert found.value_r2 < 0.9
+    assert found.after.extraction == 0.0 < found.after.nll
     json.dumps(found.to_dict(), allow_nan=False)
 
 
