@@ -23,6 +23,12 @@ def test_steps_fall_with_the_root_of_the_curvature_and_are_on_average_one():
     torch.testing.assert_close(step, expected / expected.square().mean().sqrt())
 
 
+def test_far_above_one_the_damping_makes_all_directions_alike():
+    inputs, outputs = torch.tensor([1.0, 9.0]).diag(), torch.tensor([4.0, 0.0, 2.0]).diag()
+    torch.testing.assert_close(Metric.of(inputs, outputs, 1e6).scale, torch.ones(2, 3))
+    assert float(Metric.of(inputs, outputs, 0.01).scale.max()) > 1.5
+
+
 def test_a_rotated_gradient_keeps_its_length_and_its_direction():
     torch.manual_seed(0)
     a, b = torch.randn(4, 4), torch.randn(6, 6)
