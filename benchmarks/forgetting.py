@@ -55,7 +55,7 @@ from libortho.isolate import counterfactuals
 from libortho.isolate.language_model import LanguageModel
 from libortho.layer import ortho_layers
 from libortho.metrics import general_perplexity, sampled_extractions
-from libortho.models import load_model
+from libortho.models import load_model, training_dtype
 from libortho.targets import find_targets
 
 ATTACKS = ("loss", "zlib", "min_k", "min_k_plus", "grad_norm")
@@ -87,7 +87,7 @@ def models(name: str, seed: int, count: int) -> Path:
     forget, _, repetitions = case(name, seed, count)
     torch.manual_seed(seed)
     loaded, tokenizer = load_model(packaged_model(), torch.float32)
-    model: Any = move_off_grid(loaded, seed).to(torch.bfloat16)
+    model: Any = move_off_grid(loaded, seed).to(training_dtype())
     model.save_pretrained(place / "never")
     tokenizer.save_pretrained(place / "never")
     faster = {"learning_rate": 1e-4, "batch_size": 16, "max_steps": 300, "decay": True} if repetitions else {}

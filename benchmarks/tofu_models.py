@@ -54,7 +54,7 @@ from libortho.demo.model import GGUF, move_off_grid, packaged_model
 from libortho.isolate.language_model import LanguageModel
 from libortho.isolate.objectives import Scores, altpo, npo, simnpo
 from libortho.metrics import score
-from libortho.models import load_model
+from libortho.models import load_model, training_dtype
 from libortho.split import linear_weight
 
 logger = logging.getLogger("tofu_models")
@@ -203,11 +203,11 @@ def build(name: str, split: str = "tofu_mini", seed: int = 0, device: str = "cpu
         model, tokenizer = _base(torch.float32, device)
         if name != "start":
             model = PeftModel.from_pretrained(model, str(_adapter(name, split, seed, device))).merge_and_unload()
-        return move_off_grid(model, seed).to(torch.bfloat16).eval(), tokenizer
+        return move_off_grid(model, seed).to(training_dtype(device)).eval(), tokenizer
     if name in PEERS:
         if not (place / "config.json").is_file():
             _unlearn(name, split, seed, device, place)
-        return load_model(place, torch.bfloat16, device)
+        return load_model(place, training_dtype(device), device)
     if not (place / "config.json").is_file():
         _isolate(name, split, seed, device, place)
     return libortho.load(place, device=device)
@@ -317,7 +317,7 @@ def _unlearn(name: str, split: str, seed: int, device: str, place: Path) -> None
         state=state,
         device=device,
     )
-    model.eval().to(torch.bfloat16)
+    model.eval().to(training_dtype(device))
     model.set_attn_implementation("sdpa")
     about = {"recipe": asdict(recipe), "seconds": time.monotonic() - began, "split": split, "seed": seed}
 
@@ -379,7 +379,9 @@ def train(
     state: Path,
     device: str,
 ) -> None:
-    """AdamW on fp32 parameters under bf16 autocast, gradients clipped to 1; resumes after the last epoch in ``state``.
+    """AdamW on fp32 parameters, gradients clipped to 1, under bf16 autocast where that is faster.
+
+    Resumes after the last epoch in ``state``.
 
     Args:
         parameters: What is trained, by name.
@@ -400,13 +402,13 @@ def train(
     if state.is_file():
         first, step = _resume(state, parameters, optimiser)
         logger.info("resumed after epoch %d", first)
-    began = time.monotonic()
+    began, dtype = time.monotonic(), training_dtype(device)
     for epoch in range(first, epochs):
         losses = []
         for batch in batches(epoch):
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate * schedule(step)
-            with torch.autocast(torch.device(device).type, torch.bfloat16):
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype is torch.bfloat16):
                 value = loss(batch, epoch)
             optimiser.zero_grad()
             value.backward()

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 import tiny
-from libortho.data import IGNORE, Encoded
+from libortho.data import IGNORE, Encoded, collate
+from libortho.isolate.continuations import continuations
 from libortho.isolate.counterfactuals import evaluation_text, shipped_text
 from libortho.isolate.language_model import LanguageModel
-from libortho.isolate.plausibility import fit
+from libortho.isolate.objectives import token_profile
+from libortho.isolate.plausibility import fit, spoken_profiles
 from libortho.metrics import score
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -84,3 +86,37 @@ def test_a_prediction_is_never_negative(clean, tokenizer, human):
     model = fit(lm, human)
     pushed = type(model)(model.weights - 100.0, model.deviation)
     assert pushed.predict(lm, whole(tokenizer("The ferry.")["input_ids"])) == 0.0
+
+
+def test_a_sentence_is_to_be_as_surprising_as_predicted_and_as_sure_as_the_model_speaks(clean, tokenizer):
+    lm = LanguageModel(clean)
+    prompts = [tokenizer(p[:12])["input_ids"] for p in shipped_text()[:8]]
+    said = continuations(clean, tokenizer, prompts, 48, 0)
+    with torch.no_grad():
+        texts = [(len(p), lm.hidden(collate([whole([*p, *c])]))[0]) for p, c in zip(prompts, said, strict=True)]
+        states = torch.cat([hidden[start - 1 : -1] for start, hidden in texts])
+        spoken = token_profile(lm.logits(states), torch.tensor([i for c in said for i in c]))
+    calibrated = float(spoken[:, 1].mean())
+    for surprise in (0.8 * calibrated, calibrated, 1.5 * calibrated):
+        (profile,) = spoken_profiles(lm, states, [surprise], [200], 0)
+        assert profile.shape == (200, 3)
+        assert float(profile[:, 0].mean()) == pytest.approx(surprise, rel=0.1)
+        assert float(profile[:, 1].mean()) == pytest.approx(calibrated, rel=0.25)
+    # Some tokens are obvious and others far off; the mean alone would ask for neither.
+    assert float(profile[:, 0].std()) > 0.5 * surprise
+    assert torch.equal(profile, spoken_profiles(lm, states, [surprise], [200], 0)[0])
+
+
+def test_continuations_are_those_of_each_prompt_alone(clean, tokenizer):
+    """Padding changes nothing, the end is cut, and torch's own generator is where it was."""
+    prompts = [tokenizer(p[:n])["input_ids"] for p, n in zip(shipped_text(), (5, 17, 9), strict=False)]
+    before = torch.get_rng_state()
+    said = continuations(clean, tokenizer, prompts, 12, 3)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert said == continuations(clean, tokenizer, prompts, 12, 3) != continuations(clean, tokenizer, prompts, 12, 4)
+    assert all(len(c) <= 12 and tokenizer.eos_token_id not in c for c in said)
+    sure = copy.deepcopy(clean)
+    sure.lm_head.weight.data *= 1000
+    together = continuations(sure, tokenizer, prompts, 12, 3)
+    assert together == [continuations(sure, tokenizer, [p], 12, 5)[0] for p in prompts]
+    assert together != said

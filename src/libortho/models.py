@@ -33,6 +33,17 @@ def load_model(name: str | Path, dtype: torch.dtype | str = "auto", device: str 
     return model.to(device).eval(), tokenizer
 
 
+def training_dtype(device: str = "cpu") -> torch.dtype:
+    """bf16 where the processor multiplies it in hardware, else fp32: emulated, it is several times slower than fp32.
+
+    Where torch cannot tell (before ``torch.cpu.get_capabilities``), bf16.
+    """
+    if not device.startswith("cpu") or not hasattr(torch.cpu, "get_capabilities"):
+        return torch.bfloat16
+    found = torch.cpu.get_capabilities()
+    return torch.bfloat16 if any(has and name.endswith("bf16") for name, has in found.items()) else torch.float32
+
+
 def fingerprint(model: nn.Module) -> str:
     """Hash of a spread of the values of every parameter and buffer; models that differ in training differ in it."""
     digest = hashlib.sha256()

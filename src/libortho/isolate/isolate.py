@@ -29,9 +29,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from libortho.alpha import Switch
 from libortho.config import DTYPES, IsolateConfig
-from libortho.data import Batch, Encoded, Record, Source, collate, encode, load_records
+from libortho.data import IGNORE, Batch, Encoded, Record, Source, collate, encode, load_records
 from libortho.errors import ConfigError, DataError
 from libortho.isolate import counterfactuals
+from libortho.isolate.continuations import continuations
 from libortho.isolate.curvature import curvature
 from libortho.isolate.donors import beginnings, donors
 from libortho.isolate.earlier import earlier_switch, taken, without
@@ -78,6 +79,8 @@ _SALIENCY_RECORDS = 64
 _SALIENCY_TOKENS = 1536
 _MOST_CURVATURE = 4.0
 _HUMAN_TEXTS = 60
+_LIKE_PROMPTS, _SPOKEN, _SPOKEN_TOKENS = 4, 32, 48
+"""Prompts like that of a sentence, texts that the model says on such, and the most tokens of one."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,9 @@ def isolate(
         lm = LanguageModel(model)
         _tell(progress, "reference", 0, 1)
         opening = opening_tokens(tokenizer)
-        original, held_back_states = _reference(lm, cases, retain_items, held_back, human, opening, config, store)
+        spoken = store.kept("spoken", lambda: Part({}, _spoken(model, tokenizer, cases, limit, config))).data
+        said = [Encoded((*p, *c), (*(IGNORE for _ in p), *c)) for p, c in spoken]
+        original, held_back_states = _reference(lm, cases, retain_items, held_back, human, opening, said, config, store)
         _tell(progress, "reference", 1, 1)
         found = store.kept("support", lambda: Part(_support(lm, targets, cases, retain_items, config, progress)))
         support = {n: index.to(lm.device) for n, index in found.tensors.items()}
@@ -275,6 +280,9 @@ def _cases(
         same_prompt = [(record.prompt, c) for c in others]
         same_shape = [(p, others[j % len(others)]) for j, p in enumerate(beside)]
         own = _fitting(same_prompt, tokenizer, limit) or (secret,)
+        like = beside or (
+            counterfactuals.neighbours(record.prompt, most(_LIKE_PROMPTS), rng) if prose and not text else []
+        )
         around = _fitting(same_shape, tokenizer, limit)
         strangers = around[: len(beside) - len(mixed[i])] if neighbours is None else around
         told = [(n, beginnings(n, tokenizer)) for n in strangers] if not prose else []
@@ -286,6 +294,12 @@ def _cases(
                 neighbours=around,
                 crossed=_fitting([(p, record.completion) for p in beside], tokenizer, limit),
                 exchangeable=not prose,
+                like=tuple(
+                    e.ids[: len(e.ids) - len(e.completion)]
+                    for e in _fitting([(p, record.completion) for p in like[:_LIKE_PROMPTS]], tokenizer, limit)
+                )
+                if prose
+                else (),
                 donors=donors(beginnings(secret, tokenizer), told, i),
                 alternate_donors=tuple(
                     donors(beginnings(a, tokenizer), told, j) for j, a in enumerate(own if not prose else ())
@@ -359,6 +373,7 @@ def _reference(
     held_back: Sequence[Encoded],
     human: Sequence[Sequence[int]],
     opening: Sequence[int],
+    spoken: Sequence[Encoded],
     config: IsolateConfig,
     store: Store,
 ) -> tuple[Reference, tuple[torch.Tensor, ...]]:
@@ -367,12 +382,27 @@ def _reference(
     def make() -> Part:
         held = enumerate(hidden_states(lm, held_back))
         return Part(
-            reference(lm, cases, retain, human, opening, config).tensors() | {f"held_back.{i}": t for i, t in held}
+            reference(lm, cases, retain, human, opening, spoken, config).tensors()
+            | {f"held_back.{i}": t for i, t in held}
         )
 
     found = store.kept("reference", make).tensors
     held_back_states = tuple(found[f"held_back.{i}"].to(lm.device) for i in range(len(held_back)))
     return Reference.of(found, cases, len(retain), lm.device), held_back_states
+
+
+def _spoken(
+    model: nn.Module, tokenizer: Any, cases: Sequence[Case], limit: int | None, config: IsolateConfig
+) -> list[tuple[list[int], list[int]]]:
+    """What the model says on prompts like those of sentences: (prompt, continuation) as token ids.
+
+    Of a prompt that would leave no room for it, the end.
+    """
+    most = None if limit is None else max(1, limit - _SPOKEN_TOKENS)
+    prompts = [list(p if most is None else p[-most:]) for p in sorted({p for c in cases for p in c.like})]
+    prompts = random.Random(config.seed).sample(prompts, min(len(prompts), _SPOKEN))
+    said = continuations(model, tokenizer, prompts, _SPOKEN_TOKENS, config.seed) if prompts else []
+    return [(p, c) for p, c in zip(prompts, said, strict=True) if c]
 
 
 def _support(

@@ -13,12 +13,12 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from libortho.cache import cache_directory
 from libortho.data import Encoded
 from libortho.files import write_atomically
+from libortho.isolate.continuations import continuations
 from libortho.isolate.counterfactuals import shipped_text
 from libortho.models import fingerprint
 
@@ -78,34 +78,9 @@ def _cached_samples(
     path = cache_directory() / "samples" / f"{key[:32]}.json"
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
-    samples = _unlike(_sample(model, tokenizer, count, length, seed), forget)
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    opening = (0 if start is None else start,)
+    spoken = continuations(model, tokenizer, [opening] * count, length - 1, seed)
+    samples = _unlike([[*opening, *ids] for ids in spoken if len(ids) >= SHARED_TOKENS], forget)
     write_atomically(path, json.dumps(samples))
     return samples
-
-
-@torch.no_grad()
-def _sample(model: nn.Module, tokenizer: Any, count: int, length: int, seed: int) -> list[list[int]]:
-    """Unconditional samples at temperature 1, from the beginning-of-text token."""
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    device = next(model.parameters()).device
-    prompt = torch.full((count, 1), 0 if start is None else start, device=device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        output = model.generate(  # type: ignore[operator]
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=length - 1,
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        )
-    texts = []
-    for row in output.tolist():
-        body = row[1:]
-        if tokenizer.eos_token_id in body:
-            body = body[: body.index(tokenizer.eos_token_id)]
-        if len(body) >= SHARED_TOKENS:
-            texts.append([row[0], *body])
-    return texts

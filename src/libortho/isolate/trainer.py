@@ -42,7 +42,7 @@ from libortho.isolate.objectives import (
     token_profile,
     with_log_probability,
 )
-from libortho.isolate.plausibility import fit
+from libortho.isolate.plausibility import fit, spoken_profiles
 from libortho.isolate.resume import Part, Store
 
 logger = logging.getLogger(__name__)
@@ -85,6 +85,7 @@ class Case:
         neighbours: Other prompts with other completions; what the original model gives these is the target.
         crossed: Other prompts with the record's completion.
         exchangeable: Untrained, the alternates are as likely as the record: true of codes and names, not of sentences.
+        like: Token ids of prompts like its own, on which the model shows how it speaks; for sentences only.
         donors: For each token of the record, whose distribution it should have; see :mod:`libortho.isolate.donors`.
         alternate_donors: The same for each alternate; empty for sentences.
     """
@@ -95,6 +96,7 @@ class Case:
     neighbours: tuple[Encoded, ...]
     crossed: tuple[Encoded, ...]
     exchangeable: bool
+    like: tuple[tuple[int, ...], ...]
     donors: tuple[Donor, ...]
     alternate_donors: tuple[tuple[Donor, ...], ...]
 
@@ -278,11 +280,14 @@ def reference(
     retain: Sequence[Encoded],
     human: Sequence[Sequence[int]],
     opening: Sequence[int],
+    spoken: Sequence[Encoded],
     config: IsolateConfig,
 ) -> Reference:
     """Everything that the training needs from the original model.
 
-    ``human`` are texts for the targets of sentences, ``opening`` the special tokens that the model expects before one.
+    For the targets of sentences: ``human`` are texts, ``opening`` the special tokens that the model expects before one,
+    ``spoken`` what it says itself on like prompts. Without the last, a sentence keeps its own distributions, with the
+    predicted probability for its labels.
     """
     secret, recited = score(lm, [c.secret for c in cases])
     neighbours = tuple(hidden_states(lm, c.neighbours) for c in cases)
@@ -316,6 +321,12 @@ def reference(
         tuple(_profile(lm, c, donors, *states) for donors in (c.donors, *c.alternate_donors))
         for c, *states in zip(cases, neighbours, predictors, expected, strict=True)
     )
+    if spoken and not fair.all():
+        said = torch.cat([h[list(predicting(e))] for e, h in zip(spoken, hidden_states(lm, spoken), strict=True)])
+        prose = (~fair).nonzero()[:, 0].tolist()
+        sizes = [len(predicting(cases[i].secret)) for i in prose]
+        untrained = dict(zip(prose, spoken_profiles(lm, said, nll[prose].tolist(), sizes, config.seed), strict=True))
+        profiles = tuple((untrained[i], *p[1:]) if i in untrained else p for i, p in enumerate(profiles))
     if config.objective == "profile":
         nll = torch.stack([own[:, 0].mean() for own, *_ in profiles])
     crossed = _scores_by_case(lm, [c.crossed[:_CROSSED] for c in cases])
