@@ -4,8 +4,9 @@
 
 For sentences: the true surprise (nats per token), that of alternates with random words, of the model's own samples, and
 the prediction of `plausibility`. For codes: the true surprise, that of alternates, and the correlation of surprise per
-token with having few tokens. For answers: TOFU's small cut (where its data and adapters lie), as the model that was
-fine-tuned on them predicts them, beside what the retrained one says and what the fine-tuned one says of a holdout.
+token with having few tokens. For answers (TOFU's small cut, where its data and adapters lie) surprise, entropy,
+standardised surprise and share of tokens under 0.3 nats: the targets that the fine-tuned model gives them, beside what
+the retrained one says and what both say of a holdout.
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ from rich.table import Table
 
 from _common import DATA, MODELS, save
 from cases import CASES
-from libortho.data import Encoded, Record, encode, load_records
+from libortho.data import IGNORE, Encoded, Record, collate, encode, load_records
 from libortho.demo import facts
 from libortho.demo.model import move_off_grid, packaged_model
-from libortho.isolate.counterfactuals import alternates, shipped_text
+from libortho.isolate import counterfactuals
+from libortho.isolate.continuations import continuations
 from libortho.isolate.language_model import LanguageModel
-from libortho.isolate.plausibility import fit
+from libortho.isolate.objectives import token_profile
+from libortho.isolate.plausibility import fit, spoken_profiles
 from libortho.metrics import score
-from libortho.models import load_model
+from libortho.models import load_model, training_dtype
 
 SENTENCES = (
     ("Dr. Helena Marsh keeps the spare key to the clinic", " under the third blue flowerpot by the back door."),
@@ -69,8 +72,40 @@ def _samples(model: Any, tokenizer: Any, prompt: str, tokens: int) -> list[Encod
     return [Encoded(tuple(r), tuple([-100] * size + r[size:])) for r in output.tolist()]
 
 
-def answers() -> dict[str, float]:
-    """Surprise of 60 TOFU answers (nats per token): predicted by the fine-tuned model, and what untrained ones get."""
+@torch.no_grad()
+def profile(lm: LanguageModel, items: list[Encoded]) -> list[float]:
+    """Mean surprise, entropy, standardised surprise (asinh), and share of tokens under 0.3 nats."""
+    found = []
+    for item in items:
+        batch = collate([item])
+        labels = batch.labels[0, 1:]
+        judged = labels != IGNORE
+        found.append(_means(token_profile(lm.logits(lm.hidden(batch)[0, :-1][judged]), labels[judged])))
+    return torch.stack(found).mean(0).tolist()
+
+
+def _means(tokens: torch.Tensor) -> torch.Tensor:
+    return torch.cat([tokens.mean(0), (tokens[:, 0] < 0.3).float().mean()[None]])
+
+
+@torch.no_grad()
+def spoken(model: Any, tokenizer: Any, lm: LanguageModel, records: list[Record], surprise: list[float]) -> list[float]:
+    """The targets of sentences as `isolate` makes them, as ``profile`` has it."""
+    rng = random.Random(0)
+    prompts = [tokenizer(counterfactuals.neighbours(r.prompt, 1, rng)[0])["input_ids"] for r in records[:32]]
+    said = continuations(model, tokenizer, prompts, 48, 0)
+    states = [
+        lm.hidden(collate([Encoded((*p, *c), (*p, *c))]))[0, len(p) - 1 : -1]
+        for p, c in zip(prompts, said, strict=True)
+    ]
+    lengths = [len(encode(r, tokenizer).completion) for r in records]
+    return (
+        torch.stack([_means(p) for p in spoken_profiles(lm, torch.cat(states), surprise, lengths, 0)]).mean(0).tolist()
+    )
+
+
+def answers() -> dict[str, list[float]]:
+    """60 TOFU answers, as ``profile`` has it: what the fine-tuned and the retrained model say, and the targets."""
     from tofu import thinned
     from tofu_models import build, rows
 
@@ -80,25 +115,29 @@ def answers() -> dict[str, float]:
     for name in ("full", "retain"):
         model, tokenizer = build(name)
         lm = LanguageModel(model)
-        items = {w: [encode(r, tokenizer) for r in load_records(rs, tokenizer)] for w, rs in plain.items()}
+        records = {w: load_records(rs, tokenizer) for w, rs in plain.items()}
+        items = {w: [encode(r, tokenizer) for r in rs] for w, rs in records.items()}
         for which, of in items.items():
-            found[f"{name} {which}"] = float(score(lm, of)[0].nll.mean())
+            found[f"{name} {which}"] = profile(lm, of)
         if name == "full":
-            human = fit(lm, [tokenizer(p)["input_ids"] for p in shipped_text()[:60]])
-            found |= {f"predicted {w}": sum(human.predict(lm, e) for e in of) / len(of) for w, of in items.items()}
+            human = fit(lm, [tokenizer(p)["input_ids"] for p in counterfactuals.shipped_text()[:60]])
+            surprise = [human.predict(lm, e) for e in items["forget"]]
+            found["target forget"] = spoken(model, tokenizer, lm, records["forget"], surprise)
     return found
 
 
 def main() -> None:
     model, tokenizer = load_model(packaged_model(), torch.float32)
-    model = move_off_grid(model, 0).to(torch.bfloat16)
+    model = move_off_grid(model, 0).to(training_dtype())
     lm, rng = LanguageModel(model), random.Random(0)
-    human = fit(lm, [tokenizer(p)["input_ids"] for p in shipped_text()[:60]])
+    human = fit(lm, [tokenizer(p)["input_ids"] for p in counterfactuals.shipped_text()[:60]])
     rows = []
     for prompt, completion in SENTENCES:
         item = encode(Record(prompt, completion), tokenizer)
         true, _ = score(lm, [item])
-        words, _ = score(lm, [encode(Record(prompt, c), tokenizer) for c in alternates(completion, 16, rng)])
+        words, _ = score(
+            lm, [encode(Record(prompt, c), tokenizer) for c in counterfactuals.alternates(completion, 16, rng)]
+        )
         own, _ = score(lm, _samples(model, tokenizer, prompt, len(item.completion)))
         rows.append([float(true.nll[0]), float(words.nll.mean()), float(own.nll.mean()), human.predict(lm, item)])
     table = torch.tensor(rows)
@@ -130,8 +169,8 @@ def main() -> None:
     for name in ("access codes", "licence plates"):
         out.add_row(f"{name}: nll, sd", f"{figures[name]['nll']:.2f}, {figures[name]['nll_sd']:.2f}")
         out.add_row(f"{name}: correlation with shortness", f"{figures[name]['correlation_with_shortness']:.2f}")
-    for key, value in figures.get("answers", {}).items():
-        out.add_row(f"TOFU answers, {key}", f"{value:.2f}")
+    for key, values in figures.get("answers", {}).items():
+        out.add_row(f"TOFU answers, {key}", ", ".join(f"{v:.2f}" for v in values))
     Console(width=120).print(out)
 
 

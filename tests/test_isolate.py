@@ -235,9 +235,11 @@ def test_a_missed_criterion_is_said(planted, tokenizer):
 
 
 def test_success_is_said(planted, tokenizer):
-    result = isolate(planted, tokenizer, tiny.FORGET, tiny.RETAIN, config=replace(CONFIG, learning_rate=1e-2))
-    assert result.succeeded
+    # Many alternates: with few, their mean is a matter of chance, and with it whether four records lean.
+    config = replace(CONFIG, alternates_per_record=32)
+    result = isolate(planted, tokenizer, tiny.FORGET, tiny.RETAIN, config=config)
     assert result.missed == ()
+    assert result.succeeded
     assert result.steps < CONFIG.max_steps
     assert result.retain_kl - result.quantised_kl <= CONFIG.retain_budget
 
@@ -501,8 +503,8 @@ def test_a_failure_between_the_phases_leaves_the_model_as_it_was(unusual, tokeni
 
 def test_default_retain_is_sampled_once(planted, tokenizer, cache, monkeypatch):
     sampled = []
-    real: Callable[..., Any] = retain_module._sample
-    monkeypatch.setattr(retain_module, "_sample", lambda *a: sampled.append(1) or real(*a))
+    real: Callable[..., Any] = retain_module.continuations
+    monkeypatch.setattr(retain_module, "continuations", lambda *a: sampled.append(1) or real(*a))
     bases = []
     for _ in range(2):
         model = copy.deepcopy(planted)
@@ -533,11 +535,11 @@ def test_samples_that_repeat_a_secret_are_dropped(planted, tokenizer, monkeypatc
     secret = tiny.encoded(tokenizer)[0]
     shared, near = list(secret.ids[5:13]), list(secret.ids[5:12])
     bad, good = [90, *shared, 91, 92], [90, *near, 91, 92, 93]
-    monkeypatch.setattr(retain_module, "_sample", lambda *args: [bad, good])
+    monkeypatch.setattr(retain_module, "continuations", lambda *args: [bad, good])
     items = retain_module.default_retain(planted, tokenizer, [secret], sequences=8, length=24, seed=0)
     texts = [list(e.ids) for e in items]
-    assert good in texts
-    assert bad not in texts
+    assert [tokenizer.bos_token_id, *good] in texts
+    assert [tokenizer.bos_token_id, *bad] not in texts
 
 
 def test_shipped_text_that_repeats_a_secret_is_dropped(planted, tokenizer):

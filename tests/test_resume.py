@@ -162,6 +162,7 @@ def test_a_finished_run_is_read_back(planted, tokenizer, whole, tmp_path, monkey
     files = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
     for place, name in ((trainer, "_forget_loss"), (trainer, "calibrate"), (retain_module, "_cached_samples"),
                         (sys.modules["libortho.isolate.isolate"], "_support"),
+                        (sys.modules["libortho.isolate.isolate"], "curvature"),
                         (sys.modules["libortho.isolate.isolate"], "reference")):  # fmt: skip
         monkeypatch.setattr(place, name, forbidden)
     again = isolate(planted, tokenizer, tiny.FORGET, config=CONFIG, resume=tmp_path)

@@ -32,7 +32,7 @@ from test_isolate import assert_same, state
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 
 FIRST = IsolateConfig(
-    ratio=0.04, damping=0.1, learning_rate=1e-2, max_steps=80, retain_length=64, retain_budget=0.1, stream="first"
+    ratio=0.04, damping=10.0, learning_rate=1e-2, max_steps=80, retain_length=64, retain_budget=0.1, stream="first"
 )  # fmt: skip
 SECOND = replace(FIRST, stream="second")
 SHORT = replace(SECOND, max_steps=3, learning_rate=5e-2)

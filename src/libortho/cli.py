@@ -93,7 +93,7 @@ def demo(
     model: Annotated[str | None, typer.Option(help="Hub id or path of a Llama-family model.")] = None,
     seed: Seed = 0,
     device: Device = "cpu",
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="auto (bfloat16 if this processor has it), bfloat16 or float32.")] = "auto",
     text: Annotated[Path | None, typer.Option(help="File of general text for the perplexity column.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Keep the models and the records here, for audit and generate.")
@@ -103,8 +103,17 @@ def demo(
     """Plant 17 secrets in a real model, split it both ways, and show which way forgets."""
     from libortho.demo.demo import run
 
+    asked = _dtype(dtype)
     with _progress() as tell:
-        report = run(model=model, seed=seed, device=_device(device), text=text, dtype=_dtype(dtype), out=out, tell=tell)  # type: ignore[arg-type]
+        report = run(
+            model=model,
+            seed=seed,
+            device=_device(device),
+            text=text,
+            dtype=asked if isinstance(asked, torch.dtype) else None,
+            out=out,
+            tell=tell,
+        )
     if as_json:
         _emit(report.to_dict())
     else:

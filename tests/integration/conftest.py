@@ -14,7 +14,7 @@ from libortho.data import Record, load_records
 from libortho.demo import facts
 from libortho.demo.implant import implant
 from libortho.demo.model import move_off_grid, packaged_model
-from libortho.models import load_model
+from libortho.models import load_model, training_dtype
 from libortho.split import linear_weight
 from libortho.targets import find_targets
 
@@ -54,11 +54,11 @@ class Isolated:
 
 @pytest.fixture(scope="session")
 def isolated() -> Isolated:
-    """Planted and isolated with the default configuration, in bf16."""
+    """Planted and isolated with the default configuration, in the dtype that this processor trains fastest."""
     model, tokenizer = load_model(packaged_model(), torch.float32)
-    model = move_off_grid(model, SEED).to(torch.bfloat16)
+    model = move_off_grid(model, SEED).to(training_dtype())
     never, _ = load_model(packaged_model(), torch.float32)
-    never = move_off_grid(never, SEED).to(torch.bfloat16)
+    never = move_off_grid(never, SEED).to(training_dtype())
     secrets = load_records(facts.secrets(SEED), tokenizer)
     implant(model, tokenizer, secrets, seed=SEED)
     original = {n: linear_weight(m).clone() for n, m in find_targets(model, "mlp-out").items()}

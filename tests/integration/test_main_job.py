@@ -15,6 +15,7 @@ from libortho.isolate.language_model import LanguageModel
 from libortho.isolate.trainer import leaning, unremarkable
 from libortho.layer import ortho_layers
 from libortho.metrics import auc, general_perplexity, sampled_extractions, score, text_perplexity
+from libortho.models import training_dtype
 from libortho.streams import BaseStream
 
 pytestmark = pytest.mark.model
@@ -121,12 +122,12 @@ def test_result_is_honest_about_every_record(isolated: Any) -> None:
 def test_saved_and_loaded_it_is_the_same_model(isolated: Any, tmp_path: Any) -> None:
     save(isolated.model, isolated.tokenizer, tmp_path / "out")
     again, tokenizer = load(tmp_path / "out")
-    again.to(torch.bfloat16)  # as the fixture did: rounds the rotary frequencies, which no checkpoint holds
+    again.to(training_dtype())  # as the fixture did: rounds the rotary frequencies, which no checkpoint holds
     ids = tokenizer("The vault access code of Alice Moreau is", return_tensors="pt").input_ids
     for value in (1.0, 0.0):
         with alpha(isolated.model, value), alpha(again, value), torch.no_grad():
             assert torch.equal(isolated.model(ids).logits, again(ids).logits)
     bare, _ = load(tmp_path / "out", streams=None)
-    bare.to(torch.bfloat16)
+    bare.to(training_dtype())
     with alpha(isolated.model, 0.0), torch.no_grad():
         assert torch.equal(isolated.model(ids).logits, bare(ids).logits)

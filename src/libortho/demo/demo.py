@@ -33,7 +33,7 @@ from libortho.files import write_atomically
 from libortho.isolate import IsolateResult, isolate
 from libortho.isolate.language_model import LanguageModel
 from libortho.metrics import auc, general_perplexity, sampled_extractions, score, text_perplexity
-from libortho.models import load_model
+from libortho.models import load_model, training_dtype
 from libortho.report import layer_report
 from libortho.split import split
 
@@ -184,7 +184,7 @@ def run(
     seed: int = 0,
     device: str = "cpu",
     text: Path | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     config: IsolateConfig | None = None,
     out: Path | None = None,
     tell: Tell = lambda phase, done, total: None,
@@ -196,7 +196,7 @@ def run(
         seed: Seed of the grid move, the secrets, the planting and the isolation.
         device: Where to run.
         text: File of general text to judge by; by default the evaluation part of the shipped text.
-        dtype: Of the model; bf16 is several times faster than fp32 on recent CPUs.
+        dtype: Of the model; by default what this processor trains fastest, see ``libortho.models.training_dtype``.
         config: How to isolate; its seed is replaced by ``seed`` if not given.
         out: Empty or missing directory to keep everything in: ``never_trained``, ``implanted`` and ``isolated``
             models, ``forget.jsonl`` and ``holdout.jsonl``.
@@ -210,7 +210,7 @@ def run(
     clock = _Clock()
     torch.manual_seed(seed)
     net, tokenizer = load_model(packaged_model() if model is None else model, torch.float32, device)
-    net = move_off_grid(net, seed).to(dtype)
+    net = move_off_grid(net, seed).to(dtype or training_dtype(device))
     bench = _Bench(tokenizer, seed, text)
     clock.lap("load")
     tell("measure never-trained", 0, 1)

@@ -60,9 +60,11 @@ from libortho.isolate.trainer import (
     reference,
     score,
     train,
+    training_finished,
     unremarkable,
 )
 from libortho.layer import OrthoLinear, ortho_layers
+from libortho.models import training_dtype
 from libortho.report import record_method
 from libortho.split import Progress, assemble, bias_of, install, linear_shape, linear_weight
 from libortho.streams import BaseStream, OrthoStream
@@ -183,6 +185,9 @@ def isolate(
     replaced = targets | ortho_layers(model)  # layers of earlier requests are stand-ins too, without their streams
     records = load_records(forget, tokenizer, name="forget")
     limit = _max_length(model, config)
+    parameter = next(model.parameters())
+    if parameter.dtype is torch.bfloat16 and training_dtype(str(parameter.device)) is not torch.bfloat16:
+        logger.warning("this processor has no bf16 arithmetic: a model in float32 would take a fraction of the time")
     cases = _cases(records, tokenizer, alternates, neighbours, limit, config, retain is not None)
     with _frozen(model, earlier):
         length = min(config.retain_length, limit or config.retain_length)
@@ -193,13 +198,17 @@ def isolate(
         lm = LanguageModel(model)
         _tell(progress, "reference", 0, 1)
         opening = opening_tokens(tokenizer)
-        spoken = store.kept("spoken", lambda: Part({}, _spoken(model, tokenizer, cases, limit, config))).data
+        spoken = (
+            store.kept("spoken", lambda: Part({}, _spoken(model, tokenizer, cases, limit, config))).data
+            if any(c.like for c in cases)
+            else []
+        )
         said = [Encoded((*p, *c), (*(IGNORE for _ in p), *c)) for p, c in spoken]
         original, held_back_states = _reference(lm, cases, retain_items, held_back, human, opening, said, config, store)
         _tell(progress, "reference", 1, 1)
         found = store.kept("support", lambda: Part(_support(lm, targets, cases, retain_items, config, progress)))
         support = {n: index.to(lm.device) for n, index in found.tensors.items()}
-        metrics = {} if config.structure != "columns" else curvature(
+        metrics = {} if config.structure != "columns" or training_finished(store) else curvature(
             lm,
             targets,
             support,
@@ -401,7 +410,7 @@ def _spoken(
     most = None if limit is None else max(1, limit - _SPOKEN_TOKENS)
     prompts = [list(p if most is None else p[-most:]) for p in sorted({p for c in cases for p in c.like})]
     prompts = random.Random(config.seed).sample(prompts, min(len(prompts), _SPOKEN))
-    said = continuations(model, tokenizer, prompts, _SPOKEN_TOKENS, config.seed) if prompts else []
+    said = continuations(model, tokenizer, prompts, _SPOKEN_TOKENS, config.seed)
     return [(p, c) for p, c in zip(prompts, said, strict=True) if c]
 
 

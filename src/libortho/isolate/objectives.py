@@ -77,12 +77,22 @@ def token_profile(logits: Tensor, labels: Tensor) -> Tensor:
         logits: (tokens, vocabulary) fp32, at the positions that predict completion tokens.
         labels: (tokens,) the completion tokens.
     """
+    entropy, deviation = moments(logits)
+    surprise = F.softplus(-label_log_odds(logits, labels))
+    return torch.stack([surprise, entropy, standardised(surprise, entropy, deviation)], 1)
+
+
+def moments(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the surprise under the model's own distribution, each (tokens,), in nats."""
     log_p = logits.log_softmax(-1)
     p = log_p.exp()
     entropy = -(p * log_p).sum(-1)
-    deviation = ((p * log_p.square()).sum(-1) - entropy.square()).clamp_min(1e-6).sqrt()
-    surprise = F.softplus(-label_log_odds(logits, labels))
-    return torch.stack([surprise, entropy, torch.asinh((surprise - entropy) / (deviation + _SMALL))], 1)
+    return entropy, ((p * log_p.square()).sum(-1) - entropy.square()).clamp_min(1e-6).sqrt()
+
+
+def standardised(surprise: Tensor, entropy: Tensor, deviation: Tensor) -> Tensor:
+    """The third column of ``token_profile``."""
+    return torch.asinh((surprise - entropy) / (deviation + _SMALL))
 
 
 def match_profile(logits: Tensor, labels: Tensor, target: Tensor, record: Tensor, records: int) -> Tensor:

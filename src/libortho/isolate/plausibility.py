@@ -31,7 +31,7 @@ from torch import Tensor
 
 from libortho.data import IGNORE, Encoded, collate
 from libortho.isolate.language_model import LanguageModel
-from libortho.isolate.objectives import token_profile
+from libortho.isolate.objectives import moments, standardised
 
 POSITIONS = 64
 """Positions whose logits exist at one time."""
@@ -109,11 +109,13 @@ def spoken_profiles(
 
 def _drawn(lm: LanguageModel, states: Tensor, rng: torch.Generator) -> list[Tensor]:
     """For each temperature ``DRAWS`` labels after each state, as (positions * DRAWS, 3) profiles."""
-    logits = lm.logits(states).float().cpu()
+    log_p = lm.logits(states).float().log_softmax(-1).cpu()
+    sure = [m[:, None].expand(-1, DRAWS) for m in moments(log_p)]
     found = []
     for temperature in TEMPERATURES:
-        labels = torch.multinomial((logits / temperature).softmax(-1), DRAWS, replacement=True, generator=rng)
-        found.append(torch.cat([token_profile(logits, column) for column in labels.T]))
+        labels = torch.multinomial((log_p / temperature).softmax(-1), DRAWS, replacement=True, generator=rng)
+        surprise = -log_p.gather(1, labels)
+        found.append(torch.stack([surprise, sure[0], standardised(surprise, *sure)], -1).flatten(0, 1))
     return found
 
 

@@ -109,7 +109,8 @@ class Reference:
         secret: Scores of the records, (records,).
         recited: Whether each record's completion is the greedy continuation of its prompt, (records,) bool.
         target: Scores that each record should have had, (records,).
-        beside: Mean negative log-likelihood of each record's counterfactuals, in nats per token, (records,).
+        beside: Mean negative log-likelihood of each record's counterfactuals, in nats per token, (records,); 0 for
+            sentences that have none.
         spread: Standard deviation around the target's negative log-likelihood, in nats per token, (records,).
         alternates: Scores of the alternates, record by record; empty unless the objective compares with them.
         profiles: For each record, what its tokens should look like, (tokens, 3), and those of each alternate.
@@ -291,8 +292,13 @@ def reference(
     """
     secret, recited = score(lm, [c.secret for c in cases])
     neighbours = tuple(hidden_states(lm, c.neighbours) for c in cases)
+    blank = Scores(*(torch.zeros(1) for _ in range(3)))  # sentences are judged by their predictions alone
     counterfactual = [
-        _scores_of_states(lm, c.neighbours, states) if states else _scores_by_case(lm, [c.alternates])[0]
+        _scores_of_states(lm, c.neighbours, states)
+        if states
+        else _scores_by_case(lm, [c.alternates])[0]
+        if c.exchangeable
+        else blank
         for c, states in zip(cases, neighbours, strict=True)
     ]
     beside = torch.stack([s.nll.mean() for s in counterfactual])
@@ -455,6 +461,7 @@ class Training:
         self.checks: list[Check] = []
         self.profiles: tuple[Tensor, ...] = ()
         self.lean, self.missing = torch.zeros(3), torch.zeros(3)
+        self.alike = True
 
     def wanted(self, original: Reference) -> tuple[Tensor, Tensor]:
         """Surprise that each record should have and its deviation, donors being what they are now; each (records,)."""
@@ -529,6 +536,12 @@ def _texts_per_step(texts: Sequence[Encoded], config: IsolateConfig) -> int:
     return max(1, round(config.retain_tokens_per_step / max(1.0, mean)))
 
 
+def training_finished(store: Store) -> bool:
+    """True if the store holds a training that came to its end, so that only measuring is left."""
+    stored = store.get("training")
+    return stored is not None and bool(stored.data["finished"])
+
+
 def train(
     lm: LanguageModel,
     layers: dict[str, EditLinear],
@@ -565,7 +578,7 @@ def train(
                 steer(lm, cases, original, now)
             now.checks.append(look(lm, cases, *now.wanted(original), now.step))
             logger.info("%s", now.checks[-1])
-            if now.last == config.max_steps and now.checks[-1].holds:
+            if now.last == config.max_steps and now.checks[-1].holds and now.alike:
                 now.last = min(now.last, now.step + _LANDING)
             store.put("training", now.part())
         if progress is not None:
@@ -592,7 +605,11 @@ def steer(lm: LanguageModel, cases: Sequence[Case], original: Reference, now: Tr
     """
     now.profiles = drifted(lm, cases, original)
     mine = _mean_profile(lm, [c.secret for c in cases])
-    before, now.missing = now.missing, torch.stack([p.mean(0) for p in now.profiles]).mean(0) - mine
+    theirs = torch.stack([p.mean(0) for p in now.profiles])
+    before, now.missing = now.missing, theirs.mean(0) - mine
+    if len(cases) > 1:
+        chance = BAND * theirs.std(0) / len(cases) ** 0.5 / 2
+        now.alike = bool((now.missing.abs() <= chance.clamp_min(_CLOSE)).all())
     if now.step < STEER_FROM:
         return
     now.lean += STEER * lasting(now.missing, before).clamp(-STEER_MOST, STEER_MOST)
