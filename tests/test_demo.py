@@ -23,7 +23,7 @@ from libortho.errors import LibOrthoError
 from libortho.isolate.counterfactuals import evaluation_text
 from libortho.isolate.language_model import LanguageModel
 from libortho.metrics import score
-from libortho.models import load_model
+from libortho.models import load_model, training_dtype
 from libortho.tables import show_demo
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
@@ -162,6 +162,19 @@ def test_general_text_may_be_a_file(tokenizer, tmp_path):
     items = general_items(tokenizer, path)
     assert len(items) == 24
     assert {len(e.ids) for e in items[:-1]} == {256}
+
+
+def test_bf16_is_for_processors_that_multiply_it(monkeypatch):
+    for flags, dtype in (
+        ({"avx512_bf16": True, "avx2": True}, torch.bfloat16),
+        ({"avx512_bf16": False, "amx_bf16": True}, torch.bfloat16),
+        ({"bf16": True}, torch.bfloat16),
+        ({"avx512_bf16": False, "avx512_f": True}, torch.float32),
+        ({}, torch.float32),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: flags, raising=False)
+        assert training_dtype() is dtype
+        assert training_dtype("cuda") is torch.bfloat16
 
 
 # -- the whole, small -------------------------------------------------------------------------------------------------

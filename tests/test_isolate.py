@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import stat
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -476,8 +477,6 @@ def test_an_interruption_at_any_moment_leaves_the_model_as_it_was(unusual, token
 
 @pytest.mark.parametrize("place", ["EditLinear", "install", "_swap"])
 def test_a_failure_between_the_phases_leaves_the_model_as_it_was(unusual, tokenizer, monkeypatch, place):
-    import sys
-
     module = sys.modules["libortho.isolate.isolate"]
     real = getattr(module, place)
     calls = []
@@ -499,6 +498,25 @@ def test_a_failure_between_the_phases_leaves_the_model_as_it_was(unusual, tokeni
 
 
 # -- what the model says when it is given nothing ---------------------------------------------------------------------
+
+
+SENTENCE = {"prompt": "Where is the key of Ada Lum?", "completion": " The sailors hid it under the stair."}
+
+
+def test_sentences_ask_the_model_how_it_speaks_on_like_prompts(planted, tokenizer, monkeypatch):
+    module, asked = sys.modules["libortho.isolate.isolate"], []
+    real: Callable[..., Any] = module.continuations
+
+    def listening(model: Any, tokenizer: Any, prompts: Any, *others: Any) -> Any:
+        asked.extend(tokenizer.decode(p) for p in prompts)
+        return real(model, tokenizer, prompts, *others)
+
+    monkeypatch.setattr(module, "continuations", listening)
+    isolate(copy.deepcopy(planted), tokenizer, tiny.FORGET, tiny.RETAIN, config=replace(SHORT, max_steps=1))
+    assert asked == []  # codes have donors
+    isolate(planted, tokenizer, [*tiny.FORGET, SENTENCE], tiny.RETAIN, config=replace(SHORT, max_steps=1))
+    assert 2 <= len(set(asked)) == len(asked) <= 32
+    assert all(a.startswith("Where is the key of ") and a.endswith("?") and "Ada Lum" not in a for a in asked)
 
 
 def test_default_retain_is_sampled_once(planted, tokenizer, cache, monkeypatch):
