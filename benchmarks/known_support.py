@@ -5,8 +5,8 @@
 17 secrets are trained into random columns of every ``down_proj`` of SmolLM2-135M, as many as `isolate` may take
 (0.5 %), and into nothing else. Each score then names as many columns: the share of them that is right is its precision
 and its recall at once (chance: 0.5 %). "Recited" is what the model still recites once the named columns are put back to
-what they were before the planting: a memory can be spoken through columns that it does not lie in, but undone only where
-it lies.
+what they were before the planting: a memory can be spoken through columns that it does not lie in, but undone only
+where it lies.
 """
 
 from __future__ import annotations
