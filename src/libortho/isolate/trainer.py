@@ -68,6 +68,8 @@ LEAST_SURPRISE = 0.01
 STEER_FROM, STEER, STEER_MOST, STEER_AHEAD = 15, 0.3, 0.4, 2.0
 """Step from which targets are corrected, share of the difference that a correction is, most that counts of it, and
 for how many looks the training is trusted to go on as it goes."""
+QUANTILES = (0.125, 0.375, 0.625, 0.875)
+"""Of the tokens of a record, at which it is compared with its donors and corrected: the middles of its quarters."""
 BAND = 1.645
 """Half-width of the 5-95 % band, in standard deviations of a normal distribution."""
 FAR = 2.0
@@ -460,8 +462,7 @@ class Training:
         self.finished = False
         self.checks: list[Check] = []
         self.profiles: tuple[Tensor, ...] = ()
-        self.lean, self.missing = torch.zeros(3), torch.zeros(3)
-        self.alike = True
+        self.lean, self.missing = torch.zeros(len(QUANTILES), 3), torch.zeros(len(QUANTILES), 3)
 
     def wanted(self, original: Reference) -> tuple[Tensor, Tensor]:
         """Surprise that each record should have and its deviation, donors being what they are now; each (records,)."""
@@ -565,7 +566,7 @@ def train(
     now = Training(list(edited.values()), len(cases), retain, config, metric)
     stored = store.get("training")
     if stored is None:
-        now.checks.append(look(lm, cases, original.target.nll, original.spread, 0))
+        now.checks.append(judge(original.secret.nll, original.recited, original.target.nll, original.spread, 0))
     else:
         now.take_up(stored)
     torch.set_flush_denormal(True)
@@ -574,11 +575,12 @@ def train(
         rate = min(1.0, now.step / _WARM_UP, (_STEADY / now.step) ** 0.5, (now.last - now.step + 1) / _LANDING)
         step(lm, layers, cases, retain, original, config, now, rate)
         if now.step % config.check_every == 0 or now.step == now.last:
+            seen = examine(lm, [c.secret for c in cases])
             if config.objective == "profile":
-                steer(lm, cases, original, now)
-            now.checks.append(look(lm, cases, *now.wanted(original), now.step))
+                steer(lm, cases, original, now, seen.quantiles.mean(0))
+            now.checks.append(judge(seen.surprise, seen.greedy, *now.wanted(original), now.step))
             logger.info("%s", now.checks[-1])
-            if now.last == config.max_steps and now.checks[-1].holds and now.alike:
+            if now.last == config.max_steps and now.checks[-1].holds:
                 now.last = min(now.last, now.step + _LANDING)
             store.put("training", now.part())
         if progress is not None:
@@ -589,31 +591,32 @@ def train(
             calibrate(lm, layers, cases, original, _profile_distances if matched else _distances)
             if matched:
                 now.profiles = drifted(lm, cases, original)
-            now.checks.append(look(lm, cases, *now.wanted(original), now.step))
+            seen = examine(lm, [c.secret for c in cases])
+            now.checks.append(judge(seen.surprise, seen.greedy, *now.wanted(original), now.step))
         now.finished = True
         store.put("training", now.part())
     return now.checks
 
 
 @torch.no_grad()
-def steer(lm: LanguageModel, cases: Sequence[Case], original: Reference, now: Training) -> None:
+def steer(lm: LanguageModel, cases: Sequence[Case], original: Reference, now: Training, mine: Tensor) -> None:
     """Correct the targets by what is left of the difference between the records and their donors (dual ascent).
 
     Records, their alternates and their neighbours pull at the same values, and where they balance the records are still
     a little too likely. Donors are read as they are now: a membership test compares under the edited model. What the
     training is about to make up for by itself is left to it; a correction for that would have to be taken back.
+
+    Each quantile of a record's tokens is corrected on its own: what many small errors leave, when their mean is right,
+    is that some tokens are too sure and others too far off, which Min-K % looks at.
+
+    ``mine`` are the records' mean quantiles, (quantiles, 3).
     """
     now.profiles = drifted(lm, cases, original)
-    mine = _mean_profile(lm, [c.secret for c in cases])
-    theirs = torch.stack([p.mean(0) for p in now.profiles])
-    before, now.missing = now.missing, theirs.mean(0) - mine
-    if len(cases) > 1:
-        chance = BAND * theirs.std(0) / len(cases) ** 0.5 / 2
-        now.alike = bool((now.missing.abs() <= chance.clamp_min(_CLOSE)).all())
+    before, now.missing = now.missing, torch.stack([quantiles(p) for p in now.profiles]).mean(0) - mine
     if now.step < STEER_FROM:
         return
     now.lean += STEER * lasting(now.missing, before).clamp(-STEER_MOST, STEER_MOST)
-    logger.debug("records lack %s", [round(x, 2) for x in now.missing.tolist()])
+    logger.debug("records lack %s", [[round(x, 2) for x in row] for row in now.missing.tolist()])
 
 
 def lasting(missing: Tensor, before: Tensor) -> Tensor:
@@ -626,17 +629,47 @@ def lasting(missing: Tensor, before: Tensor) -> Tensor:
     return torch.where(ahead * missing > 0, ahead, 0.0)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """Completions under the model as it is.
+
+    Attributes:
+        surprise: Mean negative log-likelihood, (records,), in nats per token.
+        quantiles: Of each column of ``token_profile`` over the tokens, (records, quantiles, 3).
+        greedy: Whether each is the greedy continuation of its prompt, (records,) bool.
+    """
+
+    surprise: Tensor
+    quantiles: Tensor
+    greedy: Tensor
+
+
 @torch.no_grad()
-def _mean_profile(lm: LanguageModel, items: Sequence[Encoded]) -> Tensor:
-    """Mean over completions of the mean over their tokens of ``token_profile``, (3,)."""
-    total = torch.zeros(3)
+def examine(lm: LanguageModel, items: Sequence[Encoded]) -> Seen:
+    """All that a look at the records needs, in one pass."""
+    surprise, found = torch.zeros(len(items)), torch.zeros(len(items), len(QUANTILES), 3)
+    greedy = torch.zeros(len(items), dtype=torch.bool)
     order = sorted(range(len(items)), key=lambda i: len(items[i].ids))
     for rows in _by_tokens(order, items, SCORING_TOKENS):
         batch = collate([items[i] for i in rows]).to(lm.device)
         logits, labels, owner = _judged(lm, lm.hidden(batch), batch)
-        share = 1 / torch.bincount(owner, minlength=len(rows)).float()[owner]
-        total += (token_profile(logits, labels) * share[:, None]).sum(0).cpu()
-    return total / len(items)
+        profile, right = token_profile(logits, labels).cpu(), (logits.argmax(-1) == labels).cpu()
+        for row, i in enumerate(rows):
+            mine = owner.cpu() == row
+            surprise[i], greedy[i] = profile[mine, 0].mean(), right[mine].all()
+            found[i] = quantiles(profile[mine])
+    return Seen(surprise, found, greedy)
+
+
+def quantiles(profile: Tensor) -> Tensor:
+    """``QUANTILES`` of each column of a profile (tokens, 3), as (quantiles, 3)."""
+    return profile.quantile(torch.tensor(QUANTILES), dim=0)
+
+
+def corrected(profile: Tensor, lean: Tensor) -> Tensor:
+    """A profile (tokens, 3), each value moved by the correction of the nearest quantile; ``lean`` is (quantiles, 3)."""
+    rank = (profile.argsort(0).argsort(0) + 0.5) / len(profile)
+    return profile + lean.gather(0, (rank * len(lean)).long())
 
 
 def step(
@@ -745,10 +778,9 @@ def outcomes(lm: LanguageModel, cases: Sequence[Case], original: Reference) -> t
     return tuple(found)
 
 
-def look(lm: LanguageModel, cases: Sequence[Case], wanted: Tensor, spread: Tensor, step: int) -> Check:
-    """Measure the criteria on the records, which should have the surprise ``wanted`` with this spread."""
-    secret, greedy = score(lm, [c.secret for c in cases])
-    gap = secret.nll - wanted
+def judge(surprise: Tensor, greedy: Tensor, wanted: Tensor, spread: Tensor, step: int) -> Check:
+    """The criteria on records with this surprise, which should have the surprise ``wanted`` with this spread."""
+    gap = surprise - wanted
     logger.debug("gap by record %s", [round(g, 1) for g in gap.tolist()])
     distance = gap.abs() / (BAND * spread)
     extracted, outside, far = int(greedy.sum()), int((distance > 1).sum()), int((distance > FAR).sum())
@@ -861,7 +893,7 @@ def _profile_loss(
     now: Training,
 ) -> Tensor:
     """Distance of each record from its profile, and of its completion on a neighbour's prompt or of an alternate."""
-    own = [original.profiles[i][0] + now.lean for i in chosen]
+    own = [corrected(original.profiles[i][0], now.lean) for i in chosen]
     items, wanted = [cases[i].secret for i in chosen], list(own)
     for slot, i in enumerate(chosen):
         case = cases[i]
