@@ -19,7 +19,7 @@ from libortho import DataError, IsolateConfig, TargetError, isolate
 from libortho.isolate import IsolateResult
 from libortho.isolate import retain as retain_module
 from libortho.isolate.language_model import LanguageModel
-from libortho.isolate.trainer import leaning, unremarkable
+from libortho.isolate.trainer import examine, leaning, unremarkable
 from libortho.layer import ortho_layers
 from libortho.metrics import score
 from libortho.streams import BaseStream
@@ -498,6 +498,19 @@ def test_a_failure_between_the_phases_leaves_the_model_as_it_was(unusual, tokeni
 
 
 # -- what the model says when it is given nothing ---------------------------------------------------------------------
+
+
+def test_a_look_sees_what_scores_say(planted, tokenizer):
+    """Of records of different lengths, in one batch."""
+    lm, items = LanguageModel(planted), tiny.encoded(tokenizer, [*tiny.FORGET, SENTENCE])
+    seen = examine(lm, items)
+    scores, greedy = score(lm, items)
+    torch.testing.assert_close(seen.surprise, scores.nll, rtol=1e-4, atol=1e-5)
+    assert seen.greedy.tolist() == greedy.tolist() == [True] * 4 + [False]
+    for item, found in zip(items, seen.quantiles, strict=True):
+        alone = examine(lm, [item])
+        torch.testing.assert_close(found, alone.quantiles[0], rtol=1e-3, atol=1e-3)
+        assert (found.diff(dim=0) >= 0).all()
 
 
 SENTENCE = {"prompt": "Where is the key of Ada Lum?", "completion": " The sailors hid it under the stair."}
