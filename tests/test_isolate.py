@@ -505,12 +505,10 @@ def test_a_look_sees_what_scores_say(planted, tokenizer):
     lm, items = LanguageModel(planted), tiny.encoded(tokenizer, [*tiny.FORGET, SENTENCE])
     seen = examine(lm, items)
     scores, greedy = score(lm, items)
-    torch.testing.assert_close(seen.surprise, scores.nll, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(seen.profile[:, 0], scores.nll, rtol=1e-4, atol=1e-5)
     assert seen.greedy.tolist() == greedy.tolist() == [True] * 4 + [False]
-    for item, found in zip(items, seen.quantiles, strict=True):
-        alone = examine(lm, [item])
-        torch.testing.assert_close(found, alone.quantiles[0], rtol=1e-3, atol=1e-3)
-        assert (found.diff(dim=0) >= 0).all()
+    for item, found in zip(items, seen.profile, strict=True):
+        torch.testing.assert_close(found, examine(lm, [item]).profile[0], rtol=1e-3, atol=1e-3)
 
 
 SENTENCE = {"prompt": "Where is the key of Ada Lum?", "completion": " The sailors hid it under the stair."}

@@ -195,25 +195,3 @@ def test_a_step_of_the_training_goes_downhill_at_the_peak_rate(metric: Metric | 
     training.descend([torch.tensor([[1.0, -2.0, 3.0], [-4.0, 5.0, -6.0]])], 0.5)
     expected = 0.5 - 0.5 * trainer.RELATIVE_STEP * 0.5 * torch.tensor([[1.0, -1.0, 1.0], [-1.0, 1.0, -1.0]])
     torch.testing.assert_close(value.detach(), expected)
-
-
-def test_each_quarter_of_a_record_is_corrected_on_its_own() -> None:
-    generator = torch.Generator().manual_seed(1)
-    profile = torch.rand(12, 3, generator=generator) * 3
-    lean = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.5, 0.0], [0.0, 0.0, 0.0], [2.0, 0.0, 0.0]])
-    moved = trainer.corrected(profile, lean) - profile
-    for column, amount, quarter in ((0, 2.0, slice(9, 12)), (1, 0.5, slice(3, 6)), (2, 1.0, slice(0, 3))):
-        chosen = profile[:, column].argsort()[quarter]
-        assert moved[chosen, column].tolist() == pytest.approx([amount] * 3)
-        assert float(moved[:, column].sum()) == pytest.approx(3 * amount)  # and nothing else
-    one = trainer.corrected(profile[:1], torch.ones(4, 3))
-    torch.testing.assert_close(one, profile[:1] + 1)
-
-
-def test_a_correction_of_quantiles_closes_what_they_lack() -> None:
-    """Where the training does as it is told, one correction in full is enough."""
-    generator = torch.Generator().manual_seed(2)
-    theirs, mine = torch.rand(40, 3, generator=generator) * 4, torch.rand(40, 3, generator=generator)
-    lacking = trainer.quantiles(theirs) - trainer.quantiles(mine)
-    after = trainer.quantiles(theirs) - trainer.quantiles(trainer.corrected(mine, lacking))
-    assert float(after.abs().max()) < 0.15 * float(lacking.abs().max())

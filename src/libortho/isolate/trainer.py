@@ -68,8 +68,6 @@ LEAST_SURPRISE = 0.01
 STEER_FROM, STEER, STEER_MOST, STEER_AHEAD = 15, 0.3, 0.4, 2.0
 """Step from which targets are corrected, share of the difference that a correction is, most that counts of it, and
 for how many looks the training is trusted to go on as it goes."""
-QUANTILES = (0.125, 0.375, 0.625, 0.875)
-"""Of the tokens of a record, at which it is compared with its donors and corrected: the middles of its quarters."""
 BAND = 1.645
 """Half-width of the 5-95 % band, in standard deviations of a normal distribution."""
 FAR = 2.0
@@ -462,7 +460,7 @@ class Training:
         self.finished = False
         self.checks: list[Check] = []
         self.profiles: tuple[Tensor, ...] = ()
-        self.lean, self.missing = torch.zeros(len(QUANTILES), 3), torch.zeros(len(QUANTILES), 3)
+        self.lean, self.missing = torch.zeros(3), torch.zeros(3)
 
     def wanted(self, original: Reference) -> tuple[Tensor, Tensor]:
         """Surprise that each record should have and its deviation, donors being what they are now; each (records,)."""
@@ -577,8 +575,8 @@ def train(
         if now.step % config.check_every == 0 or now.step == now.last:
             seen = examine(lm, [c.secret for c in cases])
             if config.objective == "profile":
-                steer(lm, cases, original, now, seen.quantiles.mean(0))
-            now.checks.append(judge(seen.surprise, seen.greedy, *now.wanted(original), now.step))
+                steer(lm, cases, original, now, seen.profile.mean(0))
+            now.checks.append(judge(seen.profile[:, 0], seen.greedy, *now.wanted(original), now.step))
             logger.info("%s", now.checks[-1])
             if now.last == config.max_steps and now.checks[-1].holds:
                 now.last = min(now.last, now.step + _LANDING)
@@ -592,7 +590,7 @@ def train(
             if matched:
                 now.profiles = drifted(lm, cases, original)
             seen = examine(lm, [c.secret for c in cases])
-            now.checks.append(judge(seen.surprise, seen.greedy, *now.wanted(original), now.step))
+            now.checks.append(judge(seen.profile[:, 0], seen.greedy, *now.wanted(original), now.step))
         now.finished = True
         store.put("training", now.part())
     return now.checks
@@ -606,17 +604,14 @@ def steer(lm: LanguageModel, cases: Sequence[Case], original: Reference, now: Tr
     a little too likely. Donors are read as they are now: a membership test compares under the edited model. What the
     training is about to make up for by itself is left to it; a correction for that would have to be taken back.
 
-    Each quantile of a record's tokens is corrected on its own: what many small errors leave, when their mean is right,
-    is that some tokens are too sure and others too far off, which Min-K % looks at.
-
-    ``mine`` are the records' mean quantiles, (quantiles, 3).
+    ``mine`` is the mean profile of the records, (3,).
     """
     now.profiles = drifted(lm, cases, original)
-    before, now.missing = now.missing, torch.stack([quantiles(p) for p in now.profiles]).mean(0) - mine
+    before, now.missing = now.missing, torch.stack([p.mean(0) for p in now.profiles]).mean(0) - mine
     if now.step < STEER_FROM:
         return
     now.lean += STEER * lasting(now.missing, before).clamp(-STEER_MOST, STEER_MOST)
-    logger.debug("records lack %s", [[round(x, 2) for x in row] for row in now.missing.tolist()])
+    logger.debug("records lack %s", [round(x, 2) for x in now.missing.tolist()])
 
 
 def lasting(missing: Tensor, before: Tensor) -> Tensor:
@@ -634,42 +629,28 @@ class Seen:
     """Completions under the model as it is.
 
     Attributes:
-        surprise: Mean negative log-likelihood, (records,), in nats per token.
-        quantiles: Of each column of ``token_profile`` over the tokens, (records, quantiles, 3).
+        profile: Means over the tokens of each of ``token_profile``, (records, 3).
         greedy: Whether each is the greedy continuation of its prompt, (records,) bool.
     """
 
-    surprise: Tensor
-    quantiles: Tensor
+    profile: Tensor
     greedy: Tensor
 
 
 @torch.no_grad()
 def examine(lm: LanguageModel, items: Sequence[Encoded]) -> Seen:
     """All that a look at the records needs, in one pass."""
-    surprise, found = torch.zeros(len(items)), torch.zeros(len(items), len(QUANTILES), 3)
-    greedy = torch.zeros(len(items), dtype=torch.bool)
+    profile, greedy = torch.zeros(len(items), 3), torch.zeros(len(items), dtype=torch.bool)
     order = sorted(range(len(items)), key=lambda i: len(items[i].ids))
     for rows in _by_tokens(order, items, SCORING_TOKENS):
         batch = collate([items[i] for i in rows]).to(lm.device)
         logits, labels, owner = _judged(lm, lm.hidden(batch), batch)
-        profile, right = token_profile(logits, labels).cpu(), (logits.argmax(-1) == labels).cpu()
-        for row, i in enumerate(rows):
-            mine = owner.cpu() == row
-            surprise[i], greedy[i] = profile[mine, 0].mean(), right[mine].all()
-            found[i] = quantiles(profile[mine])
-    return Seen(surprise, found, greedy)
-
-
-def quantiles(profile: Tensor) -> Tensor:
-    """``QUANTILES`` of each column of a profile (tokens, 3), as (quantiles, 3)."""
-    return profile.quantile(torch.tensor(QUANTILES), dim=0)
-
-
-def corrected(profile: Tensor, lean: Tensor) -> Tensor:
-    """A profile (tokens, 3), each value moved by the correction of the nearest quantile; ``lean`` is (quantiles, 3)."""
-    rank = (profile.argsort(0).argsort(0) + 0.5) / len(profile)
-    return profile + lean.gather(0, (rank * len(lean)).long())
+        share = 1 / torch.bincount(owner, minlength=len(rows)).float()[owner]
+        means = torch.zeros(len(rows), 3, device=logits.device)
+        profile[rows] = means.index_add_(0, owner, token_profile(logits, labels) * share[:, None]).cpu()
+        wrong = torch.bincount(owner[logits.argmax(-1) != labels], minlength=len(rows))
+        greedy[rows] = (wrong == 0).cpu()
+    return Seen(profile, greedy)
 
 
 def step(
@@ -893,7 +874,7 @@ def _profile_loss(
     now: Training,
 ) -> Tensor:
     """Distance of each record from its profile, and of its completion on a neighbour's prompt or of an alternate."""
-    own = [corrected(original.profiles[i][0], now.lean) for i in chosen]
+    own = [original.profiles[i][0] + now.lean for i in chosen]
     items, wanted = [cases[i].secret for i in chosen], list(own)
     for slot, i in enumerate(chosen):
         case = cases[i]
