@@ -187,7 +187,7 @@ def test_the_whole_demonstration_measures_prints_and_keeps(planted_directory, mo
     report = run(
         model=str(planted_directory),
         dtype=torch.float32,
-        config=IsolateConfig(max_steps=2, retain_length=32, retain_budget=1e-9),
+        config=IsolateConfig(max_steps=2, learning_rate=1.0, retain_length=32, retain_budget=1e-9),
         out=tmp_path / "kept",
         tell=lambda phase, done, total: phases.append(phase),
     )
