@@ -584,6 +584,14 @@ def test_shipped_text_that_repeats_a_secret_is_dropped(planted, tokenizer):
     assert not any(tokenizer.decode(e.ids) in paragraph for e in cleaned)
 
 
+@pytest.mark.parametrize("fast", [torch.float32, torch.bfloat16])
+def test_emulated_bf16_is_warned_of(planted, tokenizer, monkeypatch, caplog, fast):
+    monkeypatch.setattr(sys.modules["libortho.isolate.isolate"], "training_dtype", lambda device: fast)
+    with caplog.at_level(logging.WARNING, logger="libortho.isolate.isolate"):
+        isolate(planted.bfloat16(), tokenizer, tiny.FORGET, tiny.RETAIN, config=replace(SHORT, max_steps=1))
+    assert ("no bf16 arithmetic" in caplog.text) == (fast is torch.float32)
+
+
 def test_long_records_warn_by_number(planted, tokenizer, caplog):
     with caplog.at_level(logging.WARNING):
         config = replace(SHORT, max_length=21)
