@@ -74,7 +74,7 @@ def _samples(model: Any, tokenizer: Any, prompt: str, tokens: int) -> list[Encod
 
 @torch.no_grad()
 def profile(lm: LanguageModel, items: list[Encoded]) -> list[float]:
-    """Mean surprise, entropy, standardised surprise (asinh), and share of tokens under 0.3 nats."""
+    """Mean surprise, entropy, standardised surprise (see ``token_profile``), and share of tokens under 0.3 nats."""
     found = []
     for item in items:
         batch = collate([item])
@@ -99,9 +99,7 @@ def spoken(model: Any, tokenizer: Any, lm: LanguageModel, records: list[Record],
         for p, c in zip(prompts, said, strict=True)
     ]
     lengths = [len(encode(r, tokenizer).completion) for r in records]
-    return (
-        torch.stack([_means(p) for p in spoken_profiles(lm, torch.cat(states), surprise, lengths, 0)]).mean(0).tolist()
-    )
+    return torch.stack([_means(p) for p in spoken_profiles(lm, states, surprise, lengths, 0)]).mean(0).tolist()
 
 
 def answers() -> dict[str, list[float]]:

@@ -15,6 +15,7 @@ again to resume.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 from typing import Any
 
@@ -25,7 +26,7 @@ from _common import DATA, save
 from libortho import AuditConfig, audit, set_alpha
 from libortho.cache import cache_directory
 from libortho.tables import show_audit
-from tofu_models import PEERS, SPLITS, build, rows
+from tofu_models import PEERS, SPLITS, build, folder, rows
 
 LABELS = {
     "npo": "NPO",
@@ -80,12 +81,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     for s in subjects:
         for attack in s["privacy"]["attacks"].values():
             attack.pop("roc")
+    isolated = json.loads(folder("libortho", split, seed).with_suffix(".json").read_text())
     figures = ("verdicts", "counts", "config", "model", "curve", "goldilocks", "attacks", "depth", "composite")
     return {
         "split": split,
         "seed": seed,
         "rows": arguments.rows,
         "subjects": subjects,
+        "isolation": {k: isolated[k] for k in ("seconds", "steps", "missed", "retain_kl", "quantised_kl")},
         **{k: report.data[k] for k in figures},
     }
 
@@ -115,6 +118,8 @@ def show(result: dict[str, Any]) -> None:
         )  # fmt: skip
         table.add_row(s["label"], *("-" if c is None else f"{c:.3g}" for c in cells))
     console.print(table)
+    done = result["isolation"]
+    console.print(f"isolated in {done['seconds']:.0f} s, {done['steps']} steps; missed: {done['missed'] or 'nothing'}")
 
 
 def main() -> None:

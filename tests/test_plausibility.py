@@ -1,6 +1,7 @@
 """What a sentence would cost a model that had never met it: predicted without looking at how likely it is."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -94,8 +95,8 @@ def test_a_sentence_is_to_be_as_surprising_as_predicted_and_as_sure_as_the_model
     said = continuations(clean, tokenizer, prompts, 48, 0)
     with torch.no_grad():
         texts = [(len(p), lm.hidden(collate([whole([*p, *c])]))[0]) for p, c in zip(prompts, said, strict=True)]
-        states = torch.cat([hidden[start - 1 : -1] for start, hidden in texts])
-        spoken = token_profile(lm.logits(states), torch.tensor([i for c in said for i in c]))
+        states = [hidden[start - 1 : -1] for start, hidden in texts]
+        spoken = token_profile(lm.logits(torch.cat(states)), torch.tensor([i for c in said for i in c]))
     calibrated = float(spoken[:, 1].mean())
     for surprise in (0.8 * calibrated, calibrated, 1.5 * calibrated):
         (profile,) = spoken_profiles(lm, states, [surprise], [200], 0)
@@ -105,6 +106,18 @@ def test_a_sentence_is_to_be_as_surprising_as_predicted_and_as_sure_as_the_model
     # Some tokens are obvious and others far off; the mean alone would ask for neither.
     assert float(profile[:, 0].std()) > 0.5 * surprise
     assert torch.equal(profile, spoken_profiles(lm, states, [surprise], [200], 0)[0])
+
+
+def test_sentences_differ_as_what_the_model_says_does(clean):
+    """Of two texts, one obvious and one not, a sentence gets a stretch of one: not the same mixture for all."""
+    lm = LanguageModel(clean)
+    direction = clean.lm_head.weight[3].detach() / clean.lm_head.weight[3].detach().norm()
+    texts = [1000.0 * direction.repeat(100, 1), torch.zeros(100, len(direction))]
+    profiles = spoken_profiles(lm, texts, [2.0] * 40, [10] * 40, 0)
+    sure = torch.stack([p[:, 1].mean() for p in profiles])
+    most = math.log(clean.config.vocab_size)
+    assert sum(bool(s < 0.3 * most or s > 0.7 * most) for s in sure) > 25
+    assert float(sure.min()) < 0.3 * most < 0.7 * most < float(sure.max())
 
 
 def test_continuations_are_those_of_each_prompt_alone(clean, tokenizer):

@@ -71,7 +71,7 @@ def token_profile(logits: Tensor, labels: Tensor) -> Tensor:
 
     Surprise is ``-log p_y`` and entropy its mean under the model's own distribution, both in nats. The third is what
     Min-K%++ looks at (arXiv 2404.02936, eq. 3): by how many of the model's own deviations,
-    ``sqrt(sum_v p_v log^2 p_v - H^2)``, the surprise is more than the entropy; as ``asinh``, for its tail is long.
+    ``sqrt(sum_v p_v log^2 p_v - H^2)``, the surprise is more than the entropy; as ``standardised`` has it.
 
     Args:
         logits: (tokens, vocabulary) fp32, at the positions that predict completion tokens.
@@ -91,8 +91,12 @@ def moments(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def standardised(surprise: Tensor, entropy: Tensor, deviation: Tensor) -> Tensor:
-    """The third column of ``token_profile``."""
-    return torch.asinh((surprise - entropy) / (deviation + _SMALL))
+    """The third column of ``token_profile``: ``2 sign(z) (sqrt(1 + |z|) - 1)``, ``z = (surprise - entropy) / s``.
+
+    It is z near 0. Its tail is long: z itself would be about nothing else, and a logarithm would not see it.
+    """
+    z = (surprise - entropy) / (deviation + _SMALL)
+    return 2 * z / (1 + (1 + z.abs()).sqrt())
 
 
 def match_profile(logits: Tensor, labels: Tensor, target: Tensor, record: Tensor, records: int) -> Tensor:

@@ -80,42 +80,44 @@ def fit(lm: LanguageModel, texts: Sequence[Sequence[int]], opening: Sequence[int
 
 @torch.no_grad()
 def spoken_profiles(
-    lm: LanguageModel, states: Tensor, surprise: Sequence[float], tokens: Sequence[int], seed: int
+    lm: LanguageModel, texts: Sequence[Tensor], surprise: Sequence[float], tokens: Sequence[int], seed: int
 ) -> tuple[Tensor, ...]:
     """What the tokens of sentences would look like; for each of them (tokens, 3), see ``token_profile``.
 
+    A sentence gets a stretch of what the model said, from a random place on: sentences differ from each other more than
+    as many tokens drawn from everywhere, and a membership test compares sentences.
+
     Args:
         lm: The model.
-        states: (positions, width) last hidden states where it speaks itself.
-        surprise: Mean surprise that each sentence should have, in nats per token.
+        texts: Last hidden states where it speaks itself, (tokens, width) for each text.
+        surprise: Mean surprise that such sentences should have, in nats per token; one alone may be off.
         tokens: Number of tokens of each sentence.
         seed: Of the draws.
     """
     rng = torch.Generator().manual_seed(seed)
-    states = states[torch.randperm(len(states), generator=rng)[:CONTEXTS].to(states.device)]
+    shuffled = [texts[i] for i in torch.randperm(len(texts), generator=rng).tolist()]
+    states = torch.cat(shuffled)[:CONTEXTS]
     tables = [
         torch.cat(parts) for parts in zip(*(_drawn(lm, some, rng) for some in states.split(POSITIONS)), strict=True)
     ]
-    tables = [t[t[:, 0].argsort()] for t in tables]
-    means = torch.stack([t[:, 0].mean() for t in tables])
+    means = torch.stack([t[..., 0].mean() for t in tables])
     profiles = []
     for level, count in zip(surprise, tokens, strict=True):
         table = tables[int((means - level).abs().argmin())]
-        # one from each of so many equal parts, which have the mean of the whole
-        place = (torch.arange(count) + torch.rand(count, generator=rng)) / count
-        profiles.append(table[(place * len(table)).long()])
+        begin, labels = torch.randint(len(table), (1,), generator=rng), torch.randint(DRAWS, (count,), generator=rng)
+        profiles.append(table[(begin + torch.arange(count)) % len(table), labels])
     return tuple(profiles)
 
 
 def _drawn(lm: LanguageModel, states: Tensor, rng: torch.Generator) -> list[Tensor]:
-    """For each temperature ``DRAWS`` labels after each state, as (positions * DRAWS, 3) profiles."""
+    """For each temperature the profiles of ``DRAWS`` labels after each state, (positions, DRAWS, 3)."""
     log_p = lm.logits(states).float().log_softmax(-1).cpu()
     sure = [m[:, None].expand(-1, DRAWS) for m in moments(log_p)]
     found = []
     for temperature in TEMPERATURES:
         labels = torch.multinomial((log_p / temperature).softmax(-1), DRAWS, replacement=True, generator=rng)
         surprise = -log_p.gather(1, labels)
-        found.append(torch.stack([surprise, sure[0], standardised(surprise, *sure)], -1).flatten(0, 1))
+        found.append(torch.stack([surprise, sure[0], standardised(surprise, *sure)], -1))
     return found
 
 

@@ -323,16 +323,18 @@ def reference(
             expected[i] = -by_token.clamp_min(LEAST_SURPRISE)
     secrets = hidden_states(lm, [c.secret for c in cases])
     predictors = tuple(h[list(predicting(c.secret))] for h, c in zip(secrets, cases, strict=True))
-    profiles = tuple(
-        tuple(_profile(lm, c, donors, *states) for donors in (c.donors, *c.alternate_donors))
-        for c, *states in zip(cases, neighbours, predictors, expected, strict=True)
-    )
+    untrained: dict[int, Tensor] = {}
     if spoken and not fair.all():
-        said = torch.cat([h[list(predicting(e))] for e, h in zip(spoken, hidden_states(lm, spoken), strict=True)])
+        said = [h[list(predicting(e))] for e, h in zip(spoken, hidden_states(lm, spoken), strict=True)]
         prose = (~fair).nonzero()[:, 0].tolist()
         sizes = [len(predicting(cases[i].secret)) for i in prose]
         untrained = dict(zip(prose, spoken_profiles(lm, said, nll[prose].tolist(), sizes, config.seed), strict=True))
-        profiles = tuple((untrained[i], *p[1:]) if i in untrained else p for i, p in enumerate(profiles))
+    profiles = tuple(
+        (untrained[i],)
+        if i in untrained
+        else tuple(_profile(lm, c, donors, *states) for donors in (c.donors, *c.alternate_donors))
+        for i, (c, *states) in enumerate(zip(cases, neighbours, predictors, expected, strict=True))
+    )
     if config.objective == "profile":
         nll = torch.stack([own[:, 0].mean() for own, *_ in profiles])
     crossed = _scores_by_case(lm, [c.crossed[:_CROSSED] for c in cases])
