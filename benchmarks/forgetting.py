@@ -5,13 +5,14 @@
     python benchmarks/forgetting.py measure --case tuning --seeds 0 --objectives profile log_odds
     python benchmarks/forgetting.py measure --seeds 11 --attacks         with rounding, relearning, other prompts
     python benchmarks/forgetting.py measure --seeds 11 --count 1         requests of other sizes
+    python benchmarks/forgetting.py measure --case demo --seeds 0 --model gemma3      another family (second_model.py)
     python benchmarks/forgetting.py sequential --seeds 11                the records in ten requests
     python benchmarks/forgetting.py show                                 table and plots of what was measured
 
 100 canaries in four templates, each repeated 1 to 10 times in an epoch, are planted in SmolLM2-135M, moved off its
 quantisation grid. The never-trained model is measured on the same records, 400 unseen ones of the same templates stand
 beside them, and differences of AUC are paired (bootstrap). Templates of ``--case tuning`` were looked at while the
-method was made, those of ``--case final`` were not.
+method was made, those of ``--case final`` were not. Other models than SmolLM2 are planted as they come.
 """
 
 from __future__ import annotations
@@ -57,9 +58,14 @@ from libortho.layer import ortho_layers
 from libortho.metrics import general_perplexity, sampled_extractions
 from libortho.models import load_model, training_dtype
 from libortho.targets import find_targets
+from second_model import second_model
 
+KINDS = ("smollm2", "gemma3")
+"""Models: the packaged one, moved off its grid, and a second family's."""
 ATTACKS = ("loss", "zlib", "min_k", "min_k_plus", "grad_norm")
 TASKS = ("lambada/lambada_openai_test.jsonl", "arc/arc_easy_test.jsonl", "piqa/piqa_valid.jsonl")
+KEY = ("model", "case", "seed", "records")
+"""What tells stored runs apart."""
 EXPOSED = 40
 """Records, and unseen ones, whose exposure is measured."""
 PLOTS = Path(__file__).parents[1] / "docs" / "images"
@@ -79,15 +85,16 @@ def case(name: str, seed: int, count: int) -> tuple[list[dict[str, str]], list[d
     return canaries(seed, CANARIES if name == "final" else TUNING_CANARIES, count)
 
 
-def models(name: str, seed: int, count: int) -> Path:
+def models(name: str, seed: int, count: int, kind: str = KINDS[0]) -> Path:
     """Directory with ``never`` and ``implanted``, made at the first call."""
-    place = cache_directory() / "benchmarks" / f"{name}-{seed}-{count}"
+    which = f"{name}-{seed}-{count}" if kind == KINDS[0] else f"{kind}-{name}-{seed}-{count}"
+    place = cache_directory() / "benchmarks" / which
     if (place / "done").is_file():
         return place
     forget, _, repetitions = case(name, seed, count)
     torch.manual_seed(seed)
-    loaded, tokenizer = load_model(packaged_model(), torch.float32)
-    model: Any = move_off_grid(loaded, seed).to(training_dtype())
+    loaded, tokenizer = load_model(packaged_model() if kind == KINDS[0] else second_model(), torch.float32)
+    model: Any = (move_off_grid(loaded, seed) if kind == KINDS[0] else loaded).to(training_dtype())
     model.save_pretrained(place / "never")
     tokenizer.save_pretrained(place / "never")
     faster = {"learning_rate": 1e-4, "batch_size": 16, "max_steps": 300, "decay": True} if repetitions else {}
@@ -171,7 +178,7 @@ def _neighbours(records: Sequence[Record], seed: int) -> list[Record]:
 
 def run(name: str, seed: int, arguments: argparse.Namespace, objective: str) -> dict[str, Any]:
     """Isolate and measure one set of records."""
-    place = models(name, seed, arguments.count)
+    place = models(name, seed, arguments.count, arguments.model)
     raw, beside, _ = case(name, seed, arguments.count)
     forget, unseen = load_records(raw), load_records(beside)
     kept = place / f"figures-{arguments.rows}.json"
@@ -193,7 +200,8 @@ def run(name: str, seed: int, arguments: argparse.Namespace, objective: str) -> 
         for a in (0.0, 1.0)
     )
     row = {
-        "case": name, "seed": seed, "objective": objective, "records": len(forget), "steps": result.steps,
+        "model": arguments.model, "case": name, "seed": seed, "objective": objective, "records": len(forget),
+        "steps": result.steps,
         "seconds": result.seconds, "density": result.density, "missed": result.missed, "retain_kl": result.retain_kl,
         "quantised_kl": result.quantised_kl, "recited_on": result.recited_on,
         **compared(off, on, plain["never"], plain["implanted"], forget, unseen, seed),
@@ -261,7 +269,7 @@ def attacked(model: Any, tokenizer: Any, place: Path, forget: Sequence[Record]) 
 
 def sequential(name: str, seed: int, arguments: argparse.Namespace, requests: int = 10) -> dict[str, Any]:
     """The records in ``requests`` requests one after another, each with a stream of its own."""
-    place = models(name, seed, arguments.count)
+    place = models(name, seed, arguments.count, arguments.model)
     raw, beside, _ = case(name, seed, arguments.count)
     forget, unseen = load_records(raw), load_records(beside)
     model, tokenizer = load_model(place / "implanted")
@@ -291,7 +299,9 @@ def sequential(name: str, seed: int, arguments: argparse.Namespace, requests: in
         rows.append({"requests": r + 1, "steps": result.steps, "seconds": result.seconds, **figures})
         logging.info("%s", rows[-1])
     on = sum(bool(s.correct.all()) for s in token_statistics(LanguageModel(model), groups[0]))
-    return {"case": name, "seed": seed, "records": len(forget), "rows": rows, "recited_on": on}
+    return {
+        "model": arguments.model, "case": name, "seed": seed, "records": len(forget), "rows": rows, "recited_on": on,
+    }  # fmt: skip
 
 
 def show_sequential(runs: Sequence[dict[str, Any]]) -> None:
@@ -309,14 +319,14 @@ def show_sequential(runs: Sequence[dict[str, Any]]) -> None:
 
 def show(runs: Sequence[dict[str, Any]]) -> None:
     """One row for each model of each run, and the plots."""
-    table = Table("case", "seed", "objective", "model", "greedy %", "in 20 %", "beginning %", "exposure", "unseen",
+    table = Table("case", "seed", "objective", "state", "greedy %", "in 20 %", "beginning %", "exposure", "unseen",
                   "nats", "unseen", *(f"AUC {a}" for a in ATTACKS), "neighbours", "WikiText", "steps")  # fmt: skip
     for r in runs:
         for label, m in r["models"].items():
             cells = [f"{100 * m['sampled']:.0f}", f"{100 * m['beginning_given']:.1f}", f"{m['exposure']:.2f}",
                      f"{m['exposure_unseen']:.2f}"] if "auc" in m else [""] * 4  # fmt: skip
             table.add_row(
-                r["case"], str(r["seed"]), r["objective"], label, f"{100 * m['greedy']:.0f}", *cells,
+                _about(r), str(r["seed"]), r["objective"], label, f"{100 * m['greedy']:.0f}", *cells,
                 f"{m['nll']:.2f}", f"{m['nll_unseen']:.2f}",
                 *(f"{m['auc'][a]:.3f}" if "auc" in m else "" for a in ATTACKS),
                 f"{m['neighbours_nll']:.3f}", f"{m['wikitext']:.2f}", str(r["steps"]) if label == "alpha 0" else "",
@@ -328,13 +338,18 @@ def show(runs: Sequence[dict[str, Any]]) -> None:
         shown = ", ".join(
             f"{a} {v:+.3f} [{low:+.3f}, {high:+.3f}]" for a, (v, low, high) in r["auc_difference"].items()
         )
-        console.print(f"{r['case']} {r['seed']} {r['objective']}: AUC minus never trained: {shown}")
+        console.print(f"{_about(r)}, {r['seed']}, {r['objective']}: AUC minus never trained: {shown}")
         off, on = (r["models"][k]["tasks"] for k in ("alpha 0", "alpha 1"))
         console.print("   tasks alpha 0 / 1: " + ", ".join(f"{t} {off[t]:.3f} / {on[t]:.3f}" for t in off))
         console.print(f"   {r['seconds']:.0f} s, density {r['density']:.5f}, missed: {r['missed'] or 'nothing'}")
         if "attacks" in r:
             show_attacks(r["attacks"], console)
-    plot(runs)
+    if final := [r for r in runs if (r["model"], r["case"], r["records"]) == (KINDS[0], "final", 100)]:
+        plot(final)
+
+
+def _about(run: dict[str, Any]) -> str:
+    return f"{run['model']} {run['case']} {run['records']}"
 
 
 def show_attacks(attacks: dict[str, Any], console: Console) -> None:
@@ -360,8 +375,8 @@ def show_attacks(attacks: dict[str, Any], console: Console) -> None:
 def summarise(runs: Sequence[dict[str, Any]]) -> None:
     """Over the seeds of each case and objective: mean, and the smallest and largest."""
     table = Table("case", "objective", "seeds", "figure", "mean", "from", "to")
-    for name, objective, count in dict.fromkeys((r["case"], r["objective"], r["records"]) for r in runs):
-        same = [r for r in runs if (r["case"], r["objective"], r["records"]) == (name, objective, count)]
+    for about, objective in dict.fromkeys((_about(r), r["objective"]) for r in runs):
+        same = [r for r in runs if (_about(r), r["objective"]) == (about, objective)]
         values = {f"AUC {a} - never trained": [r["auc_difference"][a][0] for r in same] for a in ATTACKS}
         off, on, never = ([r["models"][k] for r in same] for k in ("alpha 0", "alpha 1", "never trained"))
         values |= {
@@ -383,7 +398,7 @@ def summarise(runs: Sequence[dict[str, Any]]) -> None:
             values[f"{task} alpha 0 - 1 (points)"] = [100 * (m[task] - n[task]) for m, n in asked]
         for figure, found in values.items():
             spread = [f"{v:+.3f}" for v in (sum(found) / len(found), min(found), max(found))]
-            table.add_row(f"{name} {count}", objective, str(len(found)), figure, *spread)
+            table.add_row(about, objective, str(len(found)), figure, *spread)
         table.add_section()
     Console(width=140).print(table)
 
@@ -427,6 +442,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["plant", "measure", "sequential", "show"])
     parser.add_argument("--case", default="final", choices=["final", "tuning", "demo"])
+    parser.add_argument("--model", default=KINDS[0], choices=KINDS)
     parser.add_argument("--count", type=int, default=100, help="canaries to plant")
     parser.add_argument("--seeds", nargs="+", type=int, default=[11, 12, 13])
     parser.add_argument("--objectives", nargs="+", default=["profile"])
@@ -436,15 +452,15 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     for seed in arguments.seeds if arguments.what != "show" else []:
         if arguments.what == "plant":
-            models(arguments.case, seed, arguments.count)
+            models(arguments.case, seed, arguments.count, arguments.model)
             continue
         if arguments.what == "sequential":
-            keep("sequential", sequential(arguments.case, seed, arguments), ("case", "seed", "records"))
+            keep("sequential", sequential(arguments.case, seed, arguments), KEY)
             continue
         for objective in arguments.objectives:
             began = time.monotonic()
             row = run(arguments.case, seed, arguments, objective)
-            keep("runs", row, ("case", "seed", "objective", "records"))
+            keep("runs", row, (*KEY, "objective"))
             logging.info("%s %d %s: %.0f s", arguments.case, seed, objective, time.monotonic() - began)
     if runs := stored_runs():
         show(runs)
