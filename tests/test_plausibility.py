@@ -118,6 +118,7 @@ def test_sentences_differ_as_what_the_model_says_does(clean):
     most = math.log(clean.config.vocab_size)
     assert sum(bool(s < 0.3 * most or s > 0.7 * most) for s in sure) > 25
     assert float(sure.min()) < 0.3 * most < 0.7 * most < float(sure.max())
+    assert float(sure.mean()) == pytest.approx(0.5 * most, rel=0.02)  # and all together have what all texts have
 
 
 def test_continuations_are_those_of_each_prompt_alone(clean, tokenizer):

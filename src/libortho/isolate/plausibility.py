@@ -84,8 +84,9 @@ def spoken_profiles(
 ) -> tuple[Tensor, ...]:
     """What the tokens of sentences would look like; for each of them (tokens, 3), see ``token_profile``.
 
-    A sentence gets a stretch of what the model said, from a random place on: sentences differ from each other more than
-    as many tokens drawn from everywhere, and a membership test compares sentences.
+    A sentence gets a stretch of what the model said: sentences differ from each other more than as many tokens drawn
+    from everywhere, and a membership test compares sentences. The stretches of all begin at equal distances, in random
+    order, so that the mean over many is that of everything said.
 
     Args:
         lm: The model.
@@ -102,9 +103,11 @@ def spoken_profiles(
     ]
     means = torch.stack([t[..., 0].mean() for t in tables])
     profiles = []
-    for level, count in zip(surprise, tokens, strict=True):
+    order = torch.randperm(len(tokens), generator=rng) + torch.rand(1, generator=rng)
+    begins = (order * len(states) / len(tokens)).long()
+    for level, count, begin in zip(surprise, tokens, begins, strict=True):
         table = tables[int((means - level).abs().argmin())]
-        begin, labels = torch.randint(len(table), (1,), generator=rng), torch.randint(DRAWS, (count,), generator=rng)
+        labels = torch.randint(DRAWS, (count,), generator=rng)
         profiles.append(table[(begin + torch.arange(count)) % len(table), labels])
     return tuple(profiles)
 
