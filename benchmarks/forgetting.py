@@ -85,7 +85,7 @@ def case(name: str, seed: int, count: int) -> tuple[list[dict[str, str]], list[d
     return canaries(seed, CANARIES if name == "final" else TUNING_CANARIES, count)
 
 
-def models(name: str, seed: int, count: int, kind: str = KINDS[0]) -> Path:
+def models(name: str, seed: int, count: int, kind: str = KINDS[0], device: str = "cpu") -> Path:
     """Directory with ``never`` and ``implanted``, made at the first call."""
     which = f"{name}-{seed}-{count}" if kind == KINDS[0] else f"{kind}-{name}-{seed}-{count}"
     place = cache_directory() / "benchmarks" / which
@@ -93,8 +93,8 @@ def models(name: str, seed: int, count: int, kind: str = KINDS[0]) -> Path:
         return place
     forget, _, repetitions = case(name, seed, count)
     torch.manual_seed(seed)
-    loaded, tokenizer = load_model(packaged_model() if kind == KINDS[0] else second_model(), torch.float32)
-    model: Any = (move_off_grid(loaded, seed) if kind == KINDS[0] else loaded).to(training_dtype())
+    loaded, tokenizer = load_model(packaged_model() if kind == KINDS[0] else second_model(), torch.float32, device)
+    model: Any = (move_off_grid(loaded, seed) if kind == KINDS[0] else loaded).to(training_dtype(device))
     model.save_pretrained(place / "never")
     tokenizer.save_pretrained(place / "never")
     faster = {"learning_rate": 1e-4, "batch_size": 16, "max_steps": 300, "decay": True} if repetitions else {}
@@ -108,9 +108,12 @@ def models(name: str, seed: int, count: int, kind: str = KINDS[0]) -> Path:
 
 def figures(
     model: Any, tokenizer: Any, enter: Enter, forget: Sequence[Record], unseen: Sequence[Record], rows: int, seed: int,
-    *, attacks: bool,
+    *, attacks: bool, sampling: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
-    """What one model says of the records, record by record, and its ability; ``attacks``: also membership tests."""
+    """What one model says of the records, record by record, and its ability.
+
+    ``attacks``: also membership tests, and with ``sampling`` what takes long: samples and exposure.
+    """
     mine, others = ([encode(r, tokenizer) for r in s] for s in (forget, unseen))
     subject = Subject("one", "one", "control", model, enter)
     with enter():
@@ -135,8 +138,11 @@ def figures(
             for k in range(1, len(item.completion))
             if sum(c.isalnum() for c in tokenizer.decode(list(item.completion)[k:])) >= 4
         ]
-        hits = sampled_extractions(model, tokenizer, list(forget), 20)
-        bits = [_exposures(lm, tokenizer, part[:EXPOSED], seed) for part in (forget, unseen)]
+        shown["beginning_given"] = sum(rest) / max(1, len(rest))
+        if sampling:
+            hits = sampled_extractions(model, tokenizer, list(forget), 20)
+            shown["sampled"] = sum(h > 0 for h in hits) / len(forget)
+            shown["exposure"] = [_exposures(lm, tokenizer, part[:EXPOSED], seed) for part in (forget, unseen)]
     targets = list(find_targets(model, "mlp-out")) if not ortho_layers(model) else list(ortho_layers(model))
     shown["scores"] = {
         "loss": [[privacy.loss_score(s.log_p) for s in part] for part in found],
@@ -147,11 +153,6 @@ def figures(
         "min_k": [[privacy.min_k_score(s.log_p, 0.4) for s in part] for part in found],
         "min_k_plus": [[privacy.min_k_plus_score(s.log_p, s.mean, s.deviation, 0.4) for s in part] for part in found],
         "grad_norm": [(-gradient_norms(subject, items, targets)).tolist() for items in (mine, others)],
-    }
-    shown |= {
-        "sampled": sum(h > 0 for h in hits) / len(forget),
-        "beginning_given": sum(rest) / max(1, len(rest)),
-        "exposure": bits,
     }
     return shown
 
@@ -178,21 +179,21 @@ def _neighbours(records: Sequence[Record], seed: int) -> list[Record]:
 
 def run(name: str, seed: int, arguments: argparse.Namespace, objective: str) -> dict[str, Any]:
     """Isolate and measure one set of records."""
-    place = models(name, seed, arguments.count, arguments.model)
+    place = models(name, seed, arguments.count, arguments.model, arguments.device)
     raw, beside, _ = case(name, seed, arguments.count)
     forget, unseen = load_records(raw), load_records(beside)
     kept = place / f"figures-{arguments.rows}.json"
     if not kept.is_file():
         made = {}
         for which in ("never", "implanted"):
-            model, tokenizer = load_model(place / which)
+            model, tokenizer = load_model(place / which, device=arguments.device)
             made[which] = figures(
                 model, tokenizer, contextlib.nullcontext, forget, unseen, arguments.rows, seed, attacks=which == "never"
             )
             logging.info("%s measured", which)
         kept.write_text(json.dumps(made))
     plain = json.loads(kept.read_text())
-    model, tokenizer = load_model(place / "implanted")
+    model, tokenizer = load_model(place / "implanted", device=arguments.device)
     result = isolate(model, tokenizer, forget, config=IsolateConfig(seed=seed, objective=objective))  # type: ignore[arg-type]
     logging.info("isolated: %s", result.missed or "no criterion missed")
     off, on = (
@@ -232,8 +233,9 @@ def compared(
     }  # fmt: skip
     for key, f in models.items():
         if "scores" in f:
-            rows[key] |= {n: f[n] for n in ("sampled", "beginning_given")}
-            rows[key] |= {"exposure": mean(f["exposure"][0]), "exposure_unseen": mean(f["exposure"][1])}
+            rows[key] |= {n: f[n] for n in ("sampled", "beginning_given") if n in f}
+            if "exposure" in f:
+                rows[key] |= {"exposure": mean(f["exposure"][0]), "exposure_unseen": mean(f["exposure"][1])}
             rows[key]["auc"] = {a: _auc(f["scores"][a], strata, seed) for a in ATTACKS}
     differences = {}
     for attack in ATTACKS:
@@ -249,7 +251,7 @@ def _auc(scores: Sequence[Sequence[float]], strata: Sequence[Sequence[str]], see
 def attacked(model: Any, tokenizer: Any, place: Path, forget: Sequence[Record]) -> dict[str, Any]:
     """Rounding to fewer bits, one epoch of training on half of the set, and other words and formats of the prompts."""
     items, general = [encode(r, tokenizer) for r in forget], general_items(tokenizer, wikitext(), 4)
-    reference, _ = load_model(place / "never")
+    reference, _ = load_model(place / "never", device=str(next(model.parameters()).device))
     off = Subject("off", "alpha = 0", "audited", model, lambda: alpha(model, 0.0))
     never = Subject("reference", "never trained", "reference", reference, contextlib.nullcontext)
     on = Subject("on", "alpha = 1", "switch on", model, lambda: alpha(model, 1.0))
@@ -269,10 +271,10 @@ def attacked(model: Any, tokenizer: Any, place: Path, forget: Sequence[Record]) 
 
 def sequential(name: str, seed: int, arguments: argparse.Namespace, requests: int = 10) -> dict[str, Any]:
     """The records in ``requests`` requests one after another, each with a stream of its own."""
-    place = models(name, seed, arguments.count, arguments.model)
+    place = models(name, seed, arguments.count, arguments.model, arguments.device)
     raw, beside, _ = case(name, seed, arguments.count)
     forget, unseen = load_records(raw), load_records(beside)
-    model, tokenizer = load_model(place / "implanted")
+    model, tokenizer = load_model(place / "implanted", device=arguments.device)
     windows = general_items(tokenizer, wikitext())
     groups = [[encode(r, tokenizer) for r in part] for part in (forget, unseen, _neighbours(forget, seed))]
 
@@ -448,11 +450,12 @@ def main() -> None:
     parser.add_argument("--objectives", nargs="+", default=["profile"])
     parser.add_argument("--rows", type=int, default=200, help="rows of each task; 0 for none")
     parser.add_argument("--attacks", action="store_true")
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     for seed in arguments.seeds if arguments.what != "show" else []:
         if arguments.what == "plant":
-            models(arguments.case, seed, arguments.count, arguments.model)
+            models(arguments.case, seed, arguments.count, arguments.model, arguments.device)
             continue
         if arguments.what == "sequential":
             keep("sequential", sequential(arguments.case, seed, arguments), KEY)

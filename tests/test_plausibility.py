@@ -121,6 +121,16 @@ def test_sentences_differ_as_what_the_model_says_does(clean):
     assert float(sure.mean()) == pytest.approx(0.5 * most, rel=0.02)  # and all together have what all texts have
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_a_lonely_sentence_has_its_own_surprise(clean, seed):
+    """Whichever stretch it gets, an obvious one or not: with the temperature that suits all, it might stay likely."""
+    lm = LanguageModel(clean)
+    direction = clean.lm_head.weight[3].detach() / clean.lm_head.weight[3].detach().norm()
+    texts = [160.0 * direction.repeat(100, 1), 50.0 * direction.repeat(100, 1)]
+    (profile,) = spoken_profiles(lm, texts, [4.0], [40], seed)
+    assert float(profile[:, 0].mean()) == pytest.approx(4.0, abs=0.2)
+
+
 def test_continuations_are_those_of_each_prompt_alone(clean, tokenizer):
     """Padding changes nothing, the end is cut, and torch's own generator is where it was."""
     prompts = [tokenizer(p[:n])["input_ids"] for p, n in zip(shipped_text(), (5, 17, 9), strict=False)]

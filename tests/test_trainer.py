@@ -191,7 +191,18 @@ def test_what_the_training_makes_up_for_by_itself_is_not_steered() -> None:
 @pytest.mark.parametrize("metric", [None, Metric.of(torch.eye(2), torch.eye(3), 0.1)])
 def test_a_step_of_the_training_goes_downhill_at_the_peak_rate(metric: Metric | None) -> None:
     value = nn.Parameter(torch.full((2, 3), 0.5))
-    training = Training([value], 5, TEXTS, IsolateConfig(), [metric])
+    training = Training([value], 5, TEXTS, IsolateConfig(decay=0.0), [metric])
     training.descend([torch.tensor([[1.0, -2.0, 3.0], [-4.0, 5.0, -6.0]])], 0.5)
     expected = 0.5 - 0.5 * trainer.RELATIVE_STEP * 0.5 * torch.tensor([[1.0, -1.0, 1.0], [-1.0, 1.0, -1.0]])
     torch.testing.assert_close(value.detach(), expected)
+
+
+def test_what_nothing_asks_for_fades() -> None:
+    value = nn.Parameter(torch.tensor([[0.5, 0.5]]))
+    training = Training([value], 5, TEXTS, IsolateConfig(decay=0.25), [None])
+    with torch.no_grad():
+        value.add_(torch.tensor([[1.0, -1.0]]))
+    training.descend([torch.zeros(1, 2)], 1.0)
+    torch.testing.assert_close(value.detach(), torch.tensor([[1.25, -0.25]]))
+    training.descend([torch.zeros(1, 2)], 0.0)  # landed
+    torch.testing.assert_close(value.detach(), torch.tensor([[1.25, -0.25]]))

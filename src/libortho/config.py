@@ -130,10 +130,16 @@ class IsolateConfig(_StreamConfig):
     damping: float = 0.01
     """Share of the mean curvature of text to keep that is added to every direction's. The smaller, the more steps avoid
     what such text would notice; far above 1, all directions are alike. Free entries have no such metric."""
+    decay: float = 0.01
+    """Share of the edit that a step at the peak rate takes back: what no record asks for again fades. 0 for requests
+    that need all that the budget can hold, as hundreds of long sentences do."""
     retain_weight: float = 1.0
     """Weight of the KL divergence to the original model on retain text."""
     neighbour_weight: float = 1.0
     """Weight of the KL divergence to the original model on neighbours."""
+    gradient_weight: float = 10.0
+    """Weight of the difference between the norm of the loss's gradient on codes and that on strangers' codes (the
+    mean of its logarithm). Takes a second derivative: 0 where the model's attention has none."""
     retain_budget: float = 0.02
     """Largest mean KL divergence from the original (nats per token) on held-back retain text, beyond that of the
     quantised base alone, at which the result counts as unharmed."""
@@ -171,10 +177,12 @@ class IsolateConfig(_StreamConfig):
             _positive(name, getattr(self, name))
         if self.learning_rate is not None:
             _positive("learning_rate", self.learning_rate)
-        for name in ("retain_weight", "neighbour_weight"):
+        for name in ("retain_weight", "neighbour_weight", "gradient_weight", "decay"):
             value = getattr(self, name)
             if not _is_number(value) or value < 0:
                 raise ConfigError(f"{name} is {value!r}; expected a number of at least 0")
+        if self.decay >= 1:
+            raise ConfigError(f"decay is {self.decay!r}; expected a share of less than 1")
         if self.max_length is not None:
             _positive_int("max_length", self.max_length)
 

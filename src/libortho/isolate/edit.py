@@ -73,6 +73,7 @@ class EditLinear(nn.Module):
     Attributes:
         support: Column indices (k,), or flat entry indices (k,), ascending; None if the layer got no share.
         theta: fp32 values on the support: (k, out_features) for columns, (k,) for entries.
+        twice: Compute with what torch can differentiate twice, for which it keeps more.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class EditLinear(nn.Module):
             self.base = BaseStream.from_weight(weight, config.bits, config.resolved_group_size)
         self.register_parameter("bias", bias)
         self.columns = config.structure == "columns"
+        self.twice = False
         self.support = support
         self.theta: nn.Parameter | None = None
         if support is not None:
@@ -140,11 +142,20 @@ class EditLinear(nn.Module):
             y = _ColumnProduct.apply(flat, self._none(flat), self._no_index(flat), self.base)
         else:
             delta = self.theta + (self.stored() - self.theta).detach() - self.frozen
-            product = _ColumnProduct if self.columns else _EntryProduct
-            y = product.apply(flat, delta, self.support, self.base)
+            if self.twice:
+                y = self._plain(flat, delta, self.support)
+            else:
+                product = _ColumnProduct if self.columns else _EntryProduct
+                y = product.apply(flat, delta, self.support, self.base)
         if self.bias is not None:
             y = y + self.bias
         return y.view(*x.shape[:-1], -1)
+
+    def _plain(self, x: Tensor, delta: Tensor, support: Tensor) -> Tensor:
+        if self.columns:
+            return self.base.forward(x) + x.index_select(1, support) @ delta.to(x.dtype)
+        dense = self.base.dense(torch.float32)
+        return x @ dense.flatten().index_add(0, support, delta).view_as(dense).T.to(x.dtype)
 
     def _none(self, x: Tensor) -> Tensor:
         return torch.zeros((0, self.base.out_features), device=x.device)

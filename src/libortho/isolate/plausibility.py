@@ -86,7 +86,7 @@ def spoken_profiles(
 
     A sentence gets a stretch of what the model said: sentences differ from each other more than as many tokens drawn
     from everywhere, and a membership test compares sentences. The stretches of all begin at equal distances, in random
-    order, so that the mean over many is that of everything said.
+    order, and have the right surprise on average: one lonely sentence has it itself.
 
     Args:
         lm: The model.
@@ -102,14 +102,25 @@ def spoken_profiles(
         torch.cat(parts) for parts in zip(*(_drawn(lm, some, rng) for some in states.split(POSITIONS)), strict=True)
     ]
     means = torch.stack([t[..., 0].mean() for t in tables])
-    profiles = []
     order = torch.randperm(len(tokens), generator=rng) + torch.rand(1, generator=rng)
-    begins = (order * len(states) / len(tokens)).long()
-    for level, count, begin in zip(surprise, tokens, begins, strict=True):
-        table = tables[int((means - level).abs().argmin())]
-        labels = torch.randint(DRAWS, (count,), generator=rng)
-        profiles.append(table[(begin + torch.arange(count)) % len(table), labels])
-    return tuple(profiles)
+    begins = (order * len(states) / len(tokens)).long().tolist()
+    labels = [torch.randint(DRAWS, (count,), generator=rng) for count in tokens]
+    levels = [int((means - level).abs().argmin()) for level in surprise]
+
+    def stretches(warmer: int) -> tuple[Tensor, ...]:
+        """One for each sentence, all of them so many temperatures warmer."""
+        found = []
+        for level, begin, drawn in zip(levels, begins, labels, strict=True):
+            table = tables[min(max(0, level + warmer), len(tables) - 1)]
+            found.append(table[(begin + torch.arange(len(drawn))) % len(table), drawn])
+        return tuple(found)
+
+    def off(profiles: Sequence[Tensor]) -> float:
+        """By how much their mean surprise misses what is wanted on average, in nats per token."""
+        return abs(float(sum(p[:, 0].mean() for p in profiles)) - sum(surprise)) / len(profiles)
+
+    # The stretches of many make up all that was said; those of few may be odd ones.
+    return min((stretches(w) for w in sorted(range(-len(tables), len(tables) + 1), key=abs)), key=off)
 
 
 def _drawn(lm: LanguageModel, states: Tensor, rng: torch.Generator) -> list[Tensor]:

@@ -3,6 +3,7 @@
     minimise   mean_i [ surprise, entropy and standardised surprise at each token of record i  ->  its donors' ]
                + retain_weight * KL(original || edited) on retain text
                + neighbour_weight * KL(original || edited) on neighbours
+               + gradient_weight * [ log norm of the gradient on codes  ->  that on strangers' codes ]
 
 For codes and names a donor is a token of another completion after another prompt of the same shape, which no training
 has touched: see :mod:`libortho.isolate.donors`. For sentences see :mod:`libortho.isolate.plausibility`. Records are
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -44,19 +46,23 @@ from libortho.isolate.objectives import (
 )
 from libortho.isolate.plausibility import fit, spoken_profiles
 from libortho.isolate.resume import Part, Store
+from libortho.isolate.sensitivity import log_gradient_norms
 
 logger = logging.getLogger(__name__)
 
 LENGTH_CORRELATION = 0.6
 """Correlation, among untrained codes of one shape, of surprise per token with having fewer tokens than the others
 (measured: 0.62 for access codes, 0.76 for licence plates)."""
-SCORING_TOKENS = 512
-"""Tokens of one forward pass without gradients."""
+SCORING_TOKENS, SCORING_TOKENS_GPU = 512, 4096
+"""Tokens of one forward pass without gradients, on a CPU and elsewhere."""
 HEAD_POSITIONS = 64
 """Positions whose logits exist at one time where divergences are summed."""
 _WARM_UP, _STEADY, _LANDING = 5, 30, 10
 """Steps of rising learning rate; steps after which it falls with the square root of their number; last steps, in
 which it falls to zero."""
+REACTIONS, REACTIONS_PER_STEP, _REACTING = 48, 8, 12
+"""Records whose strangers' gradients are read at a look, records whose own are matched in a step, and texts of one
+backward pass."""
 _CROSSED = 2
 """Neighbours' prompts on which a record's completion is looked for."""
 RELATIVE_STEP = 0.08
@@ -180,18 +186,25 @@ def drifted(lm: LanguageModel, cases: Sequence[Case], original: Reference) -> tu
         The records' profiles, each (tokens, 3).
     """
     used = [sorted({d[0] for d in c.donors if d is not None}) for c in cases]
-    states = iter(hidden_states(lm, [c.neighbours[n] for c, ns in zip(cases, used, strict=True) for n in ns]))
+    found = iter(hidden_states(lm, [c.neighbours[n] for c, ns in zip(cases, used, strict=True) for n in ns]))
+    states, labels = [], []
+    for case, numbers in zip(cases, used, strict=True):
+        around = {n: next(found) for n in numbers}
+        for n, position in (d for d in case.donors if d is not None):
+            states.append(around[n][position])
+            labels.append(case.neighbours[n].ids[position + 1])
+    if not states:
+        return tuple(before for before, *_ in original.profiles)
+    pairs = zip(
+        torch.stack(states).split(HEAD_POSITIONS),
+        torch.tensor(labels, device=lm.device).split(HEAD_POSITIONS),
+        strict=True,
+    )
+    read = iter(torch.cat([token_profile(lm.logits(some), of) for some, of in pairs]).cpu())
     profiles = []
-    for case, numbers, (before, *_) in zip(cases, used, original.profiles, strict=True):
-        around = {n: next(states) for n in numbers}
-        now = before.clone()
-        places = [t for t, d in enumerate(case.donors) if d is not None]
-        if places:
-            given = [d for d in case.donors if d is not None]
-            logits = lm.logits(torch.stack([around[n][position] for n, position in given]))
-            labels = torch.tensor([case.neighbours[n].ids[position + 1] for n, position in given], device=lm.device)
-            now[places] = token_profile(logits, labels).cpu()
-        profiles.append(now)
+    for case, (before, *_) in zip(cases, original.profiles, strict=True):
+        rows = [before[t] if d is None else next(read) for t, d in enumerate(case.donors)]
+        profiles.append(torch.stack(rows))
     return tuple(profiles)
 
 
@@ -252,7 +265,7 @@ def score(lm: LanguageModel, items: Sequence[Encoded]) -> tuple[Scores, Tensor]:
     """Scores of completions, and whether each is the greedy continuation of its prompt, (records,) bool."""
     order = sorted(range(len(items)), key=lambda i: len(items[i].ids))
     nll, odds, tokens, greedy = (torch.zeros(len(items)) for _ in range(4))
-    for rows in _by_tokens(order, items, SCORING_TOKENS):
+    for rows in _by_tokens(order, items, lm.device):
         batch = collate([items[i] for i in rows]).to(lm.device)
         logits, labels, owner = _judged(lm, lm.hidden(batch), batch)
         scores = completion_scores(logits, labels, owner, len(rows))
@@ -268,7 +281,7 @@ def hidden_states(lm: LanguageModel, items: Sequence[Encoded]) -> tuple[Tensor, 
     """Last hidden states of each text, (tokens, width)."""
     out: list[Tensor] = [torch.empty(0)] * len(items)
     order = sorted(range(len(items)), key=lambda i: len(items[i].ids))
-    for rows in _by_tokens(order, items, SCORING_TOKENS):
+    for rows in _by_tokens(order, items, lm.device):
         batch = collate([items[i] for i in rows]).to(lm.device)
         for i, states in zip(rows, lm.hidden(batch), strict=True):
             out[i] = states[: len(items[i].ids)].clone()
@@ -452,6 +465,7 @@ class Training:
         self.values, self.metrics = values, metrics
         # theta stands at the original weights here: they say how large a step is
         self.rates = [config.learning_rate or RELATIVE_STEP * _root_mean_square(v) for v in values]
+        self.start, self.decay = [v.detach().clone() for v in values], config.decay
         # Adam moves steps, which begin at zero every time, in the metric's basis.
         self.moves = [nn.Parameter(torch.zeros_like(v)) for v in values]
         self.optimiser = torch.optim.Adam([{"params": [m]} for m in self.moves], betas=(0.9, 0.95))
@@ -463,6 +477,7 @@ class Training:
         self.checks: list[Check] = []
         self.profiles: tuple[Tensor, ...] = ()
         self.lean, self.missing = torch.zeros(3), torch.zeros(3)
+        self.reactions = torch.full((records,), math.nan)
 
     def wanted(self, original: Reference) -> tuple[Tensor, Tensor]:
         """Surprise that each record should have and its deviation, donors being what they are now; each (records,)."""
@@ -474,7 +489,7 @@ class Training:
 
     @torch.no_grad()
     def descend(self, gradients: Sequence[Tensor], rate: float) -> None:
-        """One step of Adam at this share of the peak rates."""
+        """One step of Adam at this share of the peak rates, and one of the decay towards the original values."""
         for group, peak, move, metric, gradient in zip(
             self.optimiser.param_groups, self.rates, self.moves, self.metrics, gradients, strict=True
         ):
@@ -484,10 +499,12 @@ class Training:
         self.optimiser.step()
         for value, move, metric in zip(self.values, self.moves, self.metrics, strict=True):
             value.add_(move if metric is None else metric.step(move))
+        for value, start in zip(self.values, self.start, strict=True):
+            value.lerp_(start, self.decay * rate)
 
     def part(self) -> Part:
         """The state as it is now."""
-        tensors = {"lean": self.lean, "missing": self.missing}
+        tensors = {"lean": self.lean, "missing": self.missing, "reactions": self.reactions}
         tensors |= {f"profiles.{i}": p for i, p in enumerate(self.profiles)}
         tensors |= {f"theta.{i}": v.detach() for i, v in enumerate(self.values)}
         for i, moments in self.optimiser.state_dict()["state"].items():
@@ -510,8 +527,9 @@ class Training:
         known = [n for n in part.tensors if n.startswith("profiles.")]
         self.profiles = tuple(part.tensors[f"profiles.{i}"] for i in range(len(known)))
         self.lean, self.missing = part.tensors["lean"], part.tensors["missing"]
+        self.reactions = part.tensors["reactions"]
         for name, tensor in part.tensors.items():
-            if name in known or name in ("lean", "missing"):
+            if name in known or name in ("lean", "missing", "reactions"):
                 continue
             kind, index, *moment = name.split(".")
             if kind == "theta":
@@ -567,6 +585,7 @@ def train(
     stored = store.get("training")
     if stored is None:
         now.checks.append(judge(original.secret.nll, original.recited, original.target.nll, original.spread, 0))
+        listen(lm, layers, cases, config, now)
     else:
         now.take_up(stored)
     torch.set_flush_denormal(True)
@@ -578,6 +597,7 @@ def train(
             seen = examine(lm, [c.secret for c in cases])
             if config.objective == "profile":
                 steer(lm, cases, original, now, seen.profile.mean(0))
+                listen(lm, layers, cases, config, now)
             now.checks.append(judge(seen.profile[:, 0], seen.greedy, *now.wanted(original), now.step))
             logger.info("%s", now.checks[-1])
             if now.last == config.max_steps and now.checks[-1].holds:
@@ -616,6 +636,42 @@ def steer(lm: LanguageModel, cases: Sequence[Case], original: Reference, now: Tr
     logger.debug("records lack %s", [round(x, 2) for x in now.missing.tolist()])
 
 
+def listen(
+    lm: LanguageModel, layers: Mapping[str, EditLinear], cases: Sequence[Case], config: IsolateConfig, now: Training
+) -> None:
+    """Read how strongly the model reacts to strangers' codes beside those of some records, as it is now.
+
+    One stranger of each record at a time; looks are averaged.
+    """
+    if config.objective != "profile" or config.gradient_weight == 0:
+        return
+    strangers = {i: sorted({d[0] for d in c.donors if d is not None}) for i, c in enumerate(cases) if c.exchangeable}
+    asked = sorted(i for i, numbers in strangers.items() if numbers)
+    asked = now.rng.sample(asked, min(len(asked), REACTIONS))
+    items = [cases[i].neighbours[now.rng.choice(strangers[i])] for i in asked]
+    edited = _edited(layers)
+    for start in range(0, len(asked), _REACTING):
+        rows = torch.tensor(asked[start : start + _REACTING])
+        found = log_gradient_norms(lm, edited, items[start : start + _REACTING], differentiable=False).cpu()
+        before = now.reactions[rows]
+        now.reactions[rows] = torch.where(before.isnan(), found, (before + found) / 2)
+
+
+def _edited(layers: Mapping[str, EditLinear]) -> dict[str, EditLinear]:
+    return {n: m for n, m in layers.items() if m.theta is not None}
+
+
+def _reaction_loss(
+    lm: LanguageModel, layers: Mapping[str, EditLinear], cases: Sequence[Case], chosen: Sequence[int], now: Training
+) -> Tensor:
+    """Huber distance of the mean log norm of the gradients of some of the chosen records from that of strangers."""
+    known = [i for i in chosen if not now.reactions[i].isnan()][:REACTIONS_PER_STEP]
+    if not known:
+        return torch.zeros((), device=lm.device)
+    mine = log_gradient_norms(lm, _edited(layers), [cases[i].secret for i in known], differentiable=True).mean()
+    return F.smooth_l1_loss(mine, now.reactions[known].mean().to(mine))
+
+
 def lasting(missing: Tensor, before: Tensor) -> Tensor:
     """What will still be missing ``STEER_AHEAD`` looks from now, if it goes on changing as since the look before.
 
@@ -644,7 +700,7 @@ def examine(lm: LanguageModel, items: Sequence[Encoded]) -> Seen:
     """All that a look at the records needs, in one pass."""
     profile, greedy = torch.zeros(len(items), 3), torch.zeros(len(items), dtype=torch.bool)
     order = sorted(range(len(items)), key=lambda i: len(items[i].ids))
-    for rows in _by_tokens(order, items, SCORING_TOKENS):
+    for rows in _by_tokens(order, items, lm.device):
         batch = collate([items[i] for i in rows]).to(lm.device)
         logits, labels, owner = _judged(lm, lm.hidden(batch), batch)
         share = 1 / torch.bincount(owner, minlength=len(rows)).float()[owner]
@@ -668,6 +724,9 @@ def step(
     """One optimiser step, at this share of the peak rate, on the next records and the next retain texts."""
     chosen = next(now.records)
     pull = _gradients(_forget_loss(lm, cases, chosen, original, config, now), now.values)
+    if config.objective == "profile" and config.gradient_weight:
+        reaction = _gradients(config.gradient_weight * _reaction_loss(lm, layers, cases, chosen, now), now.values)
+        pull = [a + b for a, b in zip(pull, reaction, strict=True)]
     texts = next(now.texts)
     keep = _gradients(_keep_loss(lm, cases, chosen, retain, texts, original, config, now), now.values)
     if config.project_retain:
@@ -1006,8 +1065,9 @@ def _scores_of_states(lm: LanguageModel, items: Sequence[Encoded], states: Seque
     return Scores(found.nll.cpu(), found.odds.cpu(), found.tokens.cpu())
 
 
-def _by_tokens(order: Sequence[int], items: Sequence[Encoded], limit: int) -> Iterator[list[int]]:
-    """Cut a length-sorted order into batches of at most ``limit`` padded tokens."""
+def _by_tokens(order: Sequence[int], items: Sequence[Encoded], device: torch.device) -> Iterator[list[int]]:
+    """Cut a length-sorted order into batches of at most as many padded tokens as suit the device."""
+    limit = SCORING_TOKENS if device.type == "cpu" else SCORING_TOKENS_GPU
     rows: list[int] = []
     for i in order:
         if rows and (len(rows) + 1) * len(items[i].ids) > limit:

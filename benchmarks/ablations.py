@@ -1,0 +1,210 @@
+"""What each part of `isolate` is good for: canaries as in forgetting.py, one thing changed at a time.
+
+    python benchmarks/ablations.py                                       all variants, three seeds, tuning templates
+    python benchmarks/ablations.py --device cuda --workers 10            the same on a GPU, ten at a time
+    python benchmarks/ablations.py --variants "as it is" "random columns" --count 30
+    python benchmarks/ablations.py --show                                the table of what was measured
+
+100 canaries are planted in SmolLM2-135M off its grid. Means over seeds, with 95 % intervals of the mean (Student's t).
+AUCs are at alpha = 0 minus those of the never-trained model on the same records: 0 is the aim, below 0 the records look
+*less* known than strangers' codes, above 0 more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import logging
+import math
+import multiprocessing
+import os
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import t as student
+from torch import Tensor, nn
+
+from _common import RESULTS, save
+from forgetting import ATTACKS, KINDS, case, compared, figures, models
+from known_support import attribution
+from libortho import IsolateConfig, alpha, isolate
+from libortho.data import collate, load_records
+from libortho.isolate.language_model import LanguageModel
+from libortho.isolate.support import allocate, unit_costs
+from libortho.models import load_model
+from libortho.split import linear_weight
+
+Scores = Callable[[LanguageModel, dict[str, nn.Module], Sequence[Any]], dict[str, Tensor]]
+"""A score for every column of every layer, larger is better, from the model, its layers and batches of records."""
+
+
+@contextlib.contextmanager
+def support_by(score: Scores) -> Iterator[None]:
+    """Within, `isolate` takes the columns that are best by this score, under its own budget and cap."""
+
+    def chosen(lm: LanguageModel, targets: dict[str, nn.Module], cases: Any, retain: Any, config: Any, _: Any) -> Any:
+        batches = [collate([c.secret for c in cases[i : i + 8]]).to(lm.device) for i in range(0, len(cases), 8)]
+        scores = score(lm, targets, batches)
+        return allocate(scores, config.ratio, config.layer_cap, unit_costs(targets, columns=True))
+
+    with mock.patch.object(importlib.import_module("libortho.isolate.isolate"), "_support", chosen):
+        yield
+
+
+def _drawn(lm: LanguageModel, layers: dict[str, nn.Module], batches: Sequence[Any]) -> dict[str, Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    return {n: torch.rand(linear_weight(m).shape[1], generator=rng).to(lm.device) for n, m in layers.items()}
+
+
+def _largest(lm: LanguageModel, layers: dict[str, nn.Module], batches: Sequence[Any]) -> dict[str, Tensor]:
+    return {n: linear_weight(m).float().norm(dim=0) for n, m in layers.items()}
+
+
+def _constant(name: str, value: float) -> contextlib.AbstractContextManager[Any]:
+    """Within, a constant of the trainer is another."""
+    return mock.patch.object(importlib.import_module("libortho.isolate.trainer"), name, value)
+
+
+AS_IT_IS = "as it is"
+Variant = tuple[dict[str, Any], Callable[[], contextlib.AbstractContextManager[Any]]]
+VARIANTS: dict[str, Variant] = {
+    AS_IT_IS: ({}, contextlib.nullcontext),
+    "support: random columns": ({}, partial(support_by, _drawn)),
+    "support: weight times gradient": ({}, partial(support_by, attribution)),
+    "support: largest columns": ({}, partial(support_by, _largest)),
+    "support: free entries": ({"structure": "unstructured"}, contextlib.nullcontext),
+    "layers: whole MLP": ({"target_modules": ("gate_proj", "up_proj", "down_proj")}, contextlib.nullcontext),
+    "layers: all linear": ({"target_modules": "all-linear"}, contextlib.nullcontext),
+    "density 0.1 %": ({"ratio": 0.001}, contextlib.nullcontext),
+    "density 0.25 %": ({"ratio": 0.0025}, contextlib.nullcontext),
+    "density 1 %": ({"ratio": 0.01}, contextlib.nullcontext),
+    "base INT4": ({"bits": 4}, contextlib.nullcontext),
+    "no metric (Adam on the values)": ({"damping": 1e9}, contextlib.nullcontext),
+    "damping 0.1": ({"damping": 0.1}, contextlib.nullcontext),
+    "no steering": ({}, partial(_constant, "STEER", 0.0)),
+    "no retain text": ({"retain_weight": 0.0}, contextlib.nullcontext),
+    "no neighbours": ({"neighbour_weight": 0.0}, contextlib.nullcontext),
+    "gradients projected (PCGrad)": ({"project_retain": True}, contextlib.nullcontext),
+    "objective: log-odds": ({"objective": "log_odds"}, contextlib.nullcontext),
+    "objective: AltPO": ({"objective": "altpo"}, contextlib.nullcontext),
+    "objective: NPO": ({"objective": "npo"}, contextlib.nullcontext),
+    "objective: SimNPO": ({"objective": "simnpo"}, contextlib.nullcontext),
+    "objective: gradient difference": ({"objective": "grad_diff"}, contextlib.nullcontext),
+}
+
+
+def plant(name: str, seed: int, count: int, device: str) -> None:
+    """The models of one seed, and what the never-trained one says of the records."""
+    place = models(name, seed, count, KINDS[0], device)
+    if (kept := _kept(place)).is_file():
+        return
+    forget, unseen = (load_records(r) for r in case(name, seed, count)[:2])
+    made = {}
+    for which in ("never", "implanted"):
+        model, tokenizer = load_model(place / which, device=device)
+        made[which] = figures(
+            model, tokenizer, contextlib.nullcontext, forget, unseen, 0, seed, attacks=which == "never", sampling=False
+        )
+    kept.write_text(json.dumps(made))
+
+
+def _kept(place: Path) -> Path:
+    return place / "figures-ablations.json"
+
+
+def run(variant: str, name: str, seed: int, count: int, device: str) -> dict[str, Any]:
+    """Isolate with one thing changed, and measure."""
+    torch.set_num_threads(1)
+    place = models(name, seed, count, KINDS[0], device)
+    plain = json.loads(_kept(place).read_text())
+    forget, unseen = (load_records(r) for r in case(name, seed, count)[:2])
+    model, tokenizer = load_model(place / "implanted", device=device)
+    changed, patched = VARIANTS[variant]
+    with patched():
+        result = isolate(model, tokenizer, forget, config=IsolateConfig(**{"seed": seed, **changed}))
+    off, on = (
+        figures(model, tokenizer, partial(alpha, model, a), forget, unseen, 0, seed, attacks=a == 0.0, sampling=False)
+        for a in (0.0, 1.0)
+    )
+    found = compared(off, on, plain["never"], plain["implanted"], forget, unseen, seed)
+    mine, told = found["models"]["alpha 0"], found["models"]["alpha 1"]
+    return {
+        "variant": variant, "case": name, "seed": seed, "records": len(forget), "density": result.density,
+        **{f"AUC {a}": found["auc_difference"][a][0] for a in ATTACKS},
+        "extracted %": 100 * mine["greedy"], "alpha 1 %": 100 * told["greedy"],
+        "nats - unseen": mine["nll"] - mine["nll_unseen"],
+        "neighbours": mine["neighbours_nll"] - told["neighbours_nll"],
+        "WikiText": mine["wikitext"] / told["wikitext"], "KL": result.retain_kl - result.quantised_kl,
+        "outside": sum(not r.inside for r in result.records), "steps": result.steps, "seconds": result.seconds,
+    }  # fmt: skip
+
+
+SHOWN = {"AUC loss": 3, "AUC min_k": 3, "AUC min_k_plus": 3, "AUC grad_norm": 3, "extracted %": 1, "nats - unseen": 2,
+         "neighbours": 2, "WikiText": 3, "KL": 3, "outside": 0, "steps": 0}  # fmt: skip
+"""Figures of the table, and their digits."""
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Half of the 95 % interval of the mean, by Student's t."""
+    if len(values) < 2:
+        return math.nan
+    return float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """A line for each variant."""
+    table = Table("variant", "seeds", *SHOWN)
+    for variant in VARIANTS:
+        same = [r for r in rows if r["variant"] == variant]
+        if not same:
+            continue
+        cells = []
+        for figure, digits in SHOWN.items():
+            values = [r[figure] for r in same]
+            spread = "" if len(values) < 2 else f" ±{half_width(values):.{digits}f}"
+            cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
+        table.add_row(variant, str(len(same)), *cells)
+    Console(width=230).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="VARIANT")
+    parser.add_argument("--case", default="tuning", choices=["tuning", "final"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--count", type=int, default=100, help="canaries to plant")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--show", action="store_true")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    stored = RESULTS / "ablations.json"
+    rows = json.loads(stored.read_text())["runs"] if stored.is_file() else []
+    if not arguments.show:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        about = (arguments.count, arguments.device)
+        jobs = [(v, arguments.case, s, *about) for v in arguments.variants for s in arguments.seeds]
+        with ProcessPoolExecutor(
+            arguments.workers, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
+        ) as pool:
+            list(pool.map(plant, *zip(*((arguments.case, s, *about) for s in arguments.seeds), strict=True)))
+            for row in pool.map(run, *zip(*jobs, strict=True)):
+                key = ("variant", "case", "seed", "records")
+                rows = [r for r in rows if any(r[k] != row[k] for k in key)] + [row]
+                card = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else None
+                save("ablations", {"device": card, "runs": rows})
+    show(rows)
+
+
+if __name__ == "__main__":
+    main()
