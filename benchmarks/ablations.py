@@ -91,6 +91,8 @@ VARIANTS: dict[str, Variant] = {
     "base INT4": ({"bits": 4}, contextlib.nullcontext),
     "no metric (Adam on the values)": ({"damping": 1e9}, contextlib.nullcontext),
     "damping 0.1": ({"damping": 0.1}, contextlib.nullcontext),
+    "no decay": ({"decay": 0.0}, contextlib.nullcontext),
+    "gradient's norm not matched": ({"gradient_weight": 0.0}, contextlib.nullcontext),
     "no steering": ({}, partial(_constant, "STEER", 0.0)),
     "no retain text": ({"retain_weight": 0.0}, contextlib.nullcontext),
     "no neighbours": ({"neighbour_weight": 0.0}, contextlib.nullcontext),

@@ -163,7 +163,7 @@ class IsolateConfig(_StreamConfig):
     """Longest forget record in tokens; None takes the model's context."""
     gradient_checkpointing: bool = False
     """Run each decoder layer once more in the backward pass instead of keeping what it computed: less memory, more
-    time."""
+    time. Not where gradients are differentiated again, which takes few tokens at a time."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

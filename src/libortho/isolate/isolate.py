@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -220,7 +220,7 @@ def isolate(
         try:
             _swap(model, layers)
             quantised_kl = divergence(lm, held_back, held_back_states)
-            with _checkpointing(model) if config.gradient_checkpointing else nullcontext():
+            with _checkpointing(lm) if config.gradient_checkpointing else nullcontext():
                 checks = train(lm, layers, cases, retain_items, original, config, progress, store, metrics)
             switch = Switch()
             switch.add_stream(config.stream)
@@ -492,21 +492,29 @@ def _frozen(model: nn.Module, earlier: Switch | None) -> Iterator[None]:
 
 
 @contextmanager
-def _checkpointing(model: nn.Module) -> Iterator[None]:
+def _checkpointing(lm: LanguageModel) -> Iterator[None]:
     """Gradient checkpointing of the decoder layers, without their training flag, on which dropout may hang.
 
     Raises:
         ConfigError: if the model has no layers that transformers can checkpoint.
     """
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    layers = [m for m in lm.model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
-        raise ConfigError(f"{type(model).__name__} has no layers for gradient checkpointing; leave it off")
+        raise ConfigError(f"{type(lm.model).__name__} has no layers for gradient checkpointing; leave it off")
     own = [m.__dict__.get("forward") for m in layers]
+
+    def twice(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if lm.checkpointing:
+            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return forward(*args, **kwargs)
+
     try:
+        lm.checkpointing = True
         for layer in layers:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+            layer.forward = partial(twice, layer.forward)
         yield
     finally:
+        lm.checkpointing = False
         for layer, forward in zip(layers, own, strict=True):
             if forward is None:
                 layer.__dict__.pop("forward", None)

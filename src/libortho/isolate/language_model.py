@@ -18,12 +18,16 @@ from libortho.errors import TargetError
 class LanguageModel:
     """Hidden states and logits of a transformers causal LM.
 
+    Attributes:
+        checkpointing: Decoder layers run once more in the backward pass, where `isolate` has arranged for it.
+
     Raises:
         TargetError: if the model has no decoder and output embedding, or they do not reproduce its logits.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.checkpointing = False
         base = getattr(model, "base_model", None)
         get_head = getattr(model, "get_output_embeddings", None)
         head = get_head() if get_head is not None else None

@@ -67,9 +67,11 @@ def _read(lm: LanguageModel, layers: Mapping[str, EditLinear]) -> Iterator[dict[
     handles += [m.register_forward_hook(keep(n)) for n, m in layers.items()]
     for layer in layers.values():
         layer.twice = True
+    checkpointing, lm.checkpointing = lm.checkpointing, False  # a layer that runs again would be read again
     try:
         yield seen
     finally:
+        lm.checkpointing = checkpointing
         for layer in layers.values():
             layer.twice = False
         for handle in handles:
