@@ -137,9 +137,10 @@ class IsolateConfig(_StreamConfig):
     """Weight of the KL divergence to the original model on retain text."""
     neighbour_weight: float = 1.0
     """Weight of the KL divergence to the original model on neighbours."""
-    gradient_weight: float = 10.0
+    gradient_weight: float = 0.0
     """Weight of the difference between the norm of the loss's gradient on codes and that on strangers' codes (the
-    mean of its logarithm). Takes a second derivative: 0 where the model's attention has none."""
+    mean of its logarithm). 10 hides the records from a test that looks at gradients, for twice the time and strangers'
+    codes that move more (docs/isolation.md). Takes a second derivative, which the model's attention must have."""
     retain_budget: float = 0.02
     """Largest mean KL divergence from the original (nats per token) on held-back retain text, beyond that of the
     quantised base alone, at which the result counts as unharmed."""
