@@ -216,7 +216,7 @@ def test_gradient_checkpointing_runs_layers_twice_and_changes_nothing(request, t
         count = [0]
         layer = next(m for n, m in model.named_modules() if n.endswith("mlp"))
         layer.register_forward_pre_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
-        config = replace(SHORT, gradient_checkpointing=checkpointing)
+        config = replace(SHORT, gradient_checkpointing=checkpointing, gradient_weight=1.0)
         result = isolate(model, tokenizer, tiny.FORGET, tiny.RETAIN, config=config)
         found.append([r.after for r in result.records])
         calls.append(count[0])

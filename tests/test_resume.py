@@ -32,6 +32,7 @@ VARIANTS = {
     "sampled text": {},
     "entries": {"structure": "unstructured", "bits": 4},
     "altpo": {"objective": "altpo", "max_steps": 12},
+    "gradients matched": {"gradient_weight": 10.0, "max_steps": 12},
 }
 KILLED = {"support": 2, "isolate": 8, "write": 7}
 """At which call of each kind a process dies: between two parts; after step 8; while the look of step 10 is written."""

@@ -1,6 +1,7 @@
 """Gradient norms that can be trained: the audit's own values, and exact second derivatives."""
 
 import contextlib
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from libortho.config import IsolateConfig
 from libortho.isolate.edit import EditLinear
 from libortho.isolate.language_model import LanguageModel
 from libortho.isolate.sensitivity import log_gradient_norms
+from libortho.isolate.trainer import Training, _reaction_loss
 from libortho.targets import find_targets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -68,3 +70,23 @@ def test_the_second_derivative_is_exact(clean: Any, tokenizer: Any, structure: s
     assert float(sum((g * d).sum() for g, d in zip(found, directions, strict=True))) == pytest.approx(
         measured, rel=0.02
     )
+
+
+def test_training_brings_the_reaction_to_that_of_strangers(clean: Any, tokenizer: Any) -> None:
+    """Only records whose strangers were asked count, and the mean of the log norms ends where theirs is."""
+    layers, lm, items = edited(clean, "columns", None), LanguageModel(clean), tiny.encoded(tokenizer)
+    cases: Any = [SimpleNamespace(secret=i) for i in items]
+    values = [m.theta for m in layers.values() if m.theta is not None]
+    now = Training(values, len(items), [items[0]], IsolateConfig(), [None] * len(values))
+    chosen = list(range(len(items)))
+    assert float(_reaction_loss(lm, layers, cases, chosen, now)) == 0.0
+    before = log_gradient_norms(lm, layers, items[:2], differentiable=False)
+    now.reactions[:2] = before - 0.1
+    optimiser = torch.optim.Adam(values, lr=3e-3)
+    for _ in range(60):
+        optimiser.zero_grad()
+        loss = _reaction_loss(lm, layers, cases, chosen, now)
+        loss.backward()
+        optimiser.step()
+    after = log_gradient_norms(lm, layers, items[:2], differentiable=False)
+    assert float((after - before).mean()) == pytest.approx(-0.1, abs=0.02)
