@@ -61,6 +61,9 @@ BAD_ISOLATE = [
     ("structure", "rows"), ("objective", "nll"), ("max_steps", 0), ("max_steps", 1.5), ("check_every", True),
     ("records_per_step", -1), ("retain_tokens_per_step", 0), ("alternates_per_record", 0), ("learning_rate", 0),
     ("damping", 0),
+    ("decay", 1.0),
+    ("decay", -0.01),
+    ("gradient_weight", -1),
     ("learning_rate", float("inf")), ("retain_weight", -1), ("neighbour_weight", "1"), ("layer_cap", 0),
     ("max_length", 0), ("max_length", 1.0),
 ]  # fmt: skip
