@@ -14,19 +14,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from libortho.audit.subjects import Subject
 from libortho.audit.tokens import PASS_TOKENS, by_tokens
-from libortho.data import IGNORE, Batch, Encoded, collate
+from libortho.data import Encoded, collate
 from libortho.errors import DataError, TargetError
-from libortho.isolate.language_model import LanguageModel
-
-Taps = dict[str, tuple[Tensor, Tensor]]
-"""Name to inputs (rows, tokens, in_features) and output gradients (rows, tokens, out_features), fp32."""
+from libortho.isolate.sensitivity import Taps, squared_norms, tapped_gradients
 
 
 def forget_gradient(subject: Subject, items: Sequence[Encoded], targets: Sequence[str]) -> dict[str, Tensor]:
@@ -66,9 +62,7 @@ def gradient_norms(subject: Subject, items: Sequence[Encoded], targets: Sequence
     """
     norms = torch.zeros(len(items))
     for rows, taps in _passes(subject, items, targets):
-        square = sum(((x @ x.mT) * (dy @ dy.mT)).sum((1, 2)).cpu() for x, dy in taps.values())
-        assert isinstance(square, Tensor)
-        norms[rows] = square.clamp_min(0).sqrt()
+        norms[rows] = squared_norms(taps).cpu().clamp_min(0).sqrt()
     return norms
 
 
@@ -100,7 +94,7 @@ def _passes(subject: Subject, items: Sequence[Encoded], targets: Sequence[str]) 
     for rows in by_tokens(items, PASS_TOKENS):
         with subject.enter():
             lm = subject.language_model()
-            taps = _taps(lm, modules, collate([items[i] for i in rows]).to(lm.device))
+            taps = tapped_gradients(lm, modules, collate([items[i] for i in rows]).to(lm.device))
         yield rows, taps  # outside: a context must not stay entered while the caller runs
 
 
@@ -114,35 +108,3 @@ def _modules(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Module]:
             f"{type(model).__name__} has no module {missing[0]!r}; a reference model needs the names of the audited one"
         )
     return {n: known[n] for n in targets}
-
-
-def _taps(lm: LanguageModel, modules: dict[str, nn.Module], batch: Batch) -> Taps:
-    """One backward pass of the summed per-record mean losses, from the logits down to the modules' outputs."""
-    seen: dict[str, list[tuple[Tensor, Tensor]]] = {n: [] for n in modules}
-
-    def keep(name: str) -> Any:
-        return lambda module, args, output: seen[name].append((args[0].detach(), output))
-
-    handles = [m.register_forward_hook(keep(n)) for n, m in modules.items()]
-    embedding = lm.model.get_input_embeddings()  # type: ignore[operator]
-    # Parameters may be frozen: let the graph begin at the embeddings.
-    handles.append(embedding.register_forward_hook(lambda m, a, out: out.detach().requires_grad_()))
-    try:
-        with torch.enable_grad():
-            states, labels = lm.hidden(batch)[:, :-1], batch.labels[:, 1:]
-            judged = labels != IGNORE
-            nll = nn.functional.cross_entropy(lm.logits(states[judged]), labels[judged], reduction="none")
-            share = (1.0 / judged.sum(1).clamp_min(1))[:, None].expand_as(judged)[judged]
-            for name, calls in seen.items():
-                if len(calls) != 1 or calls[0][0].shape[:-1] != batch.input_ids.shape:
-                    raise TargetError(
-                        f"{name} is applied {len(calls)} times, to inputs {[tuple(x.shape) for x, _ in calls]}; "
-                        f"expected once, to all tokens {tuple(batch.input_ids.shape)}"
-                    )
-            # Not backward(): parameters that do require gradients must not collect any.
-            grads = torch.autograd.grad((nll * share).sum(), [seen[n][0][1] for n in modules])
-    finally:
-        for handle in handles:
-            handle.remove()
-    # Padding is never attended to and carries no loss: its output gradients are zero.
-    return {n: (seen[n][0][0].float(), dy.float()) for n, dy in zip(modules, grads, strict=True)}

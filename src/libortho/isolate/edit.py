@@ -154,8 +154,7 @@ class EditLinear(nn.Module):
     def _plain(self, x: Tensor, delta: Tensor, support: Tensor) -> Tensor:
         if self.columns:
             return self.base.forward(x) + x.index_select(1, support) @ delta.to(x.dtype)
-        dense = self.base.dense(torch.float32)
-        return x @ dense.flatten().index_add(0, support, delta).view_as(dense).T.to(x.dtype)
+        return x @ _scattered(self.base, delta, support, x.dtype).T
 
     def _none(self, x: Tensor) -> Tensor:
         return torch.zeros((0, self.base.out_features), device=x.device)

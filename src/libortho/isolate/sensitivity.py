@@ -11,18 +11,21 @@ called it double backpropagation.)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from libortho.data import IGNORE, Encoded, collate
+from libortho.data import IGNORE, Batch, Encoded, collate
+from libortho.errors import TargetError
 from libortho.isolate.edit import EditLinear
 from libortho.isolate.language_model import LanguageModel
+
+Taps = dict[str, tuple[Tensor, Tensor]]
+"""Name to inputs (rows, tokens, in_features) and output gradients (rows, tokens, out_features), fp32."""
 
 
 def log_gradient_norms(
@@ -36,43 +39,63 @@ def log_gradient_norms(
         items: Texts with labels; the loss of one is the mean over its completion's tokens, in nats.
         differentiable: With a gradient for the values of the layers. The model's attention must then be one that torch
             can differentiate twice (the default of transformers can).
+
+    Raises:
+        TargetError: if a layer is not applied once to every token.
     """
-    with _read(lm, layers) as seen, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        batch = collate(items).to(lm.device)
-        labels = batch.labels[:, 1:]
-        judged = labels != IGNORE
-        nll = F.cross_entropy(lm.logits(lm.hidden(batch)[:, :-1][judged]), labels[judged], reduction="none")
-        share = (1.0 / judged.sum(1))[:, None].expand_as(judged)[judged]
-        inputs, outputs = zip(*(seen[n] for n in layers), strict=True)
-        gradients = torch.autograd.grad((nll * share).sum(), outputs, create_graph=differentiable)
-        square = torch.stack([
-            ((x.float() @ x.float().mT) * (dy.float() @ dy.float().mT)).sum((1, 2))
-            for x, dy in zip(inputs, gradients, strict=True)
-        ]).sum(0)  # fmt: skip
-        found = 0.5 * square.clamp_min(1e-20).log()
-    return found if differentiable else found.detach()
-
-
-@contextmanager
-def _read(lm: LanguageModel, layers: Mapping[str, EditLinear]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Within, layers can be differentiated twice, and inputs and outputs of the last pass stand in the dictionary."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def keep(name: str) -> Any:
-        return lambda module, args, output: seen.__setitem__(name, (args[0], output))
-
-    embedding = lm.model.get_input_embeddings()  # type: ignore[operator]
-    # Parameters are frozen: let the graph begin at the embeddings.
-    handles = [embedding.register_forward_hook(lambda module, args, output: output.detach().requires_grad_())]
-    handles += [m.register_forward_hook(keep(n)) for n, m in layers.items()]
     for layer in layers.values():
         layer.twice = True
     checkpointing, lm.checkpointing = lm.checkpointing, False  # a layer that runs again would be read again
     try:
-        yield seen
+        with sdpa_kernel(SDPBackend.MATH):
+            taps = tapped_gradients(lm, layers, collate(items).to(lm.device), differentiable=differentiable)
+            return 0.5 * squared_norms(taps).clamp_min(1e-20).log()
     finally:
         lm.checkpointing = checkpointing
         for layer in layers.values():
             layer.twice = False
+
+
+def squared_norms(taps: Taps) -> Tensor:
+    """Squared Frobenius norm of each row's gradient over all layers together, (rows,)."""
+    return torch.stack([((x @ x.mT) * (dy @ dy.mT)).sum((1, 2)) for x, dy in taps.values()]).sum(0)
+
+
+def tapped_gradients(
+    lm: LanguageModel, modules: Mapping[str, nn.Module], batch: Batch, *, differentiable: bool = False
+) -> Taps:
+    """One backward pass of the summed per-record mean losses, from the logits down to the modules' outputs.
+
+    Raises:
+        TargetError: if a module is not applied once to every token.
+    """
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {n: [] for n in modules}
+
+    def keep(name: str) -> Any:
+        return lambda module, args, output: seen[name].append((args[0], output))
+
+    handles = [m.register_forward_hook(keep(n)) for n, m in modules.items()]
+    embedding = lm.model.get_input_embeddings()  # type: ignore[operator]
+    # Parameters may be frozen: let the graph begin at the embeddings.
+    handles.append(embedding.register_forward_hook(lambda m, a, out: out.detach().requires_grad_()))
+    try:
+        with torch.enable_grad():
+            states, labels = lm.hidden(batch)[:, :-1], batch.labels[:, 1:]
+            judged = labels != IGNORE
+            nll = F.cross_entropy(lm.logits(states[judged]), labels[judged], reduction="none")
+            share = (1.0 / judged.sum(1).clamp_min(1))[:, None].expand_as(judged)[judged]
+            for name, calls in seen.items():
+                if len(calls) != 1 or calls[0][0].shape[:-1] != batch.input_ids.shape:
+                    raise TargetError(
+                        f"{name} is applied {len(calls)} times, to inputs {[tuple(x.shape) for x, _ in calls]}; "
+                        f"expected once, to all tokens {tuple(batch.input_ids.shape)}"
+                    )
+            # Not backward(): parameters that do require gradients must not collect any.
+            outputs = [seen[n][0][1] for n in modules]
+            grads = torch.autograd.grad((nll * share).sum(), outputs, create_graph=differentiable)
+    finally:
         for handle in handles:
             handle.remove()
+    inputs = [seen[n][0][0] if differentiable else seen[n][0][0].detach() for n in modules]
+    # Padding is never attended to and carries no loss: its output gradients are zero.
+    return {n: (x.float(), dy.float()) for n, x, dy in zip(modules, inputs, grads, strict=True)}
