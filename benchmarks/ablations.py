@@ -2,7 +2,7 @@
 
     python benchmarks/ablations.py                                       all variants, three seeds, tuning templates
     python benchmarks/ablations.py --device cuda --workers 10            the same on a GPU, ten at a time
-    python benchmarks/ablations.py --variants "as it is" "random columns" --count 30
+    python benchmarks/ablations.py --variants "as it is" "no decay" --count 30
     python benchmarks/ablations.py --show                                the table of what was measured
 
 100 canaries are planted in SmolLM2-135M off its grid. Means over seeds, with 95 % intervals of the mean (Student's t).
@@ -24,7 +24,6 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -35,7 +34,7 @@ from scipy.stats import t as student
 from torch import Tensor, nn
 
 from _common import RESULTS, save
-from forgetting import ATTACKS, KINDS, case, compared, figures, models
+from forgetting import ATTACKS, KINDS, case, compared, figures, models, unedited
 from known_support import attribution
 from libortho import IsolateConfig, alpha, isolate
 from libortho.data import collate, load_records
@@ -75,10 +74,9 @@ def _constant(name: str, value: float) -> contextlib.AbstractContextManager[Any]
     return mock.patch.object(importlib.import_module("libortho.isolate.trainer"), name, value)
 
 
-AS_IT_IS = "as it is"
 Variant = tuple[dict[str, Any], Callable[[], contextlib.AbstractContextManager[Any]]]
 VARIANTS: dict[str, Variant] = {
-    AS_IT_IS: ({}, contextlib.nullcontext),
+    "as it is": ({}, contextlib.nullcontext),
     "support: random columns": ({}, partial(support_by, _drawn)),
     "support: weight times gradient": ({}, partial(support_by, attribution)),
     "support: largest columns": ({}, partial(support_by, _largest)),
@@ -107,31 +105,19 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-def plant(name: str, seed: int, count: int, device: str) -> None:
-    """The models of one seed, and what the never-trained one says of the records."""
+def prepare(name: str, seed: int, count: int, device: str) -> None:
+    """The models of one seed, and what they say of the records."""
     place = models(name, seed, count, KINDS[0], device)
-    if (kept := _kept(place)).is_file():
-        return
     forget, unseen = (load_records(r) for r in case(name, seed, count)[:2])
-    made = {}
-    for which in ("never", "implanted"):
-        model, tokenizer = load_model(place / which, device=device)
-        made[which] = figures(
-            model, tokenizer, contextlib.nullcontext, forget, unseen, 0, seed, attacks=which == "never", sampling=False
-        )
-    kept.write_text(json.dumps(made))
-
-
-def _kept(place: Path) -> Path:
-    return place / "figures-ablations.json"
+    unedited(place, forget, unseen, 0, seed, device, sampling=False)
 
 
 def run(variant: str, name: str, seed: int, count: int, device: str) -> dict[str, Any]:
     """Isolate with one thing changed, and measure."""
     torch.set_num_threads(1)
     place = models(name, seed, count, KINDS[0], device)
-    plain = json.loads(_kept(place).read_text())
     forget, unseen = (load_records(r) for r in case(name, seed, count)[:2])
+    plain = unedited(place, forget, unseen, 0, seed, device, sampling=False)
     model, tokenizer = load_model(place / "implanted", device=device)
     changed, patched = VARIANTS[variant]
     with patched():
@@ -143,7 +129,8 @@ def run(variant: str, name: str, seed: int, count: int, device: str) -> dict[str
     found = compared(off, on, plain["never"], plain["implanted"], forget, unseen, seed)
     mine, told = found["models"]["alpha 0"], found["models"]["alpha 1"]
     return {
-        "variant": variant, "case": name, "seed": seed, "records": len(forget), "density": result.density,
+        "variant": variant, "case": name, "seed": seed, "records": len(forget),
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu", "density": result.density,
         **{f"AUC {a}": found["auc_difference"][a][0] for a in ATTACKS},
         "extracted %": 100 * mine["greedy"], "alpha 1 %": 100 * told["greedy"],
         "nats - unseen": mine["nll"] - mine["nll_unseen"],
@@ -166,19 +153,22 @@ def half_width(values: Sequence[float]) -> float:
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
-    """A line for each variant."""
-    table = Table("variant", "seeds", *SHOWN)
-    for variant in VARIANTS:
-        same = [r for r in rows if r["variant"] == variant]
-        if not same:
-            continue
+    """A line for each variant on records of one kind and number."""
+    table = Table("records", "variant", "seeds", *SHOWN)
+    order = list(VARIANTS)
+    for about, variant in sorted({(_about(r), r["variant"]) for r in rows}, key=lambda k: (k[0], order.index(k[1]))):
+        same = [r for r in rows if (_about(r), r["variant"]) == (about, variant)]
         cells = []
         for figure, digits in SHOWN.items():
             values = [r[figure] for r in same]
             spread = "" if len(values) < 2 else f" ±{half_width(values):.{digits}f}"
             cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
-        table.add_row(variant, str(len(same)), *cells)
-    Console(width=230).print(table)
+        table.add_row(about, variant, str(len(same)), *cells)
+    Console(width=240).print(table)
+
+
+def _about(row: dict[str, Any]) -> str:
+    return f"{row['case']} {row['records']}"
 
 
 def main() -> None:
@@ -201,12 +191,12 @@ def main() -> None:
         with ProcessPoolExecutor(
             arguments.workers, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
         ) as pool:
-            list(pool.map(plant, *zip(*((arguments.case, s, *about) for s in arguments.seeds), strict=True)))
+            # Once for each seed, before its variants want the same models side by side.
+            list(pool.map(prepare, *zip(*((arguments.case, s, *about) for s in arguments.seeds), strict=True)))
             for row in pool.map(run, *zip(*jobs, strict=True)):
                 key = ("variant", "case", "seed", "records")
                 rows = [r for r in rows if any(r[k] != row[k] for k in key)] + [row]
-                card = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else None
-                save("ablations", {"device": card, "runs": rows})
+                save("ablations", {"runs": rows})
     show(rows)
 
 

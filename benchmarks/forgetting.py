@@ -177,22 +177,31 @@ def _neighbours(records: Sequence[Record], seed: int) -> list[Record]:
     return found
 
 
+def unedited(
+    place: Path, forget: Sequence[Record], unseen: Sequence[Record], rows: int, seed: int, device: str,
+    *, sampling: bool = True,
+) -> dict[str, Any]:  # fmt: skip
+    """Figures of the never-trained and of the planted model, measured once and kept beside them."""
+    kept = place / (f"figures-{rows}.json" if sampling else f"figures-{rows}-unsampled.json")
+    if not kept.is_file():
+        made = {}
+        for which in ("never", "implanted"):
+            model, tokenizer = load_model(place / which, device=device)
+            made[which] = figures(
+                model, tokenizer, contextlib.nullcontext, forget, unseen, rows, seed,
+                attacks=which == "never", sampling=sampling,
+            )  # fmt: skip
+            logging.info("%s measured", which)
+        kept.write_text(json.dumps(made))
+    return json.loads(kept.read_text())
+
+
 def run(name: str, seed: int, arguments: argparse.Namespace, objective: str) -> dict[str, Any]:
     """Isolate and measure one set of records."""
     place = models(name, seed, arguments.count, arguments.model, arguments.device)
     raw, beside, _ = case(name, seed, arguments.count)
     forget, unseen = load_records(raw), load_records(beside)
-    kept = place / f"figures-{arguments.rows}.json"
-    if not kept.is_file():
-        made = {}
-        for which in ("never", "implanted"):
-            model, tokenizer = load_model(place / which, device=arguments.device)
-            made[which] = figures(
-                model, tokenizer, contextlib.nullcontext, forget, unseen, arguments.rows, seed, attacks=which == "never"
-            )
-            logging.info("%s measured", which)
-        kept.write_text(json.dumps(made))
-    plain = json.loads(kept.read_text())
+    plain = unedited(place, forget, unseen, arguments.rows, seed, arguments.device)
     model, tokenizer = load_model(place / "implanted", device=arguments.device)
     result = isolate(model, tokenizer, forget, config=IsolateConfig(seed=seed, objective=objective))  # type: ignore[arg-type]
     logging.info("isolated: %s", result.missed or "no criterion missed")
