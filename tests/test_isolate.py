@@ -225,6 +225,23 @@ def test_gradient_checkpointing_runs_layers_twice_and_changes_nothing(request, t
     assert calls[1] > calls[0]
 
 
+def edit_of(model, tokenizer, **options) -> Tensor:
+    """All values that a few steps have moved out, in one row."""
+    model = copy.deepcopy(model)
+    isolate(model, tokenizer, tiny.FORGET, tiny.RETAIN, config=replace(SHORT, **options))
+    return torch.cat([m.streams["default"].support.values.float().flatten() for m in ortho_layers(model).values()])
+
+
+def test_the_reaction_is_part_of_every_step(planted, tokenizer, monkeypatch):
+    found = edit_of(planted, tokenizer, gradient_weight=10.0)
+    monkeypatch.setattr(sys.modules["libortho.isolate.trainer"], "_reaction_loss", lambda *_: torch.zeros(()))
+    assert not torch.equal(found, edit_of(planted, tokenizer, gradient_weight=10.0))
+
+
+def test_decay_makes_the_edit_smaller(planted, tokenizer):
+    assert edit_of(planted, tokenizer, decay=0.6).norm() < 0.9 * edit_of(planted, tokenizer, decay=0.0).norm()
+
+
 def test_a_missed_criterion_is_said(planted, tokenizer):
     config = replace(CONFIG, max_steps=1, learning_rate=1e-6)
     result = isolate(planted, tokenizer, tiny.FORGET, tiny.RETAIN, config=config)

@@ -206,3 +206,11 @@ def test_what_nothing_asks_for_fades() -> None:
     torch.testing.assert_close(value.detach(), torch.tensor([[1.25, -0.25]]))
     training.descend([torch.zeros(1, 2)], 0.0)  # landed
     torch.testing.assert_close(value.detach(), torch.tensor([[1.25, -0.25]]))
+
+
+def test_a_gpu_reads_more_at_a_time() -> None:
+    items = [TEXTS[0]] * (2 * trainer.SCORING_TOKENS // len(TEXTS[0].ids))
+    passes = {d: list(trainer._by_tokens(range(len(items)), items, torch.device(d))) for d in ("cpu", "cuda")}
+    assert len(passes["cuda"]) == 1 < len(passes["cpu"])
+    for rows in passes.values():
+        assert [i for some in rows for i in some] == list(range(len(items)))
