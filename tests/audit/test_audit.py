@@ -93,6 +93,13 @@ def _status(report: AuditReport) -> dict[str, str]:
     return {v.key: v.status for v in report.verdicts}
 
 
+def _nothing_remembered(report: AuditReport) -> bool:
+    """Every check of memory holds, but for the mean exposure of 16 records, which may be too few to tell."""
+    memory = report.verdict("memory")
+    assert memory is not None
+    return len(memory.checks) > 1 and all(c.ok or (c.ok is None and "exposure" in c.name) for c in memory.checks)
+
+
 def test_never_trained_by_construction_passes_everything(
     knowing: PreTrainedModel, clean: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -102,9 +109,11 @@ def test_never_trained_by_construction_passes_everything(
     report = _run(_oracle(knowing, clean), tokenizer, config, reference=clean)
     status = _status(report)
     assert status["something_to_remove"] == "pass"
-    assert status["memory"] == "pass", report.verdict("memory")
+    assert _nothing_remembered(report), report.verdict("memory")
     assert status["privacy"] == "pass", report.verdict("privacy")
-    assert report.data["subjects"][0]["memory"]["greedy_extraction"]["value"] == 0
+    off, never = (next(s for s in report.data["subjects"] if s["key"] == k) for k in ("off", "reference"))
+    assert off["memory"] == never["memory"]
+    assert off["memory"]["greedy_extraction"]["value"] == 0
     on = next(s for s in report.data["subjects"] if s["key"] == "on")
     assert on["memory"]["greedy_extraction"]["value"] > 0.8
     assert on["privacy"]["attacks"]["loss"]["auc"]["value"] > 0.95
@@ -146,7 +155,7 @@ def test_a_plain_model_that_knows_fails_and_an_untouched_one_does_not(
     knows = _status(_run(knowing, tokenizer, reference=clean))
     assert (knows["memory"], knows["privacy"]) == ("fail", "fail")
     untouched = _run(copy.deepcopy(clean), tokenizer, reference=clean, original=knowing)
-    assert _status(untouched)["memory"] == "pass"
+    assert _nothing_remembered(untouched), untouched.verdict("memory")
     assert _status(untouched)["privacy"] == "pass"
 
 

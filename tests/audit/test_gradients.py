@@ -132,8 +132,9 @@ def test_memorised_records_pull_less_than_unseen_ones(planted, clean, tokenizer)
     known, unseen = tiny.encoded(tokenizer), tiny.encoded(tokenizer, UNSEEN)
     members, others = (gradient_norms(plain(planted), items, names) for items in (known, unseen))
     assert auc(-members, -others) == 1.0
-    never = gradient_norms(plain(clean), known, names)
-    assert float(never.mean()) > 2 * float(members.mean())
+    # How large gradients are is each model's own matter; beside strangers' they tell.
+    never, strangers = (gradient_norms(plain(clean), items, names) for items in (known, unseen))
+    assert float(members.mean() / others.mean()) < 0.5 * float(never.mean() / strangers.mean())
 
 
 def test_what_cannot_be_done_is_refused(planted, tokenizer):
