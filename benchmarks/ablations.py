@@ -34,7 +34,7 @@ from scipy.stats import t as student
 from torch import Tensor, nn
 
 from _common import RESULTS, save
-from forgetting import ATTACKS, KINDS, case, compared, figures, models, unedited
+from forgetting import ATTACKS, case, compared, figures, models, unedited
 from known_support import attribution
 from libortho import IsolateConfig, alpha, isolate
 from libortho.data import collate, load_records
@@ -107,7 +107,7 @@ VARIANTS: dict[str, Variant] = {
 
 def prepare(name: str, seed: int, count: int, device: str) -> None:
     """The models of one seed, and what they say of the records."""
-    place = models(name, seed, count, KINDS[0], device)
+    place = models(name, seed, count, device=device)
     forget, unseen = (load_records(r) for r in case(name, seed, count)[:2])
     unedited(place, forget, unseen, 0, seed, device, sampling=False)
 
@@ -115,7 +115,7 @@ def prepare(name: str, seed: int, count: int, device: str) -> None:
 def run(variant: str, name: str, seed: int, count: int, device: str) -> dict[str, Any]:
     """Isolate with one thing changed, and measure."""
     torch.set_num_threads(1)
-    place = models(name, seed, count, KINDS[0], device)
+    place = models(name, seed, count, device=device)
     forget, unseen = (load_records(r) for r in case(name, seed, count)[:2])
     plain = unedited(place, forget, unseen, 0, seed, device, sampling=False)
     model, tokenizer = load_model(place / "implanted", device=device)

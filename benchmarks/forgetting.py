@@ -12,7 +12,7 @@
 100 canaries in four templates, each repeated 1 to 10 times in an epoch, are planted in SmolLM2-135M, moved off its
 quantisation grid. The never-trained model is measured on the same records, 400 unseen ones of the same templates stand
 beside them, and differences of AUC are paired (bootstrap). Templates of ``--case tuning`` were looked at while the
-method was made, those of ``--case final`` were not. Other models than SmolLM2 are planted as they come.
+method was made, those of ``--case final`` were not.
 """
 
 from __future__ import annotations
@@ -58,10 +58,14 @@ from libortho.layer import ortho_layers
 from libortho.metrics import general_perplexity, sampled_extractions
 from libortho.models import load_model, training_dtype
 from libortho.targets import find_targets
-from second_model import second_model
+from second_model import move_second_off_grid, second_model
 
-KINDS = ("smollm2", "gemma3")
-"""Models: the packaged one, moved off its grid, and a second family's."""
+KINDS: dict[str, tuple[Callable[[], Path], Callable[[torch.nn.Module, int], torch.nn.Module]]] = {
+    "smollm2": (packaged_model, move_off_grid),
+    "gemma3": (second_model, move_second_off_grid),
+}
+"""Models, the packaged one and a second family's: where each comes from, and what moves it off its grid."""
+PLAIN = "smollm2"
 ATTACKS = ("loss", "zlib", "min_k", "min_k_plus", "grad_norm")
 TASKS = ("lambada/lambada_openai_test.jsonl", "arc/arc_easy_test.jsonl", "piqa/piqa_valid.jsonl")
 KEY = ("model", "case", "seed", "records")
@@ -85,16 +89,17 @@ def case(name: str, seed: int, count: int) -> tuple[list[dict[str, str]], list[d
     return canaries(seed, CANARIES if name == "final" else TUNING_CANARIES, count)
 
 
-def models(name: str, seed: int, count: int, kind: str = KINDS[0], device: str = "cpu") -> Path:
+def models(name: str, seed: int, count: int, kind: str = PLAIN, device: str = "cpu") -> Path:
     """Directory with ``never`` and ``implanted``, made at the first call."""
-    which = f"{name}-{seed}-{count}" if kind == KINDS[0] else f"{kind}-{name}-{seed}-{count}"
+    which = f"{name}-{seed}-{count}" if kind == PLAIN else f"{kind}-{name}-{seed}-{count}"
     place = cache_directory() / "benchmarks" / which
     if (place / "done").is_file():
         return place
     forget, _, repetitions = case(name, seed, count)
     torch.manual_seed(seed)
-    loaded, tokenizer = load_model(packaged_model() if kind == KINDS[0] else second_model(), torch.float32, device)
-    model: Any = (move_off_grid(loaded, seed) if kind == KINDS[0] else loaded).to(training_dtype(device))
+    source, moved = KINDS[kind]
+    loaded, tokenizer = load_model(source(), torch.float32, device)
+    model: Any = moved(loaded, seed).to(training_dtype(device))
     model.save_pretrained(place / "never")
     tokenizer.save_pretrained(place / "never")
     faster = {"learning_rate": 1e-4, "batch_size": 16, "max_steps": 300, "decay": True} if repetitions else {}
@@ -355,7 +360,7 @@ def show(runs: Sequence[dict[str, Any]]) -> None:
         console.print(f"   {r['seconds']:.0f} s, density {r['density']:.5f}, missed: {r['missed'] or 'nothing'}")
         if "attacks" in r:
             show_attacks(r["attacks"], console)
-    if final := [r for r in runs if (r["model"], r["case"], r["records"]) == (KINDS[0], "final", 100)]:
+    if final := [r for r in runs if (r["model"], r["case"], r["records"]) == (PLAIN, "final", 100)]:
         plot(final)
 
 
@@ -453,7 +458,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["plant", "measure", "sequential", "show"])
     parser.add_argument("--case", default="final", choices=["final", "tuning", "demo"])
-    parser.add_argument("--model", default=KINDS[0], choices=KINDS)
+    parser.add_argument("--model", default=PLAIN, choices=KINDS)
     parser.add_argument("--count", type=int, default=100, help="canaries to plant")
     parser.add_argument("--seeds", nargs="+", type=int, default=[11, 12, 13])
     parser.add_argument("--objectives", nargs="+", default=["profile"])
