@@ -27,7 +27,7 @@ from libortho.isolate import counterfactuals
 from libortho.isolate.continuations import continuations
 from libortho.isolate.language_model import LanguageModel
 from libortho.isolate.objectives import token_profile
-from libortho.isolate.plausibility import fit, spoken_profiles
+from libortho.isolate.plausibility import fit, human_texts, spoken_profiles
 from libortho.metrics import score
 from libortho.models import load_model, training_dtype
 
@@ -118,7 +118,7 @@ def answers() -> dict[str, list[float]]:
         for which, of in items.items():
             found[f"{name} {which}"] = profile(lm, of)
         if name == "full":
-            human = fit(lm, [tokenizer(p)["input_ids"] for p in counterfactuals.shipped_text()[:60]])
+            human = fit(lm, human_texts(tokenizer))
             surprise = [human.predict(lm, e) for e in items["forget"]]
             found["target forget"] = spoken(model, tokenizer, lm, records["forget"], surprise)
     return found
@@ -128,7 +128,7 @@ def main() -> None:
     model, tokenizer = load_model(packaged_model(), torch.float32)
     model = move_off_grid(model, 0).to(training_dtype())
     lm, rng = LanguageModel(model), random.Random(0)
-    human = fit(lm, [tokenizer(p)["input_ids"] for p in counterfactuals.shipped_text()[:60]])
+    human = fit(lm, human_texts(tokenizer))
     rows = []
     for prompt, completion in SENTENCES:
         item = encode(Record(prompt, completion), tokenizer)

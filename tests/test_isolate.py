@@ -190,11 +190,13 @@ def test_gpt2(tiny_gpt2, tokenizer, structure):
 
 
 def test_sentences_fit_a_short_context(tiny_gpt2, tokenizer):
-    """The human text behind a sentence's target may be longer than the model's 64 positions."""
+    """The human text behind a sentence's target is longer than what this model may read."""
     tiny_gpt2.resize_token_embeddings(len(tokenizer))
+    lengths = []
+    tiny_gpt2.transformer.wte.register_forward_hook(lambda m, args, output: lengths.append(args[0].shape[-1]))
     forget = [{"prompt": "He hid it", "completion": " under the apple tree."}]
-    result = isolate(tiny_gpt2, tokenizer, forget, tiny.RETAIN, config=SHORT)
-    assert len(result.records) == 1
+    isolate(tiny_gpt2, tokenizer, forget, tiny.RETAIN, config=replace(SHORT, max_length=40, retain_length=40))
+    assert max(lengths) == 40
 
 
 def test_bf16(planted, tokenizer):

@@ -12,7 +12,7 @@ from libortho.isolate.continuations import continuations
 from libortho.isolate.counterfactuals import evaluation_text, shipped_text
 from libortho.isolate.language_model import LanguageModel
 from libortho.isolate.objectives import token_profile
-from libortho.isolate.plausibility import fit, spoken_profiles
+from libortho.isolate.plausibility import HUMAN_TEXTS, HUMAN_TOKENS, fit, human_texts, spoken_profiles
 from libortho.metrics import score
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -75,6 +75,14 @@ def test_only_the_completion_is_judged(clean, tokenizer, human):
     both = model.predict(lm, whole(list(ids)))
     pooled = (first * (half - 1) + second * (len(ids) - half)) / (len(ids) - 1)
     assert both == pytest.approx(pooled, rel=1e-3)
+
+
+def test_the_fits_own_texts_are_beginnings_of_what_ships(tokenizer):
+    texts = human_texts(tokenizer)
+    assert len(texts) == HUMAN_TEXTS
+    assert {len(t) for t in texts} == {HUMAN_TOKENS}
+    assert all(p.startswith(tokenizer.decode(t)) for p, t in zip(shipped_text(), texts, strict=False))
+    assert human_texts(tokenizer, 9) == [t[:9] for t in texts]
 
 
 def test_texts_of_one_token_are_left_out(clean, human):

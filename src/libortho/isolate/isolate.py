@@ -38,6 +38,7 @@ from libortho.isolate.donors import beginnings, donors
 from libortho.isolate.earlier import earlier_switch, taken, without
 from libortho.isolate.edit import EditLinear
 from libortho.isolate.language_model import LanguageModel
+from libortho.isolate.plausibility import human_texts
 from libortho.isolate.resume import Part, Store, run_key
 from libortho.isolate.retain import chunk, default_retain, opening_tokens
 from libortho.isolate.support import (
@@ -80,7 +81,6 @@ _HELD_BACK_SEQUENCES = 8
 _SALIENCY_RECORDS = 64
 _SALIENCY_TOKENS = 1536
 _MOST_CURVATURE = 4.0
-_HUMAN_TEXTS = 60
 _LIKE_PROMPTS, _SPOKEN, _SPOKEN_TOKENS = 4, 32, 48
 """Prompts like that of a sentence, texts that the model says on such, and the most tokens of one."""
 
@@ -192,7 +192,7 @@ def isolate(
     with _frozen(model, earlier):
         length = min(config.retain_length, limit or config.retain_length)
         given = None if retain is None else _pieces(retain, tokenizer, length, config)
-        human = [tokenizer(p)["input_ids"][:limit] for p in counterfactuals.shipped_text()[:_HUMAN_TEXTS]]
+        human = human_texts(tokenizer, limit)
         store = Store() if resume is None else Store(Path(resume), run_key(model, cases, given, human, config))
         retain_items, held_back = _retain(model, tokenizer, given, cases, length, config, store)
         lm = LanguageModel(model)

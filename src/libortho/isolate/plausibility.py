@@ -25,11 +25,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from libortho.data import IGNORE, Encoded, collate
+from libortho.isolate.counterfactuals import shipped_text
 from libortho.isolate.language_model import LanguageModel
 from libortho.isolate.objectives import moments, standardised
 
@@ -38,6 +40,8 @@ POSITIONS = 64
 SHORT_CONTEXT = 2
 """Tokens of context after which a token's surprise says how words go on, and nothing of a memory."""
 
+HUMAN_TEXTS, HUMAN_TOKENS = 60, 48
+"""Texts that the fit reads, and tokens of each: as many again predict no better and cost twice the time."""
 CONTEXTS, DRAWS = 384, 8
 """Positions whose distributions are used, and labels drawn from each."""
 TEMPERATURES = tuple(1.12**n for n in range(-4, 14))
@@ -67,8 +71,14 @@ class PlausibilityModel:
         return _Position.of(lm, item, self.opening).features @ self.weights
 
 
+def human_texts(tokenizer: Any, limit: int | None = None) -> list[list[int]]:
+    """Token ids of the human text that the fit reads, each of at most ``limit`` tokens: what ships with the package."""
+    longest = HUMAN_TOKENS if limit is None else min(limit, HUMAN_TOKENS)
+    return [tokenizer(text)["input_ids"][:longest] for text in shipped_text()[:HUMAN_TEXTS]]
+
+
 def fit(lm: LanguageModel, texts: Sequence[Sequence[int]], opening: Sequence[int] = ()) -> PlausibilityModel:
-    """Fit on tokenised human texts, some thousand tokens in all; ``opening``: what the model expects before a text."""
+    """Fit on tokenised human texts, see ``human_texts``; ``opening``: what the model expects before a text."""
     positions = [_Position.of(lm, Encoded(tuple(t), tuple(t)), opening) for t in texts if len(t) > 1]
     x = torch.cat([p.features for p in positions]).double()
     y = torch.cat([p.nll for p in positions]).double()
