@@ -171,6 +171,7 @@ def test_isolate_prints_json_alone(planted_directory, forget, retain, tmp_path):
     ("options", "complaint"),
     [
         (["--objective", "hope"], "objective is 'hope'"),
+        (["--ratio", "little"], "--ratio is 'little'; expected a number in (0, 1] or auto"),
         (["--max-steps", "0"], "max_steps is 0"),
         (["--forget", "nowhere.jsonl"], "forget: there is no file nowhere.jsonl"),
         (["--retain", "nowhere.txt"], "retain: there is no file nowhere.txt"),

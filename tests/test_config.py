@@ -36,6 +36,12 @@ def test_a_list_of_targets_is_copied():
     assert config.target_modules == ("down_proj",)
 
 
+def test_only_isolate_has_criteria_that_a_budget_could_be_chosen_by():
+    assert IsolateConfig(ratio="auto").ratio == "auto"
+    with pytest.raises(ConfigError, match="ratio is 'auto'; expected a number"):
+        SplitConfig(ratio="auto")
+
+
 def test_to_dict_is_json():
     config = SplitConfig(target_modules=["a", "b"], rank_ratio="auto", bits=None)
     back = json.loads(json.dumps(config.to_dict()))

@@ -1,6 +1,7 @@
 """The whole path on a small model that memorised four codes: what must change does, what must not does not."""
 
 import copy
+import importlib
 import json
 import logging
 import stat
@@ -22,6 +23,7 @@ from libortho.isolate.language_model import LanguageModel
 from libortho.isolate.trainer import examine, leaning, unremarkable
 from libortho.layer import ortho_layers
 from libortho.metrics import score
+from libortho.report import methods
 from libortho.streams import BaseStream
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
@@ -102,6 +104,35 @@ def test_alpha_zero_forgets_and_alpha_one_remembers(planted, tokenizer, options)
         close = (layer.dense_weight(1.0) - weight)[~off].abs()
         residual = (layer.dense_weight(0.0) - weight)[~off].abs()
         assert (close <= residual * torch.finfo(torch.bfloat16).eps + 1e-6).all()
+
+
+def test_an_automatic_budget_is_the_first_at_which_every_criterion_holds(planted, tokenizer, monkeypatch, tmp_path):
+    """One column forgets nothing; what comes after the budget that does is not tried."""
+    module = importlib.import_module("libortho.isolate.isolate")
+    monkeypatch.setattr(module, "AUTO_RATIOS", (0.004, 0.1, 0.2, 0.3))
+    config = replace(CONFIG, ratio="auto", max_steps=40, retain_budget=1.0)
+    tried: list[tuple[float, bool]] = []
+    attempt = module._attempt
+
+    def watched(material: Any, config: IsolateConfig, *rest: Any) -> Any:
+        made = attempt(material, config, *rest)
+        tried.append((config.ratio, made[2].succeeded))
+        return made
+
+    monkeypatch.setattr(module, "_attempt", watched)
+    twin = copy.deepcopy(planted)
+    result = isolate(planted, tokenizer, tiny.FORGET, tiny.RETAIN, config=config, resume=tmp_path / "run")
+    ratios, successes = zip(*tried, strict=True)
+    assert ratios == (0.004, 0.1, 0.2, 0.3)[: len(tried)]
+    assert len(tried) > 1
+    assert not any(successes[:-1])
+    assert successes[-1] or len(tried) == 4
+    assert 0.5 * ratios[-1] < result.density <= ratios[-1]
+    assert methods(planted)["default"]["ratio"] == ratios[-1]
+    tried.clear()
+    again = isolate(twin, tokenizer, tiny.FORGET, tiny.RETAIN, config=config, resume=tmp_path / "run")
+    assert replace(again, seconds=0.0) == replace(result, seconds=0.0)
+    assert tuple(r for r, _ in tried) == ratios
 
 
 def test_the_outcome_is_that_of_the_model_as_stored(planted, tokenizer):

@@ -150,8 +150,9 @@ def split(
     from libortho.split import split as split_model
 
     fields: dict[str, Any] = dict(  # validated by the config itself
-        ratio=ratio, rank_ratio=_rank(rank_ratio), use_low_rank=low_rank, bits=_bits(bits), group_size=group_size,
-        score=score, structure=structure, keep_tail=tail, stream=stream, **_targets(target_modules),
+        ratio=ratio, rank_ratio=_share("--rank-ratio", rank_ratio), use_low_rank=low_rank, bits=_bits(bits),
+        group_size=group_size, score=score, structure=structure, keep_tail=tail, stream=stream,
+        **_targets(target_modules),
     )  # fmt: skip
     config = SplitConfig(**fields)
     net, tokenizer = load_model(model, _dtype(dtype), _device(device))
@@ -176,7 +177,9 @@ def isolate(
     out: Out,
     retain: Annotated[Path | None, typer.Option(help="Text to keep; by default samples and shipped text.")] = None,
     target_modules: Targets = None,
-    ratio: Ratio = 0.005,
+    ratio: Annotated[
+        str, typer.Option(help="Budget of the ortho stream as a fraction of the split weights, or auto.")
+    ] = "0.005",
     bits: Bits = 8,
     group_size: GroupSize = None,
     structure: Annotated[str, typer.Option(help="columns or unstructured.")] = "columns",
@@ -203,9 +206,9 @@ def isolate(
     from libortho.models import load_model
 
     fields: dict[str, Any] = dict(  # validated by the config itself
-        ratio=ratio, bits=_bits(bits), group_size=group_size, structure=structure, objective=objective,
-        max_steps=max_steps, stream=stream, seed=seed, gradient_checkpointing=gradient_checkpointing,
-        **_targets(target_modules),
+        ratio=_share("--ratio", ratio), bits=_bits(bits), group_size=group_size, structure=structure,
+        objective=objective, max_steps=max_steps, stream=stream, seed=seed,
+        gradient_checkpointing=gradient_checkpointing, **_targets(target_modules),
     )  # fmt: skip
     config = IsolateConfig(**fields)
     net: Any
@@ -557,11 +560,11 @@ def _passphrase(variable: str | None, confirm: bool) -> str:
     return os.environ[variable]
 
 
-def _rank(text: str) -> float | str:
+def _share(option: str, text: str) -> float | str:
     try:
         return text if text == "auto" else float(text)
     except ValueError as error:
-        raise ConfigError(f"--rank-ratio is {text!r}; expected a number in (0, 1] or auto") from error
+        raise ConfigError(f"{option} is {text!r}; expected a number in (0, 1] or auto") from error
 
 
 def _bits(bits: int) -> int | None:

@@ -42,8 +42,6 @@ class _StreamConfig:
 
     target_modules: TargetModules = MLP_OUT
     """Suffixes of dotted module paths, ``re:`` full matches, or the reserved ``"mlp-out"`` and ``"all-linear"``."""
-    ratio: float = 0.005
-    """Budget of the ortho stream, as a fraction of the weights of the layers that are split. In (0, 1]."""
     bits: Literal[8, 4] | None = 8
     """Integer width of the base stream; None keeps it dense, in the model's dtype."""
     group_size: int | None = None
@@ -61,7 +59,6 @@ class _StreamConfig:
             raise ConfigError(f"target_modules is {targets!r}; expected a name, a list of names, or 're:<pattern>'")
         if not targets:
             raise ConfigError("target_modules is empty; name at least one module")
-        _fraction("ratio", self.ratio)
         _one_of("bits", self.bits, (8, 4, None))
         size = self.group_size
         if size is not None and size != -1 and (not isinstance(size, int) or size < 1 or size % 2):
@@ -85,6 +82,8 @@ class _StreamConfig:
 class SplitConfig(_StreamConfig):
     """How ``split`` divides a weight into base and ortho, knowing nothing but the weight."""
 
+    ratio: float = 0.005
+    """Budget of the ortho stream, as a fraction of the weights of the layers that are split. In (0, 1]."""
     rank_ratio: float | Literal["auto"] = 0.95
     """Share of the singular directions that the base keeps; "auto" keeps the fewest within ``error_budget``."""
     use_low_rank: bool = True
@@ -104,6 +103,7 @@ class SplitConfig(_StreamConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _fraction("ratio", self.ratio)
         if self.rank_ratio != "auto":
             _fraction("rank_ratio", self.rank_ratio)
         _fraction("max_low_rank_error", self.max_low_rank_error)
@@ -116,6 +116,9 @@ class SplitConfig(_StreamConfig):
 class IsolateConfig(_StreamConfig):
     """How ``isolate`` finds, moves and checks a memory."""
 
+    ratio: float | Literal["auto"] = 0.005
+    """Budget of the ortho stream, as a fraction of the weights of the layers that are split. In (0, 1]; "auto" tries
+    0.05, 0.1, 0.25 and 0.5 % in turn, and takes the first at which every criterion holds."""
     structure: Structure = "columns"
     """Whole input columns (a LoRA with a one-hot A: every engine can serve it), or free entries."""
     objective: Objective = "profile"
@@ -168,6 +171,8 @@ class IsolateConfig(_StreamConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.ratio != "auto":
+            _fraction("ratio", self.ratio)
         _one_of("structure", self.structure, ("unstructured", "columns"))
         _one_of("objective", self.objective, ("profile", "log_odds", "npo", "simnpo", "altpo", "grad_diff"))
         for name in ("max_steps", "records_per_step", "retain_tokens_per_step", "retain_length", "check_every"):

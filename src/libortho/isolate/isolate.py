@@ -74,6 +74,8 @@ from libortho.targets import find_targets
 
 logger = logging.getLogger(__name__)
 
+AUTO_RATIOS = (0.0005, 0.001, 0.0025, 0.005)
+"""Budgets that ``ratio="auto"`` tries."""
 _RETAIN_SEQUENCES = 64
 _GIVEN_SEQUENCES = 600
 _MOST_COUNTERFACTUALS, _FEWEST_COUNTERFACTUALS = 400, 2
@@ -206,42 +208,74 @@ def isolate(
         said = [Encoded((*p, *c), (*(IGNORE for _ in p), *c)) for p, c in spoken]
         original, held_back_states = _reference(lm, cases, retain_items, held_back, human, opening, said, config, store)
         _tell(progress, "reference", 1, 1)
-        found = store.kept("support", lambda: Part(_support(lm, targets, cases, retain_items, config, progress)))
-        support = {n: index.to(lm.device) for n, index in found.tensors.items()}
-        metrics = {} if config.structure != "columns" or training_finished(store) else curvature(
-            lm,
-            targets,
-            support,
-            [*_read(lm, retain_items, _curvature_tokens(len(cases))), *_beside(lm, cases, config)],
-            damping=config.damping,
-            seed=config.seed,
-        )  # fmt: skip
-        layers = {n: EditLinear(_start(m), bias_of(m), support.get(n), config) for n, m in replaced.items()}
-        try:
-            _swap(model, layers)
-            quantised_kl = divergence(lm, held_back, held_back_states)
-            with _checkpointing(lm) if config.gradient_checkpointing else nullcontext():
-                checks = train(lm, layers, cases, retain_items, original, config, progress, store, metrics)
-            switch = Switch()
-            switch.add_stream(config.stream)
-            changed = {n: m for n, m in targets.items() if n in support or not isinstance(m, OrthoLinear)}
-            finished = {n: _finish(n, m, layers[n], config, switch) for n, m in changed.items()}
-            _swap(model, finished)  # what follows is measured on the layers that callers get
-            _, recited_on = score(lm, [c.secret for c in cases])
-            switch.set(0.0, extrapolate=False)
-            records_after = outcomes(lm, cases, original)
-            retain_kl = divergence(lm, held_back, held_back_states)
-            switch.set(1.0, extrapolate=False)
-        finally:
-            _swap(model, replaced)
+        material = _Material(model, lm, targets, replaced, cases, retain_items, held_back, original, held_back_states)
+        budgets = AUTO_RATIOS if config.ratio == "auto" else (config.ratio,)
+        for ratio in budgets:
+            tried = replace(config, ratio=ratio)
+            kept = store if len(budgets) == 1 else store.inside(f"ratio-{ratio:g}")
+            finished, switch, result = _attempt(material, tried, kept, progress, began)
+            if result.succeeded:
+                break
+            logger.info("at a ratio of %g: %s", ratio, "; ".join(result.missed))
     install(model, finished, switch)
-    recited = (int(original.recited.sum()), int((original.recited & recited_on).sum()))
-    result = _result(
-        config, records_after, recited, checks, (quantised_kl, retain_kl), support, targets, time.monotonic() - began
-    )
     figures = {n: getattr(result, n) for n in ("missed", "density", "retain_kl", "quantised_kl", "steps", "guarantee")}
-    record_method(model, config.stream, {"verb": "isolate", "records": len(records), **config.to_dict(), **figures})
+    record_method(model, config.stream, {"verb": "isolate", "records": len(records), **tried.to_dict(), **figures})
     return result
+
+
+@dataclass(frozen=True)
+class _Material:
+    """What an attempt is made with: the model, its layers (targets, and all stand-ins), and what it is held to."""
+
+    model: nn.Module
+    lm: LanguageModel
+    targets: dict[str, nn.Module]
+    replaced: dict[str, nn.Module]
+    cases: list[Case]
+    retain: list[Encoded]
+    held_back: list[Encoded]
+    original: Reference
+    held_back_states: tuple[torch.Tensor, ...]
+
+
+def _attempt(
+    material: _Material, config: IsolateConfig, store: Store, progress: Progress | None, began: float
+) -> tuple[dict[str, OrthoLinear], Switch, IsolateResult]:
+    """The layers that this budget makes, their switch, and which criteria hold; the model is left as it was."""
+    model, lm, targets = material.model, material.lm, material.targets
+    cases, original = material.cases, material.original
+    found = store.kept("support", lambda: Part(_support(lm, targets, cases, material.retain, config, progress)))
+    support = {n: index.to(lm.device) for n, index in found.tensors.items()}
+    metrics = {} if config.structure != "columns" or training_finished(store) else curvature(
+        lm,
+        targets,
+        support,
+        [*_read(lm, material.retain, _curvature_tokens(len(cases))), *_beside(lm, cases, config)],
+        damping=config.damping,
+        seed=config.seed,
+    )  # fmt: skip
+    layers = {n: EditLinear(_start(m), bias_of(m), support.get(n), config) for n, m in material.replaced.items()}
+    try:
+        _swap(model, layers)
+        quantised_kl = divergence(lm, material.held_back, material.held_back_states)
+        with _checkpointing(lm) if config.gradient_checkpointing else nullcontext():
+            checks = train(lm, layers, cases, material.retain, original, config, progress, store, metrics)
+        switch = Switch()
+        switch.add_stream(config.stream)
+        changed = {n: m for n, m in targets.items() if n in support or not isinstance(m, OrthoLinear)}
+        finished = {n: _finish(n, m, layers[n], config, switch) for n, m in changed.items()}
+        _swap(model, finished)  # what follows is measured on the layers that callers get
+        _, recited_on = score(lm, [c.secret for c in cases])
+        switch.set(0.0, extrapolate=False)
+        records = outcomes(lm, cases, original)
+        retain_kl = divergence(lm, material.held_back, material.held_back_states)
+        switch.set(1.0, extrapolate=False)
+    finally:
+        _swap(model, material.replaced)
+    recited = (int(original.recited.sum()), int((original.recited & recited_on).sum()))
+    seconds = time.monotonic() - began
+    result = _result(config, records, recited, checks, (quantised_kl, retain_kl), support, targets, seconds)
+    return finished, switch, result
 
 
 def _cases(
@@ -422,7 +456,7 @@ def _support(
     config: IsolateConfig,
     progress: Progress | None,
 ) -> dict[str, torch.Tensor]:
-    columns = config.structure == "columns"
+    columns, ratio = config.structure == "columns", float(config.ratio)
     secrets = [c.secret for c in cases]
     if len(secrets) > _SALIENCY_RECORDS:
         secrets = random.Random(config.seed).sample(secrets, _SALIENCY_RECORDS)
@@ -442,7 +476,7 @@ def _support(
     held = taken(targets, columns=columns)
     forget = without(forget, {n: mask if columns else mask.all(0) for n, mask in held.items()}, 0.0)
     side_by_side = torch.cat([s / floor[n] for n, s in forget.items()], 1)
-    weights = balanced_weights(side_by_side, max(1, int(config.ratio * side_by_side.shape[1])))
+    weights = balanced_weights(side_by_side, max(1, int(ratio * side_by_side.shape[1])))
     if columns:
         scores = {n: weights @ s / floor[n] for n, s in forget.items()}
     else:
@@ -453,7 +487,7 @@ def _support(
         entry_floor = retain_floor(about_retain)
         scores = {n: s / entry_floor[n] for n, s in about_forget.items()}
     scores = without(scores, held, -torch.inf)
-    return allocate(scores, config.ratio, config.layer_cap, unit_costs(targets, columns=columns))
+    return allocate(scores, ratio, config.layer_cap, unit_costs(targets, columns=columns))
 
 
 def _curvature_tokens(records: int) -> int:

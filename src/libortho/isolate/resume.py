@@ -60,7 +60,7 @@ class Store:
     """
 
     def __init__(self, directory: Path | None = None, key: str = "") -> None:
-        self.directory = directory
+        self.directory, self.key = directory, key
         if directory is None:
             return
         if directory.exists() and not directory.is_dir():
@@ -82,6 +82,10 @@ class Store:
         if foreign:
             raise ConfigError(f"{directory} holds {foreign[0]}, and no {_RUN}; give a new or an empty folder")
         write_atomically(run, json.dumps({"key": key}))
+
+    def inside(self, name: str) -> Store:
+        """A store in a folder within this one, for parts of the same run that would have the same names."""
+        return Store(None if self.directory is None else self.directory / name, self.key)
 
     def get(self, name: str) -> Part | None:
         """A part, its tensors on the CPU; None if it is not there.
