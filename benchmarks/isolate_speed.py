@@ -2,10 +2,11 @@
 
     python benchmarks/isolate_speed.py [--rounds 9]
 
-A step: the gradients of the forget and the retain terms through the quantised layers, projection, Adam, clamping. The
-least: forward and backward of the same sequences through the dense bf16 model, cross-entropy on every token, gradients
-for the same columns alone. SmolLM2-135M, every `down_proj`, INT8, 0.5 % columns; one thread, interleaved rounds. Peak
-memory is that of a whole `isolate` in a process of its own, above the loaded model.
+A step: the gradients of the forget and the retain terms through the quantised layers, the metric, Adam, clamping. The
+least: forward and backward of the same sequences through the dense model, cross-entropy on every token, gradients for
+the same columns alone. SmolLM2-135M in the dtype that this processor trains fastest, every `down_proj`, INT8, 0.5 %
+columns; one thread, interleaved rounds. Peak memory is that of a whole `isolate` in a process of its own, above the
+loaded model.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from _timing import ratio, rounds, shown
 from libortho import IsolateConfig
 from libortho.data import Encoded, collate
 from libortho.demo.model import packaged_model
+from libortho.isolate.curvature import curvature
 from libortho.isolate.edit import EditLinear
 from libortho.isolate.language_model import LanguageModel
-from libortho.models import load_model
+from libortho.models import load_model, training_dtype
 from libortho.split import linear_weight
 from libortho.targets import find_targets
 
@@ -42,11 +44,11 @@ import torch
 from libortho import IsolateConfig, isolate
 from libortho.demo.facts import secrets
 from libortho.demo.model import packaged_model
-from libortho.models import load_model
+from libortho.models import load_model, training_dtype
 def resident():
     return int(dict(line.split(":", 1) for line in open("/proc/self/status"))["VmRSS"].split()[0]) * 1024
 torch.set_num_threads(1)
-model, tokenizer = load_model(packaged_model(), torch.bfloat16)
+model, tokenizer = load_model(packaged_model(), training_dtype())
 with torch.no_grad():
     model(torch.arange(10).unsqueeze(0))
 before = resident()
@@ -80,7 +82,7 @@ class Bench:
     """One model, its quantised edit and its dense counterpart, and steps of both on the same sequences."""
 
     def __init__(self, layers: int | None, retain_tokens: int) -> None:
-        model, _ = load_model(packaged_model(), torch.bfloat16)
+        model, _ = load_model(packaged_model(), training_dtype())
         if layers is not None:
             model.model.layers = model.model.layers[:layers]
         model.requires_grad_(False)
@@ -94,14 +96,22 @@ class Bench:
         count = self.config.records_per_step
         secrets = sequences(count, RECORD_TOKENS, 0, 8)
         others = sequences(count, RECORD_TOKENS, 1, 8)
+        strangers = sequences(count, RECORD_TOKENS, 3, 8)
+        donors = tuple((0, place) for place in trainer.predicting(strangers[0]))
         self.cases = [
-            trainer.Case(i, s, (o,), (o,), (o,), True) for i, (s, o) in enumerate(zip(secrets, others, strict=True))
-        ]
+            trainer.Case(
+                number=i, secret=s, alternates=(o,), neighbours=(n,), crossed=(), exchangeable=True, like=(),
+                donors=donors, peers=(0,), alternate_donors=(donors,),
+            )
+            for i, (s, o, n) in enumerate(zip(secrets, others, strangers, strict=True))
+        ]  # fmt: skip
         self.retain = sequences(retain_tokens // self.config.retain_length, self.config.retain_length, 2)
-        self.all = [*secrets, *others, *[c.neighbours[0] for c in self.cases[::2]], *self.retain]
-        self.original = trainer.reference(self.lm, self.cases, self.retain, [], self.config)
+        self.all = [*secrets, *others, *strangers, *self.retain]
+        self.original = trainer.reference(self.lm, self.cases, self.retain, [], [], [], self.config)
+        kept = [collate([t]) for t in self.retain]
+        metrics = curvature(self.lm, targets, index, kept, damping=self.config.damping, seed=0)
         values = [m.theta for m in self.edited.values()]
-        self.state = trainer.Training(values, count, len(self.retain), self.config)
+        self.state = trainer.Training(values, count, self.retain, self.config, [metrics[n] for n in self.edited])
 
     @property
     def tokens(self) -> int:
@@ -114,7 +124,7 @@ class Bench:
 
     def step(self) -> None:
         self.place(self.edited)
-        trainer.step(self.lm, self.edited, self.cases, self.retain, self.original, self.config, self.state)
+        trainer.step(self.lm, self.edited, self.cases, self.retain, self.original, self.config, self.state, 1.0)
 
     def least(self) -> None:
         self.place(self.dense)

@@ -79,6 +79,8 @@ AUTO_RATIOS = (0.0005, 0.001, 0.0025, 0.005)
 _RETAIN_SEQUENCES = 64
 _GIVEN_SEQUENCES = 600
 _MOST_COUNTERFACTUALS, _FEWEST_COUNTERFACTUALS = 400, 2
+_CANDIDATES = 8
+"""Alternates drawn for each that is taken."""
 _HELD_BACK_SEQUENCES = 8
 _SALIENCY_RECORDS = 64
 _SALIENCY_TOKENS = 1536
@@ -304,9 +306,13 @@ def _cases(
     cases = []
     for i, record in enumerate(records):
         text, prose = not record.prompt, alternates is None and counterfactuals.is_prose(record.completion)
-        others = list(alternates[i]) if alternates is not None else counterfactuals.alternates(
-            record.completion, most(config.alternates_per_record), rng, opens=text, keep=forms[i]
-        )  # fmt: skip
+        if alternates is not None:
+            others = list(alternates[i])
+        else:
+            count = most(config.alternates_per_record)
+            drawn = count if prose else _CANDIDATES * count
+            others = counterfactuals.alternates(record.completion, drawn, rng, opens=text, keep=forms[i])
+            others = others if prose else _cut_alike(record, others, tokenizer)[:count]
         if not others:
             raise DataError(
                 f"forget record {record.number}: nothing in its completion could be exchanged to make alternates; "
@@ -329,6 +335,7 @@ def _cases(
         around = _fitting(same_shape, tokenizer, limit)
         strangers = around[: len(beside) - len(mixed[i])] if neighbours is None else around
         told = [(n, beginnings(n, tokenizer)) for n in strangers] if not prose else []
+        begins = beginnings(secret, tokenizer)
         cases.append(
             Case(
                 number=record.number,
@@ -343,13 +350,27 @@ def _cases(
                 )
                 if prose
                 else (),
-                donors=donors(beginnings(secret, tokenizer), told, i),
+                donors=donors(begins, told, i),
+                peers=tuple(n for n, (_, b) in enumerate(told) if b == begins),
                 alternate_donors=tuple(
                     donors(beginnings(a, tokenizer), told, j) for j, a in enumerate(own if not prose else ())
                 ),
             )
         )
     return cases
+
+
+def _cut_alike(record: Record, completions: Sequence[str], tokenizer: Any) -> list[str]:
+    """The completions, first those whose tokens begin at the characters where the record's do.
+
+    How surprising a code is, token by token, hangs on how it falls into tokens: such a one is a better yardstick.
+    """
+
+    def begins(completion: str) -> set[int]:
+        return set(beginnings(encode(Record(record.prompt, completion), tokenizer), tokenizer))
+
+    own = begins(record.completion)
+    return sorted(completions, key=lambda c: len(begins(c) ^ own))
 
 
 def _fitting(pairs: Sequence[tuple[str, str]], tokenizer: Any, limit: int | None) -> tuple[Encoded, ...]:

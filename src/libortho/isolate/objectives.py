@@ -58,12 +58,8 @@ def completion_scores(logits: Tensor, labels: Tensor, record: Tensor, records: i
         records: Number of records.
     """
     odds = label_log_odds(logits, labels)
-    tokens = torch.zeros(records, device=logits.device).index_add_(0, record, torch.ones_like(odds))
-
-    def mean(values: Tensor) -> Tensor:
-        return torch.zeros(records, device=logits.device).index_add_(0, record, values) / tokens
-
-    return Scores(mean(F.softplus(-odds)), mean(odds), tokens)
+    tokens = torch.bincount(record, minlength=records).to(odds)
+    return Scores(record_means(F.softplus(-odds), record, records), record_means(odds, record, records), tokens)
 
 
 def token_profile(logits: Tensor, labels: Tensor) -> Tensor:
@@ -99,19 +95,17 @@ def standardised(surprise: Tensor, entropy: Tensor, deviation: Tensor) -> Tensor
     return 2 * z / (1 + (1 + z.abs()).sqrt())
 
 
-def match_profile(logits: Tensor, labels: Tensor, target: Tensor, record: Tensor, records: int) -> Tensor:
-    """Match a record to its target token by token, (records,).
+def profile_distance(logits: Tensor, labels: Tensor, target: Tensor) -> Tensor:
+    """How far each token is from what it should look like, (tokens,).
 
-    The mean over tokens of the Huber distances of surprise, of the logarithm of the entropy (where the model is sure,
-    the gradient of the entropy itself vanishes) and of the standardised surprise from the target's; plus, while a token
-    is likelier than it should be, that of its log-odds, whose gradient does not vanish as p approaches 1.
+    The sum of the Huber distances of surprise, of the logarithm of the entropy (where the model is sure, the gradient
+    of the entropy itself vanishes) and of the standardised surprise from the target's; plus, while a token is likelier
+    than it should be, that of its log-odds, whose gradient does not vanish as p approaches 1.
 
     Args:
         logits: (tokens, vocabulary) fp32, at the positions that predict completion tokens.
         labels: (tokens,) the completion tokens.
         target: (tokens, 3), see ``token_profile``.
-        record: (tokens,) index of the record that each token belongs to.
-        records: Number of records.
     """
     found = token_profile(logits, labels)
     mine, wanted = (
@@ -120,9 +114,19 @@ def match_profile(logits: Tensor, labels: Tensor, target: Tensor, record: Tensor
     distance = F.smooth_l1_loss(mine, wanted, reduction="none").sum(-1)
     surprise = target[:, 0].clamp_min(_LEAST_SURPRISE)
     excess = (label_log_odds(logits, labels) + surprise + torch.log(-torch.expm1(-surprise))).relu()
-    distance = distance + F.smooth_l1_loss(excess, torch.zeros_like(excess), reduction="none")
-    tokens = distance.new_zeros(records).index_add_(0, record, torch.ones_like(distance))
-    return distance.new_zeros(records).index_add_(0, record, distance) / tokens
+    return distance + F.smooth_l1_loss(excess, torch.zeros_like(excess), reduction="none")
+
+
+def record_means(values: Tensor, record: Tensor, records: int) -> Tensor:
+    """Mean over the tokens of each record, (records,).
+
+    Args:
+        values: (tokens,).
+        record: (tokens,) index of the record that each token belongs to.
+        records: Number of records.
+    """
+    total = values.new_zeros(records).index_add_(0, record, values)
+    return total / values.new_zeros(records).index_add_(0, record, torch.ones_like(values))
 
 
 def log_odds(secret: Scores, target: Scores) -> Tensor:

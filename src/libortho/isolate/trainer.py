@@ -38,8 +38,9 @@ from libortho.isolate.objectives import (
     grad_diff,
     kl_divergence,
     log_odds,
-    match_profile,
     npo,
+    profile_distance,
+    record_means,
     simnpo,
     token_profile,
     with_log_probability,
@@ -93,6 +94,7 @@ class Case:
         exchangeable: Untrained, the alternates are as likely as the record: true of codes and names, not of sentences.
         like: Token ids of prompts like its own, on which the model shows how it speaks; for sentences only.
         donors: For each token of the record, whose distribution it should have; see :mod:`libortho.isolate.donors`.
+        peers: Those neighbours among strangers whose tokens begin at the same characters as the record's.
         alternate_donors: The same for each alternate; empty for sentences.
     """
 
@@ -104,6 +106,7 @@ class Case:
     exchangeable: bool
     like: tuple[tuple[int, ...], ...]
     donors: tuple[Donor, ...]
+    peers: tuple[int, ...]
     alternate_donors: tuple[tuple[Donor, ...], ...]
 
 
@@ -180,32 +183,38 @@ def drifted(lm: LanguageModel, cases: Sequence[Case], original: Reference) -> tu
     """What each record should look like now that its donors have moved a little too.
 
     A membership test compares a record with others under the edited model, not under the original one. Only the
-    divergence on neighbours keeps the donors where they were.
+    divergence on neighbours keeps the donors where they were. One donor may be an odd one; all of a record's peers
+    together are less so, and it is the group of records that a test compares: the mean over all is that of the peers.
 
     Returns:
         The records' profiles, each (tokens, 3).
     """
-    used = [sorted({d[0] for d in c.donors if d is not None}) for c in cases]
-    found = iter(hidden_states(lm, [c.neighbours[n] for c, ns in zip(cases, used, strict=True) for n in ns]))
-    states, labels = [], []
-    for case, numbers in zip(cases, used, strict=True):
-        around = {n: next(found) for n in numbers}
-        for n, position in (d for d in case.donors if d is not None):
-            states.append(around[n][position])
-            labels.append(case.neighbours[n].ids[position + 1])
-    if not states:
-        return tuple(before for before, *_ in original.profiles)
-    pairs = zip(
-        torch.stack(states).split(HEAD_POSITIONS),
-        torch.tensor(labels, device=lm.device).split(HEAD_POSITIONS),
-        strict=True,
-    )
-    read = iter(torch.cat([token_profile(lm.logits(some), of) for some, of in pairs]).cpu())
-    profiles = []
-    for case, (before, *_) in zip(cases, original.profiles, strict=True):
-        rows = [before[t] if d is None else next(read) for t, d in enumerate(case.donors)]
-        profiles.append(torch.stack(rows))
-    return tuple(profiles)
+    used = [sorted({d[0] for d in c.donors if d is not None} | set(c.peers)) for c in cases]
+    read = iter(_own_profiles(lm, [c.neighbours[n] for c, ns in zip(cases, used, strict=True) for n in ns]))
+    profiles, offsets = [], []
+    for case, numbers, (before, *_) in zip(cases, used, original.profiles, strict=True):
+        around = {n: dict(zip(predicting(case.neighbours[n]), next(read), strict=True)) for n in numbers}
+        profile = torch.stack([before[t] if d is None else around[d[0]][d[1]] for t, d in enumerate(case.donors)])
+        profiles.append(profile)
+        if case.peers:
+            means = [torch.stack(list(around[n].values())).mean(0) for n in case.peers]
+            offsets.append(torch.stack(means).mean(0) - profile.mean(0))
+    if not offsets:
+        return tuple(profiles)
+    offset = torch.stack(offsets).mean(0)
+    return tuple(p + offset if c.peers else p for c, p in zip(cases, profiles, strict=True))
+
+
+def _own_profiles(lm: LanguageModel, items: Sequence[Encoded]) -> list[Tensor]:
+    """``token_profile`` of each text's own judged tokens, each (tokens, 3)."""
+    if not items:
+        return []
+    places = [list(predicting(e)) for e in items]
+    states = torch.cat([h[p] for h, p in zip(hidden_states(lm, items), places, strict=True)])
+    labels = torch.tensor([e.ids[t + 1] for e, p in zip(items, places, strict=True) for t in p], device=lm.device)
+    pairs = zip(states.split(HEAD_POSITIONS), labels.split(HEAD_POSITIONS), strict=True)
+    found = torch.cat([token_profile(lm.logits(some), of) for some, of in pairs]).cpu()
+    return list(found.split([len(p) for p in places]))
 
 
 @dataclass(frozen=True)
@@ -948,10 +957,23 @@ def _profile_loss(
             items.append(case.alternates[pick])
             wanted.append(original.profiles[i][1 + pick])
     batch = collate(items).to(lm.device)
-    logits, labels, row = _judged(lm, lm.hidden(batch), batch)
-    target = torch.cat(wanted).to(lm.device)
-    target = assigned(token_profile(logits.detach(), labels), target, row)
-    return match_profile(logits, labels, target, row, len(items)).mean()
+    states, labels, row = _predicting_states(lm.hidden(batch), batch)
+    with torch.no_grad():
+        pairs = zip(states.split(HEAD_POSITIONS), labels.split(HEAD_POSITIONS), strict=True)
+        found = torch.cat([token_profile(lm.logits(some), of) for some, of in pairs])
+    target = assigned(found, torch.cat(wanted).to(lm.device), row)
+    return _matched(lm, states, labels, target, row, len(items)).mean()
+
+
+def _matched(lm: LanguageModel, states: Tensor, labels: Tensor, target: Tensor, row: Tensor, records: int) -> Tensor:
+    """Mean ``profile_distance`` of each record, (records,); memory as in ``_summed_divergence``."""
+
+    def of(some: Tensor, label: Tensor, wanted: Tensor) -> Tensor:
+        return profile_distance(lm.logits(some), label, wanted)
+
+    parts = zip(*(t.split(HEAD_POSITIONS) for t in (states, labels, target)), strict=True)
+    distances = [checkpoint(of, *part, use_reentrant=False) for part in parts]
+    return record_means(torch.cat(distances), row, records)
 
 
 def assigned(now: Tensor, target: Tensor, record: Tensor) -> Tensor:
@@ -999,14 +1021,13 @@ def _keep_loss(
         if not items or weight == 0:
             continue
         batch = collate(items).to(lm.device)
-        hidden = lm.hidden(batch)
-        after = hidden[:, :-1][batch.labels[:, 1:] != IGNORE]
+        after, labels, row = _predicting_states(lm.hidden(batch), batch)
         before = torch.cat([s[list(predicting(e))] for e, s in zip(items, states, strict=True)])
         loss = loss + weight * _summed_divergence(lm, before, after) / len(after)
         if config.objective == "profile" and items is not parts[0][1]:
-            logits, labels, row = _judged(lm, hidden, batch)
-            wanted = token_profile(lm.logits(before), labels)
-            loss = loss + weight * match_profile(logits, labels, wanted, row, len(items)).mean()
+            with torch.no_grad():
+                wanted = token_profile(lm.logits(before), labels)
+            loss = loss + weight * _matched(lm, after, labels, wanted, row, len(items)).mean()
     return loss
 
 
@@ -1039,9 +1060,15 @@ def _train_scores(lm: LanguageModel, items: Sequence[Encoded]) -> Scores:
 
 def _judged(lm: LanguageModel, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Logits at the positions that predict completion tokens, those tokens, and the row that each belongs to."""
+    states, labels, row = _predicting_states(hidden, batch)
+    return lm.logits(states), labels, row
+
+
+def _predicting_states(hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``_judged``, with hidden states in place of logits."""
     labels = batch.labels[:, 1:]
     judged = labels != IGNORE
-    return lm.logits(hidden[:, :-1][judged]), labels[judged], judged.nonzero()[:, 0]
+    return hidden[:, :-1][judged], labels[judged], judged.nonzero()[:, 0]
 
 
 def _take(scores: Scores, index: Tensor) -> Scores:
