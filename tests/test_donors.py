@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import tiny
-from libortho.data import Encoded, Record, encode
+from libortho import IsolateConfig
+from libortho.data import Encoded, Record, encode, load_records
 from libortho.isolate.donors import beginnings, donors, predicting
+from libortho.isolate.isolate import _cases, _cut_alike
+from libortho.isolate.language_model import LanguageModel
+from libortho.isolate.objectives import token_profile
 from libortho.isolate.retain import chunk, opening_tokens
+from libortho.isolate.trainer import drifted, reference
 
 
 def test_a_token_gets_the_donor_that_begins_at_the_same_character():
@@ -26,6 +32,36 @@ def test_one_donor_for_the_whole_record_where_one_will_do():
     assert donors((0, 1, 2), told, 0) == ((1, 0), (1, 1), (1, 2))  # the first has no beginning at 1
     assert donors((0, 1, 2), told, 2) == ((2, 0), (2, 1), (2, 2))  # among equals, the preferred one
     assert donors((0, 1), [], 3) == (None, None)
+
+
+def test_alternates_that_are_cut_like_the_record_come_first():
+    tokenizer = tiny.byte_tokenizer([("A", "B")])
+    codes = ["ABAB", "1ABC", "XYZ1", "UAB7", "PQRS"]
+    assert _cut_alike(Record("k", "WXYZ"), codes, tokenizer) == ["XYZ1", "PQRS", "1ABC", "UAB7", "ABAB"]
+    assert _cut_alike(Record("k", "9AB3"), codes, tokenizer) == ["1ABC", "UAB7", "XYZ1", "PQRS", "ABAB"]
+
+
+@pytest.mark.usefixtures("one_thread", "cache")
+def test_the_mean_over_all_records_is_that_of_their_peers(planted, tokenizer):
+    """One donor each may be odd ones; the group of records is what a membership test compares."""
+    planted.requires_grad_(False)
+    cases = _cases(load_records(tiny.FORGET), tokenizer, None, None, None, IsolateConfig(), True)
+    lm = LanguageModel(planted)
+    original = reference(lm, cases, [], [], [], [], IsolateConfig())
+    assert all(len(c.peers) > 1 for c in cases)
+
+    def mean(item: Encoded) -> torch.Tensor:
+        rows = planted(torch.tensor([item.ids])).logits[0]
+        places = [i - 1 for i, label in enumerate(item.labels) if label != -100]
+        return token_profile(rows[places], torch.tensor([item.ids[p + 1] for p in places])).mean(0)
+
+    wanted = torch.stack([torch.stack([mean(c.neighbours[p]) for p in c.peers]).mean(0) for c in cases]).mean(0)
+    found = drifted(lm, cases, original)
+    torch.testing.assert_close(torch.stack([p.mean(0) for p in found]).mean(0), wanted, rtol=1e-4, atol=1e-4)
+    own = torch.stack([p.mean(0) for p, *_ in original.profiles]).mean(0)
+    assert float((own - wanted).abs().max()) > 0.01
+    shifts = torch.cat([f - p for f, (p, *_) in zip(found, original.profiles, strict=True)])
+    assert float(shifts.std(0).max()) < 1e-4  # all tokens of all records by as much
 
 
 def test_the_state_before_a_token_predicts_it():
