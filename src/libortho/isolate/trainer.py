@@ -212,9 +212,14 @@ def _own_profiles(lm: LanguageModel, items: Sequence[Encoded]) -> list[Tensor]:
     places = [list(predicting(e)) for e in items]
     states = torch.cat([h[p] for h, p in zip(hidden_states(lm, items), places, strict=True)])
     labels = torch.tensor([e.ids[t + 1] for e, p in zip(items, places, strict=True) for t in p], device=lm.device)
+    return list(_profiles_of_states(lm, states, labels).cpu().split([len(p) for p in places]))
+
+
+@torch.no_grad()
+def _profiles_of_states(lm: LanguageModel, states: Tensor, labels: Tensor) -> Tensor:
+    """``token_profile`` from hidden states (tokens, width), a few positions at a time; (tokens, 3)."""
     pairs = zip(states.split(HEAD_POSITIONS), labels.split(HEAD_POSITIONS), strict=True)
-    found = torch.cat([token_profile(lm.logits(some), of) for some, of in pairs]).cpu()
-    return list(found.split([len(p) for p in places]))
+    return torch.cat([token_profile(lm.logits(some), of) for some, of in pairs])
 
 
 @dataclass(frozen=True)
@@ -958,10 +963,7 @@ def _profile_loss(
             wanted.append(original.profiles[i][1 + pick])
     batch = collate(items).to(lm.device)
     states, labels, row = _predicting_states(lm.hidden(batch), batch)
-    with torch.no_grad():
-        pairs = zip(states.split(HEAD_POSITIONS), labels.split(HEAD_POSITIONS), strict=True)
-        found = torch.cat([token_profile(lm.logits(some), of) for some, of in pairs])
-    target = assigned(found, torch.cat(wanted).to(lm.device), row)
+    target = assigned(_profiles_of_states(lm, states, labels), torch.cat(wanted).to(lm.device), row)
     return _matched(lm, states, labels, target, row, len(items)).mean()
 
 
@@ -1025,8 +1027,7 @@ def _keep_loss(
         before = torch.cat([s[list(predicting(e))] for e, s in zip(items, states, strict=True)])
         loss = loss + weight * _summed_divergence(lm, before, after) / len(after)
         if config.objective == "profile" and items is not parts[0][1]:
-            with torch.no_grad():
-                wanted = token_profile(lm.logits(before), labels)
+            wanted = _profiles_of_states(lm, before, labels)
             loss = loss + weight * _matched(lm, after, labels, wanted, row, len(items)).mean()
     return loss
 
