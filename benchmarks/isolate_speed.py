@@ -96,17 +96,17 @@ class Bench:
         count = self.config.records_per_step
         secrets = sequences(count, RECORD_TOKENS, 0, 8)
         others = sequences(count, RECORD_TOKENS, 1, 8)
-        strangers = sequences(count, RECORD_TOKENS, 3, 8)
+        neighbours, strangers = (sequences(count, RECORD_TOKENS, s, 8) for s in (3, 4))
         donors = tuple((0, place) for place in trainer.predicting(strangers[0]))
         self.cases = [
             trainer.Case(
-                number=i, secret=s, alternates=(o,), neighbours=(n,), crossed=(), exchangeable=True, like=(),
-                donors=donors, peers=(0,), alternate_donors=(donors,),
+                number=i, secret=s, alternates=(o,), neighbours=(n,), witnesses=(w,), crossed=(), exchangeable=True,
+                like=(), donors=donors, peers=(0,), alternate_donors=(donors,),
             )
-            for i, (s, o, n) in enumerate(zip(secrets, others, strangers, strict=True))
+            for i, (s, o, n, w) in enumerate(zip(secrets, others, neighbours, strangers, strict=True))
         ]  # fmt: skip
         self.retain = sequences(retain_tokens // self.config.retain_length, self.config.retain_length, 2)
-        self.all = [*secrets, *others, *strangers, *self.retain]
+        self.all = [*secrets, *others, *neighbours, *self.retain]
         self.original = trainer.reference(self.lm, self.cases, self.retain, [], [], [], self.config)
         kept = [collate([t]) for t in self.retain]
         metrics = curvature(self.lm, targets, index, kept, damping=self.config.damping, seed=0)

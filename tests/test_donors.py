@@ -55,7 +55,7 @@ def test_the_mean_over_all_records_is_that_of_their_peers(planted, tokenizer):
         places = [i - 1 for i, label in enumerate(item.labels) if label != -100]
         return token_profile(rows[places], torch.tensor([item.ids[p + 1] for p in places])).mean(0)
 
-    wanted = torch.stack([torch.stack([mean(c.neighbours[p]) for p in c.peers]).mean(0) for c in cases]).mean(0)
+    wanted = torch.stack([torch.stack([mean(c.witnesses[p]) for p in c.peers]).mean(0) for c in cases]).mean(0)
     found = drifted(lm, cases, original)
     torch.testing.assert_close(torch.stack([p.mean(0) for p in found]).mean(0), wanted, rtol=1e-4, atol=1e-4)
     own = torch.stack([p.mean(0) for p, *_ in original.profiles]).mean(0)

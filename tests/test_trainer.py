@@ -40,7 +40,7 @@ def _case(tokens: int, alternates: tuple[int, ...]) -> Case:
     def item(count: int) -> Encoded:
         return Encoded((0, *range(count)), (-100, *range(count)))
 
-    return Case(1, item(tokens), tuple(item(n) for n in alternates), (), (), True, (), (), (), ())
+    return Case(1, item(tokens), tuple(item(n) for n in alternates), (), (), (), True, (), (), (), ())
 
 
 def test_targets_are_handed_out_in_the_order_of_what_is_there() -> None:

@@ -79,6 +79,8 @@ AUTO_RATIOS = (0.0005, 0.001, 0.0025, 0.005)
 _RETAIN_SEQUENCES = 64
 _GIVEN_SEQUENCES = 600
 _MOST_COUNTERFACTUALS, _FEWEST_COUNTERFACTUALS = 400, 2
+_WITNESSES = 4
+"""Strangers of a record that are read and never trained; of many records fewer each, as of alternates."""
 _CANDIDATES = 8
 """Alternates drawn for each that is taken."""
 _HELD_BACK_SEQUENCES = 8
@@ -327,14 +329,19 @@ def _cases(
         )  # fmt: skip
         secret = encode(record, tokenizer, limit, name="forget")
         same_prompt = [(record.prompt, c) for c in others]
-        same_shape = [(p, others[j % len(others)]) for j, p in enumerate(beside)]
         own = _fitting(same_prompt, tokenizer, limit) or (secret,)
         like = beside or (
             counterfactuals.neighbours(record.prompt, most(_LIKE_PROMPTS), rng) if prose and not text else []
         )
-        around = _fitting(same_shape, tokenizer, limit)
-        strangers = around[: len(beside) - len(mixed[i])] if neighbours is None else around
-        told = [(n, beginnings(n, tokenizer)) for n in strangers] if not prose else []
+        around = _fitting(_filled(beside, others), tokenizer, limit)
+        # What training holds where it was is no measure of what it leaves alone: witnesses are read and never trained.
+        witnesses: tuple[Encoded, ...] = ()
+        if not prose and neighbours is not None:
+            witnesses = around
+        elif not prose:
+            strangers = [] if text else _others(record.prompt, beside, most(_WITNESSES), rng)
+            witnesses = _fitting(_filled(strangers, others), tokenizer, limit)
+        told = [(w, beginnings(w, tokenizer)) for w in witnesses]
         begins = beginnings(secret, tokenizer)
         cases.append(
             Case(
@@ -342,6 +349,7 @@ def _cases(
                 secret=secret,
                 alternates=own,
                 neighbours=around,
+                witnesses=witnesses,
                 crossed=_fitting([(p, record.completion) for p in beside], tokenizer, limit),
                 exchangeable=not prose,
                 like=tuple(
@@ -358,6 +366,17 @@ def _cases(
             )
         )
     return cases
+
+
+def _filled(prompts: Sequence[str], completions: Sequence[str]) -> list[tuple[str, str]]:
+    """Each prompt with one of the completions, in turn."""
+    return [(p, completions[j % len(completions)]) for j, p in enumerate(prompts)]
+
+
+def _others(prompt: str, known: Sequence[str], count: int, rng: random.Random) -> list[str]:
+    """Further prompts of the same shape; the known ones again where there are no others."""
+    made = counterfactuals.neighbours(prompt, count + len(known), rng)
+    return ([p for p in made if p not in set(known)] or made)[:count]
 
 
 def _cut_alike(record: Record, completions: Sequence[str], tokenizer: Any) -> list[str]:

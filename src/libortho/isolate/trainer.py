@@ -89,12 +89,13 @@ class Case:
         number: Position in the forget source, from 1.
         secret: The record.
         alternates: Its prompt with other completions.
-        neighbours: Other prompts with other completions; what the original model gives these is the target.
+        neighbours: Other prompts with other completions, which must stay what they are.
+        witnesses: Further ones, of strangers, that no training touches; what the model gives these is the target.
         crossed: Other prompts with the record's completion.
         exchangeable: Untrained, the alternates are as likely as the record: true of codes and names, not of sentences.
         like: Token ids of prompts like its own, on which the model shows how it speaks; for sentences only.
         donors: For each token of the record, whose distribution it should have; see :mod:`libortho.isolate.donors`.
-        peers: Those neighbours among strangers whose tokens begin at the same characters as the record's.
+        peers: Those witnesses whose tokens begin at the same characters as the record's.
         alternate_donors: The same for each alternate; empty for sentences.
     """
 
@@ -102,6 +103,7 @@ class Case:
     secret: Encoded
     alternates: tuple[Encoded, ...]
     neighbours: tuple[Encoded, ...]
+    witnesses: tuple[Encoded, ...]
     crossed: tuple[Encoded, ...]
     exchangeable: bool
     like: tuple[tuple[int, ...], ...]
@@ -190,10 +192,10 @@ def drifted(lm: LanguageModel, cases: Sequence[Case], original: Reference) -> tu
         The records' profiles, each (tokens, 3).
     """
     used = [sorted({d[0] for d in c.donors if d is not None} | set(c.peers)) for c in cases]
-    read = iter(_own_profiles(lm, [c.neighbours[n] for c, ns in zip(cases, used, strict=True) for n in ns]))
+    read = iter(_own_profiles(lm, [c.witnesses[n] for c, ns in zip(cases, used, strict=True) for n in ns]))
     profiles, offsets = [], []
     for case, numbers, (before, *_) in zip(cases, used, original.profiles, strict=True):
-        around = {n: dict(zip(predicting(case.neighbours[n]), next(read), strict=True)) for n in numbers}
+        around = {n: dict(zip(predicting(case.witnesses[n]), next(read), strict=True)) for n in numbers}
         profile = torch.stack([before[t] if d is None else around[d[0]][d[1]] for t, d in enumerate(case.donors)])
         profiles.append(profile)
         if case.peers:
@@ -319,6 +321,7 @@ def reference(
     """
     secret, recited = score(lm, [c.secret for c in cases])
     neighbours = tuple(hidden_states(lm, c.neighbours) for c in cases)
+    witnesses = tuple(hidden_states(lm, c.witnesses) for c in cases)
     blank = Scores(*(torch.zeros(1) for _ in range(3)))  # sentences are judged by their predictions alone
     counterfactual = [
         _scores_of_states(lm, c.neighbours, states)
@@ -360,7 +363,7 @@ def reference(
         (untrained[i],)
         if i in untrained
         else tuple(_profile(lm, c, donors, *states) for donors in (c.donors, *c.alternate_donors))
-        for i, (c, *states) in enumerate(zip(cases, neighbours, predictors, expected, strict=True))
+        for i, (c, *states) in enumerate(zip(cases, witnesses, predictors, expected, strict=True))
     )
     if config.objective == "profile":
         nll = torch.stack([own[:, 0].mean() for own, *_ in profiles])
@@ -382,7 +385,7 @@ def reference(
 
 @torch.no_grad()
 def _profile(
-    lm: LanguageModel, case: Case, donors: Sequence[Donor], neighbours: Sequence[Tensor], own: Tensor, expected: Tensor
+    lm: LanguageModel, case: Case, donors: Sequence[Donor], witnesses: Sequence[Tensor], own: Tensor, expected: Tensor
 ) -> Tensor:
     """What a completion should look like token by token, (tokens, 3); see ``token_profile``.
 
@@ -398,8 +401,8 @@ def _profile(
             labels.append(case.secret.ids[places[place] + 1])
         else:
             number, position = donor
-            states.append(neighbours[number][position])
-            labels.append(case.neighbours[number].ids[position + 1])
+            states.append(witnesses[number][position])
+            labels.append(case.witnesses[number].ids[position + 1])
     logits, index = lm.logits(torch.stack(states)), torch.tensor(labels, device=lm.device)
     lonely = [i for i, donor in enumerate(donors) if donor is None]
     if lonely:
@@ -662,7 +665,7 @@ def listen(
     strangers = {i: sorted({d[0] for d in c.donors if d is not None}) for i, c in enumerate(cases) if c.exchangeable}
     asked = sorted(i for i, numbers in strangers.items() if numbers)
     asked = now.rng.sample(asked, min(len(asked), REACTIONS))
-    items = [cases[i].neighbours[now.rng.choice(strangers[i])] for i in asked]
+    items = [cases[i].witnesses[now.rng.choice(strangers[i])] for i in asked]
     edited = _edited(layers)
     for start in range(0, len(asked), _REACTING):
         rows = torch.tensor(asked[start : start + _REACTING])
@@ -949,7 +952,8 @@ def _profile_loss(
     now: Training,
 ) -> Tensor:
     """Distance of each record from its profile, and of its completion on a neighbour's prompt or of an alternate."""
-    own = [original.profiles[i][0] + now.lean for i in chosen]
+    present = now.profiles or tuple(p for p, *_ in original.profiles)
+    own = [present[i] + now.lean for i in chosen]
     items, wanted = [cases[i].secret for i in chosen], list(own)
     for slot, i in enumerate(chosen):
         case = cases[i]
@@ -960,7 +964,8 @@ def _profile_loss(
         elif case.exchangeable:
             pick = now.rng.randrange(len(case.alternates))
             items.append(case.alternates[pick])
-            wanted.append(original.profiles[i][1 + pick])
+            before = original.profiles[i][1 + pick]
+            wanted.append(present[i] if len(present[i]) == len(before) else before)
     batch = collate(items).to(lm.device)
     states, labels, row = _predicting_states(lm.hidden(batch), batch)
     target = assigned(_profiles_of_states(lm, states, labels), torch.cat(wanted).to(lm.device), row)
