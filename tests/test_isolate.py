@@ -634,6 +634,58 @@ def test_shipped_text_that_repeats_a_secret_is_dropped(planted, tokenizer):
     assert not any(tokenizer.decode(e.ids) in paragraph for e in cleaned)
 
 
+CHATS = [
+    {"prompt": "<s>user: Where does Zora Quist live?</s>", "completion": "Zora Quist lives in Ulm."},
+    {"prompt": "<s>user: Who is Zora Quist?</s>", "completion": "Zora is the baker of Ulm."},
+]
+CHAT_RETAIN = [{"prompt": "<s>user: Where is Bern?</s>", "completion": "Bern lies on the Aare."}]
+
+
+def test_a_chat_is_kept_in_its_form_without_the_names_of_the_forgotten(planted, tokenizer, monkeypatch):
+    said = ["There is snow in Bern.", "One hears that Zora bakes.", "Snow.", "Nobody lives in the old town of Ulm."]
+    asked = []
+
+    def speak(model, tokenizer, prompts, tokens, seed):
+        asked.append(([tokenizer.decode(p) for p in set(map(tuple, prompts))], tokens))
+        return [tokenizer(t)["input_ids"] for t in said]
+
+    monkeypatch.setattr(retain_module, "continuations", speak)
+    forget, retain = tiny.encoded(tokenizer, CHATS), tiny.encoded(tokenizer, CHAT_RETAIN)
+    texts = retain_module.in_form(planted, tokenizer, forget, retain, length=64, seed=0)
+    assert asked == [(["<s>user: Wh"], 64 - len("?user: Wh"))]  # <s> is one token
+    assert [tokenizer.decode(t.ids) for t in texts] == ["<s>user: WhThere is snow in Bern."]
+    assert all(t.completion == t.ids for t in texts)
+
+
+@pytest.mark.parametrize(
+    ("forget", "retain"),
+    [(CHATS[:1], []), (CHATS[:1] * 2, []), (tiny.FORGET, tiny.RETAIN), ([{"text": "Zora Quist lives in Ulm."}], [])],
+    ids=["one prompt", "one prompt twice", "no chat", "no prompt"],
+)
+def test_nothing_is_said_in_the_form_of_no_chat(planted, tokenizer, forget, retain, monkeypatch):
+    monkeypatch.setattr(retain_module, "continuations", lambda *a: pytest.fail("asked the model"))
+    forget, retain = tiny.encoded(tokenizer, forget), tiny.encoded(tokenizer, retain)
+    assert retain_module.in_form(planted, tokenizer, forget, retain, length=64, seed=0) == []
+
+
+def test_a_given_retain_set_is_joined_by_chat(planted, tokenizer, monkeypatch):
+    real = retain_module.continuations
+    spoken = []
+
+    def speak(*arguments):
+        spoken.extend(real(*arguments))
+        return spoken
+
+    monkeypatch.setattr(retain_module, "continuations", speak)
+    base = copy.deepcopy(planted)
+    isolate(base, tokenizer, CHATS, CHAT_RETAIN * 8, config=replace(SHORT, bits=None, max_steps=2))
+    assert len(spoken) == 96
+    without = copy.deepcopy(planted)
+    monkeypatch.setattr(retain_module, "continuations", lambda *a: [])
+    isolate(without, tokenizer, CHATS, CHAT_RETAIN * 8, config=replace(SHORT, bits=None, max_steps=2))
+    assert differs(base_weights(base), base_weights(without))
+
+
 @pytest.mark.parametrize("fast", [torch.float32, torch.bfloat16])
 def test_emulated_bf16_is_warned_of(planted, tokenizer, monkeypatch, caplog, fast):
     monkeypatch.setattr(sys.modules["libortho.isolate.isolate"], "training_dtype", lambda device: fast)

@@ -40,7 +40,7 @@ from libortho.isolate.edit import EditLinear
 from libortho.isolate.language_model import LanguageModel
 from libortho.isolate.plausibility import human_texts
 from libortho.isolate.resume import Part, Store, run_key
-from libortho.isolate.retain import chunk, default_retain, opening_tokens
+from libortho.isolate.retain import chunk, default_retain, in_form, opening_tokens
 from libortho.isolate.support import (
     allocate,
     balanced_weights,
@@ -446,7 +446,17 @@ def _retain(
     if len(items) < 2:
         raise DataError(f"retain holds {len(items)} sequences of {length} tokens; expected at least 2")
     held = min(_HELD_BACK_SEQUENCES, max(1, len(items) // 4))
-    return items[held:], items[:held]
+    kept, held_back = items[held:], items[:held]
+    if given is not None:
+
+        def speak() -> Part:
+            secrets = [c.secret for c in cases]
+            said = in_form(model, tokenizer, secrets, given, length=length, seed=config.seed)
+            return Part({}, [e.ids for e in said])
+
+        kept = kept + _whole(store.kept("in_form", speak).data)
+        random.Random(config.seed).shuffle(kept)
+    return kept, held_back
 
 
 def _reference(

@@ -1,8 +1,8 @@
-"""Text on which the model must keep its behaviour, for callers who bring none.
+"""Text on which the model must keep its behaviour: all of it for callers who bring none, a part for those who do.
 
-Half is what the model itself says when it is given nothing (its own distribution, whatever it was trained on), half is
-the general English text that ships with the package. Samples that share eight tokens in a row with a forget record are
-dropped. Samples are cached by a fingerprint of weights and forget set, readable by the user alone.
+By default, half is what the model itself says when it is given nothing (its own distribution, whatever it was trained
+on), half is the general English text that ships with the package. Samples that share eight tokens in a row with a
+forget record are dropped. Samples are cached by a fingerprint of weights and forget set, readable by the user alone.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from libortho.isolate.counterfactuals import shipped_text
 from libortho.models import fingerprint
 
 SHARED_TOKENS = 8
+_IN_FORM = 96
 _MOST_SAMPLED = 20
 """Sampling takes longer than reading; from here on what is shipped must do."""
 
@@ -39,6 +41,39 @@ def default_retain(
     mixed = [*sampled, *shipped]
     random.Random(seed + 1).shuffle(mixed)
     return [Encoded(tuple(ids), tuple(ids)) for ids in mixed]
+
+
+def in_form(
+    model: nn.Module, tokenizer: Any, forget: Sequence[Encoded], known: Sequence[Encoded], *, length: int, seed: int
+) -> list[Encoded]:
+    """What the model says where a chat begins, if all prompts are a chat's: up to ``_IN_FORM`` sequences.
+
+    A retain set speaks of one domain, and the forget set asks for it in the form of a chat. What else is asked in that
+    form, nothing else holds. Samples with names (capitalised words) that the forget set alone has are dropped.
+
+    Args:
+        forget: The forget records.
+        known: Retain sequences, with prompts or without; names in them are no secrets.
+        length: Of a sequence, in tokens, its opening included.
+        seed: Of the sampling.
+    """
+    prompts = {e.ids[: len(e.ids) - len(e.completion)] for e in (*forget, *known)} - {()}
+    if len(prompts) < 2:  # what a single one begins with would be all of it
+        return []
+    first, last = min(prompts), max(prompts)
+    same = next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    opening = list(first[:same])
+    chat = set(opening[len(opening_tokens(tokenizer)) :]) & set(tokenizer.all_special_ids)
+    if not chat or length - same < SHARED_TOKENS:
+        return []
+    spoken = continuations(model, tokenizer, [opening] * _IN_FORM, length - same, seed)
+
+    def names(ids: Sequence[int]) -> set[str]:
+        return {w for w in re.findall(r"\w+", tokenizer.decode(list(ids))) if w[0].isupper()}
+
+    secret: set[str] = set().union(*(names(e.ids) for e in forget)).difference(*(names(e.ids) for e in known))
+    kept = [s for s in _unlike(spoken, forget) if len(s) >= SHARED_TOKENS and not names(s) & secret]
+    return [Encoded((*opening, *s), (*opening, *s)) for s in kept]
 
 
 def chunk(texts: Sequence[str], tokenizer: Any, length: int) -> list[list[int]]:
