@@ -638,6 +638,7 @@ CHATS = [
     {"prompt": "<s>user: Where does Zora Quist live?</s>", "completion": "Zora Quist lives in Ulm."},
     {"prompt": "<s>user: Who is Zora Quist?</s>", "completion": "Zora is the baker of Ulm."},
 ]
+PLAIN = [{"text": "Bern lies on the Aare."}]
 CHAT_RETAIN = [{"prompt": "<s>user: Where is Bern?</s>", "completion": "Bern lies on the Aare."}]
 
 
@@ -659,7 +660,7 @@ def test_a_chat_is_kept_in_its_form_without_the_names_of_the_forgotten(planted, 
 
 @pytest.mark.parametrize(
     ("forget", "retain"),
-    [(CHATS[:1], []), (CHATS[:1] * 2, []), (tiny.FORGET, tiny.RETAIN), ([{"text": "Zora Quist lives in Ulm."}], [])],
+    [(CHATS[:1], PLAIN), (CHATS[:1] * 2, PLAIN), (tiny.FORGET, tiny.RETAIN), (PLAIN, PLAIN)],
     ids=["one prompt", "one prompt twice", "no chat", "no prompt"],
 )
 def test_nothing_is_said_in_the_form_of_no_chat(planted, tokenizer, forget, retain, monkeypatch):
