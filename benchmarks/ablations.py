@@ -34,7 +34,7 @@ from scipy.stats import t as student
 from torch import Tensor, nn
 
 from _common import RESULTS, save
-from forgetting import ATTACKS, case, compared, figures, models, unedited
+from forgetting import ATTACKS, case, compared, device_name, figures, models, unedited
 from known_support import attribution
 from libortho import IsolateConfig, alpha, isolate
 from libortho.data import collate, load_records
@@ -90,9 +90,10 @@ VARIANTS: dict[str, Variant] = {
     "no metric (Adam on the values)": ({"damping": 1e9}, contextlib.nullcontext),
     "damping 0.1": ({"damping": 0.1}, contextlib.nullcontext),
     "no decay": ({"decay": 0.0}, contextlib.nullcontext),
-    "gradient's norm matched": ({"gradient_weight": 10.0}, contextlib.nullcontext),
-    "the same, no decay": ({"gradient_weight": 10.0, "decay": 0.0}, contextlib.nullcontext),
-    "the same, no metric": ({"gradient_weight": 10.0, "damping": 1e9}, contextlib.nullcontext),
+    "decay .02": ({"decay": 0.02}, contextlib.nullcontext),
+    "gradient's norm, weight 5": ({"gradient_weight": 5.0}, contextlib.nullcontext),
+    "gradient's norm, weight 5, decay .02": ({"gradient_weight": 5.0, "decay": 0.02}, contextlib.nullcontext),
+    "gradient's norm, weight 10": ({"gradient_weight": 10.0}, contextlib.nullcontext),
     "no steering": ({}, partial(_constant, "STEER", 0.0)),
     "no retain text": ({"retain_weight": 0.0}, contextlib.nullcontext),
     "no neighbours": ({"neighbour_weight": 0.0}, contextlib.nullcontext),
@@ -130,7 +131,7 @@ def run(variant: str, name: str, seed: int, count: int, device: str) -> dict[str
     mine, told = found["models"]["alpha 0"], found["models"]["alpha 1"]
     return {
         "variant": variant, "case": name, "seed": seed, "records": len(forget),
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu", "density": result.density,
+        "device": device_name(device), "density": result.density,
         **{f"AUC {a}": found["auc_difference"][a][0] for a in ATTACKS},
         "extracted %": 100 * mine["greedy"], "alpha 1 %": 100 * told["greedy"],
         "nats - unseen": mine["nll"] - mine["nll_unseen"],

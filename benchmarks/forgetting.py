@@ -5,6 +5,7 @@
     python benchmarks/forgetting.py measure --case tuning --seeds 0 --objectives profile log_odds
     python benchmarks/forgetting.py measure --seeds 11 --attacks         with rounding, relearning, other prompts
     python benchmarks/forgetting.py measure --seeds 11 --count 1         requests of other sizes
+    python benchmarks/forgetting.py measure --gradient-weight 5          the gradient's norm matched too
     python benchmarks/forgetting.py measure --case demo --seeds 0 --model gemma3      another family (second_model.py)
     python benchmarks/forgetting.py sequential --seeds 11                the records in ten requests
     python benchmarks/forgetting.py show                                 table and plots of what was measured
@@ -102,7 +103,8 @@ def models(name: str, seed: int, count: int, kind: str = PLAIN, device: str = "c
     model: Any = moved(loaded, seed).to(training_dtype(device))
     model.save_pretrained(place / "never")
     tokenizer.save_pretrained(place / "never")
-    faster = {"learning_rate": 1e-4, "batch_size": 16, "max_steps": 300, "decay": True} if repetitions else {}
+    longest = 3 * max(100, len(forget))
+    faster = {"learning_rate": 1e-4, "batch_size": 16, "max_steps": longest, "decay": True} if repetitions else {}
     steps = implant(model, tokenizer, load_records(forget), seed=seed, repetitions=repetitions, **faster)  # type: ignore[arg-type]
     logging.info("planted in %d steps", steps)
     model.save_pretrained(place / "implanted")
@@ -208,17 +210,18 @@ def run(name: str, seed: int, arguments: argparse.Namespace, objective: str) -> 
     forget, unseen = load_records(raw), load_records(beside)
     plain = unedited(place, forget, unseen, arguments.rows, seed, arguments.device)
     model, tokenizer = load_model(place / "implanted", device=arguments.device)
-    result = isolate(model, tokenizer, forget, config=IsolateConfig(seed=seed, objective=objective))  # type: ignore[arg-type]
+    config = IsolateConfig(seed=seed, objective=objective, gradient_weight=arguments.gradient_weight)  # type: ignore[arg-type]
+    result = isolate(model, tokenizer, forget, config=config)
     logging.info("isolated: %s", result.missed or "no criterion missed")
     off, on = (
         figures(model, tokenizer, partial(alpha, model, a), forget, unseen, arguments.rows, seed, attacks=a == 0.0)
         for a in (0.0, 1.0)
     )
     row = {
-        "model": arguments.model, "case": name, "seed": seed, "objective": objective, "records": len(forget),
-        "steps": result.steps,
-        "seconds": result.seconds, "density": result.density, "missed": result.missed, "retain_kl": result.retain_kl,
-        "quantised_kl": result.quantised_kl, "recited_on": result.recited_on,
+        "model": arguments.model, "case": name, "seed": seed, "objective": objective,
+        "gradient_weight": config.gradient_weight, "records": len(forget), "device": device_name(arguments.device),
+        "steps": result.steps, "seconds": result.seconds, "density": result.density, "missed": result.missed,
+        "retain_kl": result.retain_kl, "quantised_kl": result.quantised_kl, "recited_on": result.recited_on,
         **compared(off, on, plain["never"], plain["implanted"], forget, unseen, seed),
     }  # fmt: skip
     if arguments.attacks:
@@ -256,6 +259,11 @@ def compared(
         found = auc_difference(*off["scores"][attack], *never["scores"][attack], *strata, seed=seed)
         differences[attack] = [found.value, found.low, found.high]
     return {"models": rows, "auc_difference": differences}
+
+
+def device_name(device: str) -> str:
+    """What a run was made on, as far as it matters for its figures and times."""
+    return torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"
 
 
 def _auc(scores: Sequence[Sequence[float]], strata: Sequence[Sequence[str]], seed: int) -> float:
@@ -335,14 +343,14 @@ def show_sequential(runs: Sequence[dict[str, Any]]) -> None:
 
 def show(runs: Sequence[dict[str, Any]]) -> None:
     """One row for each model of each run, and the plots."""
-    table = Table("case", "seed", "objective", "state", "greedy %", "in 20 %", "beginning %", "exposure", "unseen",
+    table = Table("case", "seed", "method", "state", "greedy %", "in 20 %", "beginning %", "exposure", "unseen",
                   "nats", "unseen", *(f"AUC {a}" for a in ATTACKS), "neighbours", "WikiText", "steps")  # fmt: skip
     for r in runs:
         for label, m in r["models"].items():
             cells = [f"{100 * m['sampled']:.0f}", f"{100 * m['beginning_given']:.1f}", f"{m['exposure']:.2f}",
                      f"{m['exposure_unseen']:.2f}"] if "auc" in m else [""] * 4  # fmt: skip
             table.add_row(
-                _about(r), str(r["seed"]), r["objective"], label, f"{100 * m['greedy']:.0f}", *cells,
+                _about(r), str(r["seed"]), _method(r), label, f"{100 * m['greedy']:.0f}", *cells,
                 f"{m['nll']:.2f}", f"{m['nll_unseen']:.2f}",
                 *(f"{m['auc'][a]:.3f}" if "auc" in m else "" for a in ATTACKS),
                 f"{m['neighbours_nll']:.3f}", f"{m['wikitext']:.2f}", str(r["steps"]) if label == "alpha 0" else "",
@@ -354,10 +362,11 @@ def show(runs: Sequence[dict[str, Any]]) -> None:
         shown = ", ".join(
             f"{a} {v:+.3f} [{low:+.3f}, {high:+.3f}]" for a, (v, low, high) in r["auc_difference"].items()
         )
-        console.print(f"{_about(r)}, {r['seed']}, {r['objective']}: AUC minus never trained: {shown}")
+        console.print(f"{_about(r)}, {r['seed']}, {_method(r)}: AUC minus never trained: {shown}")
         off, on = (r["models"][k]["tasks"] for k in ("alpha 0", "alpha 1"))
         console.print("   tasks alpha 0 / 1: " + ", ".join(f"{t} {off[t]:.3f} / {on[t]:.3f}" for t in off))
-        console.print(f"   {r['seconds']:.0f} s, density {r['density']:.5f}, missed: {r['missed'] or 'nothing'}")
+        console.print(f"   {r['steps']} steps, {r['seconds']:.0f} s on {r['device']}, density {r['density']:.5f}")
+        console.print(f"   missed: {r['missed'] or 'nothing'}")
         if "attacks" in r:
             show_attacks(r["attacks"], console)
     if final := [r for r in runs if (r["model"], r["case"], r["records"]) == (PLAIN, "final", 100)]:
@@ -366,6 +375,11 @@ def show(runs: Sequence[dict[str, Any]]) -> None:
 
 def _about(run: dict[str, Any]) -> str:
     return f"{run['model']} {run['case']} {run['records']}"
+
+
+def _method(run: dict[str, Any]) -> str:
+    weight = run["gradient_weight"]
+    return run["objective"] if weight == 0 else f"{run['objective']}, gradient {weight:g}"
 
 
 def show_attacks(attacks: dict[str, Any], console: Console) -> None:
@@ -389,10 +403,10 @@ def show_attacks(attacks: dict[str, Any], console: Console) -> None:
 
 
 def summarise(runs: Sequence[dict[str, Any]]) -> None:
-    """Over the seeds of each case and objective: mean, and the smallest and largest."""
-    table = Table("case", "objective", "seeds", "figure", "mean", "from", "to")
-    for about, objective in dict.fromkeys((_about(r), r["objective"]) for r in runs):
-        same = [r for r in runs if (_about(r), r["objective"]) == (about, objective)]
+    """Over the seeds of each case and method: mean, and the smallest and largest."""
+    table = Table("case", "method", "seeds", "figure", "mean", "from", "to")
+    for about, method in dict.fromkeys((_about(r), _method(r)) for r in runs):
+        same = [r for r in runs if (_about(r), _method(r)) == (about, method)]
         values = {f"AUC {a} - never trained": [r["auc_difference"][a][0] for r in same] for a in ATTACKS}
         off, on, never = ([r["models"][k] for r in same] for k in ("alpha 0", "alpha 1", "never trained"))
         values |= {
@@ -414,23 +428,23 @@ def summarise(runs: Sequence[dict[str, Any]]) -> None:
             values[f"{task} alpha 0 - 1 (points)"] = [100 * (m[task] - n[task]) for m, n in asked]
         for figure, found in values.items():
             spread = [f"{v:+.3f}" for v in (sum(found) / len(found), min(found), max(found))]
-            table.add_row(about, objective, str(len(found)), figure, *spread)
+            table.add_row(about, method, str(len(found)), figure, *spread)
         table.add_section()
     Console(width=140).print(table)
 
 
 def plot(runs: Sequence[dict[str, Any]]) -> None:
-    """AUC of each attack minus that of the never-trained model, by objective, over the seeds."""
-    objectives = list(dict.fromkeys(r["objective"] for r in runs))
-    styles = dict(zip(objectives, ("off", "on", "reference", "control", "other", "member"), strict=False))
+    """AUC of each attack minus that of the never-trained model, by method, over the seeds."""
+    methods = list(dict.fromkeys(_method(r) for r in runs))
+    styles = dict(zip(methods, ("off", "on", "reference", "control", "other", "member"), strict=False))
     rows = []
     for attack in ATTACKS:
         found = []
-        for o in objectives:
-            values = [r["auc_difference"][attack][0] for r in runs if r["objective"] == o]
+        for m in methods:
+            values = [r["auc_difference"][attack][0] for r in runs if _method(r) == m]
             e = mean_estimate(values, seed=0) if len(values) > 1 else None
             low, high = (e.low, e.high) if e is not None else (None, None)
-            found.append(Dot(styles[o], o, sum(values) / len(values), low, high))
+            found.append(Dot(styles[m], m, sum(values) / len(values), low, high))
         rows.append(Row(attack, dots=found))
     description = "AUC of membership attacks at alpha = 0 minus the never-trained model's; 0 is the aim."
     svg = dots("auc", "Membership attacks", description, rows, x_label="AUC minus never trained", x_range=(-0.6, 0.6),
@@ -462,6 +476,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100, help="canaries to plant")
     parser.add_argument("--seeds", nargs="+", type=int, default=[11, 12, 13])
     parser.add_argument("--objectives", nargs="+", default=["profile"])
+    parser.add_argument("--gradient-weight", type=float, default=0.0)
     parser.add_argument("--rows", type=int, default=200, help="rows of each task; 0 for none")
     parser.add_argument("--attacks", action="store_true")
     parser.add_argument("--device", default="cpu")
@@ -477,7 +492,7 @@ def main() -> None:
         for objective in arguments.objectives:
             began = time.monotonic()
             row = run(arguments.case, seed, arguments, objective)
-            keep("runs", row, (*KEY, "objective"))
+            keep("runs", row, (*KEY, "objective", "gradient_weight"))
             logging.info("%s %d %s: %.0f s", arguments.case, seed, objective, time.monotonic() - began)
     if runs := stored_runs():
         show(runs)

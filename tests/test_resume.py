@@ -175,7 +175,8 @@ def test_folder_and_files_are_for_their_owner_alone(planted, tokenizer, tmp_path
     config = replace(CONFIG, max_steps=1)
     isolate(planted, tokenizer, tiny.FORGET, tiny.RETAIN, config=config, resume=tmp_path / "run")
     files = list((tmp_path / "run").iterdir())
-    assert {f.name for f in files} == {"run.json"} | {f"{n}.safetensors" for n in ("reference", "support", "training")}
+    parts = ("in_form", "reference", "support", "training")
+    assert {f.name for f in files} == {"run.json"} | {f"{n}.safetensors" for n in parts}
     assert stat.S_IMODE((tmp_path / "run").stat().st_mode) == 0o700
     assert {stat.S_IMODE(f.stat().st_mode) for f in files} == {0o600}
 
