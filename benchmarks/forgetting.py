@@ -6,6 +6,7 @@
     python benchmarks/forgetting.py measure --seeds 11 --attacks         with rounding, relearning, other prompts
     python benchmarks/forgetting.py measure --seeds 11 --count 1         requests of other sizes
     python benchmarks/forgetting.py measure --gradient-weight 5          the gradient's norm matched too
+    python benchmarks/forgetting.py measure --count 10 --ratio auto      the smallest budget that will do
     python benchmarks/forgetting.py measure --case demo --seeds 0 --model gemma3      another family (second_model.py)
     python benchmarks/forgetting.py sequential --seeds 11                the records in ten requests
     python benchmarks/forgetting.py show                                 table and plots of what was measured
@@ -69,8 +70,8 @@ KINDS: dict[str, tuple[Callable[[], Path], Callable[[torch.nn.Module, int], torc
 PLAIN = "smollm2"
 ATTACKS = ("loss", "zlib", "min_k", "min_k_plus", "grad_norm")
 TASKS = ("lambada/lambada_openai_test.jsonl", "arc/arc_easy_test.jsonl", "piqa/piqa_valid.jsonl")
-KEY = ("model", "case", "seed", "records")
-"""What tells stored runs apart."""
+KEY, OPTIONS = ("model", "case", "seed", "records"), ("objective", "gradient_weight", "ratio")
+"""What tells stored runs apart; options of the isolation."""
 EXPOSED = 40
 """Records, and unseen ones, whose exposure is measured."""
 PLOTS = Path(__file__).parents[1] / "docs" / "images"
@@ -210,7 +211,8 @@ def run(name: str, seed: int, arguments: argparse.Namespace, objective: str) -> 
     forget, unseen = load_records(raw), load_records(beside)
     plain = unedited(place, forget, unseen, arguments.rows, seed, arguments.device)
     model, tokenizer = load_model(place / "implanted", device=arguments.device)
-    config = IsolateConfig(seed=seed, objective=objective, gradient_weight=arguments.gradient_weight)  # type: ignore[arg-type]
+    options = {"objective": objective, "gradient_weight": arguments.gradient_weight, "ratio": arguments.ratio}
+    config = IsolateConfig(seed=seed, **options)
     result = isolate(model, tokenizer, forget, config=config)
     logging.info("isolated: %s", result.missed or "no criterion missed")
     off, on = (
@@ -218,8 +220,8 @@ def run(name: str, seed: int, arguments: argparse.Namespace, objective: str) -> 
         for a in (0.0, 1.0)
     )
     row = {
-        "model": arguments.model, "case": name, "seed": seed, "objective": objective,
-        "gradient_weight": config.gradient_weight, "records": len(forget), "device": device_name(arguments.device),
+        "model": arguments.model, "case": name, "seed": seed, "records": len(forget), **options,
+        "device": device_name(arguments.device),
         "steps": result.steps, "seconds": result.seconds, "density": result.density, "missed": result.missed,
         "retain_kl": result.retain_kl, "quantised_kl": result.quantised_kl, "recited_on": result.recited_on,
         **compared(off, on, plain["never"], plain["implanted"], forget, unseen, seed),
@@ -378,8 +380,10 @@ def _about(run: dict[str, Any]) -> str:
 
 
 def _method(run: dict[str, Any]) -> str:
-    weight = run["gradient_weight"]
-    return run["objective"] if weight == 0 else f"{run['objective']}, gradient {weight:g}"
+    """What was not as by default, after the objective."""
+    plain = IsolateConfig()
+    changed = [f"{n} {run[n]}" for n in ("gradient_weight", "ratio") if run[n] != getattr(plain, n)]
+    return ", ".join([run["objective"], *changed])
 
 
 def show_attacks(attacks: dict[str, Any], console: Console) -> None:
@@ -477,6 +481,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[11, 12, 13])
     parser.add_argument("--objectives", nargs="+", default=["profile"])
     parser.add_argument("--gradient-weight", type=float, default=0.0)
+    parser.add_argument("--ratio", type=lambda text: text if text == "auto" else float(text), default=0.005)
     parser.add_argument("--rows", type=int, default=200, help="rows of each task; 0 for none")
     parser.add_argument("--attacks", action="store_true")
     parser.add_argument("--device", default="cpu")
@@ -492,7 +497,7 @@ def main() -> None:
         for objective in arguments.objectives:
             began = time.monotonic()
             row = run(arguments.case, seed, arguments, objective)
-            keep("runs", row, (*KEY, "objective", "gradient_weight"))
+            keep("runs", row, (*KEY, *OPTIONS))
             logging.info("%s %d %s: %.0f s", arguments.case, seed, objective, time.monotonic() - began)
     if runs := stored_runs():
         show(runs)

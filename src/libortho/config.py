@@ -142,8 +142,9 @@ class IsolateConfig(_StreamConfig):
     """Weight of the KL divergence to the original model on neighbours."""
     gradient_weight: float = 0.0
     """Weight of the difference between the norm of the loss's gradient on codes and that on strangers' codes (the
-    mean of its logarithm). 5 takes half of what a test that looks at gradients sees, for 1.7 times the time and strangers'
-    codes that move more (docs/isolation.md). Takes a second derivative, which the model's attention must have."""
+    mean of its logarithm). 5 hides half of what a test that looks at gradients sees, for 1.7 times the time and
+    strangers' codes that move more (docs/isolation.md). Takes a second derivative, which the model's attention must
+    have."""
     retain_budget: float = 0.02
     """Largest mean KL divergence from the original (nats per token) on held-back retain text, beyond that of the
     quantised base alone, at which the result counts as unharmed."""
