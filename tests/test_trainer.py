@@ -6,7 +6,8 @@ import json
 import random
 from dataclasses import dataclass
 from itertools import permutations
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from libortho.data import Encoded
 from libortho.isolate import trainer
 from libortho.isolate.curvature import Metric
 from libortho.isolate.edit import EditLinear
+from libortho.isolate.objectives import Scores
 from libortho.isolate.resume import Part
 from libortho.isolate.trainer import (
     Case,
@@ -157,6 +159,23 @@ def test_what_untrained_records_do_is_unremarkable(records: int) -> None:
     allowed = unremarkable(records)
     assert float((outside > allowed).float().mean()) < 0.055
     assert float((outside > allowed - 1).float().mean()) > 0.045
+
+
+@pytest.mark.parametrize("alternates", [2, 4, 8])
+def test_one_untrained_record_in_ten_is_outside_its_band(alternates: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few alternates there are to tell where the band lies, and how wide it is."""
+    generator = torch.Generator().manual_seed(0)
+
+    def scores(count: int) -> Scores:
+        return Scores(torch.randn(count, generator=generator), torch.zeros(count), torch.ones(count))
+
+    monkeypatch.setattr(trainer, "score", lambda lm, items: (scores(len(items)), torch.zeros(len(items))))
+    monkeypatch.setattr(trainer, "_scores_by_case", lambda lm, groups: tuple(scores(len(g)) for g in groups))
+    cases = [_case(4, (4,) * alternates)] * 20_000
+    original: Any = SimpleNamespace(secret=scores(len(cases)))
+    found = trainer.outcomes(cast(Any, None), cases, original)
+    assert 0.09 < sum(not r.inside for r in found) / len(found) < 0.11
+    assert sum(r.far for r in found) / len(found) < 0.003
 
 
 def test_a_group_that_leans_is_not_acceptable_though_each_record_is() -> None:

@@ -232,8 +232,8 @@ class RecordOutcome:
         number: Position in the forget source, from 1.
         before: Log-likelihood under the original model.
         after: Log-likelihood at alpha = 0.
-        band: 5-95 % band of log-likelihoods of its alternates at alpha = 0; for sentences, of what such a sentence
-            would have had untrained.
+        band: Where one more alternate would fall at alpha = 0, given these (5-95 %); for sentences, where the sentence
+            would have fallen untrained.
         extracted: The completion is still the greedy continuation at alpha = 0.
     """
 
@@ -818,13 +818,12 @@ def outcomes(lm: LanguageModel, cases: Sequence[Case], original: Reference) -> t
     """Every record beside its alternates, under the model as it is now."""
     secret, greedy = score(lm, [c.secret for c in cases])
     groups = [s.nll for s in _scores_by_case(lm, [c.alternates if c.exchangeable else () for c in cases])]
-    around = [g - g.mean() for g, c in zip(groups, cases, strict=True) if c.exchangeable and len(g) > 1]
-    spread = float(torch.cat(around).square().mean().sqrt()) if around else 0.0
+    spread = pooled_deviation(groups)
     found = []
     for i, case in enumerate(cases):
         own = case.exchangeable and spread > 0
         centre = float(groups[i].mean()) if own else float(original.target.nll[i])
-        half = BAND * (spread if own else float(original.spread[i]))
+        half = BAND * (spread * (1 + 1 / len(groups[i])) ** 0.5 if own else float(original.spread[i]))
         found.append(
             RecordOutcome(
                 number=case.number,
@@ -835,6 +834,12 @@ def outcomes(lm: LanguageModel, cases: Sequence[Case], original: Reference) -> t
             )
         )
     return tuple(found)
+
+
+def pooled_deviation(groups: Sequence[Tensor]) -> float:
+    """Standard deviation within groups, over all of them together (variance unbiased); 0 where no group has two."""
+    squares = sum(float((g - g.mean()).square().sum()) for g in groups if len(g) > 1)
+    return math.sqrt(squares / max(1, sum(len(g) - 1 for g in groups if len(g) > 1)))
 
 
 def judge(surprise: Tensor, greedy: Tensor, wanted: Tensor, spread: Tensor, step: int) -> Check:
