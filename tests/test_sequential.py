@@ -37,7 +37,7 @@ FIRST = IsolateConfig(
 SECOND = replace(FIRST, stream="second")
 SHORT = replace(SECOND, max_steps=3, learning_rate=5e-2)
 ONE, TWO = tiny.FORGET[:2], tiny.FORGET[2:]
-KEPT = [{"text": " ".join(r["prompt"] + r["completion"] for r in TWO)}] * 16 + tiny.RETAIN[:10]
+KEPT = TWO * 32
 """What the first request keeps: so small a model would forget all four codes together, and leave none to the second."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "int8": {},
