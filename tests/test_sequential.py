@@ -38,7 +38,9 @@ SECOND = replace(FIRST, stream="second")
 SHORT = replace(SECOND, max_steps=3, learning_rate=5e-2)
 ONE, TWO = tiny.FORGET[:2], tiny.FORGET[2:]
 KEPT = TWO * 32
-"""What the first request keeps: so small a model would forget all four codes together, and leave none to the second."""
+NEAR = [[f"Code of {name}:" for name in ("Al Poe", "Ben Nox", "Cleo Ray", "Dan Sun", "Eve Tao", "Flo Ulm")]] * 2
+"""What the first request keeps, and measures its records against: so small a model would forget all four codes
+together, and leave none to the second."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "int8": {},
     "int8 groups": {"group_size": 32},
@@ -56,7 +58,7 @@ def made(_planted: nn.Module, tokenizer: Any) -> Callable[..., nn.Module]:
     def get(variant: str = "int8") -> nn.Module:
         if variant not in models:
             model = copy.deepcopy(_planted)
-            isolate(model, tokenizer, ONE, KEPT, config=replace(FIRST, **VARIANTS[variant]))
+            isolate(model, tokenizer, ONE, KEPT, neighbours=NEAR, config=replace(FIRST, **VARIANTS[variant]))
             models[variant] = model
         return copy.deepcopy(models[variant])
 
@@ -180,7 +182,7 @@ def test_all_streams_stand_at_one(once, tokenizer):
 
 def test_bf16(planted, tokenizer):
     planted.bfloat16()
-    isolate(planted, tokenizer, ONE, KEPT, config=FIRST)
+    isolate(planted, tokenizer, ONE, KEPT, neighbours=NEAR, config=FIRST)
     public = recited(planted, tokenizer, 0.0)
     assert not any(public[:2])
     assert any(public[2:])
