@@ -382,7 +382,7 @@ def _about(run: dict[str, Any]) -> str:
 def _method(run: dict[str, Any]) -> str:
     """What was not as by default, after the objective."""
     plain = IsolateConfig()
-    changed = [f"{n} {run[n]}" for n in ("gradient_weight", "ratio") if run[n] != getattr(plain, n)]
+    changed = [f"{n} {run[n]}" for n in OPTIONS if n != "objective" and run[n] != getattr(plain, n)]
     return ", ".join([run["objective"], *changed])
 
 

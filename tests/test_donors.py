@@ -64,6 +64,18 @@ def test_the_mean_over_all_records_is_that_of_their_peers(planted, tokenizer):
     assert float(shifts.std(0).max()) < 1e-4  # all tokens of all records by as much
 
 
+def test_witnesses_are_strangers_whom_nothing_else_reads(tokenizer):
+    records = load_records(tiny.FORGET)
+    for c in _cases(records, tokenizer, None, None, None, IsolateConfig(), True):
+        held = {e.ids[: -len(e.completion)] for e in (*c.neighbours, *c.alternates, *c.crossed, c.secret)}
+        assert len(c.witnesses) == 4
+        assert not held & {e.ids[: -len(e.completion)] for e in c.witnesses}
+    given = [["Code of Al Poe:", "Code of Ben Nox:"]] * len(records)
+    for c in _cases(records, tokenizer, None, given, None, IsolateConfig(), True):
+        assert c.witnesses == c.neighbours
+        assert len(c.witnesses) == 2
+
+
 def test_the_state_before_a_token_predicts_it():
     assert predicting(Encoded((5, 6, 7, 8), (-100, -100, 7, 8))) == (1, 2)
     assert predicting(Encoded((5, 6), (5, 6))) == (0,)  # nothing comes before the first token of a text

@@ -436,9 +436,9 @@ def _retain(
 ) -> tuple[list[Encoded], list[Encoded]]:
     """Retain sequences, and others that are held back for the criteria."""
     count = _RETAIN_SEQUENCES + _HELD_BACK_SEQUENCES
+    secrets = [c.secret for c in cases]
 
     def sample() -> Part:
-        secrets = [c.secret for c in cases]
         items = default_retain(model, tokenizer, secrets, sequences=count, length=length, seed=config.seed)
         return Part({}, [e.ids for e in items])
 
@@ -450,7 +450,6 @@ def _retain(
     if given is not None:
 
         def speak() -> Part:
-            secrets = [c.secret for c in cases]
             said = in_form(model, tokenizer, secrets, given, length=length, seed=config.seed)
             return Part({}, [e.ids for e in said])
 

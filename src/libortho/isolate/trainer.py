@@ -838,8 +838,9 @@ def outcomes(lm: LanguageModel, cases: Sequence[Case], original: Reference) -> t
 
 def pooled_deviation(groups: Sequence[Tensor]) -> float:
     """Standard deviation within groups, over all of them together (variance unbiased); 0 where no group has two."""
-    squares = sum(float((g - g.mean()).square().sum()) for g in groups if len(g) > 1)
-    return math.sqrt(squares / max(1, sum(len(g) - 1 for g in groups if len(g) > 1)))
+    several = [g for g in groups if len(g) > 1]
+    squares = sum(float((g - g.mean()).square().sum()) for g in several)
+    return math.sqrt(squares / max(1, sum(len(g) - 1 for g in several)))
 
 
 def judge(surprise: Tensor, greedy: Tensor, wanted: Tensor, spread: Tensor, step: int) -> Check:
