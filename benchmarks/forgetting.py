@@ -166,12 +166,15 @@ def figures(
 
 
 def _exposures(lm: LanguageModel, tokenizer: Any, records: Sequence[Record], seed: int) -> list[float]:
+    """Bits, of each code: what else a sentence could be is not known, and any model finds most of it odder."""
     rng, found = random.Random(seed), []
     for r in records:
+        if (size := fillings(r.completion)) is None:
+            continue
         others = [Record(r.prompt, c) for c in counterfactuals.alternates(r.completion, 32, rng)]
         items = [encode(o, tokenizer) for o in (r, *others)]
         totals = shared_prefix_nll(lm, items).double() * torch.tensor([len(e.completion) for e in items])
-        found.append(exposure_extrapolated(float(totals[0]), totals[1:], fillings(r.completion)).bits)
+        found.append(exposure_extrapolated(float(totals[0]), totals[1:], size).bits)
     return found
 
 

@@ -18,6 +18,7 @@ from libortho.data import Encoded
 from libortho.isolate import trainer
 from libortho.isolate.curvature import Metric
 from libortho.isolate.edit import EditLinear
+from libortho.isolate.language_model import LanguageModel
 from libortho.isolate.objectives import Scores
 from libortho.isolate.resume import Part
 from libortho.isolate.trainer import (
@@ -30,6 +31,7 @@ from libortho.isolate.trainer import (
     assigned,
     calibrate,
     leaning,
+    placed,
     shrunk,
     unremarkable,
     without_opposition,
@@ -58,6 +60,36 @@ def test_targets_are_handed_out_in_the_order_of_what_is_there() -> None:
     # No other way to hand them out has a smaller total distance.
     cost = (now[:4, 0] - found[:4, 0]).abs().sum()
     assert all(cost <= (now[:4, 0] - target[list(p), 0]).abs().sum() + 1e-6 for p in permutations(range(4)))
+
+
+def test_a_sentence_is_surprising_where_its_words_are() -> None:
+    profile = torch.tensor([[5.0, 0.5, 50.0], [1.0, 0.1, 10.0], [3.0, 0.3, 30.0]])
+    found = placed(profile, torch.tensor([2.0, 9.0, 0.5]))
+    assert torch.equal(found, profile[[2, 0, 1]])  # rows stay whole
+
+
+@pytest.mark.parametrize("exchangeable", [True, False])
+def test_which_token_is_to_surprise_is_chance_in_codes_and_not_in_sentences(
+    exchangeable: bool, tiny_llama: nn.Module
+) -> None:
+    """The loss is that of what the donors are now: none where the record has it, in any order if it is a code."""
+    ids = (3, 60, 2, 85, 17, 9)
+    secret = Encoded(ids, (-100, -100, *ids[2:]))
+    case = Case(1, secret, (secret,), (), (), (), exchangeable, (), (), (), ((),) if exchangeable else ())
+    lm = LanguageModel(tiny_llama)
+    (own,) = trainer._own_profiles(lm, [secret])
+    own[:, 2] = own[:, 0]  # in one order, so that a permutation of rows is one of each column
+    now = SimpleNamespace(profiles=(own,), lean=torch.zeros(3), rng=random.Random(0))
+    before: Any = SimpleNamespace(profiles=((own + 5.0,) * 2,), spilled=torch.tensor([False]))
+
+    def loss(profile: torch.Tensor) -> float:
+        now.profiles = (profile,)
+        return float(trainer._profile_loss(lm, [case], [0], before, cast(Any, now)).detach())
+
+    there = loss(own)
+    permuted = loss(own[[3, 2, 1, 0]])
+    assert loss(own + torch.tensor([2.0, 0.0, 0.0])) > there + 0.5  # not what they were, but what they are
+    assert permuted == pytest.approx(there, abs=1e-5) if exchangeable else permuted > there + 0.1
 
 
 def test_opposition_is_removed_and_agreement_is_left() -> None:
@@ -172,7 +204,7 @@ def test_one_untrained_record_in_ten_is_outside_its_band(alternates: int, monkey
     monkeypatch.setattr(trainer, "score", lambda lm, items: (scores(len(items)), torch.zeros(len(items))))
     monkeypatch.setattr(trainer, "_scores_by_case", lambda lm, groups: tuple(scores(len(g)) for g in groups))
     cases = [_case(4, (4,) * alternates)] * 20_000
-    original: Any = SimpleNamespace(secret=scores(len(cases)))
+    original: Any = SimpleNamespace(secret=scores(len(cases)), sentences=None)
     found = trainer.outcomes(cast(Any, None), cases, original)
     assert 0.09 < sum(not r.inside for r in found) / len(found) < 0.11
     assert sum(r.far for r in found) / len(found) < 0.003

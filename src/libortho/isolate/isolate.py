@@ -480,7 +480,8 @@ def _reference(
 
     found = store.kept("reference", make).tensors
     held_back_states = tuple(found[f"held_back.{i}"].to(lm.device) for i in range(len(held_back)))
-    return Reference.of(found, cases, len(retain), lm.device), held_back_states
+    kept = Reference.of(found, cases, len(retain), lm.device, opening, spoken, config.seed)
+    return kept, held_back_states
 
 
 def _spoken(

@@ -18,7 +18,7 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,7 @@ from libortho.isolate.objectives import (
     token_profile,
     with_log_probability,
 )
-from libortho.isolate.plausibility import fit, spoken_profiles
+from libortho.isolate.plausibility import PlausibilityModel, fit, spoken_profiles
 from libortho.isolate.resume import Part, Store
 from libortho.isolate.sensitivity import log_gradient_norms
 
@@ -113,6 +113,32 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Sentences:
+    """What says how sentences would look untrained, whatever state the model is in.
+
+    Attributes:
+        plausibility: Fitted to the original model.
+        spoken: What the original model said on prompts like theirs; the tokens that it said are judged.
+        seed: Of which stretch of that each sentence gets.
+    """
+
+    plausibility: PlausibilityModel
+    spoken: tuple[Encoded, ...]
+    seed: int
+
+    def expected(self, lm: LanguageModel, items: Sequence[Encoded]) -> list[Tensor]:
+        """Surprise of each token of each sentence, (tokens,) in nats."""
+        return [self.plausibility.by_token(lm, e).clamp_min(LEAST_SURPRISE) for e in items]
+
+    def profiles(self, lm: LanguageModel, expected: Sequence[Tensor]) -> list[Tensor]:
+        """What the tokens of each sentence would look like, (tokens, 3), with this surprise; needs spoken texts."""
+        said = [h[list(predicting(e))] for e, h in zip(self.spoken, hidden_states(lm, self.spoken), strict=True)]
+        means, sizes = [float(e.mean()) for e in expected], [len(e) for e in expected]
+        made = spoken_profiles(lm, said, means, sizes, self.seed)
+        return [placed(p, e) for p, e in zip(made, expected, strict=True)]
+
+
+@dataclass(frozen=True)
 class Reference:
     """What the original model says; constants of the training.
 
@@ -128,6 +154,7 @@ class Reference:
         spilled: Whether each record's completion is remembered after its neighbours' prompts too, (records,) bool.
         retain: Last hidden states of each retain sequence, (tokens, width).
         neighbours: Last hidden states of each neighbour, (tokens, width), record by record.
+        sentences: How sentences are judged; None where there are none.
     """
 
     secret: Scores
@@ -140,6 +167,7 @@ class Reference:
     spilled: Tensor
     retain: tuple[Tensor, ...]
     neighbours: tuple[tuple[Tensor, ...], ...]
+    sentences: Sentences | None
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it by name."""
@@ -150,17 +178,36 @@ class Reference:
         named |= {f"retain.{i}": states for i, states in enumerate(self.retain)}
         for name, groups in (("neighbours", self.neighbours), ("profiles", self.profiles)):
             named |= {f"{name}.{i}.{j}": tensor for i, group in enumerate(groups) for j, tensor in enumerate(group)}
+        if self.sentences is not None:
+            model = self.sentences.plausibility
+            named |= {"plausibility.weights": model.weights, "plausibility.deviation": torch.tensor(model.deviation)}
         return named
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], cases: Sequence[Case], retain: int, device: torch.device) -> Reference:
-        """From what ``tensors()`` gave, for these records and ``retain`` texts; hidden states go to ``device``."""
+    def of(
+        cls,
+        tensors: Mapping[str, Tensor],
+        cases: Sequence[Case],
+        retain: int,
+        device: torch.device,
+        opening: Sequence[int],
+        spoken: Sequence[Encoded],
+        seed: int,
+    ) -> Reference:
+        """From what ``tensors()`` gave, for these records and ``retain`` texts; hidden states go to ``device``.
+
+        The last three are what ``reference`` was given.
+        """
 
         def scores(name: str) -> Scores:
             return Scores(*(tensors[f"{name}.{f}"] for f in ("nll", "odds", "tokens")))
 
-        secret = scores("secret")
+        secret, sentences = scores("secret"), None
+        if "plausibility.weights" in tensors:
+            weights, deviation = tensors["plausibility.weights"], float(tensors["plausibility.deviation"])
+            sentences = Sentences(PlausibilityModel(weights, deviation, tuple(opening)), tuple(spoken), seed)
         return cls(
+            sentences=sentences,
             secret=secret,
             recited=tensors["recited"],
             target=Scores(tensors["target.nll"], tensors["target.odds"], secret.tokens),
@@ -178,6 +225,28 @@ class Reference:
                 for i, c in enumerate(cases)
             ),
         )
+
+
+def reread(lm: LanguageModel, cases: Sequence[Case], original: Reference) -> Reference:
+    """The same, with what is expected of sentences predicted from the model as it is now.
+
+    Two tokens of context are too few to call up most memories, not all: a model that has learned a sentence by heart
+    may go on from them too, and then its prediction is too low. The more the edit has taken of the memory, the less so.
+    """
+    prose = [i for i, c in enumerate(cases) if not c.exchangeable]
+    if original.sentences is None or not original.sentences.spoken:
+        return original
+    expected = original.sentences.expected(lm, [cases[i].secret for i in prose])
+    return with_sentences(original, dict(zip(prose, original.sentences.profiles(lm, expected), strict=True)))
+
+
+def with_sentences(original: Reference, profiles: Mapping[int, Tensor]) -> Reference:
+    """The same, with these profiles, (tokens, 3), for these records."""
+    nll = original.target.nll.clone()
+    for i, profile in profiles.items():
+        nll[i] = profile[:, 0].mean()
+    found = tuple((profiles[i],) if i in profiles else group for i, group in enumerate(original.profiles))
+    return replace(original, profiles=found, target=replace(original.target, nll=nll))
 
 
 @torch.no_grad()
@@ -342,23 +411,17 @@ def reference(
         noise = deviation.square() / torch.tensor([float(len(s.nll)) for s in own])
         nll[fair], odds[fair] = shrunk(nll[fair], noise), shrunk(odds[fair], noise)
         nll[fair] += LENGTH_CORRELATION * deviation * _shortness([c for c in cases if c.exchangeable])
-    expected = [(-x).expand(len(predicting(c.secret))) for x, c in zip(nll, cases, strict=True)]
-    if not fair.all():
-        model = fit(lm, human, opening)
-        for i in (~fair).nonzero()[:, 0].tolist():
-            by_token = model.by_token(lm, cases[i].secret)
-            nll[i] = by_token.mean().clamp_min(0.0)
-            odds[i] = -nll[i]
-            spread[i] = model.deviation / secret.tokens[i].sqrt()
-            expected[i] = -by_token.clamp_min(LEAST_SURPRISE)
+    expected = [x.expand(len(predicting(c.secret))) for x, c in zip(nll, cases, strict=True)]
+    sentences, untrained = None, {}
+    if prose := (~fair).nonzero()[:, 0].tolist():
+        sentences = Sentences(fit(lm, human, opening), tuple(spoken), config.seed)
+        for i, e in zip(prose, sentences.expected(lm, [cases[i].secret for i in prose]), strict=True):
+            nll[i], odds[i], expected[i] = e.mean(), -e.mean(), e
+            spread[i] = sentences.plausibility.deviation / secret.tokens[i].sqrt()
+        if spoken:
+            untrained = dict(zip(prose, sentences.profiles(lm, [expected[i] for i in prose]), strict=True))
     secrets = hidden_states(lm, [c.secret for c in cases])
     predictors = tuple(h[list(predicting(c.secret))] for h, c in zip(secrets, cases, strict=True))
-    untrained: dict[int, Tensor] = {}
-    if spoken and not fair.all():
-        said = [h[list(predicting(e))] for e, h in zip(spoken, hidden_states(lm, spoken), strict=True)]
-        prose = (~fair).nonzero()[:, 0].tolist()
-        sizes = [len(predicting(cases[i].secret)) for i in prose]
-        untrained = dict(zip(prose, spoken_profiles(lm, said, nll[prose].tolist(), sizes, config.seed), strict=True))
     profiles = tuple(
         (untrained[i],)
         if i in untrained
@@ -380,6 +443,7 @@ def reference(
         alternates=_scores_by_case(lm, [c.alternates for c in cases]) if config.objective == "altpo" else (),
         retain=hidden_states(lm, retain),
         neighbours=neighbours,
+        sentences=sentences,
     )
 
 
@@ -407,7 +471,7 @@ def _profile(
     lonely = [i for i, donor in enumerate(donors) if donor is None]
     if lonely:
         wanted = expected[[min(i, len(own) - 1) for i in lonely]].to(lm.device)
-        logits[lonely] = with_log_probability(logits[lonely], index[lonely], wanted)
+        logits[lonely] = with_log_probability(logits[lonely], index[lonely], -wanted)
     return token_profile(logits, index).cpu()
 
 
@@ -591,9 +655,10 @@ def train(
 ) -> list[Check]:
     """Optimise the supports; returns the criteria at every look, the last one describing the final values.
 
-    Donors are read again at every look. Once the criteria hold, the learning rate falls to zero over a few last steps:
-    what is left by then is oscillation that all records share, which a membership test would see. The state at every
-    look goes to the store, and a stored one is where the training begins.
+    Donors are read again at every look, what is expected of sentences at the first, second, fourth, eighth and so on.
+    Once the criteria hold, the learning rate falls to zero over a few last steps: what is left by then is oscillation
+    that all records share, which a membership test would see. The state at every look goes to the store, and a stored
+    one is where the training begins.
     """
     store = store or Store()
     edited = {n: m.theta for n, m in layers.items() if m.theta is not None}
@@ -605,6 +670,9 @@ def train(
         listen(lm, layers, cases, config, now)
     else:
         now.take_up(stored)
+        if original.sentences is not None and original.sentences.spoken:
+            prose = [i for i, c in enumerate(cases) if not c.exchangeable]
+            original = with_sentences(original, {i: now.profiles[i] for i in prose if now.profiles})
     torch.set_flush_denormal(True)
     while now.step < now.last:
         now.step += 1
@@ -613,6 +681,8 @@ def train(
         if now.step % config.check_every == 0 or now.step == now.last:
             seen = examine(lm, [c.secret for c in cases])
             if config.objective == "profile":
+                if (now.step // config.check_every).bit_count() == 1:  # it changes fast at first, and takes its time
+                    original = reread(lm, cases, original)
                 steer(lm, cases, original, now, seen.profile.mean(0))
                 listen(lm, layers, cases, config, now)
             now.checks.append(judge(seen.profile[:, 0], seen.greedy, *now.wanted(original), now.step))
@@ -625,6 +695,8 @@ def train(
     if not now.finished:
         if config.objective in ("profile", "log_odds") and not now.checks[-1].extracted:
             matched = config.objective == "profile"
+            if matched:
+                original = reread(lm, cases, original)
             calibrate(lm, layers, cases, original, _profile_distances if matched else _distances)
             if matched:
                 now.profiles = drifted(lm, cases, original)
@@ -815,7 +887,8 @@ def _distances(lm: LanguageModel, cases: Sequence[Case], original: Reference) ->
 
 
 def outcomes(lm: LanguageModel, cases: Sequence[Case], original: Reference) -> tuple[RecordOutcome, ...]:
-    """Every record beside its alternates, under the model as it is now."""
+    """Every record beside its alternates, or what is expected of it, under the model as it is now."""
+    original = reread(lm, cases, original)
     secret, greedy = score(lm, [c.secret for c in cases])
     groups = [s.nll for s in _scores_by_case(lm, [c.alternates if c.exchangeable else () for c in cases])]
     spread = pooled_deviation(groups)
@@ -960,21 +1033,25 @@ def _profile_loss(
     """Distance of each record from its profile, and of its completion on a neighbour's prompt or of an alternate."""
     present = now.profiles or tuple(p for p, *_ in original.profiles)
     own = [present[i] + now.lean for i in chosen]
-    items, wanted = [cases[i].secret for i in chosen], list(own)
+    items, wanted, of = [cases[i].secret for i in chosen], list(own), list(chosen)
     for slot, i in enumerate(chosen):
         case = cases[i]
         crossed = [c for c in case.crossed if c.completion == case.secret.completion]
         if crossed and original.spilled[i] and now.rng.random() < 0.5:
             items.append(now.rng.choice(crossed))
             wanted.append(own[slot])
+            of.append(i)
         elif case.exchangeable:
             pick = now.rng.randrange(len(case.alternates))
             items.append(case.alternates[pick])
             before = original.profiles[i][1 + pick]
             wanted.append(present[i] if len(present[i]) == len(before) else before)
+            of.append(i)
     batch = collate(items).to(lm.device)
     states, labels, row = _predicting_states(lm.hidden(batch), batch)
-    target = assigned(_profiles_of_states(lm, states, labels), torch.cat(wanted).to(lm.device), row)
+    target = torch.cat(wanted).to(lm.device)
+    free = torch.tensor([cases[i].exchangeable for i in of], device=lm.device)[row, None]
+    target = torch.where(free, assigned(_profiles_of_states(lm, states, labels), target, row), target)
     return _matched(lm, states, labels, target, row, len(items)).mean()
 
 
@@ -1007,6 +1084,15 @@ def assigned(now: Tensor, target: Tensor, record: Tensor) -> Tensor:
         return torch.stack([c[record[c].argsort(stable=True)] for c in first.T], 1)
 
     return torch.empty_like(target).scatter_(0, order(now), target.gather(0, order(target)))
+
+
+def placed(profile: Tensor, expected: Tensor) -> Tensor:
+    """The tokens of a sentence's profile (tokens, 3) in the order of the surprise that is expected of each (tokens,).
+
+    In a sentence it is not chance which token surprises: it is the one that carries the fact. Handed out in the order
+    of what the tokens have now, surprise may come to function words, and the fact stays the likeliest thing to say.
+    """
+    return torch.empty_like(profile).index_copy_(0, expected.argsort(stable=True), profile[profile[:, 0].argsort()])
 
 
 def _keep_loss(
