@@ -92,6 +92,27 @@ def test_which_token_is_to_surprise_is_chance_in_codes_and_not_in_sentences(
     assert permuted == pytest.approx(there, abs=1e-5) if exchangeable else permuted > there + 0.1
 
 
+def test_a_sentence_that_still_begins_as_it_did_is_recited_in_part() -> None:
+    """Though its mean is what it should be: three words by heart, and two that could not be less likely."""
+    expected = torch.tensor([4.0, 7.0, 1.0, 5.0, 3.0])
+    begun = torch.tensor([0.1, 0.1, 0.0, 10.0, 9.8])
+    elsewhere = torch.tensor([6.0, 3.5, 0.0, 8.0, 2.5])
+    assert begun.mean() == elsewhere.mean() == expected.mean()
+    assert trainer.in_place(begun, expected) == pytest.approx(8.2 / 20)
+    assert trainer.in_place(elsewhere, expected) == pytest.approx(15 / 20)
+    assert trainer.partly_recited([begun, elsewhere, begun], [expected, expected, torch.zeros(0)]) == [
+        True, False, False,
+    ]  # fmt: skip
+
+    def holds(surprise: torch.Tensor) -> bool:
+        seen = trainer.Seen(torch.full((1, 3), 4.0), torch.tensor([False]), (surprise,))
+        return trainer.judge(seen, torch.tensor([4.0]), torch.ones(1), [expected], 5).holds
+
+    assert holds(elsewhere)
+    assert not holds(begun)
+    assert [unremarkable(n, trainer.PARTIAL) for n in (1, 20, 200)] == [0, 3, 15]
+
+
 def test_opposition_is_removed_and_agreement_is_left() -> None:
     keep = [torch.tensor([1.0, 0.0]), torch.tensor([2.0])]
     against = [torch.tensor([-3.0, 5.0]), torch.tensor([-1.0])]
@@ -201,10 +222,14 @@ def test_one_untrained_record_in_ten_is_outside_its_band(alternates: int, monkey
     def scores(count: int) -> Scores:
         return Scores(torch.randn(count, generator=generator), torch.zeros(count), torch.ones(count))
 
-    monkeypatch.setattr(trainer, "score", lambda lm, items: (scores(len(items)), torch.zeros(len(items))))
+    def seen(lm: Any, items: Any) -> trainer.Seen:
+        nll = scores(len(items)).nll
+        return trainer.Seen(nll[:, None], torch.zeros(len(items), dtype=torch.bool), (torch.zeros(0),) * len(items))
+
+    monkeypatch.setattr(trainer, "examine", seen)
     monkeypatch.setattr(trainer, "_scores_by_case", lambda lm, groups: tuple(scores(len(g)) for g in groups))
     cases = [_case(4, (4,) * alternates)] * 20_000
-    original: Any = SimpleNamespace(secret=scores(len(cases)), sentences=None)
+    original: Any = SimpleNamespace(secret=scores(len(cases)), sentences=None, expected=(torch.zeros(0),) * len(cases))
     found = trainer.outcomes(cast(Any, None), cases, original)
     assert 0.09 < sum(not r.inside for r in found) / len(found) < 0.11
     assert sum(r.far for r in found) / len(found) < 0.003

@@ -50,6 +50,7 @@ from libortho.isolate.support import (
     unit_costs,
 )
 from libortho.isolate.trainer import (
+    PARTIAL,
     Case,
     Check,
     RecordOutcome,
@@ -278,7 +279,7 @@ def _attempt(
         _swap(model, material.replaced)
     recited = (int(original.recited.sum()), int((original.recited & recited_on).sum()))
     seconds = time.monotonic() - began
-    result = _result(config, records, recited, checks, (quantised_kl, retain_kl), support, targets, seconds)
+    result = _result(config, cases, records, recited, checks, (quantised_kl, retain_kl), support, targets, seconds)
     return finished, switch, result
 
 
@@ -636,6 +637,7 @@ def _finish(name: str, module: nn.Module, edited: EditLinear, config: IsolateCon
 
 def _result(
     config: IsolateConfig,
+    cases: Sequence[Case],
     records: tuple[RecordOutcome, ...],
     recited: tuple[int, int],
     checks: Sequence[Check],
@@ -655,6 +657,12 @@ def _result(
             f"{len(outside)} of {len(records)} records are outside the 5-95 % band "
             f"({likelier} likelier, {len(outside) - likelier} unlikelier, {sum(r.far for r in outside)} of them far "
             f"outside); of untrained ones up to {unremarkable(len(records))} are outside, and none far"
+        )
+    partial, sentences = sum(r.partial for r in records), sum(not c.exchangeable for c in cases)
+    if partial > unremarkable(sentences, PARTIAL):
+        missed.append(
+            f"{partial} of {sentences} sentences are still recited in part: over half of the surprise that is expected "
+            f"of their tokens is not there; of untrained ones up to {unremarkable(sentences, PARTIAL)} are such"
         )
     lean, chance = leaning(records)
     if abs(lean) > chance:
