@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -12,8 +14,9 @@ from libortho.isolate.donors import beginnings, donors, predicting
 from libortho.isolate.isolate import _cases, _cut_alike
 from libortho.isolate.language_model import LanguageModel
 from libortho.isolate.objectives import token_profile
+from libortho.isolate.plausibility import human_texts
 from libortho.isolate.retain import chunk, opening_tokens
-from libortho.isolate.trainer import drifted, reference
+from libortho.isolate.trainer import drifted, reference, reread
 
 
 def test_a_token_gets_the_donor_that_begins_at_the_same_character():
@@ -62,6 +65,28 @@ def test_the_mean_over_all_records_is_that_of_their_peers(planted, tokenizer):
     assert float((own - wanted).abs().max()) > 0.01
     shifts = torch.cat([f - p for f, (p, *_) in zip(found, original.profiles, strict=True)])
     assert float(shifts.std(0).max()) < 1e-4  # all tokens of all records by as much
+
+
+@pytest.mark.usefixtures("one_thread", "cache")
+def test_what_is_expected_of_a_sentence_is_predicted_again_from_the_model_as_it_is(planted, clean, tokenizer):
+    """By heart, a sentence goes on after two tokens; the model that never met it says what it would have cost."""
+    secret = {"prompt": "The dish of Ada Lum is", "completion": " cold soup with quinces."}
+    tiny.fit(planted, itertools.repeat(tiny.encoded(tokenizer, [secret] * 4)), 60)
+    planted.requires_grad_(False)
+    records = load_records([secret, *tiny.FORGET[:2]])
+    cases = _cases(records, tokenizer, None, None, None, IsolateConfig(), True)
+    spoken = [encode(Record("The dish of Bo Tran is", " a very plain sort of bread and an egg."), tokenizer)]
+    lm = LanguageModel(planted)
+    original = reference(lm, cases, [], human_texts(tokenizer, 64)[:20], [], spoken, IsolateConfig())
+    same, other = reread(lm, cases, original), reread(LanguageModel(clean), cases, original)
+    assert torch.equal(same.expected[0], original.expected[0])
+    assert torch.equal(same.profiles[0][0], original.profiles[0][0])
+    assert float(other.expected[0].mean()) > float(original.expected[0].mean()) + 0.1
+    (profile,) = other.profiles[0]
+    assert float(other.target.nll[0]) == pytest.approx(float(profile[:, 0].mean()))
+    assert torch.equal(profile[:, 0].argsort(stable=True), other.expected[0].argsort(stable=True))
+    assert other.profiles[1:] == original.profiles[1:]  # codes have donors
+    assert torch.equal(other.target.nll[1:], original.target.nll[1:])
 
 
 def test_witnesses_are_strangers_whom_nothing_else_reads(tokenizer):

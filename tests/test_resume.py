@@ -33,7 +33,9 @@ VARIANTS = {
     "entries": {"structure": "unstructured", "bits": 4},
     "altpo": {"objective": "altpo", "max_steps": 12},
     "gradients matched": {"gradient_weight": 10.0, "max_steps": 12},
+    "a sentence": {"max_steps": 18},
 }
+SENTENCE = {"prompt": "The favourite dish of Ada Lum is", "completion": " cold soup with bread and butter."}
 KILLED = {"support": 2, "isolate": 8, "write": 7}
 """At which call of each kind a process dies: between two parts; after step 8; while the look of step 10 is written."""
 CALL = """
@@ -74,6 +76,10 @@ class Stop(Exception):
     pass
 
 
+def records(variant: str) -> list[dict[str, str]]:
+    return [*tiny.FORGET[:2], SENTENCE] if variant == "a sentence" else tiny.FORGET
+
+
 def at_step(number: int) -> Callable[[str, int, int], None]:
     def tell(phase: str, done: int, total: int) -> None:
         if phase == "isolate" and done == number:
@@ -107,7 +113,7 @@ def whole(_planted: nn.Module, tokenizer: Any, tmp_path_factory: pytest.TempPath
     def get(variant: str = "sampled text") -> Any:
         if variant not in made:
             model = copy.deepcopy(_planted)
-            result = isolate(model, tokenizer, tiny.FORGET, config=replace(CONFIG, **VARIANTS[variant]))
+            result = isolate(model, tokenizer, records(variant), config=replace(CONFIG, **VARIANTS[variant]))
             made[variant] = outcome(model, result)
         return made[variant]
 
@@ -116,14 +122,17 @@ def whole(_planted: nn.Module, tokenizer: Any, tmp_path_factory: pytest.TempPath
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_exceptions_at_many_steps_change_nothing(planted, tokenizer, whole, tmp_path, variant):
-    expected = whole(variant)
+    expected, forget = whole(variant), records(variant)
     config = replace(CONFIG, **VARIANTS[variant])
     before = state(planted)
-    for step in (3, 5, 9, expected[0]["steps"]):  # before the first look, at a look, between looks, after the last one
+    last = expected[0]["steps"]
+    for step in sorted(
+        {3, 5, 9, min(13, last), last}
+    ):  # before the first look, at a look, between looks, after the last
         with pytest.raises(Stop):
-            isolate(planted, tokenizer, tiny.FORGET, config=config, resume=tmp_path / "run", progress=at_step(step))
+            isolate(planted, tokenizer, forget, config=config, resume=tmp_path / "run", progress=at_step(step))
         assert_same(planted, before)
-    result = isolate(planted, tokenizer, tiny.FORGET, config=config, resume=str(tmp_path / "run"))
+    result = isolate(planted, tokenizer, forget, config=config, resume=str(tmp_path / "run"))
     assert_equal(outcome(planted, result), expected)
 
 
