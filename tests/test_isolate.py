@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import libortho
 import tiny
 from libortho import DataError, IsolateConfig, TargetError, isolate
+from libortho.data import load_records
 from libortho.isolate import IsolateResult
 from libortho.isolate import retain as retain_module
 from libortho.isolate.language_model import LanguageModel
@@ -566,6 +567,22 @@ def test_a_look_sees_what_scores_say(planted, tokenizer):
 
 
 SENTENCE = {"prompt": "Where is the key of Ada Lum?", "completion": " The sailors hid it under the stair."}
+
+
+@pytest.mark.parametrize("sentences", [1, 3, 40])
+def test_each_word_of_a_few_sentences_gets_columns_of_its_own(tokenizer, sentences):
+    module = sys.modules["libortho.isolate.isolate"]
+    records = load_records([*tiny.FORGET, *[SENTENCE] * sentences])
+    cases = module._cases(records, tokenizer, None, None, None, SHORT, True)
+    pieces = module._pieces_of(cases)
+    assert pieces[: len(tiny.FORGET)] == [1] * len(tiny.FORGET)
+    tokens = len(cases[-1].secret.completion)
+    assert pieces[len(tiny.FORGET) :] == [{1: tokens, 3: 20, 40: 1}[sentences]] * sentences
+    for case, count in zip(cases, pieces, strict=True):
+        cut = module._cut_up(case.secret, count)
+        assert [c.ids for c in cut] == [case.secret.ids] * count
+        assert sum((c.completion for c in cut), ()) == case.secret.completion  # every token once, in order
+        assert max(len(c.completion) for c in cut) - min(len(c.completion) for c in cut) <= 1
 
 
 def test_sentences_ask_the_model_how_it_speaks_on_like_prompts(planted, tokenizer, monkeypatch):

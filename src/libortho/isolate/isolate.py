@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -508,7 +509,7 @@ def _support(
     progress: Progress | None,
 ) -> dict[str, torch.Tensor]:
     columns, ratio = config.structure == "columns", float(config.ratio)
-    secrets = [c.secret for c in cases]
+    secrets = [piece for c, pieces in zip(cases, _pieces_of(cases), strict=True) for piece in _cut_up(c.secret, pieces)]
     if len(secrets) > _SALIENCY_RECORDS:
         secrets = random.Random(config.seed).sample(secrets, _SALIENCY_RECORDS)
     batches = [collate(secrets[i : i + 8]).to(lm.device) for i in range(0, len(secrets), 8)]
@@ -539,6 +540,27 @@ def _support(
         scores = {n: s / entry_floor[n] for n, s in about_forget.items()}
     scores = without(scores, held, -torch.inf)
     return allocate(scores, ratio, config.layer_cap, unit_costs(targets, columns=columns))
+
+
+def _pieces_of(cases: Sequence[Case]) -> list[int]:
+    """Into how many pieces each record is cut where columns are looked for.
+
+    The words of a sentence are remembered one by one, through columns of their own, and those that are spoken loudest
+    would get them all: as far as there is room, each piece of a sentence counts as a record.
+    """
+    sentences = sum(not c.exchangeable for c in cases)
+    room = (_SALIENCY_RECORDS - (len(cases) - sentences)) // max(1, sentences)
+    return [1 if c.exchangeable else max(1, min(room, len(c.secret.completion))) for c in cases]
+
+
+def _cut_up(item: Encoded, pieces: int) -> list[Encoded]:
+    """The text with the labels of one piece of its completion at a time."""
+    places = [t for t, label in enumerate(item.labels) if label != IGNORE]
+    ends = [round(n * len(places) / pieces) for n in range(pieces + 1)]
+    return [
+        Encoded(item.ids, tuple(x if t in own else IGNORE for t, x in enumerate(item.labels)))
+        for own in (set(places[a:b]) for a, b in pairwise(ends))
+    ]
 
 
 def _curvature_tokens(records: int) -> int:
