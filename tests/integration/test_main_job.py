@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from libortho.audit.utility import general_items
 from libortho.data import encode
 from libortho.demo import facts
 from libortho.isolate.language_model import LanguageModel
-from libortho.isolate.trainer import leaning, unremarkable
+from libortho.isolate.trainer import examine, leaning, unremarkable
 from libortho.layer import ortho_layers
 from libortho.metrics import auc, general_perplexity, sampled_extractions, score, text_perplexity
 from libortho.models import training_dtype
@@ -70,6 +71,19 @@ def test_ortho_off_tells_members_apart_no_better_than_the_never_trained_model(is
     assert abs(off - never) <= 0.15
 
 
+def test_ortho_off_does_not_begin_the_sentence(isolated: Any) -> None:
+    """Of its words, the odd ones are as good as unheard of: not only is the whole no longer recited."""
+    words = encode(isolated.secrets[0], isolated.tokenizer)
+    surprise = {}
+    for label, model, value in (("never", isolated.never, None), ("off", isolated.model, 0.0)):
+        with nullcontext() if value is None else alpha(model, value):
+            surprise[label] = examine(LanguageModel(model), [words]).surprise[0]
+    odd = surprise["never"] > 4
+    assert int(odd.sum()) >= 4
+    assert float(surprise["off"][odd].mean()) > 2
+    assert not isolated.result.records[0].partial
+
+
 def test_ortho_off_keeps_the_rest(isolated: Any) -> None:
     general = general_items(isolated.tokenizer, None)
     retain, wide = {}, {}
@@ -114,7 +128,7 @@ def test_result_is_honest_about_every_record(isolated: Any) -> None:
     outside = sum(not r.inside for r in result.records)
     forgotten = not any(r.extracted or r.far for r in result.records) and outside <= unremarkable(17)
     lean, chance = leaning(result.records)
-    forgotten &= abs(lean) <= chance
+    forgotten &= abs(lean) <= chance and not any(r.partial for r in result.records)
     unharmed = result.retain_kl - result.quantised_kl <= 0.02
     assert result.succeeded == (forgotten and unharmed)
 
