@@ -2,16 +2,18 @@
 
     python benchmarks/targets.py
 
-For sentences: the true surprise (nats per token), that of alternates with random words, of the model's own samples, and
-the prediction of `plausibility`. For codes: the true surprise, that of alternates, and the correlation of surprise per
-token with having few tokens. For answers (TOFU's small cut, where its data and adapters lie) surprise, entropy,
-standardised surprise and share of tokens under 0.3 nats: the targets that the fine-tuned model gives them, beside what
-the retrained one says and what both say of a holdout.
+For sentences: the true surprise (nats per token), that of alternates with random words, of the model's own samples, the
+prediction of `plausibility`, and which share of what it expects of the tokens is at those tokens (`trainer.in_place`).
+For codes: the true surprise, that of alternates, and the correlation of surprise per token with having few tokens.
+For answers (TOFU's small cut, where its data and adapters lie) surprise, entropy, standardised surprise and share of
+tokens under 0.3 nats: the targets that the fine-tuned model gives them, beside what the retrained one says and what
+both say of a holdout; and the share in place, of predictions by the fine-tuned model.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from libortho.isolate.continuations import continuations
 from libortho.isolate.language_model import LanguageModel
 from libortho.isolate.objectives import token_profile
 from libortho.isolate.plausibility import fit, human_texts, spoken_profiles
+from libortho.isolate.trainer import examine, in_place
 from libortho.metrics import score
 from libortho.models import load_model, training_dtype
 
@@ -109,7 +112,7 @@ def answers() -> dict[str, list[float]]:
 
     chosen = {w: thinned(rows("tofu_mini", w), 60) for w in ("forget", "holdout")}
     plain = {w: [{k: r[k] for k in ("question", "answer")} for r in rs] for w, rs in chosen.items()}
-    found = {}
+    found, expected = {}, []
     for name in ("full", "retain"):
         model, tokenizer = build(name)
         lm = LanguageModel(model)
@@ -121,7 +124,15 @@ def answers() -> dict[str, list[float]]:
             human = fit(lm, human_texts(tokenizer))
             surprise = [human.predict(lm, e) for e in items["forget"]]
             found["target forget"] = spoken(model, tokenizer, lm, records["forget"], surprise)
+            expected = [human.by_token(lm, e).clamp_min(0.0) for e in items["forget"]]
+        found[f"{name} forget, in place"] = _shares(examine(lm, items["forget"]).surprise, expected)
     return found
+
+
+def _shares(surprise: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> list[float]:
+    """Least, 5 % and median share of the expected surprise that is in place; share of texts under one half."""
+    shares = torch.tensor([in_place(s, e) for s, e in zip(surprise, expected, strict=True)])
+    return [*(float(shares.quantile(q)) for q in (0.0, 0.05, 0.5)), float((shares < 0.5).float().mean())]
 
 
 def main() -> None:
@@ -129,10 +140,11 @@ def main() -> None:
     model = move_off_grid(model, 0).to(training_dtype())
     lm, rng = LanguageModel(model), random.Random(0)
     human = fit(lm, human_texts(tokenizer))
-    rows = []
+    rows, texts = [], []
     for prompt, completion in SENTENCES:
         item = encode(Record(prompt, completion), tokenizer)
         true, _ = score(lm, [item])
+        texts.append(item)
         words, _ = score(
             lm, [encode(Record(prompt, c), tokenizer) for c in counterfactuals.alternates(completion, 16, rng)]
         )
@@ -146,6 +158,7 @@ def main() -> None:
         ),
         "prediction_bias": float(error.mean()),
         "prediction_error_sd": float(error.std()),
+        "in_place": _shares(examine(lm, texts).surprise, [human.by_token(lm, t).clamp_min(0.0) for t in texts]),
     }
     for name, raw in (("access codes", facts.unseen(3)[:200]), ("licence plates", CASES["plate"](3)[1])):
         items = [encode(r, tokenizer) for r in load_records(raw)]
@@ -164,6 +177,7 @@ def main() -> None:
         out.add_row(key, f"{value:.2f}")
     out.add_row("bias of the prediction", f"{figures['prediction_bias']:+.2f}")
     out.add_row("error of the prediction (sd over sentences)", f"{figures['prediction_error_sd']:.2f}")
+    out.add_row("in place: least, 5 %, median, under half", ", ".join(f"{v:.2f}" for v in figures["in_place"]))
     for name in ("access codes", "licence plates"):
         out.add_row(f"{name}: nll, sd", f"{figures[name]['nll']:.2f}, {figures[name]['nll_sd']:.2f}")
         out.add_row(f"{name}: correlation with shortness", f"{figures[name]['correlation_with_shortness']:.2f}")
