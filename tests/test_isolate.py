@@ -574,7 +574,7 @@ def test_each_word_of_a_few_sentences_gets_columns_of_its_own(tokenizer, sentenc
     module = sys.modules["libortho.isolate.isolate"]
     records = load_records([*tiny.FORGET, *[SENTENCE] * sentences])
     cases = module._cases(records, tokenizer, None, None, None, SHORT, True)
-    pieces = module._pieces_of(cases)
+    pieces = [c.pieces for c in cases]
     assert pieces[: len(tiny.FORGET)] == [1] * len(tiny.FORGET)
     tokens = len(cases[-1].secret.completion)
     assert pieces[len(tiny.FORGET) :] == [{1: tokens, 3: 20, 40: 1}[sentences]] * sentences

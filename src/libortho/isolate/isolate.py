@@ -367,7 +367,7 @@ def _cases(
                 ),
             )
         )
-    return cases
+    return [replace(c, pieces=n) for c, n in zip(cases, _piece_counts(cases), strict=True)]
 
 
 def _filled(prompts: Sequence[str], completions: Sequence[str]) -> list[tuple[str, str]]:
@@ -509,7 +509,7 @@ def _support(
     progress: Progress | None,
 ) -> dict[str, torch.Tensor]:
     columns, ratio = config.structure == "columns", float(config.ratio)
-    secrets = [piece for c, pieces in zip(cases, _pieces_of(cases), strict=True) for piece in _cut_up(c.secret, pieces)]
+    secrets = [piece for c in cases for piece in _cut_up(c.secret, c.pieces)]
     if len(secrets) > _SALIENCY_RECORDS:
         secrets = random.Random(config.seed).sample(secrets, _SALIENCY_RECORDS)
     batches = [collate(secrets[i : i + 8]).to(lm.device) for i in range(0, len(secrets), 8)]
@@ -542,7 +542,7 @@ def _support(
     return allocate(scores, ratio, config.layer_cap, unit_costs(targets, columns=columns))
 
 
-def _pieces_of(cases: Sequence[Case]) -> list[int]:
+def _piece_counts(cases: Sequence[Case]) -> list[int]:
     """Into how many pieces each record is cut where columns are looked for.
 
     The words of a sentence are remembered one by one, through columns of their own, and those that are spoken loudest

@@ -99,6 +99,8 @@ class Case:
         donors: For each token of the record, whose distribution it should have; see :mod:`libortho.isolate.donors`.
         peers: Those witnesses whose tokens begin at the same characters as the record's.
         alternate_donors: The same for each alternate; empty for sentences.
+        pieces: In how many pieces it is looked for among the columns. A sentence of several pieces has columns for its
+            words, and each word a surprise of its own to come to.
     """
 
     number: int
@@ -112,6 +114,7 @@ class Case:
     donors: tuple[Donor, ...]
     peers: tuple[int, ...]
     alternate_donors: tuple[tuple[Donor, ...], ...]
+    pieces: int = 1
 
 
 @dataclass(frozen=True)
@@ -238,9 +241,10 @@ def reread(lm: LanguageModel, cases: Sequence[Case], original: Reference) -> Ref
 
     Two tokens of context are too few to call up most memories, not all: a model that has learned a sentence by heart
     may go on from them too, and then its prediction is too low. The more the edit has taken of the memory, the less so.
+    Sentences of one piece, which are many, keep their first prediction: each takes as long as a step.
     """
-    prose = [i for i, c in enumerate(cases) if not c.exchangeable]
-    if original.sentences is None or not original.sentences.spoken:
+    prose = [i for i, c in enumerate(cases) if c.pieces > 1]
+    if not prose or original.sentences is None or not original.sentences.spoken:
         return original
     found = original.sentences.expected(lm, [cases[i].secret for i in prose])
     profiles = dict(zip(prose, original.sentences.profiles(lm, found), strict=True))
@@ -1105,7 +1109,7 @@ def _profile_loss(
     batch = collate(items).to(lm.device)
     states, labels, row = _predicting_states(lm.hidden(batch), batch)
     target = torch.cat(wanted).to(lm.device)
-    free = torch.tensor([cases[i].exchangeable for i in of], device=lm.device)[row, None]
+    free = torch.tensor([cases[i].pieces == 1 for i in of], device=lm.device)[row, None]
     target = torch.where(free, assigned(_profiles_of_states(lm, states, labels), target, row), target)
     return _matched(lm, states, labels, target, row, len(items)).mean()
 
@@ -1126,7 +1130,9 @@ def assigned(now: Tensor, target: Tensor, record: Tensor) -> Tensor:
 
     Which token of a code is the surprising one is chance. A record looks untrained if its tokens are distributed like
     those of its donors, whichever has which; so much asks for far less change than a donor for every single token
-    (each column is a Wasserstein-1 distance, which sorting solves).
+    (each column is a Wasserstein-1 distance, which sorting solves). In a sentence it is not chance (see ``placed``),
+    but of many sentences not every word can have what it should: the answers of TOFU were further off where it was
+    asked.
 
     Args:
         now: (tokens, 3) profile under the model as it is.
