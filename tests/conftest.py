@@ -22,6 +22,7 @@ import tiny
 VOCABULARY = 128
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of two processes one begins with the planted and isolated model, which takes as long as all else together; files
     are not torn apart, for their fixtures' sake."""
