@@ -22,19 +22,6 @@ import tiny
 VOCABULARY = 128
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of two processes one begins with the planted and isolated model, which takes as long as all else together; files
-    are not torn apart, for their fixtures' sake."""
-    items.sort(key=lambda item: not _reads_isolated(item))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("isolated" if _reads_isolated(item) else item.path.name))
-
-
-def _reads_isolated(item: pytest.Item) -> bool:
-    return item.path.parent.name == "integration" and "isolated" in getattr(item, "fixturenames", ())
-
-
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
