@@ -130,7 +130,7 @@ def answers() -> dict[str, list[float]]:
 
 
 def _shares(surprise: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> list[float]:
-    """Least, 5 % and median share of the expected surprise that is in place; share of texts under one half."""
+    """Least, 5 % and median share of the expected surprise that is in place; share of texts under a half."""
     shares = torch.tensor([in_place(s, e) for s, e in zip(surprise, expected, strict=True)])
     return [*(float(shares.quantile(q)) for q in (0.0, 0.05, 0.5)), float((shares < 0.5).float().mean())]
 

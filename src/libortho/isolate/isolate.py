@@ -683,7 +683,7 @@ def _result(
     partial, sentences = sum(r.partial for r in records), sum(not c.exchangeable for c in cases)
     if partial > unremarkable(sentences, PARTIAL):
         missed.append(
-            f"{partial} of {sentences} sentences are still recited in part: over half of the surprise that is expected "
+            f"{partial} of {sentences} sentences are still recited in part: two thirds of the surprise expected "
             f"of their tokens is not there; of untrained ones up to {unremarkable(sentences, PARTIAL)} are such"
         )
     lean, chance = leaning(records)
