@@ -126,9 +126,8 @@ def test_exceptions_at_many_steps_change_nothing(planted, tokenizer, whole, tmp_
     config = replace(CONFIG, **VARIANTS[variant])
     before = state(planted)
     last = expected[0]["steps"]
-    for step in sorted(
-        {3, 5, 9, min(13, last), last}
-    ):  # before the first look, at a look, between looks, after the last
+    # before the first look, at a look, between looks (of a sentence too), after the last one
+    for step in sorted({3, 5, 9, min(13, last), last}):
         with pytest.raises(Stop):
             isolate(planted, tokenizer, forget, config=config, resume=tmp_path / "run", progress=at_step(step))
         assert_same(planted, before)
