@@ -73,9 +73,15 @@ def token_profile(logits: Tensor, labels: Tensor) -> Tensor:
         logits: (tokens, vocabulary) fp32, at the positions that predict completion tokens.
         labels: (tokens,) the completion tokens.
     """
+    return profile_and_odds(logits, labels)[0]
+
+
+def profile_and_odds(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """``token_profile`` (tokens, 3), and ``label_log_odds`` (tokens,), which it is made with."""
+    odds = label_log_odds(logits, labels)
     entropy, deviation = moments(logits)
-    surprise = F.softplus(-label_log_odds(logits, labels))
-    return torch.stack([surprise, entropy, standardised(surprise, entropy, deviation)], 1)
+    surprise = F.softplus(-odds)
+    return torch.stack([surprise, entropy, standardised(surprise, entropy, deviation)], 1), odds
 
 
 def moments(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,7 +101,7 @@ def standardised(surprise: Tensor, entropy: Tensor, deviation: Tensor) -> Tensor
     return 2 * z / (1 + (1 + z.abs()).sqrt())
 
 
-def profile_distance(logits: Tensor, labels: Tensor, target: Tensor) -> Tensor:
+def profile_distance(found: Tensor, odds: Tensor, target: Tensor) -> Tensor:
     """How far each token is from what it should look like, (tokens,).
 
     The sum of the Huber distances of surprise, of the logarithm of the entropy (where the model is sure, the gradient
@@ -103,17 +109,16 @@ def profile_distance(logits: Tensor, labels: Tensor, target: Tensor) -> Tensor:
     than it should be, that of its log-odds, whose gradient does not vanish as p approaches 1.
 
     Args:
-        logits: (tokens, vocabulary) fp32, at the positions that predict completion tokens.
-        labels: (tokens,) the completion tokens.
-        target: (tokens, 3), see ``token_profile``.
+        found: (tokens, 3), see ``token_profile``.
+        odds: (tokens,), see ``label_log_odds``.
+        target: (tokens, 3), what ``found`` should be.
     """
-    found = token_profile(logits, labels)
     mine, wanted = (
         torch.stack([x[:, 0], (x[:, 1].clamp_min(0.0) + _SMALL).log(), x[:, 2]], 1) for x in (found, target)
     )
     distance = F.smooth_l1_loss(mine, wanted, reduction="none").sum(-1)
     surprise = target[:, 0].clamp_min(_LEAST_SURPRISE)
-    excess = (label_log_odds(logits, labels) + surprise + torch.log(-torch.expm1(-surprise))).relu()
+    excess = (odds + surprise + torch.log(-torch.expm1(-surprise))).relu()
     return distance + F.smooth_l1_loss(excess, torch.zeros_like(excess), reduction="none")
 
 

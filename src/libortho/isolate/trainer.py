@@ -23,13 +23,13 @@ from dataclasses import asdict, dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from libortho.config import IsolateConfig
 from libortho.data import IGNORE, Batch, Encoded, collate
 from libortho.isolate.curvature import Metric
 from libortho.isolate.donors import Donor, predicting
 from libortho.isolate.edit import EditLinear
+from libortho.isolate.head import HEAD_POSITIONS, by_record, evenly, summed
 from libortho.isolate.language_model import LanguageModel
 from libortho.isolate.objectives import (
     Scores,
@@ -39,8 +39,8 @@ from libortho.isolate.objectives import (
     kl_divergence,
     log_odds,
     npo,
+    profile_and_odds,
     profile_distance,
-    record_means,
     simnpo,
     token_profile,
     with_log_probability,
@@ -56,8 +56,6 @@ LENGTH_CORRELATION = 0.6
 (measured: 0.62 for access codes, 0.76 for licence plates)."""
 SCORING_TOKENS, SCORING_TOKENS_GPU = 512, 4096
 """Tokens of one forward pass without gradients, on a CPU and elsewhere."""
-HEAD_POSITIONS = 64
-"""Positions whose logits exist at one time where divergences are summed."""
 _WARM_UP, _STEADY, _LANDING = 5, 30, 10
 """Steps of rising learning rate; steps after which it falls with the square root of their number; last steps, in
 which it falls to zero."""
@@ -1026,7 +1024,9 @@ def divergence(lm: LanguageModel, items: Sequence[Encoded], states: Sequence[Ten
     for item, before in zip(items, states, strict=True):
         places = list(predicting(item))
         before, after = before[places], lm.hidden(collate([item]).to(lm.device))[0, places]
-        total, count = total + float(_summed_divergence(lm, before, after)), count + len(after)
+        for part in evenly(len(places)):
+            total += float(kl_divergence(lm.logits(before[part]), lm.logits(after[part])).sum())
+        count += len(places)
     return total / max(1, count)
 
 
@@ -1110,19 +1110,21 @@ def _profile_loss(
     states, labels, row = _predicting_states(lm.hidden(batch), batch)
     target = torch.cat(wanted).to(lm.device)
     free = torch.tensor([cases[i].pieces == 1 for i in of], device=lm.device)[row, None]
-    target = torch.where(free, assigned(_profiles_of_states(lm, states, labels), target, row), target)
-    return _matched(lm, states, labels, target, row, len(items)).mean()
+    sizes = torch.bincount(row, minlength=len(items))
+    if (long := sizes[row] > HEAD_POSITIONS).any():  # will be cut, and is handed out as a whole
+        target[long] = torch.where(
+            free[long], assigned(_profiles_of_states(lm, states[long], labels[long]), target[long], row[long]),
+            target[long],
+        )  # fmt: skip
+        free = free & ~long[:, None]
+    share = 1 / (sizes[row] * len(items))
 
+    def distance(logits: Tensor, part: slice) -> Tensor:
+        found, odds = profile_and_odds(logits, labels[part])
+        handed = torch.where(free[part], assigned(found.detach(), target[part], row[part]), target[part])
+        return share[part] @ profile_distance(found, odds, handed)
 
-def _matched(lm: LanguageModel, states: Tensor, labels: Tensor, target: Tensor, row: Tensor, records: int) -> Tensor:
-    """Mean ``profile_distance`` of each record, (records,); memory as in ``_summed_divergence``."""
-
-    def of(some: Tensor, label: Tensor, wanted: Tensor) -> Tensor:
-        return profile_distance(lm.logits(some), label, wanted)
-
-    parts = zip(*(t.split(HEAD_POSITIONS) for t in (states, labels, target)), strict=True)
-    distances = [checkpoint(of, *part, use_reentrant=False) for part in parts]
-    return record_means(torch.cat(distances), row, records)
+    return summed(lm, states, distance, by_record(sizes.tolist()))
 
 
 def assigned(now: Tensor, target: Tensor, record: Tensor) -> Tensor:
@@ -1168,40 +1170,35 @@ def _keep_loss(
 ) -> Tensor:
     """Divergence from the original model on retain texts and on one neighbour of every chosen record."""
     beside = [(i, now.rng.randrange(len(cases[i].neighbours))) for i in chosen if cases[i].neighbours]
-    parts = [
-        (config.retain_weight, [retain[t] for t in texts], [original.retain[t] for t in texts]),
-        (
-            config.neighbour_weight,
-            [cases[i].neighbours[p] for i, p in beside],
-            [original.neighbours[i][p] for i, p in beside],
-        ),
-    ]
+    read, told = [retain[t] for t in texts], [original.retain[t] for t in texts]
     loss = torch.zeros((), device=lm.device)
-    for weight, items, states in parts:
-        if not items or weight == 0:
-            continue
-        batch = collate(items).to(lm.device)
-        after, labels, row = _predicting_states(lm.hidden(batch), batch)
-        before = torch.cat([s[list(predicting(e))] for e, s in zip(items, states, strict=True)])
-        loss = loss + weight * _summed_divergence(lm, before, after) / len(after)
-        if config.objective == "profile" and items is not parts[0][1]:
-            wanted = _profiles_of_states(lm, before, labels)
-            loss = loss + weight * _matched(lm, after, labels, wanted, row, len(items)).mean()
+    if config.retain_weight and read:
+        loss = loss + config.retain_weight * _kept(lm, read, told, as_profiles=False)
+    if config.neighbour_weight and beside:
+        near, before = [cases[i].neighbours[p] for i, p in beside], [original.neighbours[i][p] for i, p in beside]
+        loss = loss + config.neighbour_weight * _kept(lm, near, before, as_profiles=config.objective == "profile")
     return loss
 
 
-def _summed_divergence(lm: LanguageModel, before: Tensor, after: Tensor) -> Tensor:
-    """KL(original || edited) summed over positions, from hidden states (positions, width).
+def _kept(lm: LanguageModel, items: Sequence[Encoded], states: Sequence[Tensor], *, as_profiles: bool) -> Tensor:
+    """Mean KL(original || edited) per token, given the original's hidden states; also that of each text's profile."""
+    batch = collate(items).to(lm.device)
+    after, labels, row = _predicting_states(lm.hidden(batch), batch)
+    before = torch.cat([s[list(predicting(e))] for e, s in zip(items, states, strict=True)])
+    sizes = torch.bincount(row, minlength=len(items))
+    share = 1 / (sizes[row] * len(items))
 
-    A few positions at a time, and their logits once more in the backward pass: all of them together would be the
-    largest tensors of the whole training.
-    """
+    def of(logits: Tensor, part: slice) -> Tensor:
+        with torch.no_grad():
+            original = lm.logits(before[part])
+        lost = kl_divergence(original, logits).sum() / len(after)
+        if not as_profiles:
+            return lost
+        with torch.no_grad():
+            wanted = token_profile(original, labels[part])
+        return lost + share[part] @ profile_distance(*profile_and_odds(logits, labels[part]), wanted)
 
-    def of(one: Tensor, other: Tensor) -> Tensor:
-        return kl_divergence(lm.logits(one), lm.logits(other)).sum()
-
-    pairs = zip(before.split(HEAD_POSITIONS), after.split(HEAD_POSITIONS), strict=True)
-    return torch.stack([checkpoint(of, one, other, use_reentrant=False) for one, other in pairs]).sum()
+    return summed(lm, after, of, evenly(len(after)))
 
 
 def _gradients(loss: Tensor, values: Sequence[nn.Parameter]) -> list[Tensor]:
