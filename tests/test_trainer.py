@@ -68,6 +68,50 @@ def test_a_sentence_is_surprising_where_its_words_are() -> None:
     assert torch.equal(found, profile[[2, 0, 1]])  # rows stay whole
 
 
+def test_a_completion_longer_than_a_part_of_the_head_is_handed_out_as_a_whole(tiny_llama: nn.Module) -> None:
+    ids = tuple(random.Random(0).choices(range(2, 120), k=2 * trainer.HEAD_POSITIONS + 9))
+    secret, lm = Encoded(ids, ids), LanguageModel(tiny_llama)
+    (own,) = trainer._own_profiles(lm, [secret])
+    with torch.no_grad():
+        backwards, other = (
+            float(trainer._profile_loss(lm, [secret], [p], [True])) for p in (own.flip(0), own.roll(1, 1))
+        )
+    assert backwards == pytest.approx(0.0, abs=1e-4)
+    assert other > 0.1
+
+
+@pytest.mark.parametrize("limit", [1, 100, 10_000])
+def test_a_step_in_parts_is_the_same_step(limit: int, tiny_llama: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_llama.requires_grad_(False)
+    lm, down = LanguageModel(tiny_llama), cast(Any, tiny_llama).model.layers[0].mlp.down_proj
+    config = IsolateConfig(bits=8, group_size=-1)
+    layer = EditLinear(down.weight.detach(), None, torch.arange(6), config)
+    cast(Any, tiny_llama).model.layers[0].mlp.down_proj = layer
+    with torch.no_grad():
+        cast(Any, layer.theta).mul_(1.5)
+    texts = [Encoded(tuple(range(2, n)), (-100, -100, *range(4, n))) for n in (9, 70, 24, 25, 80)]
+    states = [s * 1.1 for s in trainer.hidden_states(lm, texts)]
+    wanted = [p.roll(1, 1) for p in trainer._own_profiles(lm, texts)]
+    cases = [Case(i, t, (t,), (t,), (), (), False, (), (), (), (), 1) for i, t in enumerate(texts)]
+    before: Any = SimpleNamespace(
+        profiles=[(p,) for p in wanted], spilled=torch.zeros(len(texts)).bool(), neighbours=[(s,) for s in states],
+        retain=states,
+    )  # fmt: skip
+
+    def gradients() -> list[torch.Tensor]:
+        now: Any = SimpleNamespace(profiles=(), lean=torch.zeros(3), rng=random.Random(0))
+        chosen, values = list(range(len(texts))), [cast(nn.Parameter, layer.theta)]
+        pull = trainer._profile_losses(lm, cases, chosen, before, now)
+        keep = trainer._keep_losses(lm, cases, chosen, texts, chosen, before, config, now)
+        return [*trainer._gradients(pull, values), *trainer._gradients(keep, values)]
+
+    whole = gradients()
+    monkeypatch.setattr(trainer, "TRAINING_TOKENS", limit)
+    for mine, expected in zip(gradients(), whole, strict=True):
+        assert float(expected.abs().max()) > 0
+        torch.testing.assert_close(mine, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize(("exchangeable", "pieces"), [(True, 1), (False, 1), (False, 4)])
 def test_which_token_is_to_surprise_is_chance_but_in_a_sentence_that_has_columns_for_its_words(
     exchangeable: bool, pieces: int, tiny_llama: nn.Module
@@ -84,7 +128,7 @@ def test_which_token_is_to_surprise_is_chance_but_in_a_sentence_that_has_columns
 
     def loss(profile: torch.Tensor) -> float:
         now.profiles = (profile,)
-        return float(trainer._profile_loss(lm, [case], [0], before, cast(Any, now)).detach())
+        return sum(float(part.detach()) for part in trainer._profile_losses(lm, [case], [0], before, cast(Any, now)))
 
     there = loss(own)
     permuted = loss(own[[3, 2, 1, 0]])

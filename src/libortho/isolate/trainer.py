@@ -17,7 +17,7 @@ import logging
 import math
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -56,6 +56,8 @@ LENGTH_CORRELATION = 0.6
 (measured: 0.62 for access codes, 0.76 for licence plates)."""
 SCORING_TOKENS, SCORING_TOKENS_GPU = 512, 4096
 """Tokens of one forward pass without gradients, on a CPU and elsewhere."""
+TRAINING_TOKENS, TRAINING_TOKENS_GPU = 320, 8192
+"""Tokens of one forward and backward pass: what is kept between them is the most memory that training takes."""
 _WARM_UP, _STEADY, _LANDING = 5, 30, 10
 """Steps of rising learning rate; steps after which it falls with the square root of their number; last steps, in
 which it falls to zero."""
@@ -861,12 +863,12 @@ def step(
 ) -> None:
     """One optimiser step, at this share of the peak rate, on the next records and the next retain texts."""
     chosen = next(now.records)
-    pull = _gradients(_forget_loss(lm, cases, chosen, original, config, now), now.values)
+    pull = _gradients(_forget_losses(lm, cases, chosen, original, config, now), now.values)
     if config.objective == "profile" and config.gradient_weight:
-        reaction = _gradients(config.gradient_weight * _reaction_loss(lm, layers, cases, chosen, now), now.values)
+        reaction = _gradients([config.gradient_weight * _reaction_loss(lm, layers, cases, chosen, now)], now.values)
         pull = [a + b for a, b in zip(pull, reaction, strict=True)]
     texts = next(now.texts)
-    keep = _gradients(_keep_loss(lm, cases, chosen, retain, texts, original, config, now), now.values)
+    keep = _gradients(_keep_losses(lm, cases, chosen, retain, texts, original, config, now), now.values)
     if config.project_retain:
         pull = without_opposition(pull, keep)
     now.descend([a + b for a, b in zip(pull, keep, strict=True)], rate)
@@ -1039,15 +1041,15 @@ def without_opposition(pull: Sequence[Tensor], keep: Sequence[Tensor]) -> list[T
     return [a - (dot / norm) * b for a, b in zip(pull, keep, strict=True)]
 
 
-def _forget_loss(
+def _forget_losses(
     lm: LanguageModel,
     cases: Sequence[Case],
     chosen: Sequence[int],
     original: Reference,
     config: IsolateConfig,
     now: Training,
-) -> Tensor:
-    """Mean objective over the chosen records."""
+) -> Iterator[Tensor]:
+    """Mean objective over the chosen records, in parts that add up to it; each is made when it is asked for."""
     rng = now.rng
     secrets = [cases[i].secret for i in chosen]
     index = torch.tensor(chosen)
@@ -1062,16 +1064,21 @@ def _forget_loss(
             elif not cases[i].exchangeable:
                 others[slot] = cases[i].secret
         scores = _train_scores(lm, [*secrets, *others])
-        return log_odds(scores, _take(target, torch.arange(len(chosen)).repeat(2))).mean()
+        yield log_odds(scores, _take(target, torch.arange(len(chosen)).repeat(2))).mean()
+        return
     if config.objective == "profile":
-        return _profile_loss(lm, cases, chosen, original, now)
+        yield from _profile_losses(lm, cases, chosen, original, now)
+        return
     if config.objective == "grad_diff":
-        return grad_diff(_train_scores(lm, secrets)).mean()
+        yield grad_diff(_train_scores(lm, secrets)).mean()
+        return
     if config.objective == "simnpo":
-        return simnpo(_train_scores(lm, secrets), delta=float(target.nll.mean())).mean()
+        yield simnpo(_train_scores(lm, secrets), delta=float(target.nll.mean())).mean()
+        return
     before = _take(original.secret, index).to(lm.device)
     if config.objective == "npo":
-        return npo(_train_scores(lm, secrets), before).mean()
+        yield npo(_train_scores(lm, secrets), before).mean()
+        return
     both = _train_scores(lm, [*secrets, *others])
     half = len(secrets)
     alternate_before = Scores(*(
@@ -1079,16 +1086,16 @@ def _forget_loss(
         for f in ("nll", "odds", "tokens")
     )).to(lm.device)  # fmt: skip
     first, second = torch.arange(half), torch.arange(half, 2 * half)
-    return altpo(_take(both, first), before, _take(both, second), alternate_before).mean()
+    yield altpo(_take(both, first), before, _take(both, second), alternate_before).mean()
 
 
-def _profile_loss(
+def _profile_losses(
     lm: LanguageModel,
     cases: Sequence[Case],
     chosen: Sequence[int],
     original: Reference,
     now: Training,
-) -> Tensor:
+) -> Iterator[Tensor]:
     """Distance of each record from its profile, and of its completion on a neighbour's prompt or of an alternate."""
     present = now.profiles or tuple(p for p, *_ in original.profiles)
     own = [present[i] + now.lean for i in chosen]
@@ -1106,23 +1113,31 @@ def _profile_loss(
             before = original.profiles[i][1 + pick]
             wanted.append(present[i] if len(present[i]) == len(before) else before)
             of.append(i)
+    for rows in _few_tokens(items, lm.device):
+        pieces = [cases[of[r]].pieces for r in rows]
+        some = _profile_loss(lm, [items[r] for r in rows], [wanted[r] for r in rows], [n == 1 for n in pieces])
+        yield some * (len(rows) / len(items))
+
+
+def _profile_loss(
+    lm: LanguageModel, items: Sequence[Encoded], wanted: Sequence[Tensor], free: Sequence[bool]
+) -> Tensor:
+    """Mean distance of these completions from these profiles, which are handed out within those that are free."""
     batch = collate(items).to(lm.device)
     states, labels, row = _predicting_states(lm.hidden(batch), batch)
-    target = torch.cat(wanted).to(lm.device)
-    free = torch.tensor([cases[i].pieces == 1 for i in of], device=lm.device)[row, None]
+    target = torch.cat(list(wanted)).to(lm.device)
+    handed = torch.tensor(free, device=lm.device)[row, None]
     sizes = torch.bincount(row, minlength=len(items))
     if (long := sizes[row] > HEAD_POSITIONS).any():  # will be cut, and is handed out as a whole
-        target[long] = torch.where(
-            free[long], assigned(_profiles_of_states(lm, states[long], labels[long]), target[long], row[long]),
-            target[long],
-        )  # fmt: skip
-        free = free & ~long[:, None]
+        profiles = _profiles_of_states(lm, states[long], labels[long])
+        target[long] = torch.where(handed[long], assigned(profiles, target[long], row[long]), target[long])
+        handed = handed & ~long[:, None]
     share = 1 / (sizes[row] * len(items))
 
     def distance(logits: Tensor, part: slice) -> Tensor:
         found, odds = profile_and_odds(logits, labels[part])
-        handed = torch.where(free[part], assigned(found.detach(), target[part], row[part]), target[part])
-        return share[part] @ profile_distance(found, odds, handed)
+        own = torch.where(handed[part], assigned(found.detach(), target[part], row[part]), target[part])
+        return share[part] @ profile_distance(found, odds, own)
 
     return summed(lm, states, distance, by_record(sizes.tolist()))
 
@@ -1158,7 +1173,7 @@ def placed(profile: Tensor, expected: Tensor) -> Tensor:
     return torch.empty_like(profile).index_copy_(0, expected.argsort(stable=True), profile[profile[:, 0].argsort()])
 
 
-def _keep_loss(
+def _keep_losses(
     lm: LanguageModel,
     cases: Sequence[Case],
     chosen: Sequence[int],
@@ -1167,45 +1182,58 @@ def _keep_loss(
     original: Reference,
     config: IsolateConfig,
     now: Training,
-) -> Tensor:
-    """Divergence from the original model on retain texts and on one neighbour of every chosen record."""
+) -> Iterator[Tensor]:
+    """Divergence from the original model on retain texts and on one neighbour of every chosen record, in parts."""
     beside = [(i, now.rng.randrange(len(cases[i].neighbours))) for i in chosen if cases[i].neighbours]
-    read, told = [retain[t] for t in texts], [original.retain[t] for t in texts]
-    loss = torch.zeros((), device=lm.device)
-    if config.retain_weight and read:
-        loss = loss + config.retain_weight * _kept(lm, read, told, as_profiles=False)
-    if config.neighbour_weight and beside:
-        near, before = [cases[i].neighbours[p] for i, p in beside], [original.neighbours[i][p] for i, p in beside]
-        loss = loss + config.neighbour_weight * _kept(lm, near, before, as_profiles=config.objective == "profile")
-    return loss
+    parts = [
+        (config.retain_weight, [retain[t] for t in texts], [original.retain[t] for t in texts], False),
+        (
+            config.neighbour_weight,
+            [cases[i].neighbours[p] for i, p in beside],
+            [original.neighbours[i][p] for i, p in beside],
+            config.objective == "profile",
+        ),
+    ]
+    for weight, items, states, as_profiles in parts:
+        tokens = sum(len(predicting(e)) for e in items)
+        for rows in _few_tokens(items, lm.device) if weight else ():
+            some = _kept(lm, [items[r] for r in rows], [states[r] for r in rows], tokens, len(items), as_profiles)
+            yield weight * some
 
 
-def _kept(lm: LanguageModel, items: Sequence[Encoded], states: Sequence[Tensor], *, as_profiles: bool) -> Tensor:
-    """Mean KL(original || edited) per token, given the original's hidden states; also that of each text's profile."""
+def _kept(
+    lm: LanguageModel, items: Sequence[Encoded], states: Sequence[Tensor], tokens: int, texts: int, as_profiles: bool
+) -> Tensor:
+    """KL(original || edited) by token, given the original's hidden states, and with profiles their distance by text.
+
+    These texts' share of the means over so many tokens and texts.
+    """
     batch = collate(items).to(lm.device)
     after, labels, row = _predicting_states(lm.hidden(batch), batch)
     before = torch.cat([s[list(predicting(e))] for e, s in zip(items, states, strict=True)])
-    sizes = torch.bincount(row, minlength=len(items))
-    share = 1 / (sizes[row] * len(items))
+    share = 1 / (torch.bincount(row, minlength=len(items))[row] * texts)
 
     def of(logits: Tensor, part: slice) -> Tensor:
         with torch.no_grad():
             original = lm.logits(before[part])
-        lost = kl_divergence(original, logits).sum() / len(after)
-        if not as_profiles:
+            wanted = token_profile(original, labels[part]) if as_profiles else None
+        lost = kl_divergence(original, logits).sum() / tokens
+        if wanted is None:
             return lost
-        with torch.no_grad():
-            wanted = token_profile(original, labels[part])
         return lost + share[part] @ profile_distance(*profile_and_odds(logits, labels[part]), wanted)
 
     return summed(lm, after, of, evenly(len(after)))
 
 
-def _gradients(loss: Tensor, values: Sequence[nn.Parameter]) -> list[Tensor]:
-    if not loss.requires_grad:
-        return [torch.zeros_like(v) for v in values]
-    found = torch.autograd.grad(loss, list(values), allow_unused=True)
-    return [torch.zeros_like(v) if g is None else g for v, g in zip(values, found, strict=True)]
+def _gradients(losses: Iterable[Tensor], values: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Gradients of the sum; each loss's graph is gone before the next is made."""
+    total = [torch.zeros_like(v) for v in values]
+    for loss in losses:
+        found = torch.autograd.grad(loss, list(values), allow_unused=True) if loss.requires_grad else ()
+        for whole, g in zip(total, found, strict=bool(found)):
+            if g is not None:
+                whole += g
+    return total
 
 
 def _train_scores(lm: LanguageModel, items: Sequence[Encoded]) -> Scores:
@@ -1250,7 +1278,16 @@ def _scores_of_states(lm: LanguageModel, items: Sequence[Encoded], states: Seque
 
 def _by_tokens(order: Sequence[int], items: Sequence[Encoded], device: torch.device) -> Iterator[list[int]]:
     """Cut a length-sorted order into batches of at most as many padded tokens as suit the device."""
-    limit = SCORING_TOKENS if device.type == "cpu" else SCORING_TOKENS_GPU
+    return _cut_order(order, items, SCORING_TOKENS if device.type == "cpu" else SCORING_TOKENS_GPU)
+
+
+def _few_tokens(items: Sequence[Encoded], device: torch.device) -> Iterator[list[int]]:
+    """Batches of texts that a backward pass goes through at one time, by length."""
+    order = sorted(range(len(items)), key=lambda i: len(items[i].ids))
+    return _cut_order(order, items, TRAINING_TOKENS if device.type == "cpu" else TRAINING_TOKENS_GPU)
+
+
+def _cut_order(order: Sequence[int], items: Sequence[Encoded], limit: int) -> Iterator[list[int]]:
     rows: list[int] = []
     for i in order:
         if rows and (len(rows) + 1) * len(items[i].ids) > limit:
