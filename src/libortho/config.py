@@ -154,6 +154,9 @@ class IsolateConfig(_StreamConfig):
     """Retain tokens in one optimiser step."""
     retain_length: int = 128
     """Tokens of one retain sequence."""
+    compensate: bool = True
+    """Let the base's codes make up for each other's rounding on text to keep and on the records, as GPTQ does: the
+    model at alpha = 1 is nearer to the original, in INT4 much nearer (docs/isolation.md). False takes the nearest."""
     alternates_per_record: int = 8
     """Made alternates for a record that brings none; from 50 records on fewer, 400 for all of them, but at least 2."""
     neighbours_per_record: int = 8

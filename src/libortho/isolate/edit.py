@@ -77,16 +77,24 @@ class EditLinear(nn.Module):
     """
 
     def __init__(
-        self, start: Tensor | BaseStream, bias: nn.Parameter | None, support: Tensor | None, config: IsolateConfig
+        self,
+        start: Tensor | BaseStream,
+        bias: nn.Parameter | None,
+        support: Tensor | None,
+        config: IsolateConfig,
+        rounded: BaseStream | None = None,
     ) -> None:
-        """From a weight (out_features, in_features), which is quantised, or from a base, which is left as it is."""
+        """From a weight (out_features, in_features), which is quantised, or from a base, which is left as it is.
+
+        ``rounded`` is the weight's base where it has one already; otherwise every code is the nearest.
+        """
         super().__init__()
         if isinstance(start, BaseStream):
             self.base = start if support is None else copy.deepcopy(start)
             weight = None
         else:
             weight = start.contiguous()  # GPT-2's is a transposed view; entries are counted in row-major order
-            self.base = BaseStream.from_weight(weight, config.bits, config.resolved_group_size)
+            self.base = rounded or BaseStream.from_weight(weight, config.bits, config.resolved_group_size)
         self.register_parameter("bias", bias)
         self.columns = config.structure == "columns"
         self.twice = False

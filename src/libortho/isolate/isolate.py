@@ -42,6 +42,7 @@ from libortho.isolate.language_model import LanguageModel
 from libortho.isolate.plausibility import human_texts
 from libortho.isolate.resume import Part, Store, run_key
 from libortho.isolate.retain import chunk, default_retain, in_form, opening_tokens
+from libortho.isolate.rounding import compensated_bases
 from libortho.isolate.support import (
     allocate,
     balanced_weights,
@@ -151,8 +152,8 @@ def isolate(
 ) -> IsolateResult:
     """Put the forget records behind the switch, in place.
 
-    At alpha = 1 the model is the original one on the support (to the value dtype) and the plain quantised one
-    elsewhere; at alpha = 0 the records are no likelier than other completions of the same shape.
+    At alpha = 1 the model is the original one on the support (to the value dtype) and the quantised one elsewhere; at
+    alpha = 0 the records are no likelier than other completions of the same shape.
 
     A model that was isolated before, by this call with another stream, can be isolated again. "Original" is then the
     model with all earlier streams off; they and their columns are left alone, and all streams stand at alpha = 1
@@ -260,7 +261,10 @@ def _attempt(
         damping=config.damping,
         seed=config.seed,
     )  # fmt: skip
-    layers = {n: EditLinear(_start(m), bias_of(m), support.get(n), config) for n, m in material.replaced.items()}
+    bases = _bases(material, support, config)
+    layers = {
+        n: EditLinear(_start(m), bias_of(m), support.get(n), config, bases.get(n)) for n, m in material.replaced.items()
+    }
     try:
         _swap(model, layers)
         quantised_kl = divergence(lm, material.held_back, material.held_back_states)
@@ -540,6 +544,20 @@ def _support(
         scores = {n: s / entry_floor[n] for n, s in about_forget.items()}
     scores = without(scores, held, -torch.inf)
     return allocate(scores, ratio, config.layer_cap, unit_costs(targets, columns=columns))
+
+
+def _bases(material: _Material, support: Mapping[str, torch.Tensor], config: IsolateConfig) -> dict[str, BaseStream]:
+    """The quantised weights of layers that are dense so far, exact where it matters on text to keep and the records."""
+    if config.bits is None or not config.compensate:
+        return {}
+    lm, cases = material.lm, material.cases
+    secrets = [c.secret for c in cases]
+    secrets = random.Random(config.seed).sample(secrets, min(len(secrets), _SALIENCY_RECORDS))
+    texts = [*_read(lm, material.retain, _SALIENCY_TOKENS), *_beside(lm, cases, config)]
+    texts += [collate(secrets[i : i + 8]).to(lm.device) for i in range(0, len(secrets), 8)]
+    dense = {n: m for n, m in material.targets.items() if not isinstance(m, OrthoLinear)}
+    exact = support if config.structure == "columns" else {}
+    return compensated_bases(lm, dense, exact, texts, config.bits, config.resolved_group_size)
 
 
 def _piece_counts(cases: Sequence[Case]) -> list[int]:

@@ -1,0 +1,94 @@
+"""Codes that make up for each other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from libortho.config import IsolateConfig
+from libortho.data import Encoded, collate
+from libortho.isolate import rounding
+from libortho.isolate.language_model import LanguageModel
+from libortho.isolate.rounding import compensated_bases, compensated_codes
+from libortho.ops.reference import choose_scales, dequantise, quantise
+from libortho.targets import find_targets
+
+
+def _inputs(tokens: int, width: int, seed: int = 0) -> torch.Tensor:
+    """One token in eight is massive, always with the same inputs, as the first token of a text is."""
+    rng = torch.Generator().manual_seed(seed)
+    massive = torch.randn(width, generator=torch.Generator().manual_seed(9))
+    massive[[3, 40]] *= 100
+    return torch.randn(tokens, width, generator=rng) + massive * (torch.arange(tokens) % 8 == 0)[:, None]
+
+
+def _weight(rows: int = 48, width: int = 96) -> torch.Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, -1), (8, 32), (4, 32), (4, -1)])
+def test_outputs_on_text_that_was_not_read_are_nearer_than_by_the_nearest_codes(bits: int, group: int) -> None:
+    weight = _weight()
+    scales = choose_scales(weight, bits, group, torch.float32)
+    read, others = _inputs(512, 96), _inputs(512, 96, seed=5)
+
+    def error(codes: torch.Tensor) -> float:
+        return float(((dequantise(codes, scales, torch.float32) - weight) @ others.T).square().mean())
+
+    codes = compensated_codes(weight, scales, bits, read)
+    assert codes.dtype is torch.int8
+    assert int(codes.abs().max()) <= 2 ** (bits - 1) - 1
+    assert error(codes) < 0.6 * error(quantise(weight, scales, bits))
+
+
+def test_the_nearest_codes_are_kept_where_inputs_have_nothing_to_do_with_each_other() -> None:
+    weight = _weight()
+    scales = choose_scales(weight, 8, -1, torch.float32)
+    assert torch.equal(compensated_codes(weight, scales, 8, torch.eye(96)), quantise(weight, scales, 8))
+
+
+def test_exact_columns_are_the_nearest_and_nothing_else_depends_on_them() -> None:
+    weight, exact = _weight(), torch.tensor([3, 17, 80])
+    scales = choose_scales(weight, 4, -1, torch.float32)
+    first = compensated_codes(weight, scales, 4, _inputs(512, 96), exact)
+    changed = weight.clone()
+    changed[:, exact] = torch.randn(48, 3, generator=torch.Generator().manual_seed(3)).clamp(-1, 1)
+    second = compensated_codes(changed, scales, 4, _inputs(512, 96), exact)
+    others = torch.ones(96, dtype=torch.bool)
+    others[exact] = False
+    assert torch.equal(first[:, others], second[:, others])
+    assert not torch.equal(first[:, exact], second[:, exact])
+
+
+@pytest.mark.parametrize("room", [1, 2**28])
+def test_every_layer_gets_its_base_however_many_fit_at_a_time(
+    room: int, tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounding, "_INPUT_BYTES", room)
+    layers = find_targets(tiny_llama, "mlp-out")
+    texts = [Encoded(tuple(range(2, n)), tuple(range(2, n))) for n in (30, 12)]
+    batch = collate(texts)
+    bases = compensated_bases(LanguageModel(tiny_llama), layers, {}, [batch], 4, 32)
+    assert set(bases) == set(layers)
+    # Padding is no text: the shorter one alone gives the same.
+    alone = compensated_bases(LanguageModel(tiny_llama), layers, {}, [collate([t]) for t in texts], 4, 32)
+    for name, base in bases.items():
+        weight = layers[name].weight  # type: ignore[union-attr]
+        assert base.dense().shape == weight.shape
+        same = base.unpacked_codes() == alone[name].unpacked_codes()
+        assert float(same.float().mean()) > 0.99
+
+
+def test_a_layer_that_no_text_reaches_has_the_nearest_codes(tiny_llama: PreTrainedModel) -> None:
+    lonely = nn.Linear(32, 16, bias=False)
+    bases = compensated_bases(LanguageModel(tiny_llama), {"lonely": lonely}, {}, [], 8, -1)
+    weight = lonely.weight.detach()
+    expected = quantise(weight, choose_scales(weight, 8, -1, torch.float32), 8)
+    assert torch.equal(bases["lonely"].codes, expected)
+
+
+def test_off_by_config() -> None:
+    assert IsolateConfig().compensate
+    assert IsolateConfig(compensate=False).to_dict()["compensate"] is False
