@@ -200,22 +200,26 @@ def test_the_first_base_is_changed_by_nobody_else(once, tokenizer):
     assert all(torch.equal(base.dense(), dense) for base, dense in held.values())
 
 
-def test_many_requests(planted, tokenizer):
+@pytest.mark.parametrize("compensate", [True, False])
+def test_many_requests(planted, tokenizer, compensate):
     original = {n: planted.get_submodule(n).weight.detach().clone() for n in (
         "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj")}  # fmt: skip
     names = [f"request-{i}" for i in range(4)]
     for name, row in zip(names, tiny.FORGET, strict=True):
-        isolate(planted, tokenizer, [row], tiny.RETAIN, config=replace(SHORT, stream=name, value_dtype="float32"))
+        config = replace(SHORT, stream=name, value_dtype="float32", compensate=compensate)
+        isolate(planted, tokenizer, [row], tiny.RETAIN, config=config)
     assert get_switch(planted).streams == tuple(names)
     for path, layer in ortho_layers(planted).items():
         masks = torch.stack([mask_of(layer, n) for n in names]).long().sum(0)
         assert masks.max() == 1
-        plain = BaseStream.from_weight(original[path], 8)
-        first = mask_of(layer, names[0])
+        first, plain = mask_of(layer, names[0]), plain_base(layer)  # the audit's control, without any edit
         expected = torch.where(first, original[path], plain.dense())
         torch.testing.assert_close(layer.dense_weight(1.0), expected, atol=1e-6, rtol=0)
-        assert torch.equal(plain_base(layer).codes, plain.codes)  # the audit's control, without any edit
+        assert torch.equal(plain.codes[masks == 0], layer.base.codes[masks == 0])
         assert not torch.equal(layer.base.codes, plain.codes)
+        nearest = BaseStream.from_weight(original[path], 8)
+        assert torch.equal(plain.codes[first], nearest.codes[first])
+        assert torch.equal(plain.codes, nearest.codes) is not compensate
 
 
 def test_reports_cover_all_streams(once, tokenizer):
