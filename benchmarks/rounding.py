@@ -1,0 +1,79 @@
+"""What the base costs before anything is moved: nearest codes, and codes that make up for each other.
+
+    python benchmarks/rounding.py
+
+Every `down_proj` of SmolLM2-135M with the demonstration's 17 secrets planted (made at the first call, see
+forgetting.py), as `isolate` rounds it but for its columns, which are left out here. Read for the compensation: 1536
+tokens of general text, and the records. Measured: divergence from the dense model on WikiText-2, nats per token;
+perplexity there; and how many of the secrets are still the greedy continuation.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from _common import save, wikitext
+from forgetting import models
+from libortho.audit.utility import general_items
+from libortho.data import Encoded, collate, encode, load_records
+from libortho.demo import facts
+from libortho.isolate import counterfactuals
+from libortho.isolate.language_model import LanguageModel
+from libortho.isolate.retain import chunk
+from libortho.isolate.rounding import compensated_bases
+from libortho.isolate.trainer import divergence, hidden_states, score
+from libortho.metrics import general_perplexity
+from libortho.models import load_model
+from libortho.targets import find_targets
+
+FORMATS = ((8, -1), (4, 64), (4, 32))
+TEXTS, WINDOWS = 12, 8
+
+
+@torch.no_grad()
+def main() -> None:
+    place = models("demo", 0, 100)
+    model, tokenizer = load_model(place / "implanted", torch.float32)
+    lm, layers = LanguageModel(model), find_targets(model, "mlp-out")
+    texts = [Encoded(tuple(t), tuple(t)) for t in chunk(counterfactuals.shipped_text(), tokenizer, 128)[:TEXTS]]
+    records = [encode(r, tokenizer) for r in load_records(facts.secrets(0), tokenizer)]
+    read = [*(collate([t]) for t in texts), collate(records)]
+    windows = general_items(tokenizer, wikitext(), WINDOWS)
+    dense = {n: m.weight.detach().clone() for n, m in layers.items()}  # type: ignore[operator]
+    before = hidden_states(lm, windows)
+
+    def measured(label: str, seconds: float) -> dict[str, Any]:
+        _, recited = score(lm, records)
+        row = {"base": label, "kl": divergence(lm, windows, before), "perplexity": general_perplexity(lm, windows),
+               "recited": int(recited.sum()), "seconds": seconds}  # fmt: skip
+        logging.info("%s", row)
+        return row
+
+    rows = [measured("dense", 0.0)]
+    for bits, group in FORMATS:
+        for compensated in (False, True):
+            began = time.perf_counter()
+            bases = compensated_bases(lm, layers, {}, read if compensated else [], bits, group)
+            seconds = time.perf_counter() - began
+            for name, layer in layers.items():
+                layer.weight.copy_(bases[name].dense())  # type: ignore[operator, union-attr]
+            rows.append(measured(f"INT{bits} {group} {'compensated' if compensated else 'nearest'}", seconds))
+            for name, layer in layers.items():
+                layer.weight.copy_(dense[name])  # type: ignore[operator, union-attr]
+    table = Table("base", "KL", "perplexity", "recited of 17", "seconds")
+    for r in rows:
+        table.add_row(r["base"], f"{r['kl']:.5f}", f"{r['perplexity']:.2f}", str(r["recited"]), f"{r['seconds']:.1f}")
+    Console(width=100).print(table)
+    save("rounding", {"rows": rows})
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO)
+    torch.set_num_threads(1)
+    main()
