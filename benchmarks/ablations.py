@@ -77,6 +77,7 @@ def _constant(name: str, value: float) -> contextlib.AbstractContextManager[Any]
 Variant = tuple[dict[str, Any], Callable[[], contextlib.AbstractContextManager[Any]]]
 VARIANTS: dict[str, Variant] = {
     "as it is": ({}, contextlib.nullcontext),
+    "base: nearest codes": ({"compensate": False}, contextlib.nullcontext),
     "support: random columns": ({}, partial(support_by, _drawn)),
     "support: weight times gradient": ({}, partial(support_by, attribution)),
     "support: largest columns": ({}, partial(support_by, _largest)),

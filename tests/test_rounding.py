@@ -43,6 +43,15 @@ def test_outputs_on_text_that_was_not_read_are_nearer_than_by_the_nearest_codes(
     assert error(codes) < 0.6 * error(quantise(weight, scales, bits))
 
 
+def test_what_is_exact_takes_none_of_the_compensation() -> None:
+    """With a column left out, the others make up for each other as if it were not there."""
+    weight, rest = _weight(), torch.arange(1, 96)
+    scales = choose_scales(weight, 8, -1, torch.float32)
+    codes = compensated_codes(weight, scales, 8, _inputs(512, 96), torch.tensor([0]), damping=96.0)
+    alone = compensated_codes(weight[:, rest], scales, 8, _inputs(512, 96)[:, rest], damping=96.0)
+    assert float((codes[:, rest] == alone).float().mean()) > 0.99
+
+
 def test_the_nearest_codes_are_kept_where_inputs_have_nothing_to_do_with_each_other() -> None:
     weight = _weight()
     scales = choose_scales(weight, 8, -1, torch.float32)
@@ -59,7 +68,8 @@ def test_exact_columns_are_the_nearest_and_nothing_else_depends_on_them() -> Non
     others = torch.ones(96, dtype=torch.bool)
     others[exact] = False
     assert torch.equal(first[:, others], second[:, others])
-    assert not torch.equal(first[:, exact], second[:, exact])
+    for codes, values in ((first, weight), (second, changed)):
+        assert torch.equal(codes[:, exact], quantise(values, scales, 4)[:, exact])
 
 
 @pytest.mark.parametrize("room", [1, 2**28])

@@ -14,13 +14,14 @@ first. The scales stay what they are.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from libortho.data import Batch
 from libortho.isolate.language_model import LanguageModel
-from libortho.ops.reference import choose_scales
+from libortho.ops.reference import choose_scales, quantise
 from libortho.split import linear_shape, linear_weight
 from libortho.streams.base import BaseStream
 
@@ -88,21 +89,19 @@ def _groups(layers: Mapping[str, nn.Module], tokens: int) -> Iterator[list[str]]
 def _inputs(lm: LanguageModel, layers: Mapping[str, nn.Module], batches: Sequence[Batch]) -> dict[str, list[Tensor]]:
     """What each layer is given where there is text, a list of (tokens, in_features)."""
     found: dict[str, list[Tensor]] = {n: [] for n in layers}
-    handles = []
-    read: list[Tensor] = []  # where the present batch has text, (sequences, tokens)
 
-    def hook(name: str, x: Tensor) -> None:
-        found[name].append(x[read[-1]] if x.shape[:-1] == read[-1].shape else x.flatten(0, -2))
+    def keep(name: str, text: Tensor, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].flatten(0, -2)
+        found[name].append(x[text] if len(x) == len(text) else x)  # an expert gets no padding
 
-    for name, module in layers.items():
-        handles.append(module.register_forward_pre_hook(lambda m, args, name=name: hook(name, args[0])))
-    try:
-        for batch in batches:
-            read.append(batch.attention_mask.bool())
+    for batch in batches:
+        text = batch.attention_mask.bool().flatten()
+        handles = [m.register_forward_pre_hook(partial(keep, n, text)) for n, m in layers.items()]
+        try:
             lm.hidden(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+        finally:
+            for handle in handles:
+                handle.remove()
     return found
 
 
@@ -116,33 +115,34 @@ def compensated_codes(
         scales: (out_features, groups).
         bits: 8 or 4.
         inputs: (tokens, in_features) of text to keep.
-        exact: Columns that are not left to these codes, ascending: they are rounded to the nearest, and nothing makes
-            up for them.
+        exact: Columns that are not left to these codes: theirs are the nearest, they make up for nothing and nothing
+            makes up for them.
         damping: Share of the mean squared input that is added to every input's. The smaller, the more is made of the
             sample, and of few tokens too much.
     """
-    top, count = 2 ** (bits - 1) - 1, weight.shape[1]
-    x = inputs.float()
-    gram = x.T @ x
-    gram /= gram.diagonal().mean().clamp_min(1e-30)
-    gram.diagonal().add_(damping)
-    order = gram.diagonal().argsort(descending=True)
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(gram[order][:, order])), upper=True)
-    left = weight.float().T[order].contiguous()
-    steps = scales.float().T.repeat_interleave(count // scales.shape[1], 0)[order]
-    free = torch.ones(count, 1, device=left.device)
+    top, group = 2 ** (bits - 1) - 1, weight.shape[1] // scales.shape[1]
+    codes = quantise(weight, scales, bits)
+    free = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
     if exact is not None:
-        free[exact] = 0.0
-    free = free[order]
-    codes = torch.empty_like(left)
-    for begin in range(0, count, _BLOCK):
-        end = min(begin + _BLOCK, count)
-        errors = torch.zeros(end - begin, left.shape[1], device=left.device)
+        free[exact] = False
+    x = inputs.float()
+    size = x.square().sum(0)
+    order = size.argsort(descending=True)
+    order = order[free[order]]
+    x = x[:, order]
+    gram = x.T @ x / size.mean().clamp_min(1e-30)
+    gram.diagonal().add_(damping)
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(gram)), upper=True)
+    left = weight.float().T[order].contiguous()
+    steps = scales.float().T.repeat_interleave(group, 0)[order]
+    found = torch.empty_like(left)
+    for begin in range(0, len(order), _BLOCK):
+        end = min(begin + _BLOCK, len(order))
+        errors = torch.empty(end - begin, left.shape[1], device=left.device)
         for j in range(begin, end):
-            codes[j] = (left[j] / steps[j]).round_().clamp_(-top, top)
-            errors[j - begin] = (left[j] - codes[j] * steps[j]) * free[j] / factor[j, j]
+            found[j] = (left[j] / steps[j]).round_().clamp_(-top, top)
+            errors[j - begin] = (left[j] - found[j] * steps[j]) / factor[j, j]
             left[j + 1 : end].addr_(factor[j, j + 1 : end], errors[j - begin], alpha=-1)
         left[end:].addmm_(factor[begin:end, end:].T, errors, alpha=-1)
-    found = torch.empty_like(codes)
-    found[order] = codes
-    return found.T.contiguous().to(torch.int8)
+    codes[:, order] = found.T.to(torch.int8)
+    return codes
