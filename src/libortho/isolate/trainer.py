@@ -1229,8 +1229,9 @@ def _gradients(losses: Iterable[Tensor], values: Sequence[nn.Parameter]) -> list
     """Gradients of the sum; each loss's graph is gone before the next is made."""
     total = [torch.zeros_like(v) for v in values]
     for loss in losses:
-        found = torch.autograd.grad(loss, list(values), allow_unused=True) if loss.requires_grad else ()
-        for whole, g in zip(total, found, strict=bool(found)):
+        if not loss.requires_grad:
+            continue
+        for whole, g in zip(total, torch.autograd.grad(loss, list(values), allow_unused=True), strict=True):
             if g is not None:
                 whole += g
     return total
