@@ -3,9 +3,9 @@
     python benchmarks/rounding.py
 
 Every `down_proj` of SmolLM2-135M with the demonstration's 17 secrets planted (made at the first call, see
-forgetting.py), as `isolate` rounds it but for its columns, which are left out here. Read for the compensation: 1536
-tokens of general text, and the records. Measured: divergence from the dense model on WikiText-2, nats per token;
-perplexity there; and how many of the secrets are still the greedy continuation.
+forgetting.py), rounded as by `isolate`, but no column is left out. Read for the compensation: 1536 tokens of general
+text, and the records (`isolate` reads its retain text, and neighbours too). Measured: divergence from the dense model
+on WikiText-2, nats per token; perplexity there; and how many of the secrets are still the greedy continuation.
 """
 
 from __future__ import annotations

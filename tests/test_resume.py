@@ -172,6 +172,7 @@ def test_a_finished_run_is_read_back(planted, tokenizer, whole, tmp_path, monkey
     for place, name in ((trainer, "_forget_losses"), (trainer, "calibrate"), (retain_module, "_cached_samples"),
                         (sys.modules["libortho.isolate.isolate"], "_support"),
                         (sys.modules["libortho.isolate.isolate"], "curvature"),
+                        (sys.modules["libortho.isolate.isolate"], "compensated_bases"),
                         (sys.modules["libortho.isolate.isolate"], "reference")):  # fmt: skip
         monkeypatch.setattr(place, name, forbidden)
     again = isolate(planted, tokenizer, tiny.FORGET, config=CONFIG, resume=tmp_path)

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from libortho.config import IsolateConfig
-from libortho.data import Encoded
+from libortho.data import Encoded, collate
 from libortho.isolate import trainer
 from libortho.isolate.curvature import Metric
 from libortho.isolate.edit import EditLinear
 from libortho.isolate.language_model import LanguageModel
-from libortho.isolate.objectives import Scores
+from libortho.isolate.objectives import Scores, profile_and_odds, profile_distance, record_means, token_profile
 from libortho.isolate.resume import Part
 from libortho.isolate.trainer import (
     Case,
@@ -80,6 +80,14 @@ def test_a_completion_longer_than_a_part_of_the_head_is_handed_out_as_a_whole(ti
     assert other > 0.1
 
 
+def _read_plainly(lm: LanguageModel, text: Encoded) -> tuple[torch.Tensor, ...]:
+    """Logits at the positions that predict its completion, the labels, zeros as many, and the profile there."""
+    places = trainer.predicting(text)
+    logits = lm.logits(lm.hidden(collate([text]))[0, list(places)])
+    labels = torch.tensor([text.ids[p + 1] for p in places])
+    return logits, labels, torch.zeros_like(labels), token_profile(logits, labels).detach()
+
+
 @pytest.mark.parametrize("limit", [1, 100, 10_000])
 def test_a_step_in_parts_is_the_same_step(limit: int, tiny_llama: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_llama.requires_grad_(False)
@@ -106,6 +114,13 @@ def test_a_step_in_parts_is_the_same_step(limit: int, tiny_llama: nn.Module, mon
         return [*trainer._gradients(pull, values), *trainer._gradients(keep, values)]
 
     whole = gradients()
+    plain = sum(
+        record_means(profile_distance(*profile_and_odds(logits, labels), assigned(found, w, zero)), zero, 1)
+        for t, w in zip(texts, wanted, strict=True)
+        for logits, labels, zero, found in [_read_plainly(lm, t)]
+    ) / len(texts)
+    [expected] = torch.autograd.grad(cast(torch.Tensor, plain), cast(nn.Parameter, layer.theta))
+    torch.testing.assert_close(whole[0], expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
     monkeypatch.setattr(trainer, "TRAINING_TOKENS", limit)
     for mine, expected in zip(gradients(), whole, strict=True):
         assert float(expected.abs().max()) > 0

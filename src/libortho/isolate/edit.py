@@ -94,7 +94,9 @@ class EditLinear(nn.Module):
             weight = None
         else:
             weight = start.contiguous()  # GPT-2's is a transposed view; entries are counted in row-major order
-            self.base = rounded or BaseStream.from_weight(weight, config.bits, config.resolved_group_size)
+            self.base = (
+                BaseStream.from_weight(weight, config.bits, config.resolved_group_size) if rounded is None else rounded
+            )
         self.register_parameter("bias", bias)
         self.columns = config.structure == "columns"
         self.twice = False

@@ -261,7 +261,7 @@ def _attempt(
         damping=config.damping,
         seed=config.seed,
     )  # fmt: skip
-    bases = _bases(material, support, config)
+    bases = _bases(material, support, config, store)
     layers = {
         n: EditLinear(_start(m), bias_of(m), support.get(n), config, bases.get(n)) for n, m in material.replaced.items()
     }
@@ -546,18 +546,33 @@ def _support(
     return allocate(scores, ratio, config.layer_cap, unit_costs(targets, columns=columns))
 
 
-def _bases(material: _Material, support: Mapping[str, torch.Tensor], config: IsolateConfig) -> dict[str, BaseStream]:
-    """The quantised weights of layers that are dense so far, exact where it matters on text to keep and the records."""
-    if config.bits is None or not config.compensate:
+def _bases(
+    material: _Material, support: Mapping[str, torch.Tensor], config: IsolateConfig, store: Store
+) -> dict[str, BaseStream]:
+    """The quantised weights of layers that are dense so far, exact where it matters on text to keep and the records.
+
+    Of records and of neighbours as many tokens are read as of retain text.
+    """
+    bits = config.bits
+    if bits is None or not config.compensate:
         return {}
     lm, cases = material.lm, material.cases
-    secrets = [c.secret for c in cases]
-    secrets = random.Random(config.seed).sample(secrets, min(len(secrets), _SALIENCY_RECORDS))
-    texts = [*_read(lm, material.retain, _SALIENCY_TOKENS), *_beside(lm, cases, config)]
-    texts += [collate(secrets[i : i + 8]).to(lm.device) for i in range(0, len(secrets), 8)]
     dense = {n: m for n, m in material.targets.items() if not isinstance(m, OrthoLinear)}
-    exact = support if config.structure == "columns" else {}
-    return compensated_bases(lm, dense, exact, texts, config.bits, config.resolved_group_size)
+
+    def make() -> Part:
+        drawn = random.Random(config.seed).sample(cases, len(cases))
+        groups = (material.retain, [c.secret for c in drawn], [c.neighbours[0] for c in drawn if c.neighbours])
+        texts = [b for items in groups if items for b in _read(lm, items, _SALIENCY_TOKENS)]
+        exact = support if config.structure == "columns" else {}
+        made = compensated_bases(lm, dense, exact, texts, bits, config.resolved_group_size)
+        return Part({f"{n}.{field}": getattr(b, field) for n, b in made.items() for field in ("codes", "scales")})
+
+    found = store.kept("bases", make).tensors
+    device = {n: linear_weight(m).device for n, m in dense.items()}
+    return {
+        n: BaseStream(bits, codes=found[f"{n}.codes"].to(device[n]), scales=found[f"{n}.scales"].to(device[n]))
+        for n in dense
+    }
 
 
 def _piece_counts(cases: Sequence[Case]) -> list[int]:

@@ -26,10 +26,10 @@ from libortho.split import linear_shape, linear_weight
 from libortho.streams.base import BaseStream
 
 DAMPING = 0.3
-"""Share of the mean squared input that is added to every input's, where about 1500 tokens are read."""
+"""Share of the mean squared input that is added to every input's, where some thousand tokens are read."""
 _BLOCK = 64
 """Columns after whose rounding the columns beyond are changed together."""
-_INPUT_BYTES = 2**28
+_INPUT_BYTES = 2**29
 """Inputs of layers that are kept at one time; the text is read once for each group of layers that has so many."""
 
 
@@ -44,7 +44,7 @@ def compensated_bases(
 ) -> dict[str, BaseStream]:
     """A base for every layer, with codes that make up for each other's rounding on this text.
 
-    A layer that none of it reaches (an expert that was not asked) is rounded to the nearest codes.
+    A layer that none of it reaches is rounded to the nearest codes.
 
     Args:
         lm: The model.
@@ -59,7 +59,7 @@ def compensated_bases(
     for names in _groups(layers, tokens):
         inputs = _inputs(lm, {n: layers[n] for n in names}, batches)
         for name in names:
-            weight = linear_weight(layers[name])
+            weight = linear_weight(layers[name]).contiguous()  # GPT-2's is a transposed view
             if not inputs[name]:
                 bases[name] = BaseStream.from_weight(weight, bits, group_size)
                 continue
@@ -91,8 +91,7 @@ def _inputs(lm: LanguageModel, layers: Mapping[str, nn.Module], batches: Sequenc
     found: dict[str, list[Tensor]] = {n: [] for n in layers}
 
     def keep(name: str, text: Tensor, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0].flatten(0, -2)
-        found[name].append(x[text] if len(x) == len(text) else x)  # an expert gets no padding
+        found[name].append(args[0].flatten(0, -2)[text])
 
     for batch in batches:
         text = batch.attention_mask.bool().flatten()

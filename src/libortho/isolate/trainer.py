@@ -57,7 +57,8 @@ LENGTH_CORRELATION = 0.6
 SCORING_TOKENS, SCORING_TOKENS_GPU = 512, 4096
 """Tokens of one forward pass without gradients, on a CPU and elsewhere."""
 TRAINING_TOKENS, TRAINING_TOKENS_GPU = 320, 8192
-"""Tokens of one forward and backward pass: what is kept between them is the most memory that training takes."""
+"""Tokens of one forward and backward pass of the default objective, on a CPU and elsewhere, or one longer text: what is
+kept between the passes is the most memory that training takes."""
 _WARM_UP, _STEADY, _LANDING = 5, 30, 10
 """Steps of rising learning rate; steps after which it falls with the square root of their number; last steps, in
 which it falls to zero."""
