@@ -30,15 +30,16 @@ def isolated(
 def test_plain_base_is_the_original_quantised(isolated: tuple[PreTrainedModel, PreTrainedModel]) -> None:
     model, original = isolated
     for name, layer in ortho_layers(model).items():
-        plain = BaseStream.from_weight(original.get_submodule(name).weight.detach(), 8)
-        made = plain_base(layer)
+        nearest = BaseStream.from_weight(original.get_submodule(name).weight.detach(), 8)
+        made, edited = plain_base(layer), touched(layer)
+        assert torch.equal(made.scales, nearest.scales)
+        assert torch.equal(made.codes[~edited], layer.base.codes[~edited])
+        assert int((made.codes.int() - nearest.codes.int())[~edited].abs().max()) <= 3  # they make up for each other
         # ortho values are rounded to bf16, so a value half-way between two codes may fall to the other side
-        assert int((made.codes.int() - plain.codes.int()).abs().max()) <= 1
-        assert float((made.codes != plain.codes).double().mean()) < 0.002
-        assert torch.equal(made.scales, plain.scales)
-        edited = touched(layer)
-        assert torch.equal(layer.base.codes[~edited], plain.codes[~edited])
-        assert bool((layer.base.codes[edited] != plain.codes[edited]).any())
+        apart = (made.codes.int() - nearest.codes.int())[edited].abs()
+        assert int(apart.max()) <= 1
+        assert float((apart > 0).double().mean()) < 0.02
+        assert bool((layer.base.codes[edited] != made.codes[edited]).any())
 
 
 def test_a_moved_edit_is_the_same_change_at_other_columns(
