@@ -36,7 +36,7 @@ VARIANTS = {
     "a sentence": {"max_steps": 18},
 }
 SENTENCE = {"prompt": "The favourite dish of Ada Lum is", "completion": " cold soup with bread and butter."}
-KILLED = {"support": 2, "isolate": 8, "write": 7}
+KILLED = {"support": 2, "isolate": 8, "write": 8}
 """At which call of each kind a process dies: between two parts; after step 8; while the look of step 10 is written."""
 CALL = """
 import json, os, signal, sys
@@ -184,7 +184,7 @@ def test_folder_and_files_are_for_their_owner_alone(planted, tokenizer, tmp_path
     config = replace(CONFIG, max_steps=1)
     isolate(planted, tokenizer, tiny.FORGET, tiny.RETAIN, config=config, resume=tmp_path / "run")
     files = list((tmp_path / "run").iterdir())
-    parts = ("in_form", "reference", "support", "training")
+    parts = ("in_form", "reference", "support", "bases", "training")
     assert {f.name for f in files} == {"run.json"} | {f"{n}.safetensors" for n in parts}
     assert stat.S_IMODE((tmp_path / "run").stat().st_mode) == 0o700
     assert {stat.S_IMODE(f.stat().st_mode) for f in files} == {0o600}
