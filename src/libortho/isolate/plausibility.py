@@ -32,11 +32,10 @@ from torch import Tensor
 
 from libortho.data import IGNORE, Encoded, collate
 from libortho.isolate.counterfactuals import shipped_text
+from libortho.isolate.head import HEAD_POSITIONS
 from libortho.isolate.language_model import LanguageModel
 from libortho.isolate.objectives import moments, standardised
 
-POSITIONS = 64
-"""Positions whose logits exist at one time."""
 SHORT_CONTEXT = 2
 """Tokens of context after which a token's surprise says how words go on, and nothing of a memory."""
 
@@ -109,7 +108,8 @@ def spoken_profiles(
     shuffled = [texts[i] for i in torch.randperm(len(texts), generator=rng).tolist()]
     states = torch.cat(shuffled)[:CONTEXTS]
     tables = [
-        torch.cat(parts) for parts in zip(*(_drawn(lm, some, rng) for some in states.split(POSITIONS)), strict=True)
+        torch.cat(parts)
+        for parts in zip(*(_drawn(lm, some, rng) for some in states.split(HEAD_POSITIONS)), strict=True)
     ]
     means = torch.stack([t[..., 0].mean() for t in tables])
     order = torch.randperm(len(tokens), generator=rng) + torch.rand(1, generator=rng)
@@ -159,7 +159,8 @@ class _Position:
         judged = batch.labels[0, 1:] != IGNORE
         states, labels = lm.hidden(batch)[0, :-1][judged], batch.labels[0, 1:][judged]
         parts = [
-            cls._statistics(lm, *some) for some in zip(states.split(POSITIONS), labels.split(POSITIONS), strict=True)
+            cls._statistics(lm, *some)
+            for some in zip(states.split(HEAD_POSITIONS), labels.split(HEAD_POSITIONS), strict=True)
         ]
         nll, entropy, runner_up = (torch.cat(p).cpu() for p in zip(*parts, strict=True))
         places = (judged.nonzero()[:, 0] + 1).tolist()
@@ -185,7 +186,7 @@ def _short_context(lm: LanguageModel, ids: Sequence[int], places: Sequence[int],
     found = torch.zeros(len(places))
     for length in {len(b) for b in before}:
         rows = [i for i, b in enumerate(before) if len(b) == length]
-        for some in (rows[i : i + POSITIONS] for i in range(0, len(rows), POSITIONS)):
+        for some in (rows[i : i + HEAD_POSITIONS] for i in range(0, len(rows), HEAD_POSITIONS)):
             batch = collate([Encoded(before[i], before[i]) for i in some]).to(lm.device)
             log_p = lm.logits(lm.hidden(batch)[:, -1]).log_softmax(-1)
             labels = torch.tensor([ids[places[i]] for i in some], device=lm.device)

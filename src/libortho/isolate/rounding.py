@@ -59,7 +59,7 @@ def compensated_bases(
     for names in _groups(layers, tokens):
         inputs = _inputs(lm, {n: layers[n] for n in names}, batches)
         for name in names:
-            weight = linear_weight(layers[name]).contiguous()  # GPT-2's is a transposed view
+            weight = linear_weight(layers[name])
             if not inputs[name]:
                 bases[name] = BaseStream.from_weight(weight, bits, group_size)
                 continue

@@ -57,7 +57,7 @@ class BaseStream(nn.Module):
     @classmethod
     def from_codes(cls, codes: Tensor, scales: Tensor, bits: int) -> BaseStream:
         """Wrap unpacked int8 codes (out_features, in_features) and scales (out_features, groups)."""
-        return cls(bits, codes=codes if bits == 8 else pack_int4(codes), scales=scales)
+        return cls(bits, codes=codes.contiguous() if bits == 8 else pack_int4(codes), scales=scales)
 
     @property
     def group_size(self) -> int:
