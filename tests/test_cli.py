@@ -167,6 +167,19 @@ def test_isolate_prints_json_alone(planted_directory, forget, retain, tmp_path):
     assert 0.09 < told["density"] <= 0.1
 
 
+def test_isolate_takes_any_field_of_its_config(planted_directory, forget, retain, tmp_path):
+    out = tmp_path / "out"
+    given = ("--set", "compensate=false", "--set", "retain_weight=5", "--set", "value_dtype=float32")
+    result = call("isolate", planted_directory, "--forget", forget, "--retain", retain, "--out", out, *QUICK, *given)
+    assert result.exit_code == 3, result.output
+    model, _ = libortho.load(out)
+    for layer in ortho_layers(model).values():
+        assert layer.streams["default"].support.values.dtype is torch.float32
+    told = json.loads(call("inspect", out, "--json").stdout)
+    assert '"compensate": false' in json.dumps(told)
+    assert '"retain_weight": 5' in json.dumps(told)
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
@@ -175,6 +188,11 @@ def test_isolate_prints_json_alone(planted_directory, forget, retain, tmp_path):
         (["--max-steps", "0"], "max_steps is 0"),
         (["--forget", "nowhere.jsonl"], "forget: there is no file nowhere.jsonl"),
         (["--retain", "nowhere.txt"], "retain: there is no file nowhere.txt"),
+        (["--set", "retain_weight"], "--set is 'retain_weight'; expected NAME=VALUE with one of value_dtype"),
+        (["--set", "hope=1"], "--set is 'hope=1'; expected NAME=VALUE"),
+        (["--set", "bits=4"], "--set is 'bits=4' (bits has an option of its own)"),
+        (["--set", "retain_weight=much"], "retain_weight is 'much'; expected a number of at least 0"),
+        (["--set", "compensate=maybe"], "compensate is 'maybe'; expected one of True, False"),
     ],
 )
 def test_bad_options_of_isolate(planted_directory, forget, tmp_path, options, complaint):

@@ -6,8 +6,9 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from libortho import tables
 from libortho.alpha import AlphaSpec, alpha
-from libortho.config import DTYPES, AuditConfig, IsolateConfig, SplitConfig
+from libortho.config import DTYPES, MLP_OUT, AuditConfig, IsolateConfig, SplitConfig
 from libortho.errors import CheckpointError, ConfigError, LibOrthoError
 
 app = typer.Typer(
@@ -189,6 +190,12 @@ def isolate(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
     ] = False,
+    others: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="Any other field of IsolateConfig, as in retain_weight=5; repeatable."
+        ),
+    ] = None,
     resume: Annotated[
         Path | None, typer.Option(help="Keep finished work in this folder, and take up from it. It holds secrets.")
     ] = None,
@@ -205,12 +212,12 @@ def isolate(
     from libortho.isolate import isolate as isolate_records
     from libortho.models import load_model
 
-    fields: dict[str, Any] = dict(  # validated by the config itself
-        ratio=_share("--ratio", ratio), bits=_bits(bits), group_size=group_size, structure=structure,
-        objective=objective, max_steps=max_steps, stream=stream, seed=seed,
-        gradient_checkpointing=gradient_checkpointing, **_targets(target_modules),
-    )  # fmt: skip
-    config = IsolateConfig(**fields)
+    own: dict[str, Any] = {  # validated by the config itself
+        "ratio": _share("--ratio", ratio), "bits": _bits(bits), "group_size": group_size, "structure": structure,
+        "objective": objective, "max_steps": max_steps, "stream": stream, "seed": seed,
+        "gradient_checkpointing": gradient_checkpointing, "target_modules": MLP_OUT,
+    }  # fmt: skip
+    config = IsolateConfig(**own | _targets(target_modules), **_others(others, own))
     net: Any
     if is_checkpoint(model):
         if dtype != "auto":
@@ -565,6 +572,22 @@ def _share(option: str, text: str) -> float | str:
         return text if text == "auto" else float(text)
     except ValueError as error:
         raise ConfigError(f"{option} is {text!r}; expected a number in (0, 1] or auto") from error
+
+
+def _others(pairs: list[str] | None, taken: Container[str]) -> dict[str, Any]:
+    """Fields of ``IsolateConfig`` given as ``name=value``, values as in JSON; ``taken`` have their own options."""
+    names = [f.name for f in fields(IsolateConfig) if f.name not in taken]
+    found: dict[str, Any] = {}
+    for pair in pairs or ():
+        name, sign, text = pair.partition("=")
+        if not sign or name not in names:
+            own = f" ({name} has an option of its own)" if name in taken else ""
+            raise ConfigError(f"--set is {pair!r}{own}; expected NAME=VALUE with one of {', '.join(names)}")
+        try:
+            found[name] = json.loads(text)
+        except json.JSONDecodeError:
+            found[name] = text  # a word; the config says if it is none that it knows
+    return found
 
 
 def _bits(bits: int) -> int | None:

@@ -195,6 +195,8 @@ class IsolateConfig(_StreamConfig):
             raise ConfigError(f"decay is {self.decay!r}; expected a share of less than 1")
         if self.max_length is not None:
             _positive_int("max_length", self.max_length)
+        for name in ("compensate", "project_retain", "gradient_checkpointing"):
+            _one_of(name, getattr(self, name), (True, False))
 
 
 Profile = Literal["quick", "full"]
