@@ -57,9 +57,9 @@ def column_saliency(
     parts: dict[str, list[Tensor]] = {n: [] for n in layers}
 
     def reduce(name: str, x: Tensor, grad: Tensor) -> None:
-        # One record at a time: a dense gradient of one layer is the largest tensor that exists.
-        rows = [(g.T.float() @ v.float()).square().sum(0) for v, g in zip(x, grad, strict=True)]
-        parts[name].append(torch.stack(rows))
+        # |G^T v|^2 = v^T (G G^T) v for each column: tokens are far fewer than outputs, and no dense gradient is made.
+        x, grad = x.float(), grad.float()
+        parts[name].append((x * (grad @ grad.mT @ x)).sum(1).clamp_min(0.0))
 
     for batch in batches:
         _backward(lm, layers, batch, reduce)
