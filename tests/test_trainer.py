@@ -324,11 +324,23 @@ def test_what_the_training_makes_up_for_by_itself_is_not_steered() -> None:
 
 
 @pytest.mark.parametrize("metric", [None, Metric.of(torch.eye(2), torch.eye(3), 0.1)])
-def test_a_step_of_the_training_goes_downhill_at_the_peak_rate(metric: Metric | None) -> None:
+@pytest.mark.parametrize(
+    ("records", "options", "peak"),
+    [
+        (12, {}, 0.5 * trainer.RELATIVE_STEP),
+        (100, {}, 0.5 * trainer.RELATIVE_STEP),
+        (3, {}, 0.25 * trainer.RELATIVE_STEP),  # few records all pull the same way
+        (100, {"records_per_step": 3}, 0.25 * trainer.RELATIVE_STEP),
+        (3, {"learning_rate": 0.01}, 0.01),
+    ],
+)
+def test_a_step_of_the_training_goes_downhill_at_the_peak_rate(
+    metric: Metric | None, records: int, options: dict[str, Any], peak: float
+) -> None:
     value = nn.Parameter(torch.full((2, 3), 0.5))
-    training = Training([value], 5, TEXTS, IsolateConfig(decay=0.0), [metric])
+    training = Training([value], records, TEXTS, IsolateConfig(decay=0.0, **options), [metric])
     training.descend([torch.tensor([[1.0, -2.0, 3.0], [-4.0, 5.0, -6.0]])], 0.5)
-    expected = 0.5 - 0.5 * trainer.RELATIVE_STEP * 0.5 * torch.tensor([[1.0, -1.0, 1.0], [-1.0, 1.0, -1.0]])
+    expected = 0.5 - 0.5 * peak * torch.tensor([[1.0, -1.0, 1.0], [-1.0, 1.0, -1.0]])
     torch.testing.assert_close(value.detach(), expected)
 
 

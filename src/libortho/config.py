@@ -129,7 +129,7 @@ class IsolateConfig(_StreamConfig):
     """Upper bound on optimiser steps; training ends earlier when the criteria hold."""
     learning_rate: float | None = None
     """Peak Adam step on the fp32 values of the support, in units of the weights; None takes 8 % of the root mean square
-    of each layer's own values."""
+    of each layer's own values, and less for fewer than 12 records in a step."""
     damping: float = 0.01
     """Share of the mean curvature of text to keep that is added to every direction's. The smaller, the more steps avoid
     what such text would notice; far above 1, all directions are alike. Free entries have no such metric."""

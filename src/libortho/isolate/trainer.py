@@ -67,8 +67,9 @@ REACTIONS, REACTIONS_PER_STEP, _REACTING = 48, 8, 12
 backward pass."""
 _CROSSED = 2
 """Neighbours' prompts on which a record's completion is looked for."""
-RELATIVE_STEP = 0.08
-"""Peak step of Adam as a share of the root mean square of the values that it moves."""
+RELATIVE_STEP, RELATIVE_TO = 0.08, 12
+"""Peak step of Adam as a share of the root mean square of the values that it moves, and records in a step for which it
+is right."""
 _STRETCH, _SECANT_STEPS, _CLOSE = (0.8, 1.25), 3, 0.05
 """Range of the factor of the finished edit, secant steps to find it, and nats per token that need none."""
 LEAST_SURPRISE = 0.01
@@ -583,7 +584,8 @@ class Training:
     ) -> None:
         self.values, self.metrics = values, metrics
         # theta stands at the original weights here: they say how large a step is
-        self.rates = [config.learning_rate or RELATIVE_STEP * _root_mean_square(v) for v in values]
+        share = step_share(min(records, config.records_per_step))
+        self.rates = [config.learning_rate or share * RELATIVE_STEP * _root_mean_square(v) for v in values]
         self.start, self.decay = [v.detach().clone() for v in values], config.decay
         # Adam moves steps, which begin at zero every time, in the metric's basis.
         self.moves = [nn.Parameter(torch.zeros_like(v)) for v in values]
@@ -669,6 +671,13 @@ class Training:
         self.records.pool, self.texts.pool = data["records"], data["texts"]
         version, words, gauss = data["rng"]
         self.rng.setstate((version, tuple(words), gauss))
+
+
+def step_share(records: int) -> float:
+    """What of the peak step is right for so few records in a step: the step of twelve takes one of them far beyond what
+    is untrained. Adam's should grow with the square root of the batch (arXiv 2205.10287).
+    """
+    return min(1.0, records / RELATIVE_TO) ** 0.5
 
 
 def _root_mean_square(value: Tensor) -> float:
