@@ -365,7 +365,8 @@ def show(runs: Sequence[dict[str, Any]]) -> None:
     console.print(table)
     for r in runs:
         shown = ", ".join(
-            f"{a} {v:+.3f} [{low:+.3f}, {high:+.3f}]" for a, (v, low, high) in r["auc_difference"].items()
+            f"{a} {v:+.3f}" + ("" if low is None else f" [{low:+.3f}, {high:+.3f}]")  # of one record there is none
+            for a, (v, low, high) in r["auc_difference"].items()
         )
         console.print(f"{_about(r)}, {r['seed']}, {_method(r)}: AUC minus never trained: {shown}")
         off, on = (r["models"][k]["tasks"] for k in ("alpha 0", "alpha 1"))
