@@ -150,12 +150,12 @@ def split(
     from libortho.report import layer_report
     from libortho.split import split as split_model
 
-    fields: dict[str, Any] = dict(  # validated by the config itself
+    own: dict[str, Any] = dict(  # validated by the config itself
         ratio=ratio, rank_ratio=_share("--rank-ratio", rank_ratio), use_low_rank=low_rank, bits=_bits(bits),
         group_size=group_size, score=score, structure=structure, keep_tail=tail, stream=stream,
         **_targets(target_modules),
     )  # fmt: skip
-    config = SplitConfig(**fields)
+    config = SplitConfig(**own)
     net, tokenizer = load_model(model, _dtype(dtype), _device(device))
     with _progress() as tell:
         split_model(net, config, progress=tell)
