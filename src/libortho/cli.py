@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from libortho import tables
 from libortho.alpha import AlphaSpec, alpha
-from libortho.config import DTYPES, MLP_OUT, AuditConfig, IsolateConfig, SplitConfig
+from libortho.config import DTYPES, AuditConfig, IsolateConfig, SplitConfig
 from libortho.errors import CheckpointError, ConfigError, LibOrthoError
 
 app = typer.Typer(
@@ -215,9 +215,10 @@ def isolate(
     own: dict[str, Any] = {  # validated by the config itself
         "ratio": _share("--ratio", ratio), "bits": _bits(bits), "group_size": group_size, "structure": structure,
         "objective": objective, "max_steps": max_steps, "stream": stream, "seed": seed,
-        "gradient_checkpointing": gradient_checkpointing, "target_modules": MLP_OUT,
+        "gradient_checkpointing": gradient_checkpointing,
+        "target_modules": IsolateConfig.target_modules, **_targets(target_modules),
     }  # fmt: skip
-    config = IsolateConfig(**own | _targets(target_modules), **_others(others, own))
+    config = IsolateConfig(**own, **_others(others, own))
     net: Any
     if is_checkpoint(model):
         if dtype != "auto":

@@ -57,7 +57,7 @@ def column_saliency(
     parts: dict[str, list[Tensor]] = {n: [] for n in layers}
 
     def reduce(name: str, x: Tensor, grad: Tensor) -> None:
-        # |G^T v|^2 = v^T (G G^T) v for each column: tokens are far fewer than outputs, and no dense gradient is made.
+        # |G^T v|^2 = v^T (G G^T) v for each column (the Gram identity of arXiv 1510.01799): no dense gradient is made.
         x, grad = x.float(), grad.float()
         parts[name].append((x * (grad @ grad.mT @ x)).sum(1).clamp_min(0.0))
 
