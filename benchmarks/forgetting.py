@@ -71,7 +71,7 @@ PLAIN = "smollm2"
 ATTACKS = ("loss", "zlib", "min_k", "min_k_plus", "grad_norm")
 TASKS = ("lambada/lambada_openai_test.jsonl", "arc/arc_easy_test.jsonl", "piqa/piqa_valid.jsonl")
 KEY, OPTIONS = ("model", "case", "seed", "records"), ("objective", "gradient_weight", "ratio")
-"""What tells stored runs apart; options of the isolation."""
+"""What tells stored runs apart, beside where they ran; options of the isolation."""
 EXPOSED = 40
 """Records, and unseen ones, whose exposure is measured."""
 PLOTS = Path(__file__).parents[1] / "docs" / "images"
@@ -384,10 +384,10 @@ def _about(run: dict[str, Any]) -> str:
 
 
 def _method(run: dict[str, Any]) -> str:
-    """What was not as by default, after the objective."""
+    """What was not as by default, after the objective, and where it ran."""
     plain = IsolateConfig()
     changed = [f"{n} {run[n]}" for n in OPTIONS if n != "objective" and run[n] != getattr(plain, n)]
-    return ", ".join([run["objective"], *changed])
+    return ", ".join([run["objective"], *changed, run["device"]])
 
 
 def show_attacks(attacks: dict[str, Any], console: Console) -> None:
@@ -501,7 +501,7 @@ def main() -> None:
         for objective in arguments.objectives:
             began = time.monotonic()
             row = run(arguments.case, seed, arguments, objective)
-            keep("runs", row, (*KEY, *OPTIONS))
+            keep("runs", row, (*KEY, "device", *OPTIONS))
             logging.info("%s %d %s: %.0f s", arguments.case, seed, objective, time.monotonic() - began)
     if runs := stored_runs():
         show(runs)

@@ -192,7 +192,7 @@ def test_isolate_takes_any_field_of_its_config(planted_directory, forget, retain
         (["--set", "hope=1"], "--set is 'hope=1'; expected NAME=VALUE"),
         (["--set", "bits=4"], "--set is 'bits=4' (bits has an option of its own)"),
         (["--set", "retain_weight=much"], "retain_weight is 'much'; expected a number of at least 0"),
-        (["--set", "compensate=maybe"], "compensate is 'maybe'; expected one of True, False"),
+        (["--set", "compensate=maybe"], "compensate is 'maybe'; expected True or False"),
     ],
 )
 def test_bad_options_of_isolate(planted_directory, forget, tmp_path, options, complaint):

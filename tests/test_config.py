@@ -61,7 +61,7 @@ BAD = [
 BAD_SPLIT = [
     ("rank_ratio", 0), ("rank_ratio", 1.5), ("rank_ratio", "most"), ("rank_ratio", None), ("rank_ratio", True),
     ("max_low_rank_error", 0), ("max_low_rank_error", -1), ("error_budget", 0), ("error_budget", 2),
-    ("score", "fisher"), ("structure", "rows"),
+    ("score", "fisher"), ("structure", "rows"), ("use_low_rank", 1), ("keep_tail", "no"),
 ]  # fmt: skip
 BAD_ISOLATE = [
     ("structure", "rows"), ("objective", "nll"), ("max_steps", 0), ("max_steps", 1.5), ("check_every", True),
@@ -71,7 +71,8 @@ BAD_ISOLATE = [
     ("decay", -0.01),
     ("gradient_weight", -1),
     ("learning_rate", float("inf")), ("retain_weight", -1), ("neighbour_weight", "1"), ("layer_cap", 0),
-    ("max_length", 0), ("max_length", 1.0),
+    ("max_length", 0), ("max_length", 1.0), ("compensate", 0), ("project_retain", None),
+    ("gradient_checkpointing", "yes"),
 ]  # fmt: skip
 
 
@@ -108,6 +109,7 @@ def test_errors_can_be_caught_as_value_errors_and_as_ours():
         ("alphas", (0.0, float("nan"))),
         ("alphas", (3.0,)),
         ("min_k", 0.0),
+        ("reveal", 1),
     ],
 )
 def test_audit_refuses_what_it_cannot_use(field, value):

@@ -110,6 +110,8 @@ class SplitConfig(_StreamConfig):
         _fraction("error_budget", self.error_budget)
         _one_of("score", self.score, ("absolute", "relative", "magnitude"))
         _one_of("structure", self.structure, ("unstructured", "columns"))
+        for name in ("use_low_rank", "keep_tail"):
+            _flag(name, getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +198,7 @@ class IsolateConfig(_StreamConfig):
         if self.max_length is not None:
             _positive_int("max_length", self.max_length)
         for name in ("compensate", "project_retain", "gradient_checkpointing"):
-            _one_of(name, getattr(self, name), (True, False))
+            _flag(name, getattr(self, name))
 
 
 Profile = Literal["quick", "full"]
@@ -248,6 +250,7 @@ class AuditConfig:
         object.__setattr__(self, "alphas", tuple(self.alphas))
         if not self.alphas or not all(_is_number(a) and 0 <= a <= 2 for a in self.alphas):
             raise ConfigError(f"alphas is {self.alphas!r}; expected numbers in [0, 2]")
+        _flag("reveal", self.reveal)
 
     def resolved(self, name: str) -> int:
         """A sample size: the field's value, or the profile's."""
@@ -286,6 +289,11 @@ def _positive(name: str, value: Any) -> None:
 def _positive_int(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"{name} is {value!r}; expected a whole number of at least 1")
+
+
+def _flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} is {value!r}; expected True or False")
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
