@@ -36,7 +36,7 @@ def process(cache: Path, *arguments: Any) -> subprocess.CompletedProcess[str]:
     code = "from libortho.cli import main; main()"
     environment = {**os.environ, "LIBORTHO_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
 
 
 @pytest.fixture(scope="module")
