@@ -12,14 +12,13 @@ from libortho.demo import facts
 from libortho.isolate.counterfactuals import (
     alternates,
     common_form,
-    evaluation_text,
     is_prose,
     kind_of,
     neighbours,
     recombined,
     resample,
-    shipped_text,
 )
+from libortho.text.corpus import evaluation_text, shipped_text
 
 CODES = [" 6311.", " K7Q-4821.", " ZZ9/00-A", " +49 (0)30 1234-567", " 4111 1111 1111 1111", " x9Y_8z"]
 
