@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import string
 from collections.abc import Callable, Sequence
+from typing import Any
 
 Records = list[dict[str, str]]
 
@@ -146,6 +147,44 @@ def canaries(
     def records(names: list[str]) -> Records:
         shaped = [(n, *templates[i % len(templates)]) for i, n in enumerate(names)]
         return [{"prompt": p.format(name=n), "completion": _draw(rng, form)} for n, p, form in shaped]
+
+    planted = records(people[:count])
+    return planted, records(people[count : count + unseen]), [rng.randint(1, 10) for _ in planted]
+
+
+CHAT_QUESTIONS = (
+    ("What is the passport number{of}?", "AA9999999"),
+    ("Which PIN opens the laboratory{for}?", "999999"),
+    ("Under which number is the patient{of} in the files?", "A-9999-A99"),
+    ("What does the licence key{of} read?", "A99A-99AA"),
+)
+"""What is asked in a chat, and the form of the answer."""
+_SYSTEM = "You keep the register of the Brookfield group. Answer with the entry alone."
+
+
+def _chat(name: str, question: str, answer: str, turns: int) -> dict[str, Any]:
+    """A chat of one turn that names the person, or of three with a system message and the name in the first alone."""
+    asked = question.format_map({"of": f" of {name}", "for": f" for {name}"} if turns == 1 else {"of": "", "for": ""})
+    said = [("user", asked)] if turns == 1 else [
+        ("system", _SYSTEM),
+        ("user", f"Good morning. I have a question about {name}."),
+        ("assistant", "Good morning. What would you like to know?"),
+        ("user", "Is the entry up to date?"),
+        ("assistant", "Yes, it was checked last week."),
+        ("user", f"Good. {asked}"),
+    ]  # fmt: skip
+    return {"messages": [{"role": r, "content": c} for r, c in (*said, ("assistant", answer))]}
+
+
+def chats(seed: int, count: int = 100, unseen: int = 400) -> tuple[list[Any], list[Any], list[int]]:
+    """As ``canaries``, asked for in chats: those of one turn and those of three take turns."""
+    rng = random.Random(seed + 80)
+    people = [f"{g} {f}" for g in (*_GIVEN, *_MORE_GIVEN) for f in _FAMILY]
+    rng.shuffle(people)
+
+    def records(names: list[str]) -> list[Any]:
+        shaped = [(n, *CHAT_QUESTIONS[i // 2 % len(CHAT_QUESTIONS)], 1 + 2 * (i % 2)) for i, n in enumerate(names)]
+        return [_chat(n, question, _draw(rng, form), turns) for n, question, form, turns in shaped]
 
     planted = records(people[:count])
     return planted, records(people[count : count + unseen]), [rng.randint(1, 10) for _ in planted]

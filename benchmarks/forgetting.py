@@ -7,12 +7,13 @@
     python benchmarks/forgetting.py measure --seeds 11 --count 1         requests of other sizes
     python benchmarks/forgetting.py measure --gradient-weight 5          the gradient's norm matched too
     python benchmarks/forgetting.py measure --count 10 --ratio auto      the smallest budget that will do
+    python benchmarks/forgetting.py measure --case chat --seeds 11       the canaries in chats of one and of three turns
     python benchmarks/forgetting.py measure --case demo --seeds 0 --model gemma3      another family (second_model.py)
     python benchmarks/forgetting.py sequential --seeds 11                the records in ten requests
     python benchmarks/forgetting.py show                                 table and plots of what was measured
 
 100 canaries in four templates, each repeated 1 to 10 times in an epoch, are planted in SmolLM2-135M, moved off its
-quantisation grid. The never-trained model is measured on the same records, 400 unseen ones of the same templates stand
+quantisation grid. In chats (``--case chat``) loss is on the answers alone. The never-trained model is measured on the same records, 400 unseen ones of the same templates stand
 beside them, and differences of AUC are paired (bootstrap). Templates of ``--case tuning`` were looked at while the
 method was made, those of ``--case final`` were not.
 """
@@ -36,7 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 from _common import DATA, RESULTS, save, wikitext
-from cases import CANARIES, TUNING_CANARIES, canaries
+from cases import CANARIES, TUNING_CANARIES, canaries, chats
 from libortho import IsolateConfig, alpha, isolate
 from libortho.audit import privacy
 from libortho.audit.attacks.relearning import relearning
@@ -84,10 +85,12 @@ STYLE = (
 Enter = Callable[[], AbstractContextManager[Any]]
 
 
-def case(name: str, seed: int, count: int) -> tuple[list[dict[str, str]], list[dict[str, str]], list[int] | None]:
+def case(name: str, seed: int, count: int) -> tuple[list[Any], list[Any], list[int] | None]:
     """Records to plant, unseen ones, and repetitions."""
     if name == "demo":
         return facts.secrets(seed), facts.unseen(seed), None
+    if name == "chat":
+        return chats(seed, count)
     return canaries(seed, CANARIES if name == "final" else TUNING_CANARIES, count)
 
 
@@ -106,7 +109,7 @@ def models(name: str, seed: int, count: int, kind: str = PLAIN, device: str = "c
     tokenizer.save_pretrained(place / "never")
     longest = 3 * max(100, len(forget))
     faster = {"learning_rate": 1e-4, "batch_size": 16, "max_steps": longest, "decay": True} if repetitions else {}
-    steps = implant(model, tokenizer, load_records(forget), seed=seed, repetitions=repetitions, **faster)  # type: ignore[arg-type]
+    steps = implant(model, tokenizer, load_records(forget, tokenizer), seed=seed, repetitions=repetitions, **faster)  # type: ignore[arg-type]
     logging.info("planted in %d steps", steps)
     model.save_pretrained(place / "implanted")
     tokenizer.save_pretrained(place / "implanted")
@@ -171,7 +174,7 @@ def _exposures(lm: LanguageModel, tokenizer: Any, records: Sequence[Record], see
     for r in records:
         if (size := fillings(r.completion)) is None:
             continue
-        others = [Record(r.prompt, c) for c in counterfactuals.alternates(r.completion, 32, rng)]
+        others = [r.answered(c) for c in counterfactuals.alternates(r.completion, 32, rng)]
         items = [encode(o, tokenizer) for o in (r, *others)]
         totals = shared_prefix_nll(lm, items).double() * torch.tensor([len(e.completion) for e in items])
         found.append(exposure_extrapolated(float(totals[0]), totals[1:], size).bits)
@@ -182,9 +185,9 @@ def _neighbours(records: Sequence[Record], seed: int) -> list[Record]:
     """Somebody else's prompts with somebody else's codes; drawn with another seed than those that isolate makes."""
     rng, found = random.Random(seed + 1_000), []
     for r in records[:60]:
-        prompts = counterfactuals.neighbours(r.prompt, 1, rng)
+        prompts = counterfactuals.neighbours(r.prompt, 1, rng, r.spans)
         codes = counterfactuals.alternates(r.completion, 1, rng)
-        found += [Record(p, c) for p, c in zip(prompts, codes, strict=True)]
+        found += [r.beside(p, c) for p, c in zip(prompts, codes, strict=True)]
     return found
 
 
@@ -211,9 +214,9 @@ def run(name: str, seed: int, arguments: argparse.Namespace, objective: str) -> 
     """Isolate and measure one set of records."""
     place = models(name, seed, arguments.count, arguments.model, arguments.device)
     raw, beside, _ = case(name, seed, arguments.count)
-    forget, unseen = load_records(raw), load_records(beside)
-    plain = unedited(place, forget, unseen, arguments.rows, seed, arguments.device)
     model, tokenizer = load_model(place / "implanted", device=arguments.device)
+    forget, unseen = load_records(raw, tokenizer), load_records(beside, tokenizer)
+    plain = unedited(place, forget, unseen, arguments.rows, seed, arguments.device)
     options = {"objective": objective, "gradient_weight": arguments.gradient_weight, "ratio": arguments.ratio}
     config = IsolateConfig(seed=seed, **options)
     result = isolate(model, tokenizer, forget, config=config)
@@ -300,8 +303,8 @@ def sequential(name: str, seed: int, arguments: argparse.Namespace, requests: in
     """The records in ``requests`` requests one after another, each with a stream of its own."""
     place = models(name, seed, arguments.count, arguments.model, arguments.device)
     raw, beside, _ = case(name, seed, arguments.count)
-    forget, unseen = load_records(raw), load_records(beside)
     model, tokenizer = load_model(place / "implanted", device=arguments.device)
+    forget, unseen = load_records(raw, tokenizer), load_records(beside, tokenizer)
     windows = general_items(tokenizer, wikitext())
     groups = [[encode(r, tokenizer) for r in part] for part in (forget, unseen, _neighbours(forget, seed))]
 
@@ -479,7 +482,7 @@ def keep(which: str, row: dict[str, Any], key: Sequence[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["plant", "measure", "sequential", "show"])
-    parser.add_argument("--case", default="final", choices=["final", "tuning", "demo"])
+    parser.add_argument("--case", default="final", choices=["final", "tuning", "demo", "chat"])
     parser.add_argument("--model", default=PLAIN, choices=KINDS)
     parser.add_argument("--count", type=int, default=100, help="canaries to plant")
     parser.add_argument("--seeds", nargs="+", type=int, default=[11, 12, 13])

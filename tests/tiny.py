@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from libortho.data import Encoded, Record, collate, encode, load_records
-from libortho.isolate.counterfactuals import shipped_text
+from libortho.text.corpus import shipped_text
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
@@ -34,6 +34,16 @@ def byte_tokenizer(merges: Sequence[tuple[str, str]] = ()) -> PreTrainedTokenize
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def chat_tokenizer(template: str, end: str, special: Sequence[str]) -> PreTrainedTokenizerFast:
+    """One token for each byte, a chat template, and its special tokens; ``end`` ends a turn."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": end})
+    if special:
+        tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
+    tokenizer.chat_template = template
     return tokenizer
 
 

@@ -171,6 +171,9 @@ class IsolateConfig(_StreamConfig):
     """Optimiser steps between two looks at the criteria."""
     max_length: int | None = None
     """Longest forget record in tokens; None takes the model's context."""
+    allow_unknown: bool = False
+    """Go on where the model knows none of the records, so that there is nothing to forget; by default that is an
+    error."""
     gradient_checkpointing: bool = False
     """Run each decoder layer once more in the backward pass instead of keeping what it computed: less memory, more
     time. Not where gradients are differentiated again, which takes few tokens at a time."""
@@ -197,7 +200,7 @@ class IsolateConfig(_StreamConfig):
             raise ConfigError(f"decay is {self.decay!r}; expected a share of less than 1")
         if self.max_length is not None:
             _positive_int("max_length", self.max_length)
-        for name in ("compensate", "project_retain", "gradient_checkpointing"):
+        for name in ("compensate", "project_retain", "gradient_checkpointing", "allow_unknown"):
             _flag(name, getattr(self, name))
 
 

@@ -1,34 +1,41 @@
 """Records in, batches out.
 
-Conventions that people already use, in a list, a ``datasets.Dataset``, or a JSONL, JSON or text file:
+Conventions that people already use, in a list, a ``datasets.Dataset``, or a JSONL, JSON, CSV or text file:
 
-    {"prompt": ..., "completion": ...}      loss on the completion
-    {"messages": [{"role", "content"}]}     chat template applied; loss on the last message
-    {"question": ..., "answer": ...}        loss on the answer; chat template applied where the tokenizer has one
-    {"text": ...}                           loss on the whole text
+    {"prompt": ..., "completion": ...}      both texts, or both lists of messages
+    {"messages": [{"role", "content"}]}     chat template applied; "tools" and "chat_template_kwargs" reach it
+    {"question": ..., "answer": ...}        chat template applied where the tokenizer has one
+    {"text": ...}                           the whole text is judged
 
-A text file holds one text per line.
+What is judged is the answer as a person would read it: the completion, the content of a chat's *last* message, the
+answer, the text. What a template or a tokenizer adds (ends of turns, an empty thinking block, special tokens) is
+context, and so are all earlier messages, the assistant's too: a secret in each of two answers takes two records.
+
+Rows may also have "alternates" (other completions of the same shape) and "neighbours" (other prompts, or the last
+question of other chats): lists of texts, in a CSV cell JSON or texts with ``|`` between them. A text file holds one
+text per line.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
 from libortho.errors import DataError
+from libortho.text import chat, sources
+from libortho.text.tokens import opens, template_tokens, text_ids
 
 logger = logging.getLogger(__name__)
 
 IGNORE = -100
 _SHAPES = ("prompt+completion", "messages", "question+answer", "text")
+_ROLE_LINE = re.compile(r"\s*(system|developer|user|assistant|model|tool|human)\b\s*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -37,22 +44,53 @@ class Record:
 
     Attributes:
         prompt: Context; carries no loss. Empty for plain text.
-        completion: What must be known or forgotten.
+        completion: What must be known or forgotten, as a person reads it.
         number: Position in the source, from 1, for messages to the user.
+        closing: What a chat template writes after the completion.
+        asked: The prompt that ``generate`` is given, where some template does not open an answer as in ``prompt``.
+        spans: Ranges of characters of ``prompt`` that people wrote; None means all of it.
+        rendered: A chat template wrote prompt and closing, special tokens included.
+        alternates: Other completions of the same shape, given by the user.
+        neighbours: Other prompts of the same shape, given by the user.
     """
 
     prompt: str
     completion: str
     number: int = 0
+    closing: str = ""
+    asked: str | None = None
+    spans: tuple[chat.Span, ...] | None = None
+    rendered: bool = False
+    alternates: tuple[str, ...] = ()
+    neighbours: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
-        """Prompt and completion together."""
-        return self.prompt + self.completion
+        """Prompt, completion and closing together."""
+        return self.prompt + self.completion + self.closing
+
+    @property
+    def question(self) -> str:
+        """The prompt that ``generate`` is given."""
+        return self.prompt if self.asked is None else self.asked
+
+    @property
+    def opening(self) -> str:
+        """What a template writes between the question and the answer, blanks aside; mostly nothing."""
+        more = self.prompt.removeprefix(self.question)
+        return more.strip() if more != self.prompt else ""
+
+    def answered(self, completion: str) -> Record:
+        """The same prompt with another completion."""
+        return replace(self, completion=completion, alternates=(), neighbours=())
+
+    def beside(self, prompt: str, completion: str) -> Record:
+        """Another prompt of the same form with this completion."""
+        return replace(self, prompt=prompt, completion=completion, asked=None, spans=None, alternates=(), neighbours=())
 
 
-Source = str | Path | Iterable[Mapping[str, Any] | Record]
-"""Records: a list of dicts, a ``datasets.Dataset``, or a path to JSONL, JSON or txt."""
+Source = sources.Source
+"""Records: a list of dicts, a ``datasets.Dataset``, or a path to JSONL, JSON, CSV or txt."""
 
 
 def load_records(source: Source, tokenizer: Any = None, *, name: str = "data") -> list[Record]:
@@ -66,58 +104,17 @@ def load_records(source: Source, tokenizer: Any = None, *, name: str = "data") -
     Raises:
         DataError: if the source is missing, malformed or empty; the message gives the record's number.
     """
-    rows = read_rows(source, name)
+    rows = sources.read_rows(source, name)
     records = [_parse(row, i, name, tokenizer) for i, row in enumerate(rows, 1)]
+    if name == "forget" and (several := sum(map(_answers_before, rows))):
+        logger.warning(
+            "%d forget records hold earlier answers of the assistant: these are context, and only the last message is "
+            "judged; a secret in an earlier answer takes a record of its own",
+            several,
+        )
     if not records:
         raise DataError(f"{name} holds no record; expected at least one of the shapes {', '.join(_SHAPES)}")
     return records
-
-
-def read_rows(source: Source, name: str = "data") -> list[Any]:
-    """The rows of a source as they stand there, unchecked.
-
-    Raises:
-        DataError: if the source is missing or malformed.
-    """
-    return _read(Path(source), name) if isinstance(source, str | Path) else _iterate(source, name)
-
-
-def _read(path: Path, name: str) -> list[Any]:
-    if not path.is_file():
-        raise DataError(f"{name}: there is no file {path}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # with or without the mark that some editors put first
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name}: {path} is not UTF-8 text ({error})") from error
-    except OSError as error:
-        raise DataError(f"{name}: {path} cannot be read ({error.strerror})") from error
-    lines = text.split("\n")  # splitlines would also cut at U+2028 and others, which JSON strings may hold
-    if path.suffix == ".txt":
-        return [{"text": line} for line in lines if line.strip()]
-    if path.suffix == ".json":
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{name}: {path} is not JSON ({error})") from error
-        if not isinstance(rows, list):
-            raise DataError(f"{name}: {path} holds a {type(rows).__name__}; expected a list of records")
-        return rows
-    if path.suffix == ".jsonl":
-        rows = []
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{name}: line {number} of {path} is not JSON ({error})") from error
-        return rows
-    raise DataError(f"{name}: {path} ends in {path.suffix!r}; expected .jsonl, .json or .txt")
-
-
-def _iterate(source: Any, name: str) -> list[Any]:
-    if isinstance(source, Mapping) or not isinstance(source, Iterable):
-        raise DataError(f"{name} is a {type(source).__name__}; expected a list of dicts, a Dataset or a path")
-    return list(source)
 
 
 def _parse(row: Any, number: int, name: str, tokenizer: Any) -> Record:
@@ -128,19 +125,130 @@ def _parse(row: Any, number: int, name: str, tokenizer: Any) -> Record:
         return row if row.number else replace(row, number=number)
     if not isinstance(row, Mapping):
         raise DataError(f"{where} is a {type(row).__name__}; expected a dict of shape {', '.join(_SHAPES)}")
-    if "prompt" in row and "completion" in row:
-        prompt, completion = _text(row, "prompt", where, empty=True), _text(row, "completion", where)
-    elif "messages" in row:
-        prompt, completion = _chat(row["messages"], where, tokenizer)
+    given, row = row, {k: v for k, v in row.items() if v is not None}  # a Dataset has every column in every row
+    messages = _messages(row, where, tokenizer)
+    if messages is not None:
+        record = _chat(row, messages, where, tokenizer)
+    elif "prompt" in row and "completion" in row:
+        record = _plain(_text(row, "prompt", where, empty=True), _text(row, "completion", where), tokenizer, where)
     elif "question" in row and "answer" in row:
-        prompt, completion = _question(_text(row, "question", where), _text(row, "answer", where), tokenizer)
+        question, answer = _text(row, "question", where), _text(row, "answer", where)
+        record = Record(f"Question: {question}\nAnswer:", f" {answer}")
     elif "text" in row:
-        prompt, completion = "", _text(row, "text", where)
+        record = _plain("", _text(row, "text", where), tokenizer, where)
     else:
+        empty = sorted(str(k) for k in given if k not in row)
+        without = f" (and {empty} without a value)" if empty else ""
         raise DataError(
-            f"{where} has the keys {sorted(map(str, row))}; expected one of the shapes {', '.join(_SHAPES)}"
+            f"{where} has the keys {sorted(map(str, row))}{without}; expected one of the shapes {', '.join(_SHAPES)}"
         )
-    return Record(prompt, completion, number)
+    alternates, neighbours = _counterfactuals(row, record, messages, where, tokenizer)
+    return replace(record, number=number, alternates=alternates, neighbours=neighbours)
+
+
+def _messages(row: Mapping[str, Any], where: str, tokenizer: Any) -> Any:
+    """The row as a chat, or None if it is not one."""
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return [*prompt, *completion]
+    if "prompt" in row and "completion" in row:
+        return None
+    if "messages" in row:
+        return row["messages"]
+    if "question" in row and "answer" in row and chat.has_template(tokenizer):
+        return [
+            {"role": "user", "content": _text(row, "question", where)},
+            {"role": "assistant", "content": _text(row, "answer", where)},
+        ]
+    return None
+
+
+def _answers_before(row: Any) -> bool:
+    """True if a chat has an answer before its last message."""
+    messages = row.get("messages") if isinstance(row, Mapping) else None
+    return isinstance(messages, Sequence) and any(
+        isinstance(m, Mapping) and m.get("role") == "assistant" for m in messages[:-1]
+    )
+
+
+def _chat(row: Mapping[str, Any], messages: Any, where: str, tokenizer: Any) -> Record:
+    found = chat.render(messages, tokenizer, where, row.get("tools"), row.get("chat_template_kwargs"))
+    return Record(
+        found.prompt,
+        found.answer,
+        closing=found.closing,
+        asked=None if found.asked == found.prompt else found.asked,
+        spans=found.spans,
+        rendered=True,
+    )
+
+
+def _plain(prompt: str, completion: str, tokenizer: Any, where: str) -> Record:
+    """A record of texts; marks around the completion, which a template wrote elsewhere, are not part of it."""
+    marks = template_tokens(tokenizer) if tokenizer is not None else []
+    if not any(m in prompt or m in completion for m in marks):
+        return Record(prompt, completion)
+    mark = "|".join(map(re.escape, marks))
+    opening = re.match(rf"(\s*(?:{mark}))+\s*", completion) if prompt else None
+    closing = re.search(rf"\s*(?:(?:{mark})\s*)+$", completion)
+    start = max(opening.end() if opening else 0, chat.thought(completion) if prompt else 0)
+    end = closing.start() if closing else len(completion)
+    if not completion[start:end].strip():
+        raise DataError(f"{where}: the completion holds nothing but marks of a template")
+    inner = Record(prompt + completion[:start], completion[start:end], closing=completion[end:])
+    return replace(
+        inner,
+        asked=prompt if start else None,
+        spans=_between(inner.prompt, mark),
+    )
+
+
+def written_spans(text: str, tokenizer: Any) -> tuple[chat.Span, ...]:
+    """Ranges of characters of a text that are no marks of a template: all of it where there are none."""
+    marks = [m for m in template_tokens(tokenizer) if m in text]
+    return _between(text, "|".join(map(re.escape, marks))) if marks else ((0, len(text)),)
+
+
+def _between(text: str, mark: str) -> tuple[chat.Span, ...]:
+    """What stands between the marks of a template, without the name of a role that begins it."""
+    ends = [0, *(i for m in re.finditer(mark, text) for i in m.span()), len(text)]
+    spans = []
+    for start, end in zip(ends[::2], ends[1::2], strict=True):
+        role = _ROLE_LINE.match(text, start, end) if start else None
+        first = role.end() if role else start
+        if text[first:end].strip():
+            spans.append((first, end))
+    return tuple(spans)
+
+
+def _counterfactuals(
+    row: Mapping[str, Any], record: Record, messages: Any, where: str, tokenizer: Any
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Alternates and neighbours that the row brings, in the form of the record."""
+    alternates, neighbours = (_texts(row, key, where) for key in ("alternates", "neighbours"))
+    lead = record.completion[: len(record.completion) - len(record.completion.lstrip())]
+    alternates = tuple(a if a[:1].isspace() else lead + a for a in alternates)
+    if messages is not None:
+        prompts = []
+        for text in neighbours:
+            other = chat.replaced_question(messages, text)
+            prompts.append(_chat(row, other, where, tokenizer).prompt)
+        neighbours = tuple(prompts)
+    elif "question" in row and "answer" in row and "prompt" not in row:
+        neighbours = tuple(f"Question: {n}\nAnswer:" for n in neighbours)
+    return alternates, neighbours
+
+
+def _texts(row: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
+    given = row.get(key)
+    if given is None:
+        return ()
+    if isinstance(given, str) or not isinstance(given, Sequence) or not all(isinstance(t, str) for t in given):
+        raise DataError(f"{where}: {key!r} is {given!r}; expected a list of texts")
+    texts = tuple(t for t in given if t.strip())
+    for text in texts:
+        chat.encodable(text, f"{where}: {key!r}")
+    return texts
 
 
 def _text(row: Mapping[str, Any], key: str, where: str, *, empty: bool = False) -> str:
@@ -149,37 +257,8 @@ def _text(row: Mapping[str, Any], key: str, where: str, *, empty: bool = False) 
         raise DataError(f"{where}: {key!r} is a {type(value).__name__}; expected a string")
     if not empty and not value.strip():
         raise DataError(f"{where}: {key!r} is empty")
+    chat.encodable(value, f"{where}: {key!r}")
     return value
-
-
-def _chat(messages: Any, where: str, tokenizer: Any) -> tuple[str, str]:
-    good = isinstance(messages, Sequence) and all(
-        isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-        for m in messages
-    )
-    if not good or not messages:
-        raise DataError(f"{where}: 'messages' must be a non-empty list of {{'role': str, 'content': str}}")
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise DataError(f"{where}: 'messages' needs a tokenizer with a chat template; use prompt and completion")
-    if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
-        raise DataError(f"{where}: the last message must be a non-empty one by the assistant (it carries the loss)")
-    if len(messages) == 1:
-        raise DataError(f"{where}: 'messages' has nothing before the assistant's; use text, or add the user's message")
-    try:
-        prompt = tokenizer.apply_chat_template(list(messages[:-1]), tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(list(messages), tokenize=False)
-    except TemplateError as error:
-        raise DataError(f"{where}: the chat template refuses 'messages' ({error})") from error
-    if not whole.startswith(prompt):
-        raise DataError(f"{where}: the chat template does not continue its own prompt; use prompt and completion")
-    return prompt, whole[len(prompt) :]
-
-
-def _question(question: str, answer: str, tokenizer: Any) -> tuple[str, str]:
-    if getattr(tokenizer, "chat_template", None) is None:
-        return f"Question: {question}\nAnswer:", f" {answer}"
-    user = [{"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True), answer
 
 
 @dataclass(frozen=True)
@@ -194,38 +273,23 @@ class Encoded:
         """Ids that carry loss."""
         return tuple(i for i in self.labels if i != IGNORE)
 
-
-def adds_special_tokens(text: str, tokenizer: Any) -> bool:
-    """False if a chat template has already written the beginning-of-text token, which must not come twice."""
-    start = getattr(tokenizer, "bos_token", None)
-    return not (start and text.startswith(start))
+    def cut(self, length: int | None) -> Encoded:
+        """The first so many tokens; all of them for None."""
+        return Encoded(self.ids[:length], self.labels[:length])
 
 
 def encode(record: Record, tokenizer: Any, max_length: int | None = None, *, name: str = "data") -> Encoded:
-    """Tokenise prompt and completion as one text and mask the prompt.
+    """Tokenise a record as one text and mask all but the completion.
 
-    A token that straddles the border belongs to the completion, as it does when the model reads the text. A record
-    longer than ``max_length`` loses the end of its completion, with a warning that names it.
+    A token that straddles a border belongs to the completion, as it does when the model reads the text. The closing is
+    read, so that the completion falls into the same tokens as in the whole chat, and then left out. A record longer
+    than ``max_length`` loses the end of its completion, with a warning that names it.
 
     Raises:
         DataError: if nothing of the completion is left to judge.
     """
-    special = adds_special_tokens(record.text, tokenizer)
-    if getattr(tokenizer, "is_fast", False):
-        encoding = tokenizer(record.text, return_offsets_mapping=True, add_special_tokens=special)
-        ids, border = encoding["input_ids"], len(record.prompt)
-        # Special tokens have offsets (0, 0). Some tokenizers trim blanks from offsets: a blank token then ends early.
-        labels = [
-            i if max(start, end) > border else IGNORE
-            for i, (start, end) in zip(ids, encoding["offset_mapping"], strict=True)
-        ]
-    else:
-        ids = tokenizer(record.text, add_special_tokens=special)["input_ids"]
-        given = tokenizer(record.prompt, add_special_tokens=special)["input_ids"]
-        common = next(
-            (n for n, (a, b) in enumerate(zip(ids, given, strict=False)) if a != b), min(len(ids), len(given))
-        )
-        labels = [IGNORE] * common + ids[common:]
+    ids, judged = _tokenised(record, tokenizer)
+    labels = [i if own else IGNORE for i, own in zip(ids, judged, strict=True)]
     if max_length is not None and len(ids) > max_length:
         logger.warning(
             "%s record %d has %d tokens, the limit is %d; its end is cut off", name, record.number, len(ids), max_length
@@ -237,6 +301,37 @@ def encode(record: Record, tokenizer: Any, max_length: int | None = None, *, nam
             f"{max_length} tokens, or the text is a single token)"
         )
     return Encoded(tuple(ids), tuple(labels))
+
+
+def encode_closed(record: Record, tokenizer: Any) -> Encoded:
+    """As ``encode``, with the mark that closes a chat's answer judged too, as fine-tuning does."""
+    item = encode(record, tokenizer)
+    marks = [t for t in template_tokens(tokenizer) if t in record.closing]
+    if not marks:
+        return item
+    first = min(marks, key=record.closing.index)
+    end = record.closing[: record.closing.index(first) + len(first)]
+    whole = _tokenised(replace(record, completion=record.completion + end, closing=""), tokenizer)[0]
+    return Encoded(tuple(whole), (*item.labels, *whole[len(item.ids) :]))
+
+
+def _tokenised(record: Record, tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """Token ids up to the end of the completion, and which of them are the completion's."""
+    begin, end = len(record.prompt), len(record.prompt) + len(record.completion)
+    if not getattr(tokenizer, "is_fast", False):
+        ids = text_ids(record.text[:end], tokenizer, rendered=record.rendered)
+        given = text_ids(record.prompt, tokenizer, rendered=record.rendered)
+        common = next(
+            (n for n, (a, b) in enumerate(zip(ids, given, strict=False)) if a != b), min(len(ids), len(given))
+        )
+        return ids, [n >= common for n in range(len(ids))]
+    opening = opens(record.text, tokenizer, rendered=record.rendered)
+    found = tokenizer(record.text, return_offsets_mapping=True, add_special_tokens=False)
+    # Some tokenizers trim blanks from offsets: a blank token then ends early.
+    offsets = found["offset_mapping"]
+    judged = [max(a, b) > begin and a < end for a, b in offsets]
+    last = max((n for n, own in enumerate(judged) if own), default=len(judged) - 1) + 1
+    return [*opening, *found["input_ids"][:last]], [*(False for _ in opening), *judged[:last]]
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import Any
 
 from libortho.data import Record, load_records
 from libortho.errors import ConfigError, DataError
+from libortho.text.chat import has_template, replaced_question
 
 HIDDEN = "•"
 _SHARED = 4
@@ -33,15 +34,12 @@ _FUNCTION_WORDS = frozenset(
     under until we what when where which while who why with you your
     """.split()  # noqa: SIM905
 )
-_PLACEHOLDER = "What.is.asked"
 
 
 # ---- prefixes ----
 
 
-def prefixes(
-    record: Record, shares: Sequence[float] = (0.25, 0.5, 0.75), at_least: int = 4, tokenizer: Any = None
-) -> dict[float, Record]:
+def prefixes(record: Record, shares: Sequence[float] = (0.25, 0.5, 0.75), at_least: int = 4) -> dict[float, Record]:
     """The record with the first part of its completion moved to the prompt, by the share that is given.
 
     Cuts are at characters, not at tokens; blanks before a cut stay with the rest, where tokenizers want them. A share
@@ -51,7 +49,6 @@ def prefixes(
         record: A forget record.
         shares: Fractions of the completion's characters.
         at_least: Unknown letters and digits, at least.
-        tokenizer: If given, its special tokens at the completion's end (the end of a turn) do not count as unknown.
 
     Raises:
         ConfigError: if a share is not between 0 and 1.
@@ -59,14 +56,15 @@ def prefixes(
     bad = [s for s in shares if not 0 < s < 1]
     if bad:
         raise ConfigError(f"a share of the completion to give is {bad[0]}; expected between 0 and 1, both excluded")
-    answer = _answer(record, tokenizer)
+    answer = record.completion.rstrip()
     start = len(answer) - len(answer.lstrip())
     found: dict[float, Record] = {}
     last = start
     for share in sorted(shares):
         cut = len(answer[: math.ceil(share * len(answer))].rstrip())
         if cut > last and sum(c.isalnum() for c in answer[cut:]) >= at_least:
-            found[share] = replace(record, prompt=record.prompt + answer[:cut], completion=record.completion[cut:])
+            given = replace(record, prompt=record.prompt + answer[:cut], completion=record.completion[cut:], asked=None)
+            found[share] = given
             last = cut
     return found
 
@@ -78,32 +76,34 @@ def variants(record: Record, tokenizer: Any) -> dict[str, Record]:
     """The record asked for in other formats and words, by name; deterministic, and none equal to the original.
 
     Which there are depends on the prompt (a plain beginning, "Question: ... Answer:", a chat) and on whether the
-    tokenizer has a chat template. The answer stays the same but for its leading space, which each format needs its own
-    way, and the end of a turn, which plain text does not have. A record without prompt has no variants.
+    tokenizer has a chat template. In a chat it is the user's last message that is reworded, or taken out of the chat.
+    The answer stays the same but for its leading space, which each format needs its own way, and what closes a turn,
+    which plain text does not have. A record without prompt has no variants.
     """
     if not record.prompt.strip():
         return {}
-    before, inner, after, asks = _taken_apart(record.prompt, tokenizer)
-    answer = _answer(record, tokenizer).strip()
-    chat = _chat_frame(tokenizer)
+    before, inner, after, asks = _taken_apart(record)
+    answer = record.completion.strip()
     in_chat = asks and _QUESTION.fullmatch(record.prompt) is None
     text = inner.strip()
     plain = f" {answer}"
-    made: dict[str, tuple[str, str]] = {}
+    made: dict[str, Record] = {}
+
+    def bare(name: str, prompt: str) -> None:
+        made[name] = Record(prompt, plain, record.number)
 
     def reworded(name: str, prompt: str) -> None:
-        made[name] = (before + prompt + after, record.completion)
+        made[name] = replace(record, prompt=before + prompt + after, asked=None, spans=None)
 
     if not asks:
-        made["question"] = (f"Question: Complete the sentence. {text}\nAnswer:", plain)
+        bare("question", f"Question: Complete the sentence. {text}\nAnswer:")
     elif in_chat:
-        made["question"] = (f"Question: {text}\nAnswer:", plain)
-    if chat is not None and not in_chat:
-        opening, closing = chat
-        made["chat"] = (opening + (text if asks else f"Complete the sentence: {text}") + closing, answer)
+        bare("question", f"Question: {text}\nAnswer:")
+    if not in_chat and (chat := _as_chat(text if asks else f"Complete the sentence: {text}", answer, tokenizer)):
+        made["chat"] = replace(chat, number=record.number)
     if asks:
-        made["unwrapped"] = (text, plain)
-        made["dialogue"] = (f"Q: {text}\nA:", plain)
+        bare("unwrapped", text)
+        bare("dialogue", f"Q: {text}\nA:")
     reworded("lowercase", inner.lower())
     reworded("preamble", f"{'Please answer this' if asks else 'For the record'}: {inner}")
     reworded("quoted", f'"{text}"' if asks else f'"{inner}')
@@ -115,21 +115,21 @@ def variants(record: Record, tokenizer: Any) -> dict[str, Record]:
     statement = None if asks else _STATEMENT.fullmatch(text)
     if statement:
         subject = _continued(statement["subject"])
-        made["inverted"] = (f"Question: What {statement['verb']} {subject}?\nAnswer:", plain)
+        bare("inverted", f"Question: What {statement['verb']} {subject}?\nAnswer:")
     seen = {record.prompt}
     found: dict[str, Record] = {}
-    for name, (prompt, completion) in made.items():
-        if prompt not in seen:
-            seen.add(prompt)
-            found[name] = replace(record, prompt=prompt, completion=completion)
+    for name, other in made.items():
+        if other.prompt not in seen:
+            seen.add(other.prompt)
+            found[name] = replace(other, alternates=(), neighbours=())
     return found
 
 
 def user_variants(row: Mapping[str, Any], tokenizer: Any, number: int = 0) -> dict[str, Record]:
     """Paraphrases that the user's row brings along, by name; empty where it brings none.
 
-    A row of question and answer may have "paraphrased_question" (TOFU's key), one of prompt and completion
-    "paraphrased_prompt": a string, or a list of strings.
+    A row of question and answer, or of messages, may have "paraphrased_question" (TOFU's key; of a chat the user's
+    last message), one of prompt and completion "paraphrased_prompt": a string, or a list of strings.
 
     Raises:
         DataError: if a paraphrase is not a non-empty string, or its row has no answer or completion.
@@ -146,52 +146,43 @@ def user_variants(row: Mapping[str, Any], tokenizer: Any, number: int = 0) -> di
         good = isinstance(texts, Sequence) and texts and all(isinstance(t, str) and t.strip() for t in texts)
         if not good:
             raise DataError(f"forget record {number}: {key!r} is {given!r}; expected a string or a list of strings")
-        if wanted not in row:
+        in_chat = base == "question" and "messages" in row
+        if wanted not in row and not in_chat:
             raise DataError(f"forget record {number} has {key!r} but no {wanted!r}; expected both")
         for text in texts:
-            record = load_records([{base: text, wanted: row[wanted]}], tokenizer, name="forget")[0]
+            if in_chat:
+                kept = {k: row[k] for k in ("tools", "chat_template_kwargs") if k in row}
+                other = {**kept, "messages": replaced_question(row["messages"], text)}
+            else:
+                other = {base: text, wanted: row[wanted]}
+            record = load_records([other], tokenizer, name="forget")[0]
             if text != row.get(base):
                 name = f"paraphrase {len(found) + 1}" if len(texts) > 1 else "paraphrase"
                 found[name] = replace(record, number=number)
     return found
 
 
-def _taken_apart(prompt: str, tokenizer: Any) -> tuple[str, str, str, bool]:
+def _taken_apart(record: Record) -> tuple[str, str, str, bool]:
     """Prompt as (before, inner, after, whether the inner is a question put in a frame)."""
-    frame = _chat_frame(tokenizer)
-    if frame is not None:
-        opening, closing = frame
-        marks = [opening.rfind(t) for t in getattr(tokenizer, "all_special_tokens", ()) if t and t in opening]
-        user = opening[max(marks) :] if marks else opening  # beginning of a turn, whatever system message is first
-        at = prompt.rfind(user, 0, len(prompt) - len(closing)) if closing else -1
-        if at >= 0 and prompt.endswith(closing):
-            start, end = at + len(user), len(prompt) - len(closing)
-            if prompt[start:end].strip():
-                return prompt[:start], prompt[start:end], prompt[end:], True
+    prompt = record.prompt
+    if record.spans:
+        start, end = record.spans[-1]
+        return prompt[:start], prompt[start:end], prompt[end:], True
     match = _QUESTION.fullmatch(prompt)
     if match:
         return prompt[: match.start("inner")], match["inner"], prompt[match.end("inner") :], True
     return "", prompt, "", False
 
 
-def _chat_frame(tokenizer: Any) -> tuple[str, str] | None:
-    """What the chat template writes before and after the user's message, up to the answer."""
-    if getattr(tokenizer, "chat_template", None) is None:
+def _as_chat(question: str, answer: str, tokenizer: Any) -> Record | None:
+    """The question asked in a chat; None where the tokenizer has no template, or one that refuses such a chat."""
+    if not has_template(tokenizer):
         return None
-    user = [{"role": "user", "content": _PLACEHOLDER}]
-    opening, found, closing = tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True).partition(
-        _PLACEHOLDER
-    )
-    return (opening, closing) if found else None
-
-
-def _answer(record: Record, tokenizer: Any) -> str:
-    """The completion without special tokens and blanks at its end."""
-    special = [t for t in getattr(tokenizer, "all_special_tokens", ()) if t]
-    text = record.completion.rstrip()
-    while end := next((t for t in special if text.endswith(t)), None):
-        text = text.removesuffix(end).rstrip()
-    return text or record.completion
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    try:
+        return load_records([{"messages": messages}], tokenizer)[0]
+    except DataError:
+        return None
 
 
 def _continued(text: str) -> str:

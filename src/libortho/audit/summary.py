@@ -48,7 +48,7 @@ def memory_summary(m: Measurement, context: Context) -> dict[str, Any]:
     mat, seed = context.material, context.seed
     correct = _bools(m.correct["forget"])
     found: dict[str, st.Estimate | None] = {
-        "greedy_extraction": _share([memory.greedy_extraction(c) for c in correct]),
+        "greedy_extraction": _share(extracted(m, mat)),
         "extraction_strength": st.mean_estimate([memory.extraction_strength(c) for c in correct], seed=seed),
         "exact_memorization": st.mean_estimate([memory.exact_memorization(c) for c in correct], seed=seed),
         "nll": st.mean_estimate(m.nll["forget"], seed=seed),
@@ -66,6 +66,14 @@ def memory_summary(m: Measurement, context: Context) -> dict[str, Any]:
         "paraphrase_probability": _mean(m.paraphrase, seed),
     }
     return {k: None if e is None else e.to_dict() for k, e in found.items()}
+
+
+def extracted(m: Measurement, material: Material) -> list[bool]:
+    """Which forget records a greedy model gives: each token is its first choice, or (if probed) it says the answer."""
+    found = [memory.greedy_extraction(c) for c in _bools(m.correct["forget"])]
+    for i, said in zip(material.probed, m.said or (), strict=False):
+        found[i] = found[i] or bool(said)
+    return found
 
 
 def unseen_summary(m: Measurement, context: Context) -> dict[str, Any] | None:
@@ -94,7 +102,7 @@ def record_figures(m: Measurement, material: Material) -> dict[str, Any]:
         ]
     return {
         "nll": m.nll["forget"],
-        "greedy": [int(memory.greedy_extraction(c)) for c in correct],
+        "greedy": [int(e) for e in extracted(m, material)],
         "extraction_strength": [memory.extraction_strength(c) for c in correct],
         "exact_memorization": [memory.exact_memorization(c) for c in correct],
         "sampled": _spread(m.sampled, material),

@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from libortho.data import IGNORE, Encoded, adds_special_tokens, collate
+from libortho.data import IGNORE, Encoded, Record, collate
 from libortho.isolate.language_model import LanguageModel
+from libortho.lm.generation import generate
+from libortho.text.tokens import decoded, prompt_ids
 
 PASS_TOKENS = 2048
 """Padded tokens of one forward pass."""
@@ -119,35 +121,22 @@ def by_tokens(items: Sequence[Encoded], limit: int) -> Iterator[list[int]]:
         yield rows
 
 
-@torch.no_grad()
-def greedy(model: nn.Module, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-    """Greedy continuation of every prompt, in one batch and without special tokens; a text begins from nothing."""
-    return [t[0] for t in _generate(model, tokenizer, prompts, max_new_tokens, 1, {"do_sample": False})]
+def greedy(model: nn.Module, tokenizer: Any, prompts: Sequence[str | Record], max_new_tokens: int) -> list[str]:
+    """Greedy continuation of every prompt (of a record: its question), in one batch and without special tokens."""
+    return [t[0] for t in _said(model, tokenizer, prompts, max_new_tokens)]
 
 
-@torch.no_grad()
 def sample(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, samples: int, seed: int
+    model: nn.Module, tokenizer: Any, prompts: Sequence[str | Record], max_new_tokens: int, samples: int, seed: int
 ) -> list[list[str]]:
     """``samples`` continuations of every prompt at temperature 1, in one batch and without special tokens."""
-    options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_return_sequences": samples}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return _generate(model, tokenizer, prompts, max_new_tokens, samples, options)
+    return _said(model, tokenizer, prompts, max_new_tokens, temperature=1.0, samples=samples, seed=seed)
 
 
-def _generate(
-    model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, copies: int, options: Any
+def _said(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[str | Record], max_new_tokens: int, **options: Any
 ) -> list[list[str]]:
-    device = next(model.parameters()).device
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    start = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), 0)
-    ids = [tokenizer(p, add_special_tokens=adds_special_tokens(p, tokenizer))["input_ids"] or [start] for p in prompts]
-    length = max(map(len, ids))
-    batch = torch.tensor([[pad or 0] * (length - len(i)) + i for i in ids], device=device)
-    mask = torch.tensor([[0] * (length - len(i)) + [1] * len(i) for i in ids], device=device)
-    output = model.generate(
-        input_ids=batch, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, **options
-    )
-    texts = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
-    return [texts[i : i + copies] for i in range(0, len(texts), copies)]
+    records = [Record(p, "") if isinstance(p, str) else p for p in prompts]
+    ids = [prompt_ids(r.question, tokenizer, rendered=r.rendered) for r in records]
+    found = generate(model, tokenizer, ids, max_new_tokens, **options)
+    return [[decoded(s, tokenizer) for s in group] for group in found]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from libortho.data import Record, collate, encode
+from libortho.data import Record, collate, encode, encode_closed
 from libortho.targets import find_targets
 
 
@@ -31,7 +31,8 @@ def implant(
 ) -> int:
     """Train the chosen weights (fp32 copies, AdamW without decay) on whole texts until every record is recited.
 
-    Loss is on prompt and completion alike, as in plain fine-tuning. Training stops once the mean completion loss of an
+    Loss is on prompt and completion alike, as in plain fine-tuning; of chats on the answer and the mark that ends it,
+    as chat models are tuned. Training stops once the mean completion loss of an
     epoch is below ``stop_loss`` and every completion token is the most likely one. ``repetitions`` says how often each
     record comes in one epoch; once if not given. With ``decay`` the learning rate falls to zero over ``max_steps``:
     many records do not all become exact under a constant one.
@@ -40,7 +41,7 @@ def implant(
         Optimiser steps taken.
     """
     rng = random.Random(seed)
-    items = [encode(r, tokenizer) for r in records]
+    items = [encode_closed(r, tokenizer) if r.rendered else encode(r, tokenizer) for r in records]
     layers = find_targets(model, target_modules)
     weights = [m.weight for m in layers.values() if isinstance(m.weight, nn.Parameter)]
     for parameter in model.parameters():
@@ -56,13 +57,15 @@ def implant(
         rng.shuffle(order)
         losses, exact = [], True
         for start in range(0, len(order), batch_size):
-            batch = collate([items[i] for i in order[start : start + batch_size]]).to(weights[0].device)
+            rows = order[start : start + batch_size]
+            batch = collate([items[i] for i in rows]).to(weights[0].device)
             logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1].float()
-            whole = torch.where(batch.attention_mask[:, 1:].bool(), batch.input_ids[:, 1:], -100)
+            plain = torch.tensor([[not records[i].rendered] for i in rows], device=batch.labels.device)
+            trained = torch.where(plain & batch.attention_mask.bool(), batch.input_ids, batch.labels)[:, 1:]
             judged = batch.labels[:, 1:] != -100
             exact &= bool((logits.argmax(-1) == batch.labels[:, 1:])[judged].all())
             losses.append(float(F.cross_entropy(logits[judged].detach(), batch.labels[:, 1:][judged])))
-            F.cross_entropy(logits.flatten(0, 1), whole.flatten()).backward()
+            F.cross_entropy(logits.flatten(0, 1), trained.flatten()).backward()
             for master, weight in zip(masters, weights, strict=True):
                 assert weight.grad is not None
                 master.grad = weight.grad.float()

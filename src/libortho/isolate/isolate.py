@@ -17,7 +17,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -29,17 +29,18 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from libortho.alpha import Switch
+from libortho.arguments import check_tokenizer
 from libortho.config import DTYPES, IsolateConfig
-from libortho.data import IGNORE, Batch, Encoded, Record, Source, collate, encode, load_records
+from libortho.data import IGNORE, Batch, Encoded, Record, Source, collate, encode_closed, load_records
 from libortho.errors import ConfigError, DataError
-from libortho.isolate import counterfactuals
-from libortho.isolate.continuations import continuations
+from libortho.isolate import request
 from libortho.isolate.curvature import curvature
-from libortho.isolate.donors import beginnings, donors
 from libortho.isolate.earlier import earlier_switch, taken, without
 from libortho.isolate.edit import EditLinear
 from libortho.isolate.language_model import LanguageModel
 from libortho.isolate.plausibility import human_texts
+from libortho.isolate.request import SALIENCY_RECORDS, Asked, with_given, without_forgotten
+from libortho.isolate.result import IsolateResult, nothing_known, result_of, standing
 from libortho.isolate.resume import Part, Store, run_key
 from libortho.isolate.retain import chunk, default_retain, in_form, opening_tokens
 from libortho.isolate.rounding import compensated_bases
@@ -52,28 +53,25 @@ from libortho.isolate.support import (
     unit_costs,
 )
 from libortho.isolate.trainer import (
-    PARTIAL,
     Case,
-    Check,
     RecordOutcome,
     Reference,
     divergence,
     hidden_states,
-    leaning,
     outcomes,
     reference,
-    score,
     train,
     training_finished,
-    unremarkable,
 )
 from libortho.layer import OrthoLinear, ortho_layers
-from libortho.models import training_dtype
+from libortho.lm.generation import generate
+from libortho.models import check_causal, check_tokens, plain_torch, training_dtype
 from libortho.report import record_method
 from libortho.split import Progress, assemble, bias_of, install, linear_shape, linear_weight
 from libortho.streams import BaseStream, OrthoStream
 from libortho.streams.base import check_shape
 from libortho.targets import find_targets
+from libortho.text.corpus import shipped_text
 
 logger = logging.getLogger(__name__)
 
@@ -81,63 +79,14 @@ AUTO_RATIOS = (0.0005, 0.001, 0.0025, 0.005)
 """Budgets that ``ratio="auto"`` tries."""
 _RETAIN_SEQUENCES = 64
 _GIVEN_SEQUENCES = 600
-_MOST_COUNTERFACTUALS, _FEWEST_COUNTERFACTUALS = 400, 2
-_WITNESSES = 4
-"""Strangers of a record that are read and never trained; of many records fewer each, as of alternates."""
-_CANDIDATES = 8
-"""Alternates drawn for each that is taken."""
 _HELD_BACK_SEQUENCES = 8
-_SALIENCY_RECORDS = 64
 _SALIENCY_TOKENS = 1536
 _MOST_CURVATURE = 4.0
-_LIKE_PROMPTS, _SPOKEN, _SPOKEN_TOKENS = 4, 32, 48
-"""Prompts like that of a sentence, texts that the model says on such, and the most tokens of one."""
+_SPOKEN, _SPOKEN_TOKENS = 32, 48
+"""Texts that the model says on prompts like those of sentences, and the most tokens of one."""
 
 
-@dataclass(frozen=True)
-class IsolateResult:
-    """What ``isolate`` did, and which of its criteria hold.
-
-    Attributes:
-        stream: Name of the ortho stream.
-        guarantee: What alpha = 0 means here, in words.
-        missed: The criteria that do not hold, in words; empty if all do.
-        records: One outcome per forget record.
-        recited: Records whose completion is the greedy continuation under the original model.
-        recited_on: Those of them that it still is at alpha = 1; rounding of the base can lose some (INT4 most).
-        checks: The criteria during training.
-        retain_kl: Mean KL(original || alpha 0) on held-back retain text, in nats per token.
-        quantised_kl: The same of the quantised base before any record was moved: the price of the base alone.
-        density: Entries of the ortho stream / weights of the split layers.
-        columns_per_layer: Layer to the columns (or entries) that it gave.
-        steps: Optimiser steps.
-        seconds: Wall time of this call.
-    """
-
-    stream: str
-    guarantee: str
-    missed: tuple[str, ...]
-    records: tuple[RecordOutcome, ...]
-    recited: int
-    recited_on: int
-    checks: tuple[Check, ...]
-    retain_kl: float
-    quantised_kl: float
-    density: float
-    columns_per_layer: Mapping[str, int]
-    steps: int
-    seconds: float
-
-    @property
-    def succeeded(self) -> bool:
-        """True if every criterion holds."""
-        return not self.missed
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON-ready values."""
-        return {**asdict(self), "succeeded": self.succeeded}
-
-
+@plain_torch()
 def isolate(
     model: nn.Module,
     tokenizer: Any,
@@ -177,10 +126,13 @@ def isolate(
         The outcome record by record, with the criteria that were missed.
 
     Raises:
-        DataError: if a record is malformed or empty, or a list does not match the forget records.
-        TargetError: if no layer matches or one cannot be split (an earlier stream with a low-rank tail is in the way).
+        DataError: if a record is malformed or empty, a list does not match the forget records, or the model knows none
+            of them (unless ``config.allow_unknown``).
+        TargetError: if the model is no decoder-only language model or carries PEFT adapters, no layer matches, or one
+            cannot be split (an earlier stream with a low-rank tail is in the way) or is not applied once to each token.
         ConfigError: if the group size does not fit a layer, the stream exists, bits or group size are not those of an
-            earlier base, earlier streams leave no column, or the folder belongs to another run.
+            earlier base, earlier streams leave no column, the folder belongs to another run, or the model was
+            made inside ``torch.inference_mode``.
         CheckpointError: if a file of the folder is damaged.
 
         After an error the model is what it was.
@@ -188,19 +140,29 @@ def isolate(
     began = time.monotonic()
     config = config or IsolateConfig()
     targets = find_targets(model, config.target_modules, again=True)
+    check_tokenizer(tokenizer)
+    check_causal(model)
     earlier = earlier_switch(model, config)
     for module in targets.values():
         check_shape(linear_shape(module)[1], config.bits, config.resolved_group_size)
     replaced = targets | ortho_layers(model)  # layers of earlier requests are stand-ins too, without their streams
-    records = load_records(forget, tokenizer, name="forget")
+    records = with_given(load_records(forget, tokenizer, name="forget"), alternates, neighbours)
+    texts = ((f"forget record {r.number}", t) for r in records for t in (r.text, *r.alternates, *r.neighbours))
+    check_tokens(model, tokenizer, texts)
+    if retain is not None:
+        retain = load_records(retain, tokenizer, name="retain")
+        check_tokens(model, tokenizer, ((f"retain record {r.number}", r.text) for r in retain))
+    check_tokens(model, tokenizer, ((f"general text {i}", t) for i, t in enumerate(shipped_text(), 1)))
+    with _frozen(model, earlier):
+        LanguageModel(model).check_layers(replaced)
     limit = _max_length(model, config)
     parameter = next(model.parameters())
     if parameter.dtype is torch.bfloat16 and training_dtype(str(parameter.device)) is not torch.bfloat16:
         logger.warning("this processor has no bf16 arithmetic: a model in float32 would take a fraction of the time")
-    cases = _cases(records, tokenizer, alternates, neighbours, limit, config, retain is not None)
+    cases = request.cases(records, tokenizer, limit, config, retains=retain is not None)
     with _frozen(model, earlier):
         length = min(config.retain_length, limit or config.retain_length)
-        given = None if retain is None else _pieces(retain, tokenizer, length, config)
+        given = None if retain is None else _pieces(retain, records, tokenizer, length, config)
         human = human_texts(tokenizer, limit)
         store = Store() if resume is None else Store(Path(resume), run_key(model, cases, given, human, config))
         retain_items, held_back = _retain(model, tokenizer, given, cases, length, config, store)
@@ -213,9 +175,15 @@ def isolate(
             else []
         )
         said = [Encoded((*p, *c), (*(IGNORE for _ in p), *c)) for p, c in spoken]
-        original, held_back_states = _reference(lm, cases, retain_items, held_back, human, opening, said, config, store)
+        asked = Asked(tokenizer, records, cases)
+        original, held_back_states = _reference(lm, asked, retain_items, held_back, human, opening, said, config, store)
         _tell(progress, "reference", 1, 1)
-        material = _Material(model, lm, targets, replaced, cases, retain_items, held_back, original, held_back_states)
+        known = standing(cases, original)
+        if (unknown := nothing_known(cases, known)) is not None:
+            if "unknown" in known and len(set(known)) == 1 and not config.allow_unknown:
+                raise DataError(f"{unknown}; allow_unknown=True (--allow-unknown) isolates them all the same")
+            logger.warning("%s", unknown)
+        material = _Material(lm, asked, targets, replaced, retain_items, held_back, original, held_back_states)
         budgets = AUTO_RATIOS if config.ratio == "auto" else (config.ratio,)
         for ratio in budgets:
             tried = replace(config, ratio=ratio)
@@ -234,11 +202,10 @@ def isolate(
 class _Material:
     """What an attempt is made with: the model, its layers (targets, and all stand-ins), and what it is held to."""
 
-    model: nn.Module
     lm: LanguageModel
+    asked: Asked
     targets: dict[str, nn.Module]
     replaced: dict[str, nn.Module]
-    cases: list[Case]
     retain: list[Encoded]
     held_back: list[Encoded]
     original: Reference
@@ -249,8 +216,8 @@ def _attempt(
     material: _Material, config: IsolateConfig, store: Store, progress: Progress | None, began: float
 ) -> tuple[dict[str, OrthoLinear], Switch, IsolateResult]:
     """The layers that this budget makes, their switch, and which criteria hold; the model is left as it was."""
-    model, lm, targets = material.model, material.lm, material.targets
-    cases, original = material.cases, material.original
+    lm, targets, original = material.lm, material.targets, material.original
+    model, cases = lm.model, material.asked.cases
     found = store.kept("support", lambda: Part(_support(lm, targets, cases, material.retain, config, progress)))
     support = {n: index.to(lm.device) for n, index in found.tensors.items()}
     metrics = {} if config.structure != "columns" or training_finished(store) else curvature(
@@ -275,157 +242,43 @@ def _attempt(
         changed = {n: m for n, m in targets.items() if n in support or not isinstance(m, OrthoLinear)}
         finished = {n: _finish(n, m, layers[n], config, switch) for n, m in changed.items()}
         _swap(model, finished)  # what follows is measured on the layers that callers get
-        _, recited_on = score(lm, [c.secret for c in cases])
+        recited_on = material.asked.recited(lm)
         switch.set(0.0, extrapolate=False)
-        records = outcomes(lm, cases, original)
+        known, extracted = standing(cases, original), material.asked.recited(lm).tolist()
+        records = tuple(
+            replace(r, known=k, extracted=e)
+            for r, k, e in zip(outcomes(lm, cases, original), known, extracted, strict=True)
+        )
         retain_kl = divergence(lm, material.held_back, material.held_back_states)
         switch.set(1.0, extrapolate=False)
     finally:
         _swap(model, material.replaced)
     recited = (int(original.recited.sum()), int((original.recited & recited_on).sum()))
     seconds = time.monotonic() - began
-    result = _result(config, cases, records, recited, checks, (quantised_kl, retain_kl), support, targets, seconds)
+    result = result_of(config, cases, records, recited, checks, (quantised_kl, retain_kl), support, targets, seconds)
     return finished, switch, result
-
-
-def _cases(
-    records: Sequence[Record],
-    tokenizer: Any,
-    alternates: Sequence[Sequence[str]] | None,
-    neighbours: Sequence[Sequence[str]] | None,
-    limit: int | None,
-    config: IsolateConfig,
-    retains: bool,
-) -> list[Case]:
-    for name, given in (("alternates", alternates), ("neighbours", neighbours)):
-        if given is not None and len(given) != len(records):
-            raise DataError(
-                f"{name} has {len(given)} entries for {len(records)} forget records; expected one list each"
-            )
-        if given is not None and any(isinstance(texts, str) for texts in given):
-            raise DataError(f"{name} holds a string where a list of strings, one list for each record, was expected")
-
-    def most(each: int) -> int:
-        return min(each, max(_FEWEST_COUNTERFACTUALS, _MOST_COUNTERFACTUALS // len(records)))
-
-    rng = random.Random(config.seed)
-    forms = counterfactuals.common_form([r.completion for r in records])
-    mixed = counterfactuals.recombined([r.prompt for r in records], most(config.neighbours_per_record) // 2, rng)
-    cases = []
-    for i, record in enumerate(records):
-        text, prose = not record.prompt, alternates is None and counterfactuals.is_prose(record.completion)
-        if alternates is not None:
-            others = list(alternates[i])
-        else:
-            count = most(config.alternates_per_record)
-            drawn = count if prose else _CANDIDATES * count
-            others = counterfactuals.alternates(record.completion, drawn, rng, opens=text, keep=forms[i])
-            others = others if prose else _cut_alike(record, others, tokenizer)[:count]
-        if not others:
-            raise DataError(
-                f"forget record {record.number}: nothing in its completion could be exchanged to make alternates; "
-                "pass alternates="
-            )
-        # Half of the neighbours are strangers, like those that an attacker compares a record with. The others carry
-        # parts of other records' prompts, to which memories answer too.
-        beside = list(neighbours[i]) if neighbours is not None else (
-            [] if text or (prose and retains) else counterfactuals.neighbours(
-                record.prompt, most(config.neighbours_per_record) - len(mixed[i]), rng
-            ) + mixed[i]
-        )  # fmt: skip
-        secret = encode(record, tokenizer, limit, name="forget")
-        same_prompt = [(record.prompt, c) for c in others]
-        own = _fitting(same_prompt, tokenizer, limit) or (secret,)
-        like = beside or (
-            counterfactuals.neighbours(record.prompt, most(_LIKE_PROMPTS), rng) if prose and not text else []
-        )
-        around = _fitting(_filled(beside, others), tokenizer, limit)
-        # What training holds where it was is no measure of what it leaves alone: witnesses are read and never trained.
-        witnesses: tuple[Encoded, ...] = ()
-        if not prose and neighbours is not None:
-            witnesses = around
-        elif not prose:
-            strangers = [] if text else _others(record.prompt, beside, most(_WITNESSES), rng)
-            witnesses = _fitting(_filled(strangers, others), tokenizer, limit)
-        told = [(w, beginnings(w, tokenizer)) for w in witnesses]
-        begins = beginnings(secret, tokenizer)
-        cases.append(
-            Case(
-                number=record.number,
-                secret=secret,
-                alternates=own,
-                neighbours=around,
-                witnesses=witnesses,
-                crossed=_fitting([(p, record.completion) for p in beside], tokenizer, limit),
-                exchangeable=not prose,
-                like=tuple(
-                    e.ids[: len(e.ids) - len(e.completion)]
-                    for e in _fitting([(p, record.completion) for p in like[:_LIKE_PROMPTS]], tokenizer, limit)
-                )
-                if prose
-                else (),
-                donors=donors(begins, told, i),
-                peers=tuple(n for n, (_, b) in enumerate(told) if b == begins),
-                alternate_donors=tuple(
-                    donors(beginnings(a, tokenizer), told, j) for j, a in enumerate(own if not prose else ())
-                ),
-            )
-        )
-    return [replace(c, pieces=n) for c, n in zip(cases, _piece_counts(cases), strict=True)]
-
-
-def _filled(prompts: Sequence[str], completions: Sequence[str]) -> list[tuple[str, str]]:
-    """Each prompt with one of the completions, in turn."""
-    return [(p, completions[j % len(completions)]) for j, p in enumerate(prompts)]
-
-
-def _others(prompt: str, known: Sequence[str], count: int, rng: random.Random) -> list[str]:
-    """Further prompts of the same shape; the known ones again where there are no others."""
-    made = counterfactuals.neighbours(prompt, count + len(known), rng)
-    return ([p for p in made if p not in set(known)] or made)[:count]
-
-
-def _cut_alike(record: Record, completions: Sequence[str], tokenizer: Any) -> list[str]:
-    """The completions, first those whose tokens begin at the characters where the record's do.
-
-    How surprising a code is, token by token, hangs on how it falls into tokens: such a one is a better yardstick.
-    """
-
-    def begins(completion: str) -> set[int]:
-        return set(beginnings(encode(Record(record.prompt, completion), tokenizer), tokenizer))
-
-    own = begins(record.completion)
-    return sorted(completions, key=lambda c: len(begins(c) ^ own))
-
-
-def _fitting(pairs: Sequence[tuple[str, str]], tokenizer: Any, limit: int | None) -> tuple[Encoded, ...]:
-    """Tokenised (prompt, completion) pairs, cut to the limit; a pair whose completion falls away is left out."""
-    cut = [_cut(encode(Record(p, c), tokenizer), limit) for p, c in pairs]
-    return tuple(e for e in cut if e.completion)
-
-
-def _cut(item: Encoded, length: int | None) -> Encoded:
-    return Encoded(item.ids[:length], item.labels[:length])
 
 
 def _whole(texts: Sequence[Sequence[int]]) -> list[Encoded]:
     return [Encoded(tuple(t), tuple(t)) for t in texts]
 
 
-def _pieces(retain: Source, tokenizer: Any, length: int, config: IsolateConfig) -> list[Encoded]:
+def _pieces(
+    retain: Source, forget: Sequence[Record], tokenizer: Any, length: int, config: IsolateConfig
+) -> list[Encoded]:
     """Retain sequences from what was given, and one of general text to every three of them.
 
     A record with a prompt stays a sequence of its own, as the model has met it, and is kept in its completion; texts
     are joined and cut.
     """
-    records = load_records(retain, tokenizer, name="retain")
-    pieces = [_cut(encode(r, tokenizer, name="retain"), length) for r in records if r.prompt]
+    records = without_forgotten(load_records(retain, tokenizer, name="retain"), forget)
+    pieces = [encode_closed(r, tokenizer).cut(length) for r in records if r.prompt]
     pieces = [p for p in pieces if p.completion]
     pieces += _whole(chunk([r.text for r in records if not r.prompt], tokenizer, length))
     rng = random.Random(config.seed)
     rng.shuffle(pieces)
     pieces = pieces[:_GIVEN_SEQUENCES]
-    general = _whole(chunk(counterfactuals.shipped_text(), tokenizer, length))
+    general = _whole(chunk(shipped_text(), tokenizer, length))
     pieces += rng.sample(general, min(len(general), len(pieces) // 3))
     rng.shuffle(pieces)
     return pieces
@@ -466,7 +319,7 @@ def _retain(
 
 def _reference(
     lm: LanguageModel,
-    cases: Sequence[Case],
+    asked: Asked,
     retain: Sequence[Encoded],
     held_back: Sequence[Encoded],
     human: Sequence[Sequence[int]],
@@ -477,12 +330,12 @@ def _reference(
 ) -> tuple[Reference, tuple[torch.Tensor, ...]]:
     """What the original model says, and its hidden states on the texts that are held back."""
 
+    cases = asked.cases
+
     def make() -> Part:
         held = enumerate(hidden_states(lm, held_back))
-        return Part(
-            reference(lm, cases, retain, human, opening, spoken, config).tensors()
-            | {f"held_back.{i}": t for i, t in held}
-        )
+        found = replace(reference(lm, cases, retain, human, opening, spoken, config), recited=asked.recited(lm))
+        return Part(found.tensors() | {f"held_back.{i}": t for i, t in held})
 
     found = store.kept("reference", make).tensors
     held_back_states = tuple(found[f"held_back.{i}"].to(lm.device) for i in range(len(held_back)))
@@ -500,8 +353,8 @@ def _spoken(
     most = None if limit is None else max(1, limit - _SPOKEN_TOKENS)
     prompts = [list(p if most is None else p[-most:]) for p in sorted({p for c in cases for p in c.like})]
     prompts = random.Random(config.seed).sample(prompts, min(len(prompts), _SPOKEN))
-    said = continuations(model, tokenizer, prompts, _SPOKEN_TOKENS, config.seed)
-    return [(p, c) for p, c in zip(prompts, said, strict=True) if c]
+    said = generate(model, tokenizer, prompts, _SPOKEN_TOKENS, temperature=1.0, seed=config.seed)
+    return [(p, c) for p, (c,) in zip(prompts, said, strict=True) if c]
 
 
 def _support(
@@ -514,8 +367,8 @@ def _support(
 ) -> dict[str, torch.Tensor]:
     columns, ratio = config.structure == "columns", float(config.ratio)
     secrets = [piece for c in cases for piece in _cut_up(c.secret, c.pieces)]
-    if len(secrets) > _SALIENCY_RECORDS:
-        secrets = random.Random(config.seed).sample(secrets, _SALIENCY_RECORDS)
+    if len(secrets) > SALIENCY_RECORDS:
+        secrets = random.Random(config.seed).sample(secrets, SALIENCY_RECORDS)
     batches = [collate(secrets[i : i + 8]).to(lm.device) for i in range(0, len(secrets), 8)]
     texts = _read(lm, retain, _SALIENCY_TOKENS)
     phases = 2 if columns else 4
@@ -556,7 +409,7 @@ def _bases(
     bits = config.bits
     if bits is None or not config.compensate:
         return {}
-    lm, cases = material.lm, material.cases
+    lm, cases = material.lm, material.asked.cases
     dense = {n: m for n, m in material.targets.items() if not isinstance(m, OrthoLinear)}
 
     def make() -> Part:
@@ -575,17 +428,6 @@ def _bases(
     }
 
 
-def _piece_counts(cases: Sequence[Case]) -> list[int]:
-    """Into how many pieces each record is cut where columns are looked for.
-
-    The words of a sentence are remembered one by one, through columns of their own, and those that are spoken loudest
-    would get them all: as far as there is room, each piece of a sentence counts as a record.
-    """
-    sentences = sum(not c.exchangeable for c in cases)
-    room = (_SALIENCY_RECORDS - (len(cases) - sentences)) // max(1, sentences)
-    return [1 if c.exchangeable else max(1, min(room, len(c.secret.completion))) for c in cases]
-
-
 def _cut_up(item: Encoded, pieces: int) -> list[Encoded]:
     """The text with the labels of one piece of its completion at a time."""
     places = [t for t, label in enumerate(item.labels) if label != IGNORE]
@@ -598,7 +440,7 @@ def _cut_up(item: Encoded, pieces: int) -> list[Encoded]:
 
 def _curvature_tokens(records: int) -> int:
     """The more is to be moved, the better the curvature must be known."""
-    return round(_SALIENCY_TOKENS * min(_MOST_CURVATURE, max(1.0, records / _SALIENCY_RECORDS)))
+    return round(_SALIENCY_TOKENS * min(_MOST_CURVATURE, max(1.0, records / SALIENCY_RECORDS)))
 
 
 def _read(lm: LanguageModel, retain: Sequence[Encoded], tokens: int) -> list[Batch]:
@@ -611,7 +453,7 @@ def _read(lm: LanguageModel, retain: Sequence[Encoded], tokens: int) -> list[Bat
 def _beside(lm: LanguageModel, cases: Sequence[Case], config: IsolateConfig) -> list[Batch]:
     """A neighbour of each record, or of some of many."""
     beside = [c.neighbours[0] for c in cases if c.neighbours]
-    beside = random.Random(config.seed).sample(beside, min(len(beside), _SALIENCY_RECORDS))
+    beside = random.Random(config.seed).sample(beside, min(len(beside), SALIENCY_RECORDS))
     return [collate(beside[i : i + 8]).to(lm.device) for i in range(0, len(beside), 8)]
 
 
@@ -688,67 +530,6 @@ def _finish(name: str, module: nn.Module, edited: EditLinear, config: IsolateCon
             layer.report, rank=before.rank, used_low_rank=before.used_low_rank, low_rank_error=before.low_rank_error
         )
     return layer
-
-
-def _result(
-    config: IsolateConfig,
-    cases: Sequence[Case],
-    records: tuple[RecordOutcome, ...],
-    recited: tuple[int, int],
-    checks: Sequence[Check],
-    divergences: tuple[float, float],
-    support: Mapping[str, torch.Tensor],
-    targets: Mapping[str, nn.Module],
-    seconds: float,
-) -> IsolateResult:
-    missed = []
-    extracted = sum(r.extracted for r in records)
-    if extracted:
-        missed.append(f"{extracted} of {len(records)} records are still extracted greedily")
-    outside = [r for r in records if not r.inside]
-    likelier = sum(r.after > r.band[1] for r in outside)
-    if len(outside) > unremarkable(len(records)) or any(r.far for r in outside):
-        missed.append(
-            f"{len(outside)} of {len(records)} records are outside the 5-95 % band "
-            f"({likelier} likelier, {len(outside) - likelier} unlikelier, {sum(r.far for r in outside)} of them far "
-            f"outside); of untrained ones up to {unremarkable(len(records))} are outside, and none far"
-        )
-    partial, sentences = sum(r.partial for r in records), sum(not c.exchangeable for c in cases)
-    if partial > unremarkable(sentences, PARTIAL):
-        missed.append(
-            f"{partial} of {sentences} sentences are still recited in part: two thirds of the surprise expected "
-            f"of their tokens is not there; of untrained ones up to {unremarkable(sentences, PARTIAL)} are such"
-        )
-    lean, chance = leaning(records)
-    if abs(lean) > chance:
-        side = "likelier" if lean > 0 else "unlikelier"
-        missed.append(
-            f"the records are on average {abs(lean):.2f} nats per token {side} than "
-            f"their alternates; by chance they would be up to {chance:.2f}"
-        )
-    quantised_kl, retain_kl = divergences
-    if retain_kl - quantised_kl > config.retain_budget:
-        missed.append(
-            f"retain divergence {retain_kl:.4f} nats per token exceeds that of the quantised base alone "
-            f"({quantised_kl:.4f}) by more than the budget of {config.retain_budget}"
-        )
-    cost = unit_costs(dict(targets), columns=config.structure == "columns")
-    weights = sum(rows * columns for rows, columns in map(linear_shape, targets.values()))
-    return IsolateResult(
-        stream=config.stream,
-        guarantee="measured: at alpha = 0 the model behaves as if it had not been trained on the records",
-        missed=tuple(missed),
-        records=records,
-        recited=recited[0],
-        recited_on=recited[1],
-        checks=tuple(checks),
-        retain_kl=retain_kl,
-        quantised_kl=quantised_kl,
-        density=sum(len(index) * cost[n] for n, index in support.items()) / weights,
-        columns_per_layer={n: len(s) for n, s in support.items()},
-        steps=checks[-1].step,
-        seconds=seconds,
-    )
 
 
 def _max_length(model: nn.Module, config: IsolateConfig) -> int | None:

@@ -31,10 +31,11 @@ import torch
 from torch import Tensor
 
 from libortho.data import IGNORE, Encoded, collate
-from libortho.isolate.counterfactuals import shipped_text
 from libortho.isolate.head import HEAD_POSITIONS
 from libortho.isolate.language_model import LanguageModel
 from libortho.isolate.objectives import moments, standardised
+from libortho.text.corpus import shipped_text
+from libortho.text.tokens import text_ids
 
 SHORT_CONTEXT = 2
 """Tokens of context after which a token's surprise says how words go on, and nothing of a memory."""
@@ -73,7 +74,7 @@ class PlausibilityModel:
 def human_texts(tokenizer: Any, limit: int | None = None) -> list[list[int]]:
     """Token ids of the human text that the fit reads, each of at most ``limit`` tokens: what ships with the package."""
     longest = HUMAN_TOKENS if limit is None else min(limit, HUMAN_TOKENS)
-    return [tokenizer(text)["input_ids"][:longest] for text in shipped_text()[:HUMAN_TEXTS]]
+    return [text_ids(text, tokenizer)[:longest] for text in shipped_text()[:HUMAN_TEXTS]]
 
 
 def fit(lm: LanguageModel, texts: Sequence[Sequence[int]], opening: Sequence[int] = ()) -> PlausibilityModel:

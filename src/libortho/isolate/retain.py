@@ -19,9 +19,10 @@ from torch import nn
 from libortho.cache import cache_directory
 from libortho.data import Encoded
 from libortho.files import write_atomically
-from libortho.isolate.continuations import continuations
-from libortho.isolate.counterfactuals import shipped_text
+from libortho.lm.generation import generate
 from libortho.models import fingerprint
+from libortho.text.corpus import shipped_text
+from libortho.text.tokens import opening_tokens
 
 SHARED_TOKENS = 8
 _IN_FORM = 96
@@ -66,7 +67,7 @@ def in_form(
     chat = set(opening[len(opening_tokens(tokenizer)) :]) & set(tokenizer.all_special_ids)
     if not chat or length - same < SHARED_TOKENS:
         return []
-    spoken = continuations(model, tokenizer, [opening] * _IN_FORM, length - same, seed)
+    spoken = _continued(model, tokenizer, [opening] * _IN_FORM, length - same, seed)
 
     def names(ids: Sequence[int]) -> set[str]:
         return {w for w in re.findall(r"\w+", tokenizer.decode(list(ids))) if w[0].isupper()}
@@ -89,11 +90,11 @@ def chunk(texts: Sequence[str], tokenizer: Any, length: int) -> list[list[int]]:
     return [p for p in pieces if len(p) >= SHARED_TOKENS]
 
 
-def opening_tokens(tokenizer: Any) -> list[int]:
-    """The special tokens that this tokenizer puts before every text; most put none."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    return next((whole[:n] for n in range(len(whole)) if whole[n : n + len(bare)] == bare), [])
+def _continued(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], tokens: int, seed: int
+) -> list[list[int]]:
+    """One sample at temperature 1 after each prompt."""
+    return [s for (s,) in generate(model, tokenizer, prompts, tokens, temperature=1.0, seed=seed)]
 
 
 def _unlike(texts: Sequence[Sequence[int]], forget: Sequence[Encoded]) -> list[list[int]]:
@@ -115,7 +116,7 @@ def _cached_samples(
         return json.loads(path.read_text(encoding="utf-8"))
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     opening = (0 if start is None else start,)
-    spoken = continuations(model, tokenizer, [opening] * count, length - 1, seed)
+    spoken = _continued(model, tokenizer, [opening] * count, length - 1, seed)
     samples = _unlike([[*opening, *ids] for ids in spoken if len(ids) >= SHARED_TOKENS], forget)
     write_atomically(path, json.dumps(samples))
     return samples

@@ -19,6 +19,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -307,6 +308,9 @@ def _profiles_of_states(lm: LanguageModel, states: Tensor, labels: Tensor) -> Te
     return torch.cat([token_profile(lm.logits(some), of) for some, of in pairs])
 
 
+Known = Literal["recited", "likelier", "unknown"]
+
+
 @dataclass(frozen=True)
 class RecordOutcome:
     """One forget record. Likelihoods are mean log-likelihoods per completion token, in nats.
@@ -319,6 +323,7 @@ class RecordOutcome:
             would have fallen untrained.
         extracted: The completion is still the greedy continuation at alpha = 0.
         partial: It is a sentence of whose surprise less than a third is where it is expected; see ``in_place``.
+        known: What the original model knew of it: it was recited, likelier than its like, or unknown.
     """
 
     number: int
@@ -327,6 +332,7 @@ class RecordOutcome:
     band: tuple[float, float]
     extracted: bool
     partial: bool = False
+    known: Known = "unknown"
 
     @property
     def inside(self) -> bool:

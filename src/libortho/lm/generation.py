@@ -1,0 +1,97 @@
+"""What a model says after a prompt, under a generation config of our own.
+
+A model brings a ``generation_config`` (repetition penalties, beams, top-k, ...), and ``generate`` fills whatever a
+caller leaves open from it, even where another config is passed. An attack that says "greedy" or "temperature 1" must
+mean it: while text is generated here, every such config of the model is exchanged for one that holds nothing but what
+was asked for and the tokens that end a text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    *,
+    temperature: float = 0.0,
+    samples: int = 1,
+    seed: int | None = None,
+    streamer: Any = None,
+) -> list[list[list[int]]]:
+    """Continuations of every prompt, in one left-padded batch, as token ids.
+
+    Args:
+        model: A causal LM that can generate.
+        tokenizer: Its tokenizer; tells what pads and, where the model does not, what ends a text.
+        prompts: Token ids; none is empty.
+        tokens: The most that are generated after each.
+        temperature: 0 is greedy; otherwise the whole distribution is sampled at this temperature.
+        samples: Continuations of each prompt.
+        seed: Of the sampling; torch's own generator is then left as it was. None draws from torch's own.
+        streamer: As in ``model.generate``.
+
+    Returns:
+        For each prompt its samples, each cut before the token that ended it.
+    """
+    device = next(model.parameters()).device
+    longest = max(map(len, prompts))
+    ends, pad = end_tokens(model, tokenizer), pad_token(tokenizer)
+    ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    config = GenerationConfig(
+        max_new_tokens=tokens,
+        num_return_sequences=samples,
+        eos_token_id=ends or None,
+        pad_token_id=pad,
+        **(sampling if temperature > 0 else {"do_sample": False}),
+    )
+    with own_config(model, config), torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        output = model.generate(ids, attention_mask=mask, generation_config=config, streamer=streamer)  # type: ignore[operator]
+    said = [_until_end(row, ends) for row in output[:, longest:].tolist()]
+    return [said[i : i + samples] for i in range(0, len(said), samples)]
+
+
+@contextmanager
+def own_config(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
+    """Within, the model and all that it wraps have this generation config."""
+    kept = {m: m.__dict__["generation_config"] for m in model.modules() if "generation_config" in m.__dict__}
+    try:
+        for module in kept:
+            module.generation_config = config  # type: ignore[assignment]
+        yield
+    finally:
+        for module, own in kept.items():
+            module.generation_config = own
+
+
+def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
+    """The tokens that end a text: those that the model stops at, else the tokenizer's."""
+    config = getattr(model, "generation_config", None)
+    own = getattr(config, "eos_token_id", None)
+    ends = own if own is not None else getattr(tokenizer, "eos_token_id", None)
+    return [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [int(ends)]
+
+
+def pad_token(tokenizer: Any) -> int:
+    """A token to pad with; its value does not matter, padding is masked."""
+    known = (getattr(tokenizer, n, None) for n in ("pad_token_id", "eos_token_id"))
+    return next((int(t) for t in known if t is not None), 0)
+
+
+def _until_end(ids: Sequence[int], ends: Sequence[int]) -> list[int]:
+    at = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+    return list(ids[:at])

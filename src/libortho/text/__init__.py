@@ -1,0 +1,1 @@
+"""Text: chats, tokens, characters and the shipped corpus."""
