@@ -85,6 +85,16 @@ def _targets(names: list[str] | None) -> dict[str, Any]:
     return {} if not names else {"target_modules": names[0] if len(names) == 1 else tuple(names)}
 
 
+def _check_saveable(net: Any, config: SplitConfig | IsolateConfig, out: Path) -> None:
+    """Refuse now what ``save`` would refuse when all the work is done."""
+    from libortho.checkpoint import check_room, check_saveable
+    from libortho.layer import ortho_layers
+    from libortho.targets import find_targets
+
+    layers = find_targets(net, config.target_modules, again=True) | dict(ortho_layers(net))
+    check_room(out, check_saveable(net, layers, config.bits))
+
+
 def _emit(data: dict[str, Any]) -> None:
     typer.echo(json.dumps(data, indent=2, default=str))
 
@@ -145,8 +155,8 @@ def split(
     as_json: Json = False,
 ) -> None:
     """Split a model by its weights alone: compression with a dial. It does not forget."""
-    from libortho.checkpoint import save
-    from libortho.models import load_model
+    from libortho.checkpoint import check_destination, save
+    from libortho.models import load_model, refuse_checkpoint
     from libortho.report import layer_report
     from libortho.split import split as split_model
 
@@ -156,7 +166,10 @@ def split(
         **_targets(target_modules),
     )  # fmt: skip
     config = SplitConfig(**own)
+    refuse_checkpoint(model)
+    check_destination(out, [config.stream])
     net, tokenizer = load_model(model, _dtype(dtype), _device(device))
+    _check_saveable(net, config, out)
     with _progress() as tell:
         split_model(net, config, progress=tell)
         tell("save", 0, 1)
@@ -190,6 +203,9 @@ def isolate(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
     ] = False,
+    allow_unknown: Annotated[
+        bool, typer.Option("--allow-unknown", help="Go on where the model knows none of the records.")
+    ] = False,
     others: Annotated[
         list[str] | None,
         typer.Option(
@@ -208,17 +224,21 @@ def isolate(
 
     A checkpoint is isolated further: give another --stream, and the bits and group size that it has.
     """
-    from libortho.checkpoint import is_checkpoint, load, save
+    from libortho.checkpoint import check_destination, is_checkpoint, load, save, stream_names
+    from libortho.files import check_resume
     from libortho.isolate import isolate as isolate_records
     from libortho.models import load_model
 
     own: dict[str, Any] = {  # validated by the config itself
         "ratio": _share("--ratio", ratio), "bits": _bits(bits), "group_size": group_size, "structure": structure,
         "objective": objective, "max_steps": max_steps, "stream": stream, "seed": seed,
-        "gradient_checkpointing": gradient_checkpointing,
+        "gradient_checkpointing": gradient_checkpointing, "allow_unknown": allow_unknown,
         "target_modules": IsolateConfig.target_modules, **_targets(target_modules),
     }  # fmt: skip
     config = IsolateConfig(**own, **_others(others, own))
+    earlier = stream_names(Path(model)) if is_checkpoint(model) else []
+    check_destination(out, [*earlier, config.stream])
+    check_resume(resume, "--resume", out)
     net: Any
     if is_checkpoint(model):
         if dtype != "auto":
@@ -228,6 +248,7 @@ def isolate(
             raise CheckpointError(f"{model} holds no tokenizer; save the model together with its own")
     else:
         net, tokenizer = load_model(model, _dtype(dtype), _device(device))
+    _check_saveable(net, config, out)
     with _progress() as tell:
         result = isolate_records(net, tokenizer, forget, retain, config=config, resume=resume, progress=tell)
         tell("save", 0, 1)
@@ -274,10 +295,21 @@ def audit(
     """Is it really gone, and is the rest unharmed? Exit code 3 if a verdict is "fail"."""
     from libortho.audit import audit as audit_model
     from libortho.checkpoint import is_checkpoint, load
-    from libortho.models import load_model
+    from libortho.extras import require
+    from libortho.files import check_report, check_resume
+    from libortho.models import load_model, refuse_checkpoint
 
+    require("audit", "audit")
     config = AuditConfig(profile=profile, samples=samples, seed=seed, reveal=reveal)  # type: ignore[arg-type]
     where, kind = _device(device), _dtype(dtype)
+    check_report(out, "--out")
+    check_report(html, "--html")
+    if out is not None and html is not None and out.resolve() == html.resolve():
+        raise ConfigError(f"--out and --html are both {out}; expected two files")
+    check_resume(resume, "--resume")
+    for option, path in (("--reference", reference), ("--original", original)):
+        if path is not None:
+            refuse_checkpoint(path, option)
     net: Any
     if is_checkpoint(model):
         net, tokenizer = load(model, device=where)
@@ -327,8 +359,8 @@ def evaluate(
     from libortho.audit.utility import harness_tasks, load_task
     from libortho.checkpoint import is_checkpoint, load
     from libortho.evaluation import Column, evaluate_columns, parse_alpha
-    from libortho.files import write_atomically
-    from libortho.models import load_model
+    from libortho.files import check_report, write_atomically
+    from libortho.models import load_model, refuse_checkpoint
 
     where, kind = _device(device), _dtype(dtype)
     if not task_file and not tasks:
@@ -336,6 +368,9 @@ def evaluate(
     split_model = is_checkpoint(model)
     if alphas and not split_model:
         raise ConfigError(f"--alpha is given, but {model} is not a checkpoint of libortho; leave --alpha out")
+    check_report(out, "--out")
+    if original is not None:
+        refuse_checkpoint(original, "--original")
     specs = {f"alpha {text}": parse_alpha(text) for text in alphas or ["1"]}
     files = [load_task(path) for path in task_file or ()]
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model that is handed to it
@@ -380,30 +415,21 @@ def generate(
     from transformers import TextStreamer
 
     from libortho.checkpoint import load
+    from libortho.lm.generation import generate as continue_prompts
+    from libortho.text.chat import has_template, question
+    from libortho.text.tokens import text_ids
 
     spec = _alpha_spec(value, stream)
     net: Any
     net, tokenizer = load(directory, device=_device(device))
-    text = prompt
-    if chat:
-        if getattr(tokenizer, "chat_template", None) is None:
-            raise ConfigError("--chat needs a tokenizer with a chat template; leave it out")
-        messages = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]
+    if chat and not has_template(tokenizer):
+        raise ConfigError("--chat needs a tokenizer with a chat template; leave it out")
+    ids = text_ids(question(prompt, tokenizer, "--chat") if chat else prompt, tokenizer, rendered=chat)
     if not ids:
         raise ConfigError("the prompt is empty; give at least one token to continue")
-    inputs = torch.tensor([ids], device=device)
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        torch.manual_seed(seed)
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    with alpha(net, spec), torch.inference_mode():
-        net.generate(
-            inputs, attention_mask=torch.ones_like(inputs), **sampling, max_new_tokens=max_new_tokens,
-            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-            pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        )  # fmt: skip
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    with alpha(net, spec):
+        continue_prompts(net, tokenizer, [ids], max_new_tokens, temperature=temperature, seed=seed, streamer=streamer)
 
 
 @app.command()
@@ -487,8 +513,12 @@ def encrypt(
     as_json: Json = False,
 ) -> None:
     """Lock a stream into one age file, for recipients, or by a passphrase (asked for)."""
+    from libortho.checkpoint import check_new_place
     from libortho.checkpoint import encrypt as encrypt_stream
+    from libortho.extras import require
 
+    require("vault", "encryption")
+    check_new_place(out)
     phrase = None if recipient and passphrase_env is None else _passphrase(passphrase_env, confirm=True)
     encrypt_stream(stream, out, recipients=recipient or None, passphrase=phrase)
     if as_json:
@@ -508,8 +538,12 @@ def decrypt(
     as_json: Json = False,
 ) -> None:
     """Unlock an age file into the folder of a stream, for attach."""
+    from libortho.checkpoint import check_new_place
     from libortho.checkpoint import decrypt as decrypt_stream
+    from libortho.extras import require
 
+    require("vault", "decryption")
+    check_new_place(out)
     phrase = None if identity and passphrase_env is None else _passphrase(passphrase_env, confirm=False)
     decrypt_stream(file, out, identities=[Path(i) for i in identity] if identity else None, passphrase=phrase)
     if as_json:
@@ -547,11 +581,13 @@ def card(
 ) -> None:
     """Write the model card, README.md, from the measured numbers in the manifests."""
     from libortho.checkpoint import model_card
-    from libortho.files import write_atomically
+    from libortho.files import check_report, write_atomically
 
-    text, path = model_card(directory, report), directory / "README.md"
+    path = directory / "README.md"
     if path.exists() and not force:
         raise CheckpointError(f"{path} exists; --force replaces it")
+    text = model_card(directory, report)
+    check_report(path, "the model card")
     write_atomically(path, text)
     if as_json:
         _emit({"out": str(path), "card": text})
@@ -611,7 +647,7 @@ def _alpha_spec(value: float | None, streams: list[str] | None) -> AlphaSpec:
 
 
 def main() -> None:
-    """Entry point: errors of this library become one line on standard error and exit code 2."""
+    """Entry point: errors of this library and of the disk become one line on standard error and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     from transformers.utils import logging as transformers_logging
 
@@ -619,7 +655,7 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     try:
         app()
-    except LibOrthoError as error:
+    except (LibOrthoError, OSError) as error:
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
         sys.exit(2)
 

@@ -26,7 +26,6 @@ from libortho.audit.statistics import Estimate, paired_difference, proportion, r
 from libortho.audit.utility import Task, TaskResult, evaluate, lm_eval_tasks
 from libortho.errors import AlphaError, ConfigError
 from libortho.isolate.language_model import LanguageModel
-from libortho.layer import ortho_layers
 
 _BOOTSTRAP = 1000
 """Resamples behind the harness's standard errors that have no formula."""
@@ -52,7 +51,7 @@ class Column:
 
     def enter(self) -> contextlib.AbstractContextManager[Any]:
         """The context in which the model is this column."""
-        return contextlib.nullcontext() if self.alpha is None else under(self.model, self.alpha)
+        return contextlib.nullcontext() if self.alpha is None else alpha(self.model, self.alpha)
 
 
 @dataclass(frozen=True)
@@ -151,20 +150,6 @@ def parse_alpha(value: Any) -> float | dict[str, float]:
     except (TypeError, ValueError):
         pass
     raise AlphaError(f"alpha is {value!r}; expected a number in [0, 1], or one for each stream such as hr=1;legal=0")
-
-
-def under(model: Any, value: float | Mapping[str, float]) -> contextlib.AbstractContextManager[Any]:
-    """:func:`libortho.alpha`, but a base without any stream (detached, or ``streams=None``) may be asked for alpha = 0.
-
-    Raises:
-        AlphaError: as that function, on entry; and if such a base is asked for anything but 0.
-    """
-    layers = ortho_layers(model)
-    if not layers or any(layer.streams for layer in layers.values()):
-        return alpha(model, value)
-    if value != 0:
-        raise AlphaError(f"alpha is {value!r}, but no ortho stream is loaded beside this base; expected 0")
-    return contextlib.nullcontext()
 
 
 def parse_streams(value: Any) -> str | list[str] | None:

@@ -57,12 +57,14 @@ def show_isolate(result: IsolateResult, console: Console) -> None:
             f"at alpha = 1: {result.recited_on} of the {result.recited} records that the model recited; the others "
             "fell to the rounding of the base (more bits keep them)",
         )
+    for warning in result.warnings:
+        note(console, f"warning: {warning}")
     for missed in result.missed:
         note(console, f"missed: {missed}")
 
 
 def show_checkpoint(info: CheckpointInfo, console: Console) -> None:
-    """Sizes of the base and of each stream."""
+    """Sizes of the base and of each stream, and the criteria that its isolation missed."""
     width = "dense" if info.bits is None else f"INT{info.bits}"
     group = "" if info.bits is None else (", per channel" if info.group_size == -1 else f", group {info.group_size}")
     note(
@@ -70,14 +72,28 @@ def show_checkpoint(info: CheckpointInfo, console: Console) -> None:
         f"{info.layers} split layers, {info.weights / 1e6:.1f} M weights, base {width}{group}: "
         f"{info.base_bytes / 1e6:.1f} MB, {info.bits_per_weight:.2f} bits per weight",
     )
-    table = Table("stream", "parts", "layers", "density", "tail", "on disk", "loads with", "base")
+    rows = [("stream", "parts", "layers", "density", "tail", "on disk", "loads with", "base", "criteria")]
     for s in info.streams:
-        table.add_row(
+        rows.append((
             s.name, " + ".join(s.kinds), str(s.layers), f"{s.density:.3%}", f"{s.tail_density:.2%}",
             f"{s.bytes_on_disk / 1e6:.2f} MB", "libortho" if s.needs_libortho else "PEFT",
-            "matches" if s.base_matches else "ANOTHER BASE",
-        )  # fmt: skip
-    console.print(table)
+            "matches" if s.base_matches else "ANOTHER BASE", _criteria(s.missed),
+        ))  # fmt: skip
+    if not info.streams:
+        note(console, "no ortho stream: this is alpha = 0")
+        return
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        console.print(Text(line), soft_wrap=True)  # no width of a terminal cuts a name
+    for s in info.streams:
+        for missed in s.missed or ():
+            console.print(Text(f"stream {s.name} missed: {missed}"), soft_wrap=True)
+
+
+def _criteria(missed: tuple[str, ...] | None) -> str:
+    """How an isolation ended; a split by weights alone has no criteria."""
+    return "-" if missed is None else f"{len(missed)} MISSED" if missed else "met"
 
 
 def show_certificate(certificate: Certificate, console: Console) -> None:

@@ -9,10 +9,12 @@ into place: a directory under its final name is complete. What is read is checke
 """
 
 from libortho.checkpoint.card import model_card
+from libortho.checkpoint.checks import check_destination, check_new_place, check_room, check_saveable
 from libortho.checkpoint.detach import Certificate, RemovedStream, attach, detach, verify_certificate
 from libortho.checkpoint.hub import push_to_hub
 from libortho.checkpoint.info import CheckpointInfo, StreamInfo, inspect
 from libortho.checkpoint.reading import is_checkpoint, load
+from libortho.checkpoint.stream_files import stream_names
 from libortho.checkpoint.vault import decrypt, encrypt
 from libortho.checkpoint.writing import save
 
@@ -22,6 +24,10 @@ __all__ = [
     "RemovedStream",
     "StreamInfo",
     "attach",
+    "check_destination",
+    "check_new_place",
+    "check_room",
+    "check_saveable",
     "decrypt",
     "detach",
     "encrypt",
@@ -31,5 +37,6 @@ __all__ = [
     "model_card",
     "push_to_hub",
     "save",
+    "stream_names",
     "verify_certificate",
 ]

@@ -87,9 +87,8 @@ def _stream(stream: StreamInfo) -> str:
     rows = [f"| {k} | {_plain(method[k])} |" for k in _METHOD if method.get(k) is not None]
     if rows:
         lines += ["", "| made by | |", "|---|---|", *rows]
-    missed = method.get("missed")
-    if isinstance(missed, list):
-        lines += ["", *([f"- missed: {_plain(m)}" for m in missed] or ["All criteria of `isolate` were met."])]
+    if stream.missed is not None:
+        lines += ["", *([f"- missed: {_plain(m)}" for m in stream.missed] or ["All criteria of `isolate` were met."])]
     if method.get("verb") == "split":
         lines += ["", "A split by weights alone: it compresses and claims no forgetting."]
     return "\n".join(lines)

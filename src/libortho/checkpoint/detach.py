@@ -23,6 +23,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from libortho.checkpoint.checks import check_new_place, check_room
 from libortho.checkpoint.format import (
     AGAIN,
     BASE_MANIFEST,
@@ -174,12 +175,11 @@ def detach(
     """
     from libortho import __version__
 
-    root, target = Path(os.path.realpath(directory)), Path(os.path.abspath(out))
-    if os.path.lexists(target):
-        raise CheckpointError(f"{target} exists; detach writes a new directory, choose another name")
+    root, target = Path(os.path.realpath(directory)), check_new_place(out)
     if Path(os.path.realpath(target)).is_relative_to(root):
         raise CheckpointError(f"{target} lies inside {root}; choose a place outside the checkpoint")
     base = BaseManifest.read(root)
+    check_room(target, sum((root / f).stat().st_size for f in base.files if (root / f).is_file()))
     base.check_files(root)
     removed = choose(root, streams)
     kept = [n for n in stream_names(root) if n not in removed]

@@ -25,6 +25,7 @@ class StreamInfo:
         needs_libortho: False if it is a PEFT adapter.
         base_matches: True if it belongs to the base beside it, as that base is now.
         method: What made it; None if unknown.
+        missed: Criteria that its isolation did not meet, in words; None if nothing is said of criteria.
     """
 
     name: str
@@ -36,6 +37,7 @@ class StreamInfo:
     needs_libortho: bool
     base_matches: bool
     method: dict[str, Any] | None
+    missed: tuple[str, ...] | None
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,10 @@ class CheckpointInfo:
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values."""
         data = asdict(self)
-        data["streams"] = [{**s, "kinds": list(s["kinds"])} for s in data["streams"]]
+        data["streams"] = [
+            {**s, "kinds": list(s["kinds"]), "missed": None if s["missed"] is None else list(s["missed"])}
+            for s in data["streams"]
+        ]
         return data
 
 
@@ -114,4 +119,10 @@ def _stream_info(root: Path, name: str, base: BaseManifest, sha256: str, weights
         needs_libortho=manifest.needs_libortho,
         base_matches=manifest.base_sha256 == sha256,
         method=manifest.method,
+        missed=_missed(manifest.method),
     )
+
+
+def _missed(method: dict[str, Any] | None) -> tuple[str, ...] | None:
+    found = (method or {}).get("missed")
+    return tuple(map(str, found)) if isinstance(found, list | tuple) else None

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from libortho.checkpoint.checks import check_new_place
 from libortho.checkpoint.format import check_version, field, read_json, sha256_field
 from libortho.checkpoint.stream_files import (
     ADAPTER_CONFIG,
@@ -26,6 +27,7 @@ from libortho.checkpoint.stream_files import (
 )
 from libortho.checkpoint.writing import publish, staging
 from libortho.errors import CheckpointError
+from libortho.extras import require
 from libortho.files import write_atomically
 
 MAX_BYTES = 2**32
@@ -58,9 +60,7 @@ def encrypt(
         OSError: if the disk fails; nothing is left at ``out`` then.
     """
     pyrage = _pyrage()
-    target = Path(out)
-    if os.path.lexists(target):
-        raise CheckpointError(f"{target} exists; choose another name")
+    target = check_new_place(out)
     _check_one(recipients, passphrase, "recipients")
     content = _pack(Path(stream))
     try:
@@ -71,7 +71,7 @@ def encrypt(
     except pyrage.EncryptError as error:
         raise CheckpointError(f"cannot encrypt {stream}: {error}") from error
     write_atomically(target, locked)
-    return target
+    return Path(out)
 
 
 def decrypt(
@@ -98,9 +98,7 @@ def decrypt(
         OSError: if the disk fails; nothing is left at ``out`` then.
     """
     pyrage = _pyrage()
-    source, target = Path(file), Path(os.path.abspath(out))
-    if os.path.lexists(target):
-        raise CheckpointError(f"{target} exists; choose another name")
+    source, target = Path(file), check_new_place(out)
     _check_one(identities, passphrase, "identities")
     locked = _read_locked(source)
     try:
@@ -127,10 +125,9 @@ def decrypt(
 
 
 def _pyrage() -> Any:
-    try:
-        import pyrage
-    except ImportError as error:
-        raise CheckpointError("encryption needs pyrage; install the extra: pip install 'libortho[vault]'") from error
+    require("vault", "encryption", CheckpointError)
+    import pyrage
+
     return pyrage
 
 

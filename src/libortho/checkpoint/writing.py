@@ -19,10 +19,11 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from libortho.arguments import check_model, check_tokenizer
+from libortho.checkpoint.checks import check_destination, check_saveable, files_of, skeleton
 from libortho.checkpoint.format import (
     BASE_MANIFEST,
     CONFIG,
-    STREAMS,
     BaseManifest,
     Scheme,
     TensorFiles,
@@ -33,14 +34,13 @@ from libortho.checkpoint.format import (
     sha256_of,
     write_json,
 )
-from libortho.checkpoint.hf import LOAD_ERRORS, causal_class, check_loading, of_split_layer
+from libortho.checkpoint.hf import LOAD_ERRORS, check_loading, of_split_layer
 from libortho.checkpoint.stream_files import (
     StreamFile,
     check_stream,
     checked_name,
     read_stream,
     sizes,
-    stream_names,
     write_stream,
 )
 from libortho.errors import CheckpointError
@@ -70,11 +70,12 @@ def save(model: nn.Module, tokenizer: Any, directory: str | Path, *, max_shard_s
     Raises:
         CheckpointError: if the model is not split, if stock tools could not load what would be written (mixed bits or
             group sizes, a Conv1D, ranks over 512), if something else is in the directory, or if what was written does
-            not load back equal.
+            not load back equal. :func:`~libortho.checkpoint.check_saveable` and
+            :func:`~libortho.checkpoint.check_destination` ask the same before a model is split.
+        TargetError: if ``model`` is no model in memory.
     """
-    plan = _plan(model)
-    target = Path(os.path.realpath(directory))
-    _check_target(target, plan)
+    plan = _plan(model, tokenizer)
+    target = check_destination(directory, [s.name for s in plan.streams], needed=plan.needed)
     with staging(target) as staged:
         try:
             base = _write_base(plan, tokenizer, staged, max_shard_size)
@@ -123,32 +124,19 @@ class _Plan:
     scheme: Scheme
     targets: list[str]
     streams: list[StreamFile]
+    needed: int
 
 
-def _plan(model: nn.Module) -> _Plan:
+def _plan(model: nn.Module, tokenizer: Any) -> _Plan:
+    check_model(model)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer)
     layers = ortho_layers(model)
     if not layers:
         raise CheckpointError("no layer of this model is split; call libortho.split, isolate or tune before save")
-    if not isinstance(model, PreTrainedModel) or causal_class(model.config) is not type(model):
-        raise CheckpointError(
-            f"this is a {type(model).__name__}; expected a causal language model of transformers itself, not wrapped, "
-            "since stock transformers builds the model from config.json"
-        )
-    foreign = getattr(model.config, "quantization_config", None) is not None
-    if foreign or getattr(model, "_hf_peft_config_loaded", False):
-        what = "is quantised by another library" if foreign else "has PEFT adapters"
-        raise CheckpointError(f"this model {what}, which one checkpoint cannot hold too; start from the plain model")
-    if any(t.is_meta for t in [*model.parameters(), *model.buffers()]):
-        raise CheckpointError("some tensors have no data (meta device); load the whole model before saving it")
-    targets = _targets(model, layers)
     scheme = scheme_of(layers)
-    for name, layer in layers.items():
-        stored = layer.base.weight.dtype if scheme.bits is None else layer.base.scales.dtype
-        if stored != model.dtype:
-            raise CheckpointError(
-                f"the base of {name} is kept in {stored}, the model in {model.dtype}; stock loaders would round it. "
-                "Load and split the model in the dtype in which it will be saved"
-            )
+    needed = check_saveable(model, layers, scheme.bits)
+    assert isinstance(model, PreTrainedModel)
     present = dict.fromkeys(checked_name(s) for layer in layers.values() for s in layer.streams)
     made = [s for layer in layers.values() for s in layer.switch.streams if s in present]  # a layer may lack the first
     names = dict.fromkeys([*made, *present])
@@ -163,56 +151,17 @@ def _plan(model: nn.Module) -> _Plan:
         reports = {n: layer.report for n, layer in layers.items()}
         streams.append(StreamFile(stream_name, position, "", parts, reports, methods(model).get(stream_name)))
     shapes = {n: (layer.out_features, layer.in_features) for n, layer in layers.items()}
-    return _Plan(model, layers, shapes, scheme, targets, streams)
+    needed += sum(s.nbytes for stream in streams for s in stream.layers.values())
+    return _Plan(model, layers, shapes, scheme, _targets(model, layers), streams, needed)
 
 
 def _targets(model: PreTrainedModel, layers: Mapping[str, OrthoLinear]) -> list[str]:
     """One regular expression that matches exactly the split layers, or else their full names."""
-    with torch.device("meta"):
-        skeleton = type(model)(model.config)
-    modules = dict(skeleton.named_modules())
-    for name in layers:
-        kind = type(modules[name]).__name__ if name in modules else "missing module"
-        if name not in modules or type(modules[name]) is not nn.Linear:
-            raise CheckpointError(
-                f"{name} is a {kind} in the original model; stock loaders read packed weights into nn.Linear only. "
-                "This model can be used in memory, but not saved"
-            )
+    modules = dict(skeleton(model).named_modules())
     leaves = sorted({name.rpartition(".")[2] for name in layers})
     if {n for n in modules if "." in n and n.rpartition(".")[2] in leaves} == set(layers):
         return [rf"re:.*\.({'|'.join(leaves)})$" if len(leaves) > 1 else rf"re:.*\.{leaves[0]}$"]
     return list(layers)
-
-
-def _check_target(target: Path, plan: _Plan) -> None:
-    """Refuse to replace what is not an earlier checkpoint, or to lose a stream or a file that only it holds."""
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise CheckpointError(f"{target} is a file; expected a directory, new, empty, or an earlier checkpoint")
-    if not any(target.iterdir()):
-        return
-    if not (target / BASE_MANIFEST).is_file():
-        raise CheckpointError(f"{target} is not empty and no checkpoint of libortho; choose another directory")
-    lost = sorted(set(stream_names(target)) - {s.name for s in plan.streams})
-    if lost:
-        raise CheckpointError(
-            f"{target} holds the streams {lost}, which this model has not, and which would be lost; choose another "
-            "directory, or delete their folders first"
-        )
-    known = {*BaseManifest.read(target).files, BASE_MANIFEST}
-    foreign = [f for f in _files(target) if f not in known]
-    if foreign:
-        raise CheckpointError(
-            f"{target} holds {foreign[0]}, which save did not write, and which would be lost; move it, or choose "
-            "another directory"
-        )
-
-
-def _files(directory: Path) -> list[str]:
-    """Files outside the directory of streams, as relative paths."""
-    found = (p.relative_to(directory) for p in directory.rglob("*") if not p.is_dir())
-    return sorted(p.as_posix() for p in found if p.parts[0] != STREAMS)
 
 
 def _write_base(plan: _Plan, tokenizer: Any, staged: Path, max_shard_size: int | str) -> BaseManifest:
@@ -240,7 +189,8 @@ def _write_base(plan: _Plan, tokenizer: Any, staged: Path, max_shard_size: int |
         base_sha256=files.sha256(plan.scheme.hashed_names(plan.layers)),
         rest_sha256=files.sha256(set(files.names()) - set(ours)),
         files={
-            f: None if f.endswith((".safetensors", ".index.json")) else file_sha256(staged / f) for f in _files(staged)
+            f: None if f.endswith((".safetensors", ".index.json")) else file_sha256(staged / f)
+            for f in files_of(staged)
         },
     )
     write_json(staged / BASE_MANIFEST, manifest.to_dict())

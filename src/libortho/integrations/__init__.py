@@ -1,1 +1,17 @@
-"""Doors into other people's tools; each module needs the tool that it is named after."""
+"""Tools of others, taught to read our checkpoints."""
+
+from __future__ import annotations
+
+import sys
+
+from libortho.errors import LibOrthoError
+
+
+def lm_eval_command() -> None:
+    """The command ``libortho-lm-eval``: one line and exit code 2 where the harness is not installed."""
+    try:
+        from libortho.integrations.lm_eval import main
+    except LibOrthoError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    main()

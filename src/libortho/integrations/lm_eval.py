@@ -16,20 +16,21 @@ from typing import Any
 
 import torch
 
+from libortho.alpha import alpha as under
 from libortho.alpha import get_switch, set_alpha
 from libortho.audit.utility import harness
 from libortho.checkpoint import is_checkpoint, load
 from libortho.config import DTYPES
 from libortho.errors import CheckpointError, ConfigError, LibOrthoError
-from libortho.evaluation import parse_alpha, parse_streams, under
-from libortho.layer import ortho_layers
+from libortho.evaluation import parse_alpha, parse_streams
 from libortho.models import fingerprint
 
 try:
     harness()
 except LibOrthoError as error:
     if __name__ == "__main__":
-        sys.exit(f"error: {error}")
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
     raise
 
 from lm_eval.api.registry import register_model
@@ -99,8 +100,8 @@ class LibOrthoLM(HFLM):
         with under(model, spec):  # refuses what it cannot take, before anything runs
             pass
         self.alpha: float | dict[str, float] = spec
-        if any(layer.streams for layer in ortho_layers(model).values()):
-            present = get_switch(model).streams
+        present = get_switch(model).streams
+        if present:
             self.alpha = {n: spec.get(n, 0.0) if isinstance(spec, dict) else spec for n in present}
             set_alpha(model, self.alpha)  # whatever the harness may call besides the two methods below has it, too
         super().__init__(
