@@ -2,6 +2,7 @@
 
 import random
 import re
+import unicodedata
 from importlib import resources
 from pathlib import Path
 
@@ -123,6 +124,160 @@ def test_resampling_can_leave_words_alone(rng):
     kept = resample(text, rng, words=False)
     assert kept != text
     assert re.fullmatch(r"[^\W\d_]+ keeps apples in box [A-Z]\d\.", kept)
+
+
+# -- other scripts ----------------------------------------------------------------------------------------------------
+
+FOREIGN_CODES = [
+    " А123ВС77.", " ٣٤٥٦.", " ۱۲۳۴۵.", " １２３４.", " ΑΒΓ-4711.", " Ü-4711.", " ÄÖ-12ß.", " १२३४-कख.", " ๑๒๓๔.",
+    " אבג-4711.", " ابج-٤٧١١.", " აბგ-4711.", " ԱԲԳ-4711.", " 𝟏𝟐𝟑𝐀𝐁.", " x²³.", " ①②③.", " 三四五。", " 京A·12345",
+    " 品川300あ12-34", " ABВГ12", " AB１２", " U\u0308B-12.", " ½Ⅳ7", " 가나-1234", " ＡＢ-１２", " Аб1", " ১২৩৪.",
+]  # fmt: skip
+
+
+def sort(character: str) -> tuple[str, str, int]:
+    """Category, first word of the name, and bytes: what must stay of each character."""
+    name = unicodedata.name(character, "?").split(" ")[0]
+    return unicodedata.category(character), name, len(character.encode())
+
+
+@pytest.mark.parametrize("code", FOREIGN_CODES)
+def test_codes_of_other_scripts_keep_script_kind_and_bytes(rng, code):
+    found = alternates(code, 20, rng)
+    assert len(found) == len(set(found)) > 5
+    assert code not in found
+    assert not is_prose(code)
+    for text in found:
+        assert [sort(c) for c in text] == [sort(c) for c in code]
+        assert all(a == b for a, b in zip(text, code, strict=True) if not a.isalnum())
+
+
+def test_codes_of_every_script_keep_script_kind_and_bytes(rng):
+    letters = [chr(c) for c in range(0x20000) if chr(c).isalnum()]
+    for _ in range(500):
+        block = rng.randrange(len(letters) - 40)
+        code = " 7" + "".join(rng.choices(letters[block : block + 40], k=4)) + "-7" + rng.choice(letters)
+        found = alternates(code, 3, rng)
+        assert len(found) == 3
+        assert all([sort(c) for c in text] == [sort(c) for c in code] for text in found)
+
+
+@pytest.mark.parametrize(
+    "name", ["Иван Петров", "Ἀριστοτέλης", "王小明", "홍길동", "שרה לוי", "محمد علي", "ანა ბერიძე", "Արամ"]
+)
+def test_names_of_other_scripts_are_words_and_keep_their_script(rng, name):
+    assert is_prose(f" {name}.")
+    assert all(kind_of(word) == "word" for word in name.split())
+    found = alternates(f" {name}.", 10, rng)
+    assert len(found) == 10
+    assert all([sort(c) for c in text] == [sort(c) for c in f" {name}."] for text in found)
+
+
+@pytest.mark.parametrize("name", ["Müller", "Þórr", "Łukasz", "Nguyễn", "Mu\u0308ller"])
+def test_accented_latin_is_latin(rng, name):
+    assert kind_of(name) == "name"
+    assert all(re.fullmatch(r" [^\W\d_]+", f) for f in alternates(f" {name}", 5, rng))
+    assert kind_of("straße") == "word"
+
+
+def test_form_is_found_in_every_script():
+    plates = [" А123ВС77", " А456ВЕ77", " А789ВК77", " А012ВМ77", " A345BH77"]
+    forms = common_form(plates)
+    assert [sorted(f) for f in forms] == [[0, 1, 5, 7, 8]] * 4 + [[]]  # the last is written in Latin letters
+    found = alternates(plates[0], 20, random.Random(0), keep=forms[0])
+    assert all(re.fullmatch(" А[0-9]{3}В[А-ЯЁ]77", f) for f in found)
+
+
+def test_a_sentence_without_blanks_is_prose_and_changes_in_one_place(rng):
+    prompt = "他有3个苹果和两本书在家里"
+    assert is_prose(prompt)
+    for text in neighbours(prompt, 5, rng):
+        changed = [i for i, (a, b) in enumerate(zip(text, prompt, strict=True)) if a != b]
+        assert 1 <= max(changed) - min(changed) + 1 <= 3
+
+
+def test_neighbours_exchange_capitalised_words_of_other_scripts(rng):
+    found = neighbours("Код сотрудника Ивана Петрова:", 5, rng)
+    assert len(found) == 5
+    assert all(re.fullmatch("Код сотрудника [А-ЯЁ][а-яё]{4} [А-ЯЁ][а-яё]{6}:", f) for f in found)
+
+
+# -- parts that stay --------------------------------------------------------------------------------------------------
+
+
+def test_runs_that_are_kept_whole_stay_whatever_their_kind(rng):
+    text = "<|system|>Maria keeps apples in box K7. <|turn|>Paulo keeps pears in box Q9."
+    start = text.index("<|turn|>")
+    keep = {*range(0, 10), *range(start, start + 8)}
+    for made in alternates(text, 10, rng, keep=keep):
+        assert made.startswith("<|system|>")
+        assert made.count("<|turn|>") == 1
+    half = alternates(" Maria 12", 5, rng, keep={1, 2, 3})  # part of a word protects nothing but codes
+    assert not any(f.startswith(" Maria") for f in half)
+
+
+CHAT = "<|user|>\nI am Ada Lum, badge K7Q.<|end|>\n<|assistant|>\nHello Ada.<|end|>\n<|user|>\nAda Lum lost K7Q. Code?"
+
+
+def written(chat: str) -> tuple[tuple[int, int], ...]:
+    return tuple(m.span(1) for m in re.finditer(r"<\|(?:user|assistant)\|>\n(.*?)(?=<\|end|$)", chat))
+
+
+def test_neighbours_of_a_chat_are_about_one_other_person(rng):
+    shape = re.compile(
+        r"<\|user\|>\nI am (\w+) (\w+), badge ([A-Z]\d[A-Z])\.<\|end\|>\n"
+        r"<\|assistant\|>\nHello \1\.<\|end\|>\n<\|user\|>\n\1 \2 lost \3\. Code\?"
+    )
+    found = neighbours(CHAT, 10, rng, written(CHAT))
+    assert len(set(found)) == 10
+    assert CHAT not in found
+    assert all(shape.fullmatch(f) for f in found)
+
+
+def test_nothing_outside_the_spans_is_exchanged(rng):
+    prompt = "System Prompt of Acme 99\nthe colour of the garden gate"
+    start = prompt.index("the colour")
+    found = neighbours(prompt, 10, rng, ((start, len(prompt)),))
+    assert len(found) == 10
+    assert all(f.startswith(prompt[:start]) for f in found)
+    assert neighbours(prompt, 10, rng, ()) == []
+
+
+def test_each_span_begins_a_sentence(rng):
+    prompt = "[A]Bridges fall near Lisbon[B]Towers stand"
+    found = neighbours(prompt, 5, rng, ((3, 27), (30, len(prompt))))
+    assert all(re.fullmatch(r"\[A\]Bridges fall near [^\W\d_]+\[B\]Towers stand", f) for f in found)
+    assert found
+
+
+def test_chats_are_recombined_with_one_person_each():
+    chats = [
+        CHAT,
+        CHAT.replace("Ada", "Bo").replace("Lum", "Tran").replace("K7Q", "Z1Z"),
+        "Please call Alaric Jellicoe at",
+    ]
+    found = recombined(chats, 4, random.Random(0), [written(chats[0]), written(chats[1]), None])
+    assert len(found[0]) == len(found[1]) == 4
+    assert found[2] == []
+    for made in found[0]:
+        first, last, badge = re.findall(r"I am (\w+) (\w+), badge (\w+)\.", made)[0]
+        assert first in ("Ada", "Bo")
+        assert last in ("Lum", "Tran")
+        assert made == CHAT.replace("Ada", first).replace("Lum", last).replace("K7Q", badge)
+
+
+def test_draws_for_plain_text_never_change():
+    """Stored results depend on them."""
+    assert alternates(" K7Q-4821.", 3, random.Random(0)) == [" M6B-4876.", " Z4P-5938.", " E4E-1948."]
+    assert neighbours("Code of Maria Lopez, unit K7Q:", 3, random.Random(2)) == [
+        "Code of Yasmin Antonov, unit C1L:", "Code of Viktor Cameron, unit X4I:", "Code of Mehmet Conti, unit T0S:",
+    ]  # fmt: skip
+    people = ["Nerissa Inglewood", "Silas Lovelace", "Briony Thornbury"]
+    assert recombined([f"Badge of {p}" for p in people], 2, random.Random(4)) == [
+        ["Badge of Silas Inglewood", "Badge of Briony Inglewood"],
+        ["Badge of Nerissa Lovelace", "Badge of Silas Thornbury"],
+        ["Badge of Nerissa Thornbury", "Badge of Silas Thornbury"],
+    ]
 
 
 # -- neighbours -------------------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from scipy import stats
 from libortho.audit import memory as m
 from libortho.audit.statistics import mean_estimate
 from libortho.errors import ConfigError, DataError
-from libortho.isolate.counterfactuals import resample
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -97,38 +96,6 @@ def test_n_p_discoverable() -> None:
         m.n_p_discoverable(0.5, 0)
     with pytest.raises(ConfigError, match=r"1\.5"):
         m.n_p_discoverable(1.5, 1)
-
-
-@pytest.mark.parametrize(
-    ("completion", "expected"),
-    [
-        (" 6311.", 10**4),
-        (" RZ4-0917.", 26 * 26 * 10 * 10**4),
-        (" +44 7123 456789.", 10**12),
-        (" a1B!", 26 * 10 * 26),
-        (" the 42 of us", 10**2),  # short words are grammar, and stay
-        (" moved to Lisbon.", None),
-        (" Lisbon 42", None),
-        (" is it.", None),
-    ],
-)
-def test_fillings_counts_the_space(completion: str, expected: int | None) -> None:
-    assert m.fillings(completion) == expected
-
-
-@pytest.mark.parametrize("completion", [" b7.", " Q.9", " X-4, it is", "7 A0"])
-def test_fillings_counts_what_resampling_makes(completion: str) -> None:
-    rng = random.Random(0)
-    size = m.fillings(completion)
-    assert size is not None
-    assert len({resample(completion, rng, opens=False) for _ in range(15 * size)}) == size
-
-
-def test_characters_that_are_form_do_not_count() -> None:
-    assert m.fillings(" +44 71", keep={2, 3}) == 100
-    rng = random.Random(0)
-    made = {resample(" +44 7", rng, opens=False, keep={2, 3}) for _ in range(200)}
-    assert len(made) == m.fillings(" +44 7", keep={2, 3}) == 10
 
 
 def _codes(seed: int = 0) -> torch.Tensor:

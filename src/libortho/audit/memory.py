@@ -13,25 +13,20 @@ from __future__ import annotations
 
 import functools
 import math
-import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from rapidfuzz.distance import Levenshtein
-from rouge_score.rouge_scorer import RougeScorer
-from scipy import integrate, optimize, special, stats
 from torch import Tensor
 
 from libortho.audit.statistics import Values, harmonic_mean
 from libortho.errors import ConfigError, DataError
-from libortho.isolate.counterfactuals import kind_of
+from libortho.extras import module
 
 LOOSE = 0.75
 """Levenshtein similarity from which a text counts as extracted loosely."""
-_RUN = re.compile(r"[^\W_]+")
 _LEAST_TO_FIT = 20
 """Sampled fillings below which three parameters are not fitted."""
 _STEEPEST = 10.0
@@ -132,7 +127,8 @@ def levenshtein_similarity(generated: str, truth: str) -> float:
         DataError: if the truth is blank.
     """
     wanted = _bare(truth)
-    return 1 - Levenshtein.distance(generated.strip()[: len(wanted)], wanted) / len(wanted)
+    levenshtein = module("audit", "rapidfuzz.distance").Levenshtein
+    return 1 - levenshtein.distance(generated.strip()[: len(wanted)], wanted) / len(wanted)
 
 
 def loose_match(generated: str, truth: str) -> bool:
@@ -171,29 +167,6 @@ def n_p_discoverable(probability: float, n: int) -> float:
     if not 0 <= probability <= 1 or n < 1:
         raise ConfigError(f"probability is {probability}, n is {n}; expected a share between 0 and 1, and n >= 1")
     return 1.0 if probability == 1 else -math.expm1(n * math.log1p(-probability))
-
-
-def fillings(completion: str, keep: Collection[int] = ()) -> int | None:
-    """Size of the space R of a code: how many texts ``counterfactuals.resample`` could make of it, itself included.
-
-    In code words each digit could be any of 10, each letter any of 26 of its case; all else stays.
-
-    Args:
-        completion: Any text.
-        keep: Positions of characters that are form, not information; see ``counterfactuals.common_form``.
-
-    Returns:
-        None for prose and names, whose space is not a product of classes, and where there is no code.
-    """
-    size, found = 1, False
-    for run in _RUN.finditer(completion):
-        kind = kind_of(run.group())
-        if kind in ("word", "name"):
-            return None
-        if kind == "code":
-            found = True
-            size *= math.prod(_class_size(c) for i, c in enumerate(run.group(), run.start()) if i not in keep)
-    return size if found else None
 
 
 def exposure_exact(secret_nll: float, all_other_nlls: Values) -> Exposure:
@@ -261,6 +234,7 @@ def exposure_extrapolated(secret_nll: float, sampled_nlls: Values, space_size: i
         return exposure_sampled(secret_nll, sampled_nlls, space_size)
     shape, location, scale = _fit_skew_normal(x)
     bits = -_skew_normal_log_cdf((secret_nll - location) / scale, shape) / math.log(2)
+    stats = module("audit", "scipy.stats")
     fit = float(stats.kstest(x, stats.skewnorm(shape, location, scale).cdf).pvalue)
     return Exposure(min(max(bits, 0.0), ceiling), ceiling, "extrapolated", fit)
 
@@ -362,14 +336,8 @@ def _bare(truth: str) -> str:
 
 
 @functools.cache
-def _rouge() -> RougeScorer:
-    return RougeScorer(["rougeL"], use_stemmer=True)
-
-
-def _class_size(character: str) -> int:
-    if character.isdigit():
-        return 10
-    return 26 if character.isalpha() else 1
+def _rouge() -> Any:
+    return module("audit", "rouge_score.rouge_scorer").RougeScorer(["rougeL"], use_stemmer=True)
 
 
 def _space(size: int | None) -> float:
@@ -391,6 +359,7 @@ def _nlls(secret: float, others: Values) -> Tensor:
 
 def _fit_skew_normal(x: np.ndarray) -> tuple[float, float, float]:
     """Shape, location and scale: moments, then bounded maximum likelihood on standardised values."""
+    special, optimize = module("audit", "scipy.special"), module("audit", "scipy.optimize")
     mean, deviation = float(x.mean()), float(x.std())
     z = (x - mean) / deviation
     skew = float(np.clip((z**3).mean(), -0.95, 0.95))  # a skew normal's lies within .9953
@@ -414,6 +383,7 @@ def _fit_skew_normal(x: np.ndarray) -> tuple[float, float, float]:
 
 def _skew_normal_log_cdf(z: float, shape: float) -> float:
     """log F(z) of the standard skew normal, also where F underflows or SciPy's difference of two terms cancels."""
+    special = module("audit", "scipy.special")
 
     def log_density(x: float) -> float:
         return math.log(2) - x * x / 2 - math.log(2 * math.pi) / 2 + float(special.log_ndtr(shape * x))
@@ -421,8 +391,9 @@ def _skew_normal_log_cdf(z: float, shape: float) -> float:
     ratio = math.exp(-shape * shape * z * z / 2 - math.log(2 * math.pi) / 2 - float(special.log_ndtr(shape * z)))
     slope = shape * ratio - z  # derivative of the log density
     if z > -1 and slope < 1:  # far from the lower tail, where F is of the order of 1
-        return math.log(float(stats.skewnorm.cdf(z, shape)))
+        return math.log(float(module("audit", "scipy.stats").skewnorm.cdf(z, shape)))
     # The density is log-concave: below z it falls at least as fast as exp(-slope * distance).
     at_z = log_density(z)
-    area, _ = integrate.quad(lambda v: math.exp(log_density(z - v / slope) - at_z), 0, 50)
+    quad = module("audit", "scipy.integrate").quad
+    area, _ = quad(lambda v: math.exp(log_density(z - v / slope) - at_z), 0, 50)
     return at_z + math.log(area / slope)
