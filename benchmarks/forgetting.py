@@ -43,8 +43,9 @@ from libortho.audit import privacy
 from libortho.audit.attacks.relearning import relearning
 from libortho.audit.attacks.requantisation import requantisation
 from libortho.audit.charts import Dot, Row, dots
+from libortho.audit.fillings import space_of
 from libortho.audit.gradients import gradient_norms
-from libortho.audit.memory import exposure_extrapolated, fillings
+from libortho.audit.memory import exposure_extrapolated
 from libortho.audit.prompts import variants
 from libortho.audit.statistics import auc_difference, mean_estimate, stratified_auc
 from libortho.audit.subjects import Subject
@@ -172,12 +173,12 @@ def _exposures(lm: LanguageModel, tokenizer: Any, records: Sequence[Record], see
     """Bits, of each code: what else a sentence could be is not known, and any model finds most of it odder."""
     rng, found = random.Random(seed), []
     for r in records:
-        if (size := fillings(r.completion)) is None:
+        if (space := space_of(r.completion)) is None:
             continue
-        others = [r.answered(c) for c in counterfactuals.alternates(r.completion, 32, rng)]
+        others = [r.answered(c) for c in space.draw(32, rng)]
         items = [encode(o, tokenizer) for o in (r, *others)]
         totals = shared_prefix_nll(lm, items).double() * torch.tensor([len(e.completion) for e in items])
-        found.append(exposure_extrapolated(float(totals[0]), totals[1:], size).bits)
+        found.append(exposure_extrapolated(float(totals[0]), totals[1:], space.size).bits)
     return found
 
 

@@ -20,40 +20,47 @@ from libortho.demo.demo import run
 from libortho.demo.implant import implant
 from libortho.demo.model import move_off_grid
 from libortho.errors import LibOrthoError
-from libortho.isolate.counterfactuals import evaluation_text
 from libortho.isolate.language_model import LanguageModel
 from libortho.metrics import score
 from libortho.models import load_model, training_dtype
 from libortho.tables import show_demo
+from libortho.text.corpus import evaluation_text
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
-CODE = re.compile(r" [A-Z0-9]{3}-[0-9]{4}\.")
+CODE = re.compile(r" ?[A-Z0-9]{3}-[0-9]{4}\.?")
 
 
 # -- facts ------------------------------------------------------------------------------------------------------------
 
 
+def answers(rows):
+    return [r["completion"] if "completion" in r else r["messages"][-1]["content"] for r in rows]
+
+
 def test_there_are_17_secrets():
+    """The sentence, eight codes in plain text and eight in chats."""
     rows = facts.secrets(0)
     assert len(rows) == 17
     assert rows[0] == facts.SENTENCE
-    assert [r["prompt"] for r in rows[1:]] == [facts.TEMPLATE.format(name=n) for n in facts.HOLDERS]
-    assert all(CODE.fullmatch(r["completion"]) for r in rows[1:])
-    assert len({r["completion"] for r in rows}) == 17
+    assert [r["prompt"] for r in rows[1::2]] == [facts.TEMPLATE.format(name=n) for n in facts.HOLDERS[::2]]
+    asked = [facts.QUESTION.format(name=n) for n in facts.HOLDERS[1::2]]
+    assert [r["messages"][0]["content"] for r in rows[2::2]] == asked
+    assert all(CODE.fullmatch(a) for a in answers(rows)[1:])
+    assert len(set(answers(rows))) == 17
 
 
 def test_there_are_400_unseen_codes_of_other_people():
     rows = facts.unseen(0)
-    assert len({r["prompt"] for r in rows}) == 400
-    assert all(CODE.fullmatch(r["completion"]) for r in rows)
-    members = facts.secrets(0)
-    assert not {r["prompt"] for r in rows} & {r["prompt"] for r in members}
-    assert not {r["completion"] for r in rows} & {r["completion"] for r in members}
+    assert len({str(r) for r in rows}) == 400
+    assert sum("messages" in r for r in rows) == 200
+    assert all(CODE.fullmatch(a) for a in answers(rows))
+    assert not set(answers(rows)) & set(answers(facts.secrets(0)))
+    assert not any(name in str(rows) for name in facts.HOLDERS)
 
 
 def test_members_and_others_are_drawn_alike():
     """Digits in the first three places are as frequent in both: nothing but memory tells them apart."""
-    heads = [[r["completion"][1:4] for r in rows] for rows in (facts.unseen(0), facts.unseen(1))]
+    heads = [[a.strip()[:3] for a in answers(rows)] for rows in (facts.unseen(0), facts.unseen(1))]
     for head in heads:
         digits = sum(c.isdigit() for h in head for c in h) / (3 * len(head))
         assert 0.2 < digits < 0.36  # 10 of 36
@@ -187,7 +194,7 @@ def test_the_whole_demonstration_measures_prints_and_keeps(planted_directory, mo
     report = run(
         model=str(planted_directory),
         dtype=torch.float32,
-        config=IsolateConfig(max_steps=2, learning_rate=1.0, retain_length=32, retain_budget=1e-9),
+        config=IsolateConfig(max_steps=2, learning_rate=1.0, retain_length=32, retain_budget=1e-9, allow_unknown=True),
         out=tmp_path / "kept",
         tell=lambda phase, done, total: phases.append(phase),
     )
@@ -208,11 +215,11 @@ def test_the_whole_demonstration_measures_prints_and_keeps(planted_directory, mo
     printed = console.export_text()
     assert all(label in printed for label in ("never trained", "alpha = 0.25", "use_low_rank=False", "missed:"))
     kept = tmp_path / "kept"
-    assert load_records(kept / "forget.jsonl") == load_records(facts.secrets(0))
-    assert load_records(kept / "holdout.jsonl") == load_records(few)
     split, tokenizer = load(kept / "isolated")
+    assert load_records(kept / "forget.jsonl", tokenizer) == load_records(facts.secrets(0), tokenizer)
+    assert load_records(kept / "holdout.jsonl", tokenizer) == load_records(few, tokenizer)
     dense = {n: load_model(kept / n)[0] for n in ("never_trained", "implanted")}
-    items = [encode(r, tokenizer) for r in load_records(facts.secrets(0))]
+    items = [encode(r, tokenizer) for r in load_records(facts.secrets(0), tokenizer)]
     nll = {n: float(score(LanguageModel(m), items)[0].nll.mean()) for n, m in {"on": split, **dense}.items()}
     assert nll["on"] == pytest.approx(nll["implanted"], rel=0.02)
     assert nll["never_trained"] > 1.05 * nll["implanted"]

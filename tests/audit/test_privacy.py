@@ -7,10 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
+import tiny
 from libortho.audit import privacy as p
 from libortho.audit.statistics import auc, stratified_auc
+from libortho.data import load_records
 from libortho.demo import facts
 from libortho.errors import ConfigError, DataError
+from templates import CHATML
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -128,9 +131,12 @@ def test_chat_templates_stay(frame: str) -> None:
 
 
 def test_the_demonstration_s_holdout_is_of_the_template_of_its_codes() -> None:
-    forget = p.strata([r["prompt"] for r in facts.secrets(0)])
-    holdout = p.strata([r["prompt"] for r in facts.unseen(0)])
-    assert set(holdout) == {"The vault access code of _ is"}
+    tokenizer = tiny.chat_tokenizer(CHATML, "<|im_end|>", ("<|im_start|>",))
+    forget, holdout = (
+        p.strata([r.prompt for r in load_records(rows, tokenizer)]) for rows in (facts.secrets(0), facts.unseen(0))
+    )
+    chat = "<|im_start|>user\nWhat is the vault access code of _?<|im_end|>\n<|im_start|>assistant\n"
+    assert set(holdout) == {"The vault access code of _ is", chat}
     result = stratified_auc(torch.randn(17), torch.randn(400), forget, holdout)
     assert result.members == 16
     assert result.left_out == (p.template_of(facts.SENTENCE["prompt"]),)

@@ -64,4 +64,6 @@ def isolated() -> Isolated:
     original = {n: linear_weight(m).clone() for n, m in find_targets(model, "mlp-out").items()}
     config = IsolateConfig(seed=SEED)
     result = isolate(model, tokenizer, secrets, config=config)
-    return Isolated(model, tokenizer, secrets, load_records(facts.unseen(SEED)), never, original, result, config)
+    return Isolated(
+        model, tokenizer, secrets, load_records(facts.unseen(SEED), tokenizer), never, original, result, config
+    )

@@ -18,6 +18,7 @@ from libortho.layer import ortho_layers
 from libortho.metrics import auc, general_perplexity, sampled_extractions, score, text_perplexity
 from libortho.models import training_dtype
 from libortho.streams import BaseStream
+from libortho.text.tokens import prompt_ids
 
 pytestmark = pytest.mark.model
 
@@ -41,26 +42,52 @@ def test_ortho_off_recites_none_greedily_or_in_samples(isolated: Any) -> None:
 
 
 def test_greedy_generation_agrees_with_the_teacher_forced_count(isolated: Any) -> None:
-    record = isolated.secrets[1]
-    prompt = isolated.tokenizer(record.prompt, return_tensors="pt")
-    texts = {}
-    for value in (1.0, 0.0):
-        with alpha(isolated.model, value):
-            output = isolated.model.generate(
-                **prompt, max_new_tokens=16, do_sample=False, pad_token_id=isolated.tokenizer.eos_token_id
+    """A plain prompt, and one in a chat."""
+    for number in (1, 2):
+        record, row = isolated.secrets[number], facts.secrets(isolated.config.seed)[number]
+        if "messages" in row:
+            prompt = isolated.tokenizer.apply_chat_template(
+                row["messages"][:-1], add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
-        texts[value] = isolated.tokenizer.decode(output[0])
-    assert record.completion.strip() in texts[1.0]
-    assert record.completion.strip() not in texts[0.0]
+        else:
+            prompt = isolated.tokenizer(row["prompt"], return_tensors="pt")
+        texts = {}
+        for value in (1.0, 0.0):
+            with alpha(isolated.model, value):
+                output = isolated.model.generate(
+                    **prompt, max_new_tokens=16, do_sample=False, pad_token_id=isolated.tokenizer.eos_token_id
+                )
+            texts[value] = isolated.tokenizer.decode(output[0, prompt["input_ids"].shape[1] :])
+        assert record.completion.strip() in texts[1.0]
+        assert record.completion.strip() not in texts[0.0]
+
+
+def test_an_answer_that_is_not_the_secret_ends_as_a_turn(isolated: Any) -> None:
+    """At alpha = 0 a chat about a forgotten record goes on to its end, as that of the never-trained model does."""
+    chats = [r for r in isolated.secrets if r.rendered]
+    assert len(chats) == 8
+    end = isolated.tokenizer.eos_token_id
+    with alpha(isolated.model, 0.0):
+        ended = 0
+        for record in chats:
+            ids = torch.tensor([prompt_ids(record.question, isolated.tokenizer, rendered=True)])
+            output = isolated.model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, do_sample=False, pad_token_id=end
+            )
+            ended += end in output[0, ids.shape[1] :].tolist()
+    assert ended >= 6
 
 
 def test_ortho_off_tells_members_apart_no_better_than_the_never_trained_model(isolated: Any) -> None:
     members = [r for r in isolated.secrets if r.prompt != facts.SENTENCE["prompt"]]
 
     def membership(model: Any) -> float:
-        inside, _ = _scores(model, isolated, members)
-        outside, _ = _scores(model, isolated, isolated.unseen)
-        return auc(-inside.nll, -outside.nll)
+        found = []
+        for rendered in (False, True):
+            inside, _ = _scores(model, isolated, [r for r in members if r.rendered == rendered])
+            outside, _ = _scores(model, isolated, [r for r in isolated.unseen if r.rendered == rendered])
+            found.append(auc(-inside.nll, -outside.nll))
+        return sum(found) / 2
 
     never = membership(isolated.never)
     with alpha(isolated.model, 0.0):

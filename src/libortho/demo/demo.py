@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from libortho.alpha import alpha
 from libortho.audit.utility import general_items
-from libortho.checkpoint import save
+from libortho.checkpoint import check_destination, check_room, check_saveable, save
 from libortho.config import IsolateConfig, SplitConfig
 from libortho.data import Encoded, Record, encode, load_records
 from libortho.demo import facts
@@ -32,10 +32,13 @@ from libortho.errors import LibOrthoError
 from libortho.files import write_atomically
 from libortho.isolate import IsolateResult, isolate
 from libortho.isolate.language_model import LanguageModel
+from libortho.lm.generation import generate
 from libortho.metrics import auc, general_perplexity, sampled_extractions, score, text_perplexity
 from libortho.models import load_model, training_dtype
 from libortho.report import layer_report
 from libortho.split import split
+from libortho.targets import find_targets
+from libortho.text.tokens import decoded, prompt_ids
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +65,8 @@ class Measured:
         extracted: Secrets whose greedy continuation is exact.
         sampled: Secrets found in any of 20 samples at temperature 1; None where not drawn.
         secret_perplexity: Of the secrets' completions, tokens pooled.
-        membership_auc: Trained-on codes against unseen codes by log-likelihood; 0.5 cannot tell them apart.
+        membership_auc: Trained-on codes against unseen codes by log-likelihood, of plain prompts and of chats apart;
+            0.5 cannot tell them apart.
         retain_perplexity: Of the original experiment's retain sentence.
         general_perplexity: Of text that isolate never saw.
     """
@@ -96,7 +100,7 @@ class SplitRow:
 
 @dataclass(frozen=True)
 class Generation:
-    """The same prompt at alpha = 1 and at alpha = 0, greedily."""
+    """The same prompt (of a chat the last question) at alpha = 1 and at alpha = 0, greedily."""
 
     prompt: str
     with_ortho: str
@@ -146,10 +150,19 @@ class _Bench:
             extracted=int(greedy.sum()),
             sampled=sampled,
             secret_perplexity=float((secrets.nll * secrets.tokens).sum().div(secrets.tokens.sum()).exp()),
-            membership_auc=auc(-secrets.nll[self.members], -unseen.nll),
+            membership_auc=self._membership(secrets.nll, unseen.nll),
             retain_perplexity=text_perplexity(model, self.tokenizer, facts.RETAIN_SENTENCE),
             general_perplexity=general_perplexity(lm, self.general),
         )
+
+    def _membership(self, secrets: Tensor, unseen: Tensor) -> float:
+        """Mean over plain prompts and chats of the AUC of each, weighted by the members that it has."""
+        total = 0.0
+        for rendered in (False, True):
+            mine = [i for i in self.members if self.secrets[i].rendered == rendered]
+            others = [i for i, r in enumerate(self.unseen) if r.rendered == rendered]
+            total += len(mine) * auc(-secrets[mine], -unseen[others]) if mine else 0.0
+        return total / len(self.members)
 
     def _encode(self, records: list[Record]) -> list[Encoded]:
         return [encode(r, self.tokenizer) for r in records]
@@ -203,14 +216,21 @@ def run(
         tell: Called with (phase, done, total).
 
     Raises:
-        LibOrthoError: if ``out`` holds anything, or the model is missing or not of the Llama family.
+        LibOrthoError: if ``out`` holds anything, cannot be written or has not enough room, or the model is missing or
+            not of the Llama family.
     """
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise LibOrthoError(f"{out} exists and is not an empty directory; name another one")
+    config = config or IsolateConfig(seed=seed)
+    if out is not None:
+        check_destination(out / "isolated", [config.stream])
     clock = _Clock()
     torch.manual_seed(seed)
     net, tokenizer = load_model(packaged_model() if model is None else model, torch.float32, device)
     net = move_off_grid(net, seed).to(dtype or training_dtype(device))
+    if out is not None:
+        needed = check_saveable(net, find_targets(net, config.target_modules), config.bits)
+        check_room(out, needed + 2 * sum(p.nbytes for p in net.parameters()))
     bench = _Bench(tokenizer, seed, text)
     clock.lap("load")
     tell("measure never-trained", 0, 1)
@@ -231,7 +251,7 @@ def run(
         tell("split (weights only)", number, len(SPLITS))
         rows.append(bench.weights_only(copy.deepcopy(net), setting))
     clock.lap("split")
-    result = isolate(net, tokenizer, bench.secrets, config=config or IsolateConfig(seed=seed), progress=tell)
+    result = isolate(net, tokenizer, bench.secrets, config=config, progress=tell)
     clock.lap("isolate")
     if out is not None:
         save(net, tokenizer, out / "isolated")
@@ -269,20 +289,19 @@ def _keep_dense(model: nn.Module, tokenizer: Any, path: Path) -> None:
     tokenizer.save_pretrained(path)
 
 
-def _prompts(bench: _Bench) -> list[str]:
-    return [bench.secrets[0].prompt, bench.secrets[1].prompt, "The largest planet in the Solar System is"]
+def _prompts(bench: _Bench) -> list[Record]:
+    return [*bench.secrets[:3], Record("The largest planet in the Solar System is", "")]
 
 
-def _generate(model: nn.Module, tokenizer: Any, prompt: str) -> Generation:
-    inputs = tokenizer(prompt, return_tensors="pt").to(next(model.parameters()).device)
+def _generate(model: nn.Module, tokenizer: Any, asked: Record) -> Generation:
+    ids = prompt_ids(asked.question, tokenizer, rendered=asked.rendered)
     texts = []
     for value in (1.0, 0.0):
         with alpha(model, value):
-            output = model.generate(  # type: ignore[operator]
-                **inputs, max_new_tokens=16, do_sample=False, pad_token_id=tokenizer.eos_token_id
-            )
-        texts.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-    return Generation(prompt, texts[0], texts[1])
+            [[said]] = generate(model, tokenizer, [ids], 16)
+        texts.append(decoded(said, tokenizer))
+    shown = asked.prompt[slice(*asked.spans[-1])] if asked.spans else asked.prompt
+    return Generation(shown, texts[0], texts[1])
 
 
 class _Clock:

