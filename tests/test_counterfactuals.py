@@ -372,6 +372,12 @@ def test_too_few_records_of_a_shape_say_nothing_about_form() -> None:
     assert forms[0] == frozenset()
 
 
+@pytest.mark.parametrize("completion", [" Yes.", " 4821."])
+def test_records_with_one_and_the_same_completion_say_nothing_about_form(completion: str) -> None:
+    form = common_form([completion] * 5)[0]
+    assert len(alternates(completion, 5, random.Random(0), keep=form)) == 5
+
+
 def test_prompts_are_recombined_within_their_frame():
     names = ["Nerissa Inglewood", "Silas Lovelace", "Briony Thornbury", "Edmund Kirkbride"]
     prompts = [f"The badge number of {n} is" for n in names] + ["Please call Alaric Jellicoe at", "The secret is"]

@@ -23,7 +23,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from libortho.errors import ConfigError, DataError
-from libortho.isolate.counterfactuals import _is_name, kind_of, shipped_text
+from libortho.text.characters import kind
+from libortho.text.corpus import is_name, shipped_text
 
 _RUN = re.compile(r"[^\W_]+")
 _SPECIAL = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
@@ -156,14 +157,21 @@ def _varies(text: str, run: re.Match[str], after: re.Match[str] | None, special_
     before_name = (
         after is not None
         and text[run.end() : after.start()] in (" ", "-", "'", "\u2019", ". ")
-        and kind_of(after.group()) == "name"
+        and _is_capitalised(after.group())
     )
     if len(word) == 1:
         return word.isdigit() or (word.isupper() and rest[:1] in (".", "'", "\u2019") and before_name)
-    kind = kind_of(word)
-    if kind != "name" or not _opens_sentence(text, run.start(), special_ends):
-        return kind in ("code", "name")
-    return _is_name(word) or (word.lower() not in _ordinary() and (before_name or rest in ("'s", "\u2019s")))
+    if _is_code(word) or not _is_capitalised(word) or not _opens_sentence(text, run.start(), special_ends):
+        return _is_code(word) or _is_capitalised(word)
+    return is_name(word) or (word.lower() not in _ordinary() and (before_name or rest in ("'s", "\u2019s")))
+
+
+def _is_code(word: str) -> bool:
+    return word.isupper() or any(kind(c) == "digit" for c in word)
+
+
+def _is_capitalised(word: str) -> bool:
+    return len(word) > 1 and word[0].isupper() and not _is_code(word)
 
 
 def _opens_sentence(text: str, start: int, special_ends: set[int]) -> bool:

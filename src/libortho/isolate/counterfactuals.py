@@ -145,7 +145,7 @@ def common_form(completions: Sequence[str]) -> list[frozenset[int]]:
 
     Such a position is form, not information: the country code of telephone numbers, the letters before every invoice
     number. Shapes are equal if characters of the same classes stand at the same places; fewer than
-    ``_ENOUGH_TO_COMPARE`` completions of a shape say nothing.
+    ``_ENOUGH_TO_COMPARE`` completions of a shape say nothing, nor do any number of equal ones.
     """
     shapes: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)
     for completion in completions:
@@ -153,7 +153,8 @@ def common_form(completions: Sequence[str]) -> list[frozenset[int]]:
     agreed: dict[tuple[str, ...], frozenset[int]] = {}
     for shape, same in shapes.items():
         constant = (i for i, characters in enumerate(zip(*same, strict=True)) if len(set(characters)) == 1)
-        agreed[shape] = frozenset(constant) if len(same) >= _ENOUGH_TO_COMPARE else frozenset()
+        told = len(same) >= _ENOUGH_TO_COMPARE and len(set(same)) > 1
+        agreed[shape] = frozenset(constant) if told else frozenset()
     return [agreed[_shape(c)] for c in completions]
 
 
