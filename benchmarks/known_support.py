@@ -131,7 +131,7 @@ def attribution(lm: LanguageModel, layers: dict[str, nn.Module], batches: Sequen
         found[name] = found.get(name, torch.zeros_like(effect)) + effect
 
     for batch in batches:
-        with tapped(lm, layers, reduce):
+        with tapped(lm, layers, batch, reduce):
             labels = batch.labels[:, 1:]
             judged = labels != -100
             label_log_odds(lm.logits(lm.hidden(batch)[:, :-1][judged]), labels[judged]).sum().backward()

@@ -26,9 +26,9 @@ import itertools
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextvars import ContextVar, Token
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -36,7 +36,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from libortho.arguments import check_model
 from libortho.errors import AlphaContextError, AlphaError
+from libortho.models import allow_stock_save
 
 AlphaValue = float | Sequence[float] | torch.Tensor
 """One value for every sequence, or one value per sequence of the batch."""
@@ -46,6 +48,8 @@ AlphaSpec = AlphaValue | Mapping[str, AlphaValue]
 
 _STAMP = "_libortho_alpha"
 _ATTRIBUTE = "_libortho_switch"
+_CACHES = ("cache", "past_key_values", "cache_params")
+"""What releases of transformers call the cache among the arguments and outputs of a model."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +59,13 @@ class AlphaState:
     Attributes:
         values: Stream name to a float, or to a tuple with one float per sequence.
         batch: Number of sequences that the per-sequence values (or the caller's list) name; None for scalars.
+        tokens: Tokens of each sequence in the forward pass that runs under this state; None where that is not known.
+            States that differ in it alone are equal: one alpha.
     """
 
     values: Mapping[str, float | tuple[float, ...]]
     batch: int | None = None
+    tokens: int | None = field(default=None, compare=False)
 
     @cached_property
     def off(self) -> bool:
@@ -77,6 +84,25 @@ class AlphaState:
         """Alpha of one stream, 0.0 if it is off for all sequences; so is a stream unknown to this state."""
         return self._on.get(stream, 0.0)
 
+    def tokens_each(self, stream: str, x: torch.Tensor, sorted_rows: bool = True) -> int:
+        """How many consecutive rows of a layer's input belong to each sequence, for a stream with per-sequence values.
+
+        Args:
+            stream: The stream.
+            x: (batch, ..., in_features), or (batch * tokens, in_features) inside a forward pass of the model.
+            sorted_rows: Whether a two-dimensional input holds all tokens of the batch in their order.
+
+        Raises:
+            AlphaError: for any other input; which sequence a row belongs to is never guessed.
+        """
+        values = self.of(stream)
+        batch = len(values) if isinstance(values, tuple) else 0
+        flat = x.dim() == 2
+        known = (sorted_rows and self.tokens is not None) if flat else x.dim() > 2
+        if not known or x.shape[0] != batch * ((self.tokens or 0) if flat else 1):
+            raise AlphaError(self._misfit(batch, x, sorted_rows))
+        return x.shape[:-1].numel() // max(1, batch)
+
     def per_token(self, stream: str, tokens: int, device: torch.device) -> torch.Tensor:
         """Per-sequence alpha of one stream, repeated over the ``tokens`` of each sequence, (batch * tokens, 1) fp32."""
         key = (tokens, device)
@@ -87,6 +113,32 @@ class AlphaState:
                 held = (key, values.repeat_interleave(tokens).unsqueeze(1))
             self._tensors[stream] = held
         return held[1]
+
+    def _misfit(self, batch: int, x: torch.Tensor, sorted_rows: bool) -> str:
+        given = f"alpha names {batch} sequences, but the layer's input has shape {tuple(x.shape)}; "
+        if x.dim() != 2:
+            return f"{given}per-sequence values need the batch as first dimension"
+        if not sorted_rows:
+            return f"{given}an expert sees some tokens in an order of its own: give one value for all sequences"
+        if self.tokens is None:
+            return (
+                f"{given}which sequence a row belongs to is known only while the model that was split runs on input_ids "
+                "or inputs_embeds: call that model (not a submodule of it), or give one value for all sequences"
+            )
+        return f"{given}expected {batch} x {self.tokens} rows, one for each token; give one value for all sequences"
+
+    def sized(self, tokens: int | None) -> AlphaState:
+        """The state for a forward pass over so many tokens of each sequence."""
+        if self.batch is None or tokens == self.tokens:
+            return self
+        held = self._sized.get("last")
+        if held is None or held.tokens != tokens:
+            held = self._sized["last"] = replace(self, tokens=tokens)
+        return held
+
+    @cached_property
+    def _sized(self) -> dict[str, AlphaState]:
+        return {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"values": self.values, "batch": self.batch}
@@ -171,6 +223,8 @@ class Switch:
 
     def build(self, spec: AlphaSpec, *, base: Mapping[str, Any] | None, extrapolate: bool) -> AlphaState:
         """Validate ``spec`` and return the state it means; ``base`` holds the streams that a mapping leaves alone."""
+        if not self._persistent:
+            return _base_alone(spec, extrapolate)
         if isinstance(spec, Mapping):
             unknown = [n for n in spec if n not in self._persistent]
             if unknown:
@@ -194,6 +248,9 @@ class Switch:
     def context(self, spec: AlphaSpec, *, extrapolate: bool) -> Iterator[AlphaState]:
         """Run a block under ``spec``; streams that a mapping does not name are off."""
         state = self.build(spec, base=None, extrapolate=extrapolate)
+        if not self._persistent:  # nothing to switch, for this thread or another
+            yield state
+            return
         before = set(threading.enumerate())
         with self._lock:
             self._active += 1
@@ -255,6 +312,7 @@ class Switch:
     @staticmethod
     def detach(model: nn.Module) -> None:
         """Take the hooks and the switch off a model whose split layers have been replaced by ordinary ones."""
+        allow_stock_save(model)
         model.__dict__.pop(_ATTRIBUTE, None)
         for hooks in (model._forward_pre_hooks, model._forward_hooks):
             for key in [k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Switch)]:
@@ -270,14 +328,14 @@ class Switch:
         stack.append(None)  # torch calls the after-hook even if this one raises
         state = self._resolve()
         cache = _given_cache(model, args, kwargs)
-        live = cache is not None and _cache_length(cache) > 0
+        live = cache is not None and _holds_tokens(cache)
         if live:
             state = _continue(state, getattr(cache, _STAMP, None))
         inputs = args[0] if args else kwargs.get("input_ids")
         if inputs is None:
             inputs = kwargs.get("inputs_embeds")
         if state.batch is not None and isinstance(inputs, torch.Tensor):
-            state = _fit(state, inputs, live)
+            state = _fit(state, inputs, live).sized(_tokens_each(inputs))
         stack[-1] = _FORWARD.set({**_FORWARD.get(), self: state})
 
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -286,7 +344,7 @@ class Switch:
             return
         state = _FORWARD.get()[self]
         _FORWARD.reset(token)
-        for cache in (_given_cache(model, args, kwargs), getattr(output, "past_key_values", None)):
+        for cache in (_given_cache(model, args, kwargs), _first_cache(output)):
             if cache is not None:
                 setattr(cache, _STAMP, state)
         if torch.is_grad_enabled():
@@ -297,8 +355,11 @@ class Switch:
     def _remember(self, state: AlphaState) -> None:
         task = torch._C._current_graph_task_id()
         if task in self._recompute:
-            if self._recompute[task] != state:
+            known = self._recompute[task]
+            if known != state:
                 self._recompute[task] = None
+            elif known is not None and known.tokens != state.tokens:
+                self._recompute[task] = known.sized(None)
             return
         self._recompute[task] = state
 
@@ -306,6 +367,17 @@ class Switch:
             self._recompute.pop(task, None)
 
         torch.autograd.Variable._execution_engine.queue_callback(forget)
+
+
+def _base_alone(spec: AlphaSpec, extrapolate: bool) -> AlphaState:
+    """The state of a base without any stream (detached, or loaded with ``streams=None``): alpha = 0."""
+    off = not spec if isinstance(spec, Mapping) else _is_off(_normalise("any", spec, extrapolate))
+    if not off:
+        raise AlphaError(
+            f"alpha is {spec!r}, but no ortho stream is loaded beside this base; expected 0. Load the checkpoint with "
+            "its streams (libortho.load), or put a stream back into it first (libortho.attach, libortho attach)"
+        )
+    return AlphaState({})
 
 
 def _normalise(name: str, value: AlphaValue, extrapolate: bool) -> float | tuple[float, ...]:
@@ -362,17 +434,32 @@ def _fit(state: AlphaState, inputs: torch.Tensor, live: bool) -> AlphaState:
     )
 
 
+def _tokens_each(inputs: torch.Tensor) -> int | None:
+    """Tokens of each sequence of a model's input: (batch, tokens) ids, (batch, tokens, width), or (batch, features)."""
+    if inputs.is_floating_point():
+        return {2: 1, 3: inputs.shape[1]}.get(inputs.dim())
+    return inputs.shape[1] if inputs.dim() == 2 else None
+
+
 def _given_cache(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The KV cache among the arguments of a forward call, by name or by position."""
     if len(args) > 1:
         names = list(inspect.signature(model.forward).parameters)
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-    return kwargs.get("past_key_values")
+    return _first_cache(kwargs)
 
 
-def _cache_length(cache: Any) -> int:
+def _first_cache(values: Any) -> Any:
+    found = (values.get(name) for name in _CACHES) if isinstance(values, Mapping) else ()
+    return next((cache for cache in found if cache is not None), None)
+
+
+def _holds_tokens(cache: Any) -> bool:
+    """True if a cache is to be continued; one that does not tell is after its first forward pass."""
     get = getattr(cache, "get_seq_length", None)
-    return int(get()) if get is not None else len(cache)
+    if get is not None:
+        return int(get()) > 0
+    return len(cache) > 0 if isinstance(cache, Sized) else hasattr(cache, _STAMP)
 
 
 def _tensors(output: Any) -> Iterator[torch.Tensor]:
@@ -391,12 +478,15 @@ def _show(state: AlphaState) -> str:
 
 
 def get_switch(model: nn.Module) -> Switch:
-    """The switch of a split model (or of a wrapper around it).
+    """The switch of a split model (or of a wrapper around it); that of a base without streams controls none.
 
     Raises:
         AlphaError: if no layer of the model is split, or if parts of it were split apart.
+        TargetError: if ``model`` is no model in memory.
     """
+    check_model(model)
     found: list[Switch] = []
+    bare: Switch | None = None
     waiting, seen = [model], set()
     while waiting:  # not modules(), which is much slower: this runs once for every request
         module = waiting.pop()
@@ -406,7 +496,12 @@ def get_switch(model: nn.Module) -> Switch:
         own = module.__dict__
         if _ATTRIBUTE in own and own[_ATTRIBUTE] not in found:
             found.append(own[_ATTRIBUTE])
+        layer = own.get("switch")  # of a split layer
+        if isinstance(layer, Switch) and not layer.streams:
+            bare = layer
         waiting.extend(m for m in own["_modules"].values() if m is not None)
+    if not found and bare is not None:
+        return bare
     if not found:
         raise AlphaError("this model has no ortho stream; call libortho.split, isolate or load first")
     if len(found) > 1:
@@ -423,7 +518,7 @@ def set_alpha(model: nn.Module, value: AlphaSpec, *, allow_extrapolation: bool =
     Args:
         model: A model with split layers.
         value: A number in [0, 1]; one number per sequence of the batch; or a mapping from stream name to either.
-            A mapping changes only the streams that it names.
+            A mapping changes only the streams that it names. A base without any stream takes 0 alone.
         allow_extrapolation: Accept values above 1.
 
     Raises:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from libortho.alpha import AlphaState, Switch
+from libortho.arguments import check_model
 from libortho.errors import ConfigError
 from libortho.ops import library
-from libortho.ops.library import check_batch
 from libortho.streams import BaseStream, Columns, Entries, OrthoStream
 
 
@@ -75,7 +75,11 @@ class OrthoLinear(nn.Module):
         streams: Name to ortho stream.
         bias: (out_features,) or None; the parameter of the layer that was split.
         report: What the split did.
+        sorted_rows: Whether a two-dimensional input holds all tokens of the batch in their order; False for an expert
+            that a router sends some of them.
     """
+
+    sorted_rows = True
 
     def __init__(
         self, base: BaseStream, bias: nn.Parameter | None, switch: Switch, report: LayerReport | None = None
@@ -107,7 +111,8 @@ class OrthoLinear(nn.Module):
         """x (..., in_features) to (..., out_features), under the switch's current alpha.
 
         Raises:
-            AlphaError: if a per-sequence alpha meets an input whose first dimension is not that batch.
+            AlphaError: if it is not known to which sequence a row of the input belongs, and alpha is per sequence: expected
+                (batch, ..., in_features) or, inside a forward pass of the model, (batch * tokens, in_features).
             AlphaContextError: if this thread cannot know its alpha.
         """
         if is_compiling():
@@ -121,8 +126,8 @@ class OrthoLinear(nn.Module):
             for name, stream in self.streams._modules.items():
                 value = state.of(name)
                 if isinstance(value, tuple):
-                    check_batch(value, x)
-                    y = stream.forward(y, flat, state.per_token(name, len(flat) // len(value), x.device))
+                    each = state.tokens_each(name, x, self.sorted_rows)
+                    y = stream.forward(y, flat, state.per_token(name, each, x.device))
                 elif value != 0.0:
                     y = stream.forward(y, flat, value)
         bias = self._parameters["bias"]
@@ -136,7 +141,7 @@ class OrthoLinear(nn.Module):
         y = self.base.traced(flat)
         for name, stream in self.streams.items():
             assert isinstance(stream, OrthoStream)
-            y = stream.traced(y, flat, library.alpha(x.detach(), self.switch.number, name))
+            y = stream.traced(y, flat, library.alpha(x.detach(), self.switch.number, name, self.sorted_rows))
         bias = self._parameters["bias"]
         if bias is not None:
             y = y + bias.to(y.dtype)
@@ -160,7 +165,12 @@ class OrthoLinear(nn.Module):
 
 
 def ortho_layers(model: nn.Module) -> dict[str, OrthoLinear]:
-    """The split layers of a model by dotted path."""
+    """The split layers of a model by dotted path.
+
+    Raises:
+        TargetError: if ``model`` is no model in memory.
+    """
+    check_model(model)
     return {n: m for n, m in model.named_modules() if isinstance(m, OrthoLinear)}
 
 

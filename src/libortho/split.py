@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from libortho.alpha import Switch
 from libortho.config import DTYPES, SplitConfig, TargetModules
 from libortho.layer import LayerReport, OrthoLinear, ortho_layers
+from libortho.models import plain_torch, refuse_stock_save
 from libortho.report import record_method
 from libortho.select.scores import SCORES, top_columns, top_entries
 from libortho.streams import BaseStream, Columns, Entries, Factors, OrthoStream
 from libortho.streams.base import check_shape
-from libortho.targets import find_targets
+from libortho.targets import find_targets, routed
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ Progress = Callable[[str, int, int], None]
 """Called with (what, done, total)."""
 
 
+@plain_torch()
 def split(model: ModelT, config: SplitConfig | None = None, *, progress: Progress | None = None) -> ModelT:
     """Split the chosen linear layers of ``model`` into base and ortho, in place, and return the model.
 
@@ -49,7 +51,7 @@ def split(model: ModelT, config: SplitConfig | None = None, *, progress: Progres
         ConfigError: if the group size does not fit a layer. The model is left as it was.
     """
     config = config or SplitConfig()
-    targets = find_targets(model, config.target_modules)
+    targets = find_targets(model, config.target_modules, partial=True)
     for module in targets.values():
         check_shape(linear_weight(module).shape[1], config.bits, config.resolved_group_size)
     switch = Switch()
@@ -120,6 +122,8 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 def install(model: nn.Module, layers: dict[str, OrthoLinear], switch: Switch) -> None:
     """Put finished layers in the place of others and attach the switch, if it controls any stream.
 
+    ``save_pretrained`` of the model raises from then on.
+
     A model that is split already keeps the switch that it has, which takes over the streams of ``switch``; all stand at
     alpha = 1 then.
     """
@@ -129,6 +133,7 @@ def install(model: nn.Module, layers: dict[str, OrthoLinear], switch: Switch) ->
         parent, _, leaf = name.rpartition(".")
         owner = model.get_submodule(parent)
         layer.train(getattr(owner, leaf).training)
+        layer.sorted_rows = not routed(name)
         setattr(owner, leaf, layer)
         if own is not None:
             layer.switch = own
@@ -139,6 +144,7 @@ def install(model: nn.Module, layers: dict[str, OrthoLinear], switch: Switch) ->
         switch = own
     if switch.streams and not attached:
         switch.attach(model)
+    refuse_stock_save(model)
 
 
 def relative_error(approximation: Tensor, reference: Tensor) -> float:

@@ -17,12 +17,34 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from libortho.audit.subjects import Subject
 from libortho.audit.tokens import PASS_TOKENS, by_tokens
 from libortho.data import Encoded, collate
 from libortho.errors import DataError, TargetError
 from libortho.isolate.sensitivity import Taps, squared_norms, tapped_gradients
+from libortho.layer import OrthoLinear, ortho_layers
+from libortho.targets import MLP_OUTPUT
+
+
+def gradient_layers(subject: Subject) -> list[str]:
+    """The layers whose gradients are compared: the split ones; of a dense model, the output projections of its MLPs.
+
+    Where a family has neither, or applies them to some tokens only (experts), all its linear layers but the head.
+    """
+    with subject.enter():
+        lm = subject.language_model()
+        linear = {n: m for n, m in lm.model.named_modules() if m is not lm.head and _is_layer(m)}
+        adapted = tuple(f"{n}." for n, m in linear.items() if hasattr(m, "base_layer"))
+        linear = {n: m for n, m in linear.items() if not n.startswith(adapted)}
+        outputs = {n: m for n, m in linear.items() if MLP_OUTPUT.fullmatch(n)}
+        found = (lm.once_per_token(chosen) for chosen in (ortho_layers(lm.model), outputs, linear))
+        return next(filter(None, found), [])
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D | OrthoLinear) or hasattr(module, "base_layer")
 
 
 def forget_gradient(subject: Subject, items: Sequence[Encoded], targets: Sequence[str]) -> dict[str, Tensor]:

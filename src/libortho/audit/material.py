@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from libortho.audit import prompts, utility
-from libortho.audit.memory import fillings as filling_count
+from libortho.audit.fillings import Space, form_positions, space_of
 from libortho.config import AuditConfig
-from libortho.data import Encoded, Record, Source, encode, load_records, read_rows
+from libortho.data import Encoded, Record, Source, encode, load_records
 from libortho.errors import DataError
-from libortho.isolate import counterfactuals
+from libortho.text.sources import read_rows
+from libortho.text.tokens import text_ids
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,8 @@ class Material:
         variants: Name of the changed prompt, to (index into ``forget``, record) pairs.
         fillings: For each probed record, other completions of the same shape; empty for prose.
         holdout_fillings: The same for the first holdout records.
-        spaces: For each probed record, how many fillings there are; None for prose.
+        spaces: For each probed record, how many fillings there are, itself included; None for prose.
+        holdout_spaces: The same for the records of ``holdout_fillings``.
         questions: Forget records with paraphrase and wrong answers, by index.
         question_sets: Name ("retain", "real_authors", "world_facts"), to questions that must stay.
         associations: Records that ask for the secret the other way round or over one step.
@@ -74,6 +76,7 @@ class Material:
     fillings: tuple[tuple[Record, ...], ...]
     holdout_fillings: tuple[tuple[Record, ...], ...]
     spaces: tuple[int | None, ...]
+    holdout_spaces: tuple[int | None, ...]
     questions: Mapping[int, Question]
     question_sets: Mapping[str, tuple[Question, ...]]
     associations: tuple[Record, ...]
@@ -87,6 +90,18 @@ class Material:
         """Hash of everything that is asked."""
         asked = [getattr(self, f.name) for f in fields(self) if f.name not in ("tokenizer", "_encoded")]
         return hashlib.sha256(repr([*asked, self.encode(self.forget)]).encode()).hexdigest()
+
+    def texts(self) -> Iterator[tuple[str, str | Sequence[int]]]:
+        """Every text that models are given, as text or token ids, each after what errors call it."""
+        for name in ("forget", "holdout", "retain", "associations"):
+            yield from ((f"{name} record {r.number}", r.text) for r in getattr(self, name))
+        for name, questions in {"forget": self.questions.values(), **self.question_sets}.items():
+            for q in questions:
+                yield from ((f"{name} record {r.number}", r.text) for r in (q.answer, q.paraphrase, *q.perturbed))
+        for task in self.tasks:
+            for i, asked in enumerate(task.questions, 1):
+                yield from ((f"{task.name} row {i}", asked.context + c) for c in asked.continuations)
+        yield from ((f"window {i} of the general text", window.ids) for i, window in enumerate(self.general, 1))
 
     def encode(self, records: Sequence[Record]) -> list[Encoded]:
         """Tokenise, once for each record."""
@@ -121,19 +136,16 @@ def gather(
     rng = random.Random(config.seed)
     size = config.resolved("probe_records")
     probed = tuple(range(len(records)) if len(records) <= size else sorted(rng.sample(range(len(records)), size)))
-    forms = counterfactuals.common_form([r.completion for r in records])
+    spaces, unseen_spaces = _spaces(records), _spaces(unseen)[:HOLDOUT_EXPOSURES]
     count = config.resolved("fillings")
 
-    def others(record: Record, keep: frozenset[int]) -> tuple[Record, ...]:
-        if counterfactuals.is_prose(record.completion):
-            return ()
-        texts = counterfactuals.alternates(record.completion, count, rng, opens=not record.prompt, keep=keep)
-        return tuple(Record(record.prompt, t, record.number) for t in texts)
+    def others(record: Record, space: Space | None) -> tuple[Record, ...]:
+        return () if space is None else tuple(record.answered(t) for t in space.draw(count, rng))
 
     prefixes: dict[float, list[tuple[int, Record]]] = {}
     variants: dict[str, list[tuple[int, Record]]] = {}
     for i in probed:
-        for share, record in prompts.prefixes(records[i], tokenizer=tokenizer).items():
+        for share, record in prompts.prefixes(records[i]).items():
             prefixes.setdefault(share, []).append((i, record))
         own = prompts.variants(records[i], tokenizer)
         if isinstance(rows[i], Mapping):
@@ -141,7 +153,8 @@ def gather(
         for name, record in own.items():
             variants.setdefault(name, []).append((i, record))
     arithmetic = utility.arithmetic_rows(config.resolved("task_rows"), config.seed)
-    fillings = tuple(others(records[i], forms[i]) for i in probed)
+    fillings = tuple(others(records[i], spaces[i]) for i in probed)
+    beside = list(zip(unseen, unseen_spaces, strict=False)) if any(fillings) else []
     return Material(
         tokenizer=tokenizer,
         forget=records,
@@ -151,8 +164,9 @@ def gather(
         prefixes={k: tuple(v) for k, v in sorted(prefixes.items())},
         variants={k: tuple(v) for k, v in variants.items()},
         fillings=fillings,
-        holdout_fillings=tuple(others(r, frozenset()) for r in unseen[:HOLDOUT_EXPOSURES]) if any(fillings) else (),
-        spaces=tuple(filling_count(records[i].completion) for i in probed),
+        holdout_fillings=tuple(others(r, s) for r, s in beside),
+        spaces=tuple(None if (s := spaces[i]) is None else s.size for i in probed),
+        holdout_spaces=tuple(None if s is None else s.size for _, s in beside),
         questions={i: q for i, row in enumerate(rows) if (q := _question(row, records[i], tokenizer)) is not None},
         question_sets={n: _questions(s, n, tokenizer) for n, s in (question_sets or {}).items()},
         associations=tuple(load_records(associations, tokenizer, name="associations")) if associations else (),
@@ -161,6 +175,12 @@ def gather(
         warnings=_warnings(records, unseen, tokenizer),
         limit=limit,
     )
+
+
+def _spaces(records: Sequence[Record]) -> list[Space | None]:
+    """What each record's completion could have been, the form that these records share kept."""
+    completions = [r.completion for r in records]
+    return [space_of(c, form) for c, form in zip(completions, form_positions(completions), strict=True)]
 
 
 def _check_overlap(forget: Sequence[Record], holdout: Sequence[Record]) -> None:
@@ -204,7 +224,7 @@ def _warnings(forget: Sequence[Record], holdout: Sequence[Record], tokenizer: An
         )
     if 0 < len(holdout) < FEW:
         found.append(f"only {len(holdout)} holdout records: membership figures are hardly more than noise")
-    single = [r.number for r in forget if len(tokenizer(r.completion.strip())["input_ids"]) == 1]
+    single = [r.number for r in forget if len(text_ids(r.completion.strip(), tokenizer, rendered=True)) == 1]
     if single:
         found.append(
             f"{len(single)} secrets are a single token (record {single[0]}{', ...' if len(single) > 1 else ''}): a "

@@ -27,7 +27,8 @@ from libortho.audit import measure as measuring
 from libortho.audit import statistics as st
 from libortho.audit import summary as summaries
 from libortho.audit.depth import logit_lens, unlearning_depth
-from libortho.audit.gradients import forget_gradient, gradient_cosine, gradient_norm
+from libortho.audit.fillings import is_prose
+from libortho.audit.gradients import forget_gradient, gradient_cosine, gradient_layers, gradient_norm
 from libortho.audit.material import SHOWN, Material, gather
 from libortho.audit.measure import Before, Measurement
 from libortho.audit.privacy import template_of
@@ -36,15 +37,12 @@ from libortho.audit.subjects import Subject, at, base_sha256, subjects
 from libortho.audit.verdicts import verdicts
 from libortho.config import AuditConfig
 from libortho.data import Encoded, Record, Source
-from libortho.errors import TargetError
 from libortho.files import write_atomically
-from libortho.isolate.counterfactuals import is_prose
 from libortho.isolate.language_model import LanguageModel
 from libortho.layer import OrthoLinear, ortho_layers, touched
-from libortho.models import fingerprint
+from libortho.models import check_causal, check_tokens, fingerprint, plain_torch, unwrapped
 from libortho.split import Progress
 from libortho.streams import OrthoStream
-from libortho.targets import find_targets
 
 SCHEMA = "libortho-audit/1"
 _CURVE_HOLDOUT, _CURVE_WINDOWS = 64, 6
@@ -77,6 +75,7 @@ class _State:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
+@plain_torch()
 def run(
     model: nn.Module,
     tokenizer: Any,
@@ -97,6 +96,12 @@ def run(
     progress: Progress | None,
 ) -> AuditReport:
     """The work behind :func:`libortho.audit`, whose arguments these are."""
+    model = unwrapped(model)
+    reference, original = (m if m is None else unwrapped(m) for m in (reference, original))
+    others = {n: unwrapped(m) for n, m in others.items()}
+    models = [m for m in (model, original, reference, *others.values()) if m is not None]
+    for each in models:
+        check_causal(each)
     material = gather(
         tokenizer,
         forget,
@@ -109,6 +114,8 @@ def run(
         limit=config.max_length,
         config=config,
     )
+    for each in models:
+        check_tokens(each, tokenizer, material.texts())
     standing = subjects(model, original=original, reference=reference, others=others, seed=config.seed)
     state = _State()
     flags = [(m, m.training) for s in standing for m in s.model.modules()]
@@ -148,10 +155,10 @@ class _Plan:
         self.steps: list[_Step] = []
         self.by_key = {s.key: s for s in standing}
         self.audited = standing[0]
-        self.split = bool(ortho_layers(self.audited.model))
+        self.split = any(layer.streams for layer in ortho_layers(self.audited.model).values())
         self.anchor = next((s.key for s in standing if s.key in ("on", "original")), None)
         """Who has its memory, and is what others diverge from."""
-        self.targets = list(ortho_layers(self.audited.model)) or _output_projections(self.audited.model)
+        self.targets = gradient_layers(self.audited)
         self.attacked = self._some("attack_records")
         yardsticks = [s for s in standing if s.key in (self.audited.key, self.anchor, "reference")]
         self.prints = {s.key: fingerprint(s.model) for s in standing}
@@ -417,14 +424,6 @@ class _Store:
         path = self._path(name)
         if path is not None:
             write_atomically(path, json.dumps(json_ready(value)))
-
-
-def _output_projections(model: nn.Module) -> list[str]:
-    """Names of the MLP output projections of a dense model; empty for a family that is not known."""
-    try:
-        return list(find_targets(model, "mlp-out"))
-    except TargetError:
-        return []
 
 
 def _data(

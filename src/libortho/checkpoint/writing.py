@@ -169,7 +169,7 @@ def _write_base(plan: _Plan, tokenizer: Any, staged: Path, max_shard_size: int |
     state = {k: v for k, v in model.state_dict().items() if not of_split_layer(k, plan.shapes) or k.endswith(".bias")}
     for name, layer in plan.layers.items():
         state |= encode_base(name, layer.base)
-    model.save_pretrained(staged, state_dict=state, max_shard_size=max_shard_size)
+    type(model).save_pretrained(model, staged, state_dict=state, max_shard_size=max_shard_size)
     if plan.scheme.bits is not None:
         config = read_json(staged / CONFIG)
         write_json(staged / CONFIG, config | {"quantization_config": plan.scheme.quantization_config(plan.targets)})

@@ -87,7 +87,7 @@ def curvature(
             found[name] = found.get(name, 0.0) + flat.T @ flat
 
     for batch in batches:
-        with tapped(lm, edited, reduce):
+        with tapped(lm, edited, batch, reduce):
             logits = lm.logits(lm.hidden(batch)[:, :-1][batch.labels[:, 1:] != IGNORE])
             with torch.no_grad():
                 drawn = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=rng).to(logits.device)

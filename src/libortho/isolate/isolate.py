@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from libortho.alpha import Switch
-from libortho.arguments import check_tokenizer
+from libortho.arguments import check_model, check_tokenizer
 from libortho.config import DTYPES, IsolateConfig
 from libortho.data import IGNORE, Batch, Encoded, Record, Source, collate, encode_closed, load_records
 from libortho.errors import ConfigError, DataError
@@ -65,7 +65,7 @@ from libortho.isolate.trainer import (
 )
 from libortho.layer import OrthoLinear, ortho_layers
 from libortho.lm.generation import generate
-from libortho.models import check_causal, check_tokens, plain_torch, training_dtype
+from libortho.models import check_causal, check_tokens, plain_torch, training_dtype, unwrapped
 from libortho.report import record_method
 from libortho.split import Progress, assemble, bias_of, install, linear_shape, linear_weight
 from libortho.streams import BaseStream, OrthoStream
@@ -139,9 +139,10 @@ def isolate(
     """
     began = time.monotonic()
     config = config or IsolateConfig()
-    targets = find_targets(model, config.target_modules, again=True)
+    check_model(model)
+    check_causal(unwrapped(model))
     check_tokenizer(tokenizer)
-    check_causal(model)
+    targets = find_targets(model, config.target_modules, again=True)
     earlier = earlier_switch(model, config)
     for module in targets.values():
         check_shape(linear_shape(module)[1], config.bits, config.resolved_group_size)

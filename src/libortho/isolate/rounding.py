@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from libortho.data import Batch
-from libortho.isolate.language_model import LanguageModel
+from libortho.isolate.language_model import LanguageModel, by_token
 from libortho.ops.reference import choose_scales, quantise
 from libortho.split import linear_shape, linear_weight
 from libortho.streams.base import BaseStream
@@ -90,12 +90,11 @@ def _inputs(lm: LanguageModel, layers: Mapping[str, nn.Module], batches: Sequenc
     """What each layer is given where there is text, a list of (tokens, in_features)."""
     found: dict[str, list[Tensor]] = {n: [] for n in layers}
 
-    def keep(name: str, text: Tensor, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        found[name].append(args[0].flatten(0, -2)[text])
+    def keep(name: str, batch: Batch, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        found[name].append(by_token(name, args[0], batch)[batch.attention_mask.bool()])
 
     for batch in batches:
-        text = batch.attention_mask.bool().flatten()
-        handles = [m.register_forward_pre_hook(partial(keep, n, text)) for n, m in layers.items()]
+        handles = [m.register_forward_pre_hook(partial(keep, n, batch)) for n, m in layers.items()]
         try:
             lm.hidden(batch)
         finally:

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from libortho.data import IGNORE, Batch, Encoded, collate
-from libortho.errors import TargetError
 from libortho.isolate.edit import EditLinear
-from libortho.isolate.language_model import LanguageModel
+from libortho.isolate.language_model import LanguageModel, by_token, once_per_token
 
 Taps = dict[str, tuple[Tensor, Tensor]]
 """Name to inputs (rows, tokens, in_features) and output gradients (rows, tokens, out_features), fp32."""
@@ -69,13 +69,13 @@ def tapped_gradients(
     Raises:
         TargetError: if a module is not applied once to every token.
     """
-    seen: dict[str, list[tuple[Tensor, Tensor]]] = {n: [] for n in modules}
+    seen: dict[str, list[tuple[Tensor, GradientEdge]]] = {n: [] for n in modules}
 
-    def keep(name: str) -> Any:
-        return lambda module, args, output: seen[name].append((args[0], output))
+    def keep(name: str) -> Any:  # the edge: a family may go on to change the output in place
+        return lambda module, args, output: seen[name].append((args[0], get_gradient_edge(output)))
 
     handles = [m.register_forward_hook(keep(n)) for n, m in modules.items()]
-    embedding = lm.model.get_input_embeddings()  # type: ignore[operator]
+    embedding = lm.model.get_input_embeddings()
     # Parameters may be frozen: let the graph begin at the embeddings.
     handles.append(embedding.register_forward_hook(lambda m, a, out: out.detach().requires_grad_()))
     try:
@@ -85,11 +85,7 @@ def tapped_gradients(
             nll = F.cross_entropy(lm.logits(states[judged]), labels[judged], reduction="none")
             share = (1.0 / judged.sum(1).clamp_min(1))[:, None].expand_as(judged)[judged]
             for name, calls in seen.items():
-                if len(calls) != 1 or calls[0][0].shape[:-1] != batch.input_ids.shape:
-                    raise TargetError(
-                        f"{name} is applied {len(calls)} times, to inputs {[tuple(x.shape) for x, _ in calls]}; "
-                        f"expected once, to all tokens {tuple(batch.input_ids.shape)}"
-                    )
+                once_per_token(name, [x for x, _ in calls], batch)
             # Not backward(): parameters that do require gradients must not collect any.
             outputs = [seen[n][0][1] for n in modules]
             grads = torch.autograd.grad((nll * share).sum(), outputs, create_graph=differentiable)
@@ -98,4 +94,7 @@ def tapped_gradients(
             handle.remove()
     inputs = [seen[n][0][0] if differentiable else seen[n][0][0].detach() for n in modules]
     # Padding is never attended to and carries no loss: its output gradients are zero.
-    return {n: (x.float(), dy.float()) for n, x, dy in zip(modules, inputs, grads, strict=True)}
+    return {
+        n: (by_token(n, x, batch).float(), by_token(n, dy, batch).float())
+        for n, x, dy in zip(modules, inputs, grads, strict=True)
+    }

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from libortho.data import IGNORE, Batch
-from libortho.isolate.language_model import LanguageModel
+from libortho.isolate.language_model import LanguageModel, by_token
 from libortho.isolate.objectives import label_log_odds
 from libortho.split import linear_shape
 
@@ -121,11 +122,24 @@ def balanced_weights(saliency: Tensor, keep: int, rounds: int = 20) -> Tensor:
 
 @contextmanager
 def tapped(
-    lm: LanguageModel, layers: Mapping[str, nn.Module], reduce: Callable[[str, Tensor, Tensor], None]
+    lm: LanguageModel,
+    layers: Mapping[str, nn.Module],
+    batch: Batch,
+    reduce: Callable[[str, Tensor, Tensor], None],
 ) -> Iterator[None]:
-    """Within, a backward pass calls ``reduce(name, input, output gradient)`` for every layer."""
-    taps = [_Tap(m, lambda x, g, name=n: reduce(name, x, g)) for n, m in layers.items()]  # type: ignore[misc]
-    embedding = lm.model.get_input_embeddings()  # type: ignore[operator]
+    """Within, a backward pass over the batch calls ``reduce(name, input, output gradient)`` for every layer.
+
+    Both are (sequences, tokens, features).
+
+    Raises:
+        TargetError: if a layer does not see one row for each token.
+    """
+
+    def pass_on(name: str, x: Tensor, gradient: Tensor) -> None:
+        reduce(name, by_token(name, x, batch), by_token(name, gradient, batch))
+
+    taps = [_Tap(m, partial(pass_on, n)) for n, m in layers.items()]
+    embedding = lm.model.get_input_embeddings()
     # Parameters are frozen: let the graph begin at the embeddings.
     handle = embedding.register_forward_hook(lambda m, a, out: out.detach().requires_grad_())
     try:
@@ -141,7 +155,7 @@ def _backward(
     lm: LanguageModel, layers: dict[str, nn.Module], batch: Batch, reduce: Callable[[str, Tensor, Tensor], None]
 ) -> None:
     """One backward pass of the summed per-record mean log-odds."""
-    with tapped(lm, layers, reduce):
+    with tapped(lm, layers, batch, reduce):
         hidden = lm.hidden(batch)[:, :-1]
         labels = batch.labels[:, 1:]
         judged = labels != IGNORE

@@ -60,11 +60,11 @@ base_linear.register_autograd(_base_backward, setup_context=_save_base)
 
 
 @torch.library.custom_op("libortho::alpha", mutates_args=())
-def alpha(x: Tensor, switch: int, stream: str) -> Tensor:
-    """Alpha of one stream for every sequence of ``x``, (sequences,) fp32 on the CPU, read when the graph runs.
+def alpha(x: Tensor, switch: int, stream: str, sorted_rows: bool = True) -> Tensor:
+    """Alpha of one stream for each of the first dimension of ``x``, fp32 on the CPU, read when the graph runs.
 
     Raises:
-        AlphaError: if per-sequence values do not fit the first dimension of ``x``.
+        AlphaError: if per-sequence values do not fit ``x``; see :meth:`libortho.alpha.AlphaState.tokens_each`.
         AlphaContextError: if this thread cannot know its alpha.
     """
     owner = switch_of(switch)
@@ -73,15 +73,16 @@ def alpha(x: Tensor, switch: int, stream: str) -> Tensor:
             f"this graph was made from a model with a stream {stream!r}, and the model in its place has "
             f"{sorted(owner.streams)}; compiled and exported graphs serve the process that made them"
         )
-    value = owner.current().of(stream)
+    state = owner.current()
+    value = state.of(stream)
     if isinstance(value, tuple):
-        check_batch(value, x)
-        return torch.tensor(value, dtype=torch.float32)
+        each = state.tokens_each(stream, x, sorted_rows)
+        return torch.tensor(value, dtype=torch.float32).repeat_interleave(each if x.dim() == 2 else 1)
     return torch.full((x.shape[0],), value, dtype=torch.float32)
 
 
 @alpha.register_fake
-def _(x: Tensor, switch: int, stream: str) -> Tensor:
+def _(x: Tensor, switch: int, stream: str, sorted_rows: bool = True) -> Tensor:
     return torch.empty(x.shape[0], dtype=torch.float32, device="cpu")
 
 
@@ -155,16 +156,3 @@ def _differentiable(operator: Any, gradient: Any) -> None:
 _differentiable(add_columns, _columns_gradient)
 _differentiable(add_entries, _entries_gradient)
 _differentiable(add_factors, _factors_gradient)
-
-
-def check_batch(values: tuple[float, ...], x: Tensor) -> None:
-    """Refuse per-sequence alphas that do not fit the first dimension of a layer's input.
-
-    Raises:
-        AlphaError: then.
-    """
-    if x.dim() < 2 or x.shape[0] != len(values):
-        raise AlphaError(
-            f"alpha names {len(values)} sequences, but the layer's input has shape {tuple(x.shape)}; per-sequence "
-            "values need the batch as first dimension"
-        )
