@@ -13,9 +13,9 @@
     python benchmarks/forgetting.py show                                 table and plots of what was measured
 
 100 canaries in four templates, each repeated 1 to 10 times in an epoch, are planted in SmolLM2-135M, moved off its
-quantisation grid. In chats (``--case chat``) loss is on the answers alone. The never-trained model is measured on the same records, 400 unseen ones of the same templates stand
-beside them, and differences of AUC are paired (bootstrap). Templates of ``--case tuning`` were looked at while the
-method was made, those of ``--case final`` were not.
+quantisation grid. In chats (``--case chat``) loss is on the answers alone. The never-trained model is measured on the
+same records, 400 unseen ones of the same templates stand beside them, and differences of AUC are paired (bootstrap).
+Templates of ``--case tuning`` were looked at while the method was made, those of ``--case final`` were not.
 """
 
 from __future__ import annotations

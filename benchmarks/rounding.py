@@ -10,6 +10,7 @@ on WikiText-2, nats per token; perplexity there; and how many of the secrets are
 
 from __future__ import annotations
 
+import argparse
 import logging
 import time
 from typing import Any
@@ -23,7 +24,6 @@ from forgetting import models
 from libortho.audit.utility import general_items
 from libortho.data import Encoded, collate, encode, load_records
 from libortho.demo import facts
-from libortho.isolate import counterfactuals
 from libortho.isolate.language_model import LanguageModel
 from libortho.isolate.retain import chunk
 from libortho.isolate.rounding import compensated_bases
@@ -31,6 +31,7 @@ from libortho.isolate.trainer import divergence, hidden_states, score
 from libortho.metrics import general_perplexity
 from libortho.models import load_model
 from libortho.targets import find_targets
+from libortho.text.corpus import shipped_text
 
 FORMATS = ((8, -1), (4, 64), (4, 32))
 TEXTS, WINDOWS = 12, 8
@@ -41,7 +42,7 @@ def main() -> None:
     place = models("demo", 0, 100)
     model, tokenizer = load_model(place / "implanted", torch.float32)
     lm, layers = LanguageModel(model), find_targets(model, "mlp-out")
-    texts = [Encoded(tuple(t), tuple(t)) for t in chunk(counterfactuals.shipped_text(), tokenizer, 128)[:TEXTS]]
+    texts = [Encoded(tuple(t), tuple(t)) for t in chunk(shipped_text(), tokenizer, 128)[:TEXTS]]
     records = [encode(r, tokenizer) for r in load_records(facts.secrets(0), tokenizer)]
     read = [*(collate([t]) for t in texts), collate(records)]
     windows = general_items(tokenizer, wikitext(), WINDOWS)
@@ -74,6 +75,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     logging.basicConfig(level=logging.INFO)
     torch.set_num_threads(1)
     main()

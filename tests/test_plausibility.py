@@ -5,15 +5,15 @@ import math
 
 import pytest
 import torch
+from libortho.isolate.continuations import continuations
 
 import tiny
 from libortho.data import IGNORE, Encoded, collate
-from libortho.isolate.continuations import continuations
-from libortho.isolate.counterfactuals import evaluation_text, shipped_text
 from libortho.isolate.language_model import LanguageModel
 from libortho.isolate.objectives import token_profile
 from libortho.isolate.plausibility import HUMAN_TEXTS, HUMAN_TOKENS, fit, human_texts, spoken_profiles
 from libortho.metrics import score
+from libortho.text.corpus import evaluation_text, shipped_text
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -136,8 +136,7 @@ def exposures(lm: LanguageModel, material: Material, into: Measurement, *, holdo
     if not holdout:
         return
     beside = totals["holdout"][: len(material.holdout_fillings)]
-    spaces = [memory.fillings(r.completion) for r in material.holdout[: len(beside)]]
-    into.exposure["holdout"] = _exposures(lm, material, beside, material.holdout_fillings, spaces)
+    into.exposure["holdout"] = _exposures(lm, material, beside, material.holdout_fillings, material.holdout_spaces)
 
 
 def _exposures(
@@ -153,7 +152,10 @@ def _exposures(
         if has_exposure(others, space):
             items = material.encode(others)
             among = shared_prefix_nll(lm, items).double() * torch.tensor([len(e.completion) for e in items])
-            found.append(memory.exposure_extrapolated(total, among, space).bits)
+            if len(others) + 1 == space:
+                found.append(memory.exposure_exact(total, among).bits)
+            else:
+                found.append(memory.exposure_extrapolated(total, among, space).bits)
     return found or None
 
 

@@ -30,12 +30,13 @@ import torch
 from torch import Tensor
 
 from libortho.audit.tokens import PASS_TOKENS, by_tokens, shared_prefix_nll, token_statistics
-from libortho.data import IGNORE, Encoded, adds_special_tokens, collate
+from libortho.data import IGNORE, Encoded, collate
 from libortho.errors import DataError, LibOrthoError, TargetError
-from libortho.isolate.counterfactuals import evaluation_text
 from libortho.isolate.language_model import LanguageModel
 from libortho.isolate.retain import chunk
 from libortho.layer import OrthoLinear
+from libortho.text.corpus import evaluation_text
+from libortho.text.tokens import text_ids
 
 _ROWS = 256
 """Rows of logits held in fp32 at a time."""
@@ -167,14 +168,9 @@ def encode_pair(context: str, continuation: str, tokenizer: Any, max_length: int
         DataError: if no token of the continuation can be judged.
     """
     stripped = context.rstrip()
-    special = adds_special_tokens(context, tokenizer)
-
-    def tokens(text: str, special: bool) -> list[int]:
-        return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-
-    ids, given = tokens(context + continuation, special), tokens(stripped, special)
+    ids, given = text_ids(context + continuation, tokenizer), text_ids(stripped, tokenizer)
     if ids[: len(given)] != given:
-        ids = given + tokens(context[len(stripped) :] + continuation, False)
+        ids = given + text_ids(context[len(stripped) :] + continuation, tokenizer, rendered=True)
     labels = [IGNORE] * len(given) + ids[len(given) :]
     if max_length is not None:
         ids, labels = ids[-max_length:], labels[-max_length:]
