@@ -1,4 +1,4 @@
-"""What all benchmark scripts share: where results go, what machine made them, and the general text."""
+"""What all benchmark scripts share: where results go, what made them, and the general text."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +40,59 @@ def machine() -> dict[str, Any]:
     }
 
 
+def _commit() -> str:
+    """The short hash of HEAD, with "+changes" if tracked files other than results differ from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)benchmarks/results")
+        return git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "no git checkout"
+
+
+COMMIT = _commit()
+"""Asked when the script starts: that is the code that runs, whatever is committed while it does."""
+FIELDS = ("commit", "machine", "settings")
+"""What says of a stored file, and of each of its rows, what made it."""
+
+
+def provenance(device: str | None = None) -> dict[str, Any]:
+    """The commit, the machine, and the command's options with what else decides figures and times.
+
+    ``device`` is what the figures were computed on, where this process did not compute them itself.
+    """
+    device = device or (torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu")
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"), "threads": torch.get_num_threads()}
+    return {
+        "commit": COMMIT,
+        "machine": machine() | ({} if device == "cpu" else {"gpu": device}),
+        "settings": {"arguments": sys.argv[1:], **threads, "device": device},
+    }
+
+
+def stamped(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with those of the three fields that it has not. A row's ``device`` is that of its settings."""
+    found = provenance(row.get("device"))
+    return {**row, **{f: found[f] for f in FIELDS if f not in row}}
+
+
 def save(name: str, data: dict[str, Any]) -> Path:
-    """Write ``results/<name>.json`` with the machine beside the figures."""
+    """Write ``results/<name>.json``, with what made it on the file and on every row that does not say so yet.
+
+    Rows are the dicts in the lists of ``data``. Rows of earlier runs keep what they say.
+    """
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine(), **data}, indent=1, default=str) + "\n")
+    rows = {
+        key: [stamped(r) if isinstance(r, dict) else r for r in value]
+        for key, value in data.items()
+        if isinstance(value, list)
+    }
+    path.write_text(json.dumps({**provenance(), **data, **rows}, indent=1, default=str) + "\n")
     return path
 
 

@@ -14,6 +14,7 @@ back.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import math
 import tempfile
@@ -99,4 +100,5 @@ def move_second_off_grid(model: nn.Module, seed: int = 0, spread: float = 1.4) -
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(second_model())

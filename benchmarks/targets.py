@@ -12,6 +12,7 @@ both say of a holdout; and the share in place, of predictions by the fine-tuned 
 
 from __future__ import annotations
 
+import argparse
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -26,11 +27,11 @@ from libortho.data import IGNORE, Encoded, Record, collate, encode, load_records
 from libortho.demo import facts
 from libortho.demo.model import move_off_grid, packaged_model
 from libortho.isolate import counterfactuals
-from libortho.isolate.continuations import continuations
 from libortho.isolate.language_model import LanguageModel
 from libortho.isolate.objectives import token_profile
 from libortho.isolate.plausibility import fit, human_texts, spoken_profiles
 from libortho.isolate.trainer import examine, in_place
+from libortho.lm.generation import generate
 from libortho.metrics import score
 from libortho.models import load_model, training_dtype
 
@@ -96,7 +97,7 @@ def spoken(model: Any, tokenizer: Any, lm: LanguageModel, records: list[Record],
     """The targets of sentences as `isolate` makes them, as ``profile`` has it."""
     rng = random.Random(0)
     prompts = [tokenizer(counterfactuals.neighbours(r.prompt, 1, rng)[0])["input_ids"] for r in records[:32]]
-    said = continuations(model, tokenizer, prompts, 48, 0)
+    said = [s for (s,) in generate(model, tokenizer, prompts, 48, temperature=1.0, seed=0)]
     states = [
         lm.hidden(collate([Encoded((*p, *c), (*p, *c))]))[0, len(p) - 1 : -1]
         for p, c in zip(prompts, said, strict=True)
@@ -187,4 +188,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()
