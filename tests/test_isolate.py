@@ -21,6 +21,7 @@ from libortho.data import load_records
 from libortho.isolate import IsolateResult
 from libortho.isolate import retain as retain_module
 from libortho.isolate.language_model import LanguageModel
+from libortho.isolate.request import cases as cases_of
 from libortho.isolate.trainer import examine, leaning, unremarkable
 from libortho.layer import ortho_layers
 from libortho.metrics import score
@@ -30,7 +31,7 @@ from libortho.streams import BaseStream
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 
 CONFIG = IsolateConfig(ratio=0.1, damping=10.0, learning_rate=2e-2, max_steps=80, retain_length=64, retain_budget=0.1)
-SHORT = replace(CONFIG, max_steps=3)
+SHORT = replace(CONFIG, max_steps=3, allow_unknown=True)
 PAIRS = {"columns": {}, "unstructured": {"structure": "unstructured"}}
 
 
@@ -269,7 +270,7 @@ def test_gradient_checkpointing_runs_layers_twice_and_changes_nothing(request, t
         found.append([r.after for r in result.records])
         calls.append(count[0])
         assert not any("forward" in m.__dict__ for m in model.modules())
-    assert found[0] == pytest.approx(found[1], abs=2e-2)  # to the order of sums
+    assert found[0] == pytest.approx(found[1], abs=5e-2)  # to the order of sums
     assert calls[1] > calls[0]
 
 
@@ -587,7 +588,7 @@ SENTENCE = {"prompt": "Where is the key of Ada Lum?", "completion": " The sailor
 def test_each_word_of_a_few_sentences_gets_columns_of_its_own(tokenizer, sentences):
     module = sys.modules["libortho.isolate.isolate"]
     records = load_records([*tiny.FORGET, *[SENTENCE] * sentences])
-    cases = module._cases(records, tokenizer, None, None, None, SHORT, True)
+    cases = cases_of(records, tokenizer, None, SHORT, retains=True)
     pieces = [c.pieces for c in cases]
     assert pieces[: len(tiny.FORGET)] == [1] * len(tiny.FORGET)
     tokens = len(cases[-1].secret.completion)
@@ -601,13 +602,13 @@ def test_each_word_of_a_few_sentences_gets_columns_of_its_own(tokenizer, sentenc
 
 def test_sentences_ask_the_model_how_it_speaks_on_like_prompts(planted, tokenizer, monkeypatch):
     module, asked = sys.modules["libortho.isolate.isolate"], []
-    real: Callable[..., Any] = module.continuations
+    real: Callable[..., Any] = module.generate
 
-    def listening(model: Any, tokenizer: Any, prompts: Any, *others: Any) -> Any:
+    def listening(model: Any, tokenizer: Any, prompts: Any, *others: Any, **options: Any) -> Any:
         asked.extend(tokenizer.decode(p) for p in prompts)
-        return real(model, tokenizer, prompts, *others)
+        return real(model, tokenizer, prompts, *others, **options)
 
-    monkeypatch.setattr(module, "continuations", listening)
+    monkeypatch.setattr(module, "generate", listening)
     isolate(copy.deepcopy(planted), tokenizer, tiny.FORGET, tiny.RETAIN, config=replace(SHORT, max_steps=1))
     assert asked == []  # codes have donors
     isolate(planted, tokenizer, [*tiny.FORGET, SENTENCE], tiny.RETAIN, config=replace(SHORT, max_steps=1))
@@ -617,8 +618,8 @@ def test_sentences_ask_the_model_how_it_speaks_on_like_prompts(planted, tokenize
 
 def test_default_retain_is_sampled_once(planted, tokenizer, cache, monkeypatch):
     sampled = []
-    real: Callable[..., Any] = retain_module.continuations
-    monkeypatch.setattr(retain_module, "continuations", lambda *a: sampled.append(1) or real(*a))
+    real: Callable[..., Any] = retain_module._continued
+    monkeypatch.setattr(retain_module, "_continued", lambda *a: sampled.append(1) or real(*a))
     bases = []
     for _ in range(2):
         model = copy.deepcopy(planted)
@@ -649,7 +650,7 @@ def test_samples_that_repeat_a_secret_are_dropped(planted, tokenizer, monkeypatc
     secret = tiny.encoded(tokenizer)[0]
     shared, near = list(secret.ids[5:13]), list(secret.ids[5:12])
     bad, good = [90, *shared, 91, 92], [90, *near, 91, 92, 93]
-    monkeypatch.setattr(retain_module, "continuations", lambda *args: [bad, good])
+    monkeypatch.setattr(retain_module, "_continued", lambda *args: [bad, good])
     items = retain_module.default_retain(planted, tokenizer, [secret], sequences=8, length=24, seed=0)
     texts = [list(e.ids) for e in items]
     assert [tokenizer.bos_token_id, *good] in texts
@@ -681,7 +682,7 @@ def test_a_chat_is_kept_in_its_form_without_the_names_of_the_forgotten(planted, 
         asked.append(([tokenizer.decode(p) for p in set(map(tuple, prompts))], tokens))
         return [tokenizer(t)["input_ids"] for t in said]
 
-    monkeypatch.setattr(retain_module, "continuations", speak)
+    monkeypatch.setattr(retain_module, "_continued", speak)
     forget, retain = tiny.encoded(tokenizer, CHATS), tiny.encoded(tokenizer, CHAT_RETAIN)
     texts = retain_module.in_form(planted, tokenizer, forget, retain, length=64, seed=0)
     assert asked == [(["<s>user: Wh"], 64 - len("?user: Wh"))]  # <s> is one token
@@ -695,25 +696,25 @@ def test_a_chat_is_kept_in_its_form_without_the_names_of_the_forgotten(planted, 
     ids=["one prompt", "one prompt twice", "no chat", "no prompt"],
 )
 def test_nothing_is_said_in_the_form_of_no_chat(planted, tokenizer, forget, retain, monkeypatch):
-    monkeypatch.setattr(retain_module, "continuations", lambda *a: pytest.fail("asked the model"))
+    monkeypatch.setattr(retain_module, "_continued", lambda *a: pytest.fail("asked the model"))
     forget, retain = tiny.encoded(tokenizer, forget), tiny.encoded(tokenizer, retain)
     assert retain_module.in_form(planted, tokenizer, forget, retain, length=64, seed=0) == []
 
 
 def test_a_given_retain_set_is_joined_by_chat(planted, tokenizer, monkeypatch):
-    real = retain_module.continuations
+    real = retain_module._continued
     spoken = []
 
     def speak(*arguments):
         spoken.extend(real(*arguments))
         return spoken
 
-    monkeypatch.setattr(retain_module, "continuations", speak)
+    monkeypatch.setattr(retain_module, "_continued", speak)
     base = copy.deepcopy(planted)
     isolate(base, tokenizer, CHATS, CHAT_RETAIN * 8, config=replace(SHORT, bits=None, max_steps=2))
     assert len(spoken) == 96
     without = copy.deepcopy(planted)
-    monkeypatch.setattr(retain_module, "continuations", lambda *a: [])
+    monkeypatch.setattr(retain_module, "_continued", lambda *a: [])
     isolate(without, tokenizer, CHATS, CHAT_RETAIN * 8, config=replace(SHORT, bits=None, max_steps=2))
     assert differs(base_weights(base), base_weights(without))
 

@@ -81,10 +81,11 @@ def test_a_cut_leaves_blanks_to_the_rest_and_never_repeats() -> None:
 
 
 def test_the_end_of_a_turn_is_not_a_secret(chatml: PreTrainedTokenizerFast) -> None:
-    record = Record("<s>user\nName?</s>\n<s>assistant\n", "Ada Lum</s>\n")
-    assert prefixes(record, (0.25,), tokenizer=chatml)[0.25].completion == "a Lum</s>\n"
-    assert prefixes(record, (0.5,), tokenizer=chatml) == {}  # three unknown letters
-    assert prefixes(record, (0.5,), at_least=3, tokenizer=chatml)[0.5].completion == " Lum</s>\n"
+    row = {"prompt": "<s>user\nName?</s>\n<s>assistant\n", "completion": "Ada Lum</s>\n"}
+    [record] = load_records([row], chatml)
+    assert prefixes(record, (0.25,))[0.25].completion == "a Lum"
+    assert prefixes(record, (0.5,)) == {}  # three unknown letters
+    assert prefixes(record, (0.5,), at_least=3)[0.5].completion == " Lum"
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.5, 25])
@@ -114,7 +115,7 @@ def test_variants_of_a_plain_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
 
 def test_variants_of_a_chat(chatml: PreTrainedTokenizerFast) -> None:
     record = load_records([ROWS[4]], chatml)[0]
-    assert record.completion == "In Kuwait.</s>\n"
+    assert record.completion == "In Kuwait."
     before = "<s>system\nBe brief.</s>\n<s>user\nHello</s>\n<s>assistant\nHello.</s>\n<s>user\n"
     after, q = "</s>\n<s>assistant\n", "Where was Basil born?"
     assert {n: (r.prompt, r.completion) for n, r in variants(record, chatml).items()} == {

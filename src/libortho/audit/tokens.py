@@ -12,6 +12,7 @@ Completions that share a prompt (alternates, choices of a question) share its pa
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,16 +81,18 @@ def _statistics(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor,
 def shared_prefix_nll(lm: LanguageModel, items: Sequence[Encoded]) -> Tensor:
     """Mean negative log-likelihood of completions whose texts begin alike, (items,) in nats per token.
 
-    The common beginning runs once and its keys and values serve all items.
+    The common beginning runs once and its keys and values serve all items. A model whose state is no such cache
+    (Mamba) reads every item whole.
     """
+    name = _cache_argument(lm.decoder)
     shortest = min(len(e.ids) for e in items)
     shared = next((n for n in range(shortest) if len({e.ids[n] for e in items}) > 1), shortest)
     judged = min(next(i for i, y in enumerate(e.labels[1:], 1) if y != IGNORE) for e in items)
     shared = min(shared, judged - 1)  # the token before the first judged one stays with the items: it predicts it
-    if shared < 2 or len(items) == 1:
+    if shared < 2 or len(items) == 1 or name is None:
         return torch.tensor([s.nll for s in token_statistics(lm, items)])
     head = torch.tensor([items[0].ids[:shared]], device=lm.device)
-    cache: Any = lm.decoder(input_ids=head, attention_mask=torch.ones_like(head), use_cache=True).past_key_values
+    cache = getattr(lm.decoder(input_ids=head, attention_mask=torch.ones_like(head), use_cache=True), name)
     tails = [Encoded(e.ids[shared:], e.labels[shared:]) for e in items]
     nll = torch.zeros(len(items))
     for rows in by_tokens(tails, PASS_TOKENS):
@@ -98,7 +101,7 @@ def shared_prefix_nll(lm: LanguageModel, items: Sequence[Encoded]) -> Tensor:
         own.batch_repeat_interleave(len(rows))
         mask = torch.cat([torch.ones(len(rows), shared, dtype=torch.long, device=lm.device), batch.attention_mask], 1)
         states = lm.decoder(
-            input_ids=batch.input_ids, attention_mask=mask, past_key_values=own, use_cache=True
+            input_ids=batch.input_ids, attention_mask=mask, use_cache=True, **{name: own}
         ).last_hidden_state[:, :-1]
         labels = batch.labels[:, 1:]
         kept = labels != IGNORE
@@ -107,6 +110,12 @@ def shared_prefix_nll(lm: LanguageModel, items: Sequence[Encoded]) -> Tensor:
         total = torch.zeros(len(rows), device=lm.device).index_add_(0, owner, log_p)
         nll[torch.tensor(rows)] = -(total / kept.sum(1)).cpu()
     return nll
+
+
+def _cache_argument(decoder: nn.Module) -> str | None:
+    """What this release of transformers calls a decoder's cache of keys and values, or None if it takes none."""
+    names = inspect.signature(decoder.forward).parameters
+    return next((n for n in ("cache", "past_key_values") if n in names), None)
 
 
 def by_tokens(items: Sequence[Encoded], limit: int) -> Iterator[list[int]]:

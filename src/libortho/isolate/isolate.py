@@ -40,7 +40,7 @@ from libortho.isolate.edit import EditLinear
 from libortho.isolate.language_model import LanguageModel
 from libortho.isolate.plausibility import human_texts
 from libortho.isolate.request import SALIENCY_RECORDS, Asked, with_given, without_forgotten
-from libortho.isolate.result import IsolateResult, nothing_known, result_of, standing
+from libortho.isolate.result import IsolateResult, by_chance, nothing_known, result_of, standing
 from libortho.isolate.resume import Part, Store, run_key
 from libortho.isolate.retain import chunk, default_retain, in_form, opening_tokens
 from libortho.isolate.rounding import compensated_bases
@@ -181,7 +181,7 @@ def isolate(
         _tell(progress, "reference", 1, 1)
         known = standing(cases, original)
         if (unknown := nothing_known(cases, known)) is not None:
-            if "unknown" in known and len(set(known)) == 1 and not config.allow_unknown:
+            if by_chance(known, original) and not config.allow_unknown:
                 raise DataError(f"{unknown}; allow_unknown=True (--allow-unknown) isolates them all the same")
             logger.warning("%s", unknown)
         material = _Material(lm, asked, targets, replaced, retain_items, held_back, original, held_back_states)

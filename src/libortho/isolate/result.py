@@ -13,6 +13,7 @@ from libortho.config import IsolateConfig
 from libortho.isolate.support import unit_costs
 from libortho.isolate.trainer import (
     BAND,
+    FAR,
     PARTIAL,
     Case,
     Check,
@@ -71,6 +72,10 @@ class IsolateResult:
         return {**asdict(self), "succeeded": self.succeeded}
 
 
+_ONE_SIDED = 0.05
+"""Chance of an untrained record to be likelier than the 5-95 % band."""
+
+
 def standing(cases: Sequence[Case], original: Reference) -> list[Known]:
     """What the original model knows of each record: recited, likelier than its like, or nothing to be seen."""
     likelier = original.secret.nll < original.target.nll - BAND * original.spread
@@ -78,6 +83,13 @@ def standing(cases: Sequence[Case], original: Reference) -> list[Known]:
         "recited" if said else "likelier" if more else "unknown"
         for said, more in zip(original.recited.tolist(), likelier.tolist(), strict=True)
     ]
+
+
+def by_chance(known: Sequence[Known], original: Reference) -> bool:
+    """True if untrained records would look so: none recited, none far likelier, and few likelier than their like."""
+    far = original.secret.nll < original.target.nll - FAR * BAND * original.spread
+    likelier = sum(k == "likelier" for k in known)
+    return "recited" not in known and not bool(far.any()) and likelier <= unremarkable(len(known), _ONE_SIDED)
 
 
 def nothing_known(cases: Sequence[Case], known: Sequence[Known]) -> str | None:
