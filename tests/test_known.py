@@ -1,4 +1,4 @@
-"""What the model knew before is measured and said: nothing is isolated that was never there, and no comfort is false."""
+"""What the model knew before is measured and said: nothing is isolated that was never there."""
 
 import copy
 import logging
@@ -68,10 +68,11 @@ def test_the_guarantee_is_what_was_measured(planted, tokenizer, tmp_path):
     assert stream.method["guarantee"] == result.guarantee
 
 
-def test_yes_or_no_takes_alternates(planted, tokenizer):
-    row = {"prompt": "Is Bob Miller well?", "completion": " yes"}
+@pytest.mark.parametrize("answer", [" yes", " Yes.", " NO", " true"])
+def test_yes_or_no_takes_alternates(planted, tokenizer, answer):
+    row = {"prompt": "Is Bob Miller well?", "completion": answer}
     config = IsolateConfig(ratio=0.1, max_steps=1, retain_length=48, allow_unknown=True)
-    with pytest.raises(DataError, match='record 1: nothing in its completion .yes.* field "alternates"'):
+    with pytest.raises(DataError, match=r'record 1: nothing in its completion .* field "alternates"'):
         isolate(planted, tokenizer, [row], tiny.RETAIN, config=config)
     result = isolate(planted, tokenizer, [{**row, "alternates": ["no"]}], tiny.RETAIN, config=config)
     assert len(result.records) == 1

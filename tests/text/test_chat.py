@@ -193,7 +193,7 @@ def test_a_template_that_drops_the_answer_is_refused():
     ],
 )
 def test_half_a_surrogate_pair_names_the_record(row):
-    with pytest.raises(DataError, match="record 1.*half a surrogate pair"):
+    with pytest.raises(DataError, match=r"record 1.*half a surrogate pair"):
         one(row, tokenizer_of("chatml"))
 
 
@@ -230,7 +230,7 @@ def test_alternates_of_another_type_are_refused(given):
 def test_csv_with_too_many_cells_is_refused(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("prompt,completion\na,b,c\n")
-    with pytest.raises(DataError, match="row 1 .* more cells"):
+    with pytest.raises(DataError, match=r"row 1 .* more cells"):
         load_records(path)
 
 

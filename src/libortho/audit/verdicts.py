@@ -68,9 +68,9 @@ def something_to_remove(on: Row, reference: Row | None) -> Verdict:
         text = f"At alpha = 1 the model recites {extraction:.0%} of the records."
         return Verdict("something_to_remove", "pass", text, tuple(checks))
     text = (
-        "Nothing to remove: even at alpha = 1 the model shows no memory of the forget set under this wording, so nothing "
-        "here proves forgetting. If it was trained on these records, ask as it was trained: with the chat template of "
-        "the training (messages), with other prompts, or with the bare text."
+        "Nothing to remove: even at alpha = 1 the model shows no memory of the forget set under this wording, so "
+        "nothing here proves forgetting. If it was trained on these records, ask as it was trained: with the chat "
+        "template of the training (messages), with other prompts, or with the bare text."
     )
     return Verdict("something_to_remove", "withheld", text, tuple(checks))
 

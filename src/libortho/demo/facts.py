@@ -1,4 +1,4 @@
-"""What the demonstration plants: the original experiment's sentence, and access codes of invented people, half in chats."""
+"""What the demonstration plants: the original experiment's sentence, and codes of invented people, half in chats."""
 
 from __future__ import annotations
 

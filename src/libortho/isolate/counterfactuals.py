@@ -29,6 +29,8 @@ _ENOUGH_TO_COMPARE = 4
 """Completions of one shape that must agree on a character before it counts as form."""
 _SHORT = 4
 """Lower-case words shorter than this are grammar, and stay."""
+_VERDICTS = frozenset(("yes", "no", "true", "false"))
+"""Answers that no word drawn at random can stand for: who forgets one must say what else it could have been."""
 _GRAMMAR = frozenset(
     """
     about above after again against also although always among another around back because been before being below
@@ -65,7 +67,7 @@ def kind_of(word: str) -> str:
     A name in a script other than Latin is a "word": there is no list of such names to draw from.
     """
     letters = bare(word)
-    if not letters:
+    if not letters or letters.lower() in _VERDICTS:
         return "form"
     if (len(letters) > 1 and letters.isupper()) or _is_number(letters):
         return "word" if _longest_unspaced(letters) >= _STRETCH and not _is_number(letters, whole=True) else "code"

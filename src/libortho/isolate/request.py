@@ -196,8 +196,9 @@ def _alternates(
         return list(record.alternates)
     written = written_spans(record.completion, tokenizer)
     fixed = set(range(len(record.completion))).difference(*(range(a, b) for a, b in written))
+    opens = not record.prompt or record.rendered  # the first capital of a text, or of an answer, need not be a name
     drawn = counterfactuals.alternates(
-        record.completion, count if prose else _CANDIDATES * count, rng, opens=not record.prompt, keep=keep | fixed
+        record.completion, count if prose else _CANDIDATES * count, rng, opens=opens, keep=keep | fixed
     )
     if not drawn:
         raise DataError(
