@@ -44,7 +44,7 @@ def _case(tokens: int, alternates: tuple[int, ...]) -> Case:
     def item(count: int) -> Encoded:
         return Encoded((0, *range(count)), (-100, *range(count)))
 
-    return Case(1, item(tokens), tuple(item(n) for n in alternates), (), (), (), True, (), (), (), ())
+    return Case(1, item(tokens), tuple(item(n) for n in alternates), (), (), (), (), True, (), (), (), ())
 
 
 def test_targets_are_handed_out_in_the_order_of_what_is_there() -> None:
@@ -100,7 +100,7 @@ def test_a_step_in_parts_is_the_same_step(limit: int, tiny_llama: nn.Module, mon
     texts = [Encoded(tuple(range(2, n)), (-100, -100, *range(4, n))) for n in (9, 70, 24, 25, 80)]
     states = [s * 1.1 for s in trainer.hidden_states(lm, texts)]
     wanted = [p.roll(1, 1) for p in trainer._own_profiles(lm, texts)]
-    cases = [Case(i, t, (t,), (t,), (), (), False, (), (), (), (), 1) for i, t in enumerate(texts)]
+    cases = [Case(i, t, (t,), (t,), (t,), (), (), False, (), (), (), (), 1) for i, t in enumerate(texts)]
     before: Any = SimpleNamespace(
         profiles=[(p,) for p in wanted], spilled=torch.zeros(len(texts)).bool(), neighbours=[(s,) for s in states],
         retain=states,
@@ -134,7 +134,7 @@ def test_which_token_is_to_surprise_is_chance_but_in_a_sentence_that_has_columns
     """The loss is that of what the donors are now: none where the record has it, in any order but in that case."""
     ids = (3, 60, 2, 85, 17, 9)
     secret = Encoded(ids, (-100, -100, *ids[2:]))
-    case = Case(1, secret, (secret,), (), (), (), exchangeable, (), (), (), ((),) if exchangeable else (), pieces)
+    case = Case(1, secret, (secret,), (), (), (), (), exchangeable, (), (), (), ((),) if exchangeable else (), pieces)
     lm = LanguageModel(tiny_llama)
     (own,) = trainer._own_profiles(lm, [secret])
     own[:, 2] = own[:, 0]  # in one order, so that a permutation of rows is one of each column

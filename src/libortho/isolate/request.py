@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from libortho.config import IsolateConfig
-from libortho.data import Encoded, Record, encode, written_spans
+from libortho.data import Encoded, Record, encode, encode_closed, written_spans
 from libortho.errors import DataError
 from libortho.isolate import counterfactuals
 from libortho.isolate.donors import beginnings, donors
@@ -149,6 +149,7 @@ def cases(
                 secret=secret,
                 alternates=own,
                 neighbours=around,
+                held=_fitting(_filled(record, beside, others), tokenizer, limit, closed=True),
                 witnesses=witnesses,
                 crossed=_fitting([record.beside(p, record.completion) for p in beside], tokenizer, limit),
                 exchangeable=not prose,
@@ -258,9 +259,11 @@ def _cut_alike(record: Record, completions: Sequence[str], tokenizer: Any) -> li
     return sorted(completions, key=lambda c: len(begins(c) ^ own))
 
 
-def _fitting(records: Sequence[Record], tokenizer: Any, limit: int | None) -> tuple[Encoded, ...]:
+def _fitting(
+    records: Sequence[Record], tokenizer: Any, limit: int | None, *, closed: bool = False
+) -> tuple[Encoded, ...]:
     """The records tokenised and cut to the limit; one whose completion falls away is left out."""
-    cut = [encode(r, tokenizer).cut(limit) for r in records]
+    cut = [(encode_closed if closed else encode)(r, tokenizer).cut(limit) for r in records]
     return tuple(e for e in cut if e.completion)
 
 

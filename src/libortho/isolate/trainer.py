@@ -95,6 +95,7 @@ class Case:
         secret: The record.
         alternates: Its prompt with other completions.
         neighbours: Other prompts with other completions, which must stay what they are.
+        held: The same with what closes a chat's answer, so that answers go on to end.
         witnesses: Further ones, of strangers, that no training touches; what the model gives these is the target.
         crossed: Other prompts with the record's completion.
         exchangeable: Untrained, the alternates are as likely as the record: true of codes and names, not of sentences.
@@ -110,6 +111,7 @@ class Case:
     secret: Encoded
     alternates: tuple[Encoded, ...]
     neighbours: tuple[Encoded, ...]
+    held: tuple[Encoded, ...]
     witnesses: tuple[Encoded, ...]
     crossed: tuple[Encoded, ...]
     exchangeable: bool
@@ -161,7 +163,7 @@ class Reference:
         profiles: For each record, what its tokens should look like, (tokens, 3), and those of each alternate.
         spilled: Whether each record's completion is remembered after its neighbours' prompts too, (records,) bool.
         retain: Last hidden states of each retain sequence, (tokens, width).
-        neighbours: Last hidden states of each neighbour, (tokens, width), record by record.
+        neighbours: Last hidden states of each neighbour with its closing, (tokens, width), record by record.
         sentences: How sentences are judged; None where there are none.
         expected: Surprise that is expected of each token of each sentence, (tokens,) in nats; empty for other records.
     """
@@ -413,7 +415,7 @@ def reference(
     predicted probability for its labels.
     """
     secret, recited = score(lm, [c.secret for c in cases])
-    neighbours = tuple(hidden_states(lm, c.neighbours) for c in cases)
+    neighbours = tuple(hidden_states(lm, c.held) for c in cases)
     witnesses = tuple(hidden_states(lm, c.witnesses) for c in cases)
     blank = Scores(*(torch.zeros(1) for _ in range(3)))  # sentences are judged by their predictions alone
     counterfactual = [
@@ -1205,7 +1207,7 @@ def _keep_losses(
         (config.retain_weight, [retain[t] for t in texts], [original.retain[t] for t in texts], False),
         (
             config.neighbour_weight,
-            [cases[i].neighbours[p] for i, p in beside],
+            [cases[i].held[p] for i, p in beside],
             [original.neighbours[i][p] for i, p in beside],
             config.objective == "profile",
         ),
