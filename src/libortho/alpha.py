@@ -46,6 +46,8 @@ AlphaValue = float | Sequence[float] | torch.Tensor
 AlphaSpec = AlphaValue | Mapping[str, AlphaValue]
 """A value for all streams, or a value per named stream."""
 
+_TOKENS_FIRST = frozenset({"xlnet"})
+"""Families whose layers see the tokens as first dimension, and the batch as second."""
 _STAMP = "_libortho_alpha"
 _ATTRIBUTE = "_libortho_switch"
 _CACHES = ("cache", "past_key_values", "cache_params")
@@ -122,8 +124,8 @@ class AlphaState:
             return f"{given}an expert sees some tokens in an order of its own: give one value for all sequences"
         if self.tokens is None:
             return (
-                f"{given}which sequence a row belongs to is known only while the model that was split runs on input_ids "
-                "or inputs_embeds: call that model (not a submodule of it), or give one value for all sequences"
+                f"{given}which sequence a row belongs to is known only while the model that was split runs on input_ids"
+                " or inputs_embeds: call that model (not a submodule of it), or give one value for all sequences"
             )
         return f"{given}expected {batch} x {self.tokens} rows, one for each token; give one value for all sequences"
 
@@ -335,6 +337,7 @@ class Switch:
         if inputs is None:
             inputs = kwargs.get("inputs_embeds")
         if state.batch is not None and isinstance(inputs, torch.Tensor):
+            _check_layout(model)
             state = _fit(state, inputs, live).sized(_tokens_each(inputs))
         stack[-1] = _FORWARD.set({**_FORWARD.get(), self: state})
 
@@ -434,6 +437,15 @@ def _fit(state: AlphaState, inputs: torch.Tensor, live: bool) -> AlphaState:
     )
 
 
+def _check_layout(model: nn.Module) -> None:
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind in _TOKENS_FIRST:
+        raise AlphaError(
+            f"the layers of {type(model).__name__} see (tokens, batch, features), and per-sequence values need the "
+            "batch as first dimension; give one value for all sequences"
+        )
+
+
 def _tokens_each(inputs: torch.Tensor) -> int | None:
     """Tokens of each sequence of a model's input: (batch, tokens) ids, (batch, tokens, width), or (batch, features)."""
     if inputs.is_floating_point():
@@ -456,10 +468,14 @@ def _first_cache(values: Any) -> Any:
 
 def _holds_tokens(cache: Any) -> bool:
     """True if a cache is to be continued; one that does not tell is after its first forward pass."""
-    get = getattr(cache, "get_seq_length", None)
-    if get is not None:
-        return int(get()) > 0
-    return len(cache) > 0 if isinstance(cache, Sized) else hasattr(cache, _STAMP)
+    length = getattr(cache, "get_seq_length", None)
+    if length is None:
+        return len(cache) > 0 if isinstance(cache, Sized) else hasattr(cache, _STAMP)
+    try:
+        return int(length()) > 0
+    except ValueError:  # all layers keep a state of one size, whatever they have read
+        state = getattr(cache, "has_previous_state", None)
+        return bool(state()) if callable(state) else hasattr(cache, _STAMP)
 
 
 def _tensors(output: Any) -> Iterator[torch.Tensor]:

@@ -20,7 +20,7 @@ from torch.compiler import is_compiling
 
 from libortho.alpha import AlphaState, Switch
 from libortho.arguments import check_model
-from libortho.errors import ConfigError
+from libortho.errors import ConfigError, TargetError
 from libortho.ops import library
 from libortho.streams import BaseStream, Columns, Entries, OrthoStream
 
@@ -67,6 +67,10 @@ class LayerReport:
         return asdict(self)
 
 
+class _NoWeightError(TargetError, AttributeError):
+    """Somebody reads the weight of a split layer."""
+
+
 class OrthoLinear(nn.Module):
     """A linear layer over one base stream and any number of named ortho streams.
 
@@ -91,6 +95,15 @@ class OrthoLinear(nn.Module):
         self.switch = switch
         self.report = report
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise _NoWeightError(
+                "a split layer has no weight of its own, but this model family reads the weight of a layer instead of "
+                f"calling it (here {self.out_features} x {self.in_features}); leave the layer out of target_modules. "
+                "dense_weight() makes the weight that a layer applies"
+            )
+        return super().__getattr__(name)
+
     @property
     def in_features(self) -> int:
         """Inputs of the layer."""
@@ -111,7 +124,7 @@ class OrthoLinear(nn.Module):
         """x (..., in_features) to (..., out_features), under the switch's current alpha.
 
         Raises:
-            AlphaError: if it is not known to which sequence a row of the input belongs, and alpha is per sequence: expected
+            AlphaError: if alpha is per sequence and the sequence of a row of the input is not known; expected
                 (batch, ..., in_features) or, inside a forward pass of the model, (batch * tokens, in_features).
             AlphaContextError: if this thread cannot know its alpha.
         """

@@ -203,7 +203,7 @@ def check_causal(model: nn.Module) -> None:
             "language model (a transformers AutoModelForCausalLM)"
         )
     get = getattr(model, "get_output_embeddings", None)
-    if get is None or get() is None or getattr(model, "base_model", model) is model:
+    if get is None or get() is None or decoder_of(model) is model:
         raise TargetError(
             f"{kind} is not a causal language model with a decoder and an output embedding; expected a transformers "
             "AutoModelForCausalLM"
@@ -213,6 +213,15 @@ def check_causal(model: nn.Module) -> None:
             f"this {kind} was made inside torch.inference_mode, so that no gradient can be taken through it; make or "
             "load it outside"
         )
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The part of a transformers causal LM that makes hidden states; the model itself where there is none."""
+    base = getattr(model, "base_model", None)
+    if isinstance(base, nn.Module) and base is not model:
+        return base
+    embedding = _input_embedding(model)  # Llama 4 names a base that it has not
+    return next((m for m in model.children() if m is not embedding and embedding in set(m.modules())), model)
 
 
 def check_tokens(model: nn.Module, tokenizer: Any, texts: Iterable[tuple[str, str | Sequence[int]]]) -> None:
@@ -242,9 +251,13 @@ def check_tokens(model: nn.Module, tokenizer: Any, texts: Iterable[tuple[str, st
 
 def embedding_rows(model: nn.Module) -> int | None:
     """Tokens that the model has embeddings for; None if it does not say."""
+    weight = getattr(_input_embedding(model), "weight", None)
+    return weight.shape[0] if isinstance(weight, torch.Tensor) else None
+
+
+def _input_embedding(model: nn.Module) -> nn.Module | None:
     get = getattr(model, "get_input_embeddings", None)
     try:
-        weight = getattr(get(), "weight", None) if get is not None else None
+        return get() if get is not None else None
     except NotImplementedError:  # transformers' word for a model that does not say
         return None
-    return weight.shape[0] if isinstance(weight, torch.Tensor) else None

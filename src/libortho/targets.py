@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 MLP_OUTPUT = re.compile(r"(.*\.)?(down_proj|fc2|mlp\.c_proj|mlp\.fc_out|dense_4h_to_h|w2)")
 """Paths of the MLP's output projection in the families that transformers knows; GPT-2's attention has a c_proj too."""
+_FALCON = "transformers.models.falcon.modeling_falcon.FalconLinear"
 # What configs call the number of experts.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 
@@ -140,8 +141,9 @@ def output_embedding(model: nn.Module) -> nn.Module | None:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """True for the two dense layers that can be split: ``nn.Linear`` and GPT-2's ``Conv1D``."""
-    return type(module) in (nn.Linear, Conv1D)
+    """True for the dense layers that can be split: ``nn.Linear``, Falcon's copy of it, and GPT-2's ``Conv1D``."""
+    kind = type(module)
+    return kind in (nn.Linear, Conv1D) or f"{kind.__module__}.{kind.__name__}" == _FALCON
 
 
 def _matches(name: str, module: nn.Module, pattern: str, head: nn.Module | None) -> bool:

@@ -6,7 +6,8 @@ hidden states are therefore what is kept for the divergence terms, and heads run
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from libortho.data import Batch
-from libortho.errors import TargetError
-from libortho.models import check_causal, embedding_rows, unwrapped
+from libortho.errors import LibOrthoError, TargetError
+from libortho.models import check_causal, decoder_of, embedding_rows, unwrapped
 from libortho.targets import routed
 
 
@@ -37,7 +38,7 @@ class LanguageModel:
         self.model = plain
         self.checkpointing = False
         check_causal(plain)
-        self.decoder: nn.Module = plain.base_model
+        self.decoder = decoder_of(plain)
         self.head: nn.Module = plain.get_output_embeddings()
         config = getattr(self.model, "config", None)
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
@@ -68,8 +69,18 @@ class LanguageModel:
     def _check(self) -> None:
         """Some families scale between decoder and logits; refuse them instead of optimising a wrong number."""
         batch = self._probe()
-        whole = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-        parts, whole = self.logits(self.hidden(batch)), whole.float()
+        try:
+            whole = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+            parts, whole = self.logits(self.hidden(batch)), whole.float()
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+            if isinstance(error, LibOrthoError):
+                raise
+            raise TargetError(
+                f"{type(self.model).__name__} cannot be run on token ids alone as a decoder and an output head, which "
+                f"isolate and audit need ({type(error).__name__}: {error})"
+            ) from error
         same = whole.shape == parts.shape
         if not same or not torch.allclose(whole, parts, rtol=1e-2, atol=1e-2 * float(whole.abs().max())):
             raise TargetError(
@@ -93,21 +104,39 @@ class LanguageModel:
         calls = self._calls(layers, batch)
         return [n for n, given in calls.items() if len(given) == 1 and _fits(n, given[0], batch.input_ids.shape)]
 
-    @torch.no_grad()
     def _calls(self, layers: Mapping[str, nn.Module], batch: Batch) -> dict[str, list[Tensor]]:
-        """What each layer is given in a forward pass."""
+        """What each layer is given in a forward pass.
+
+        Raises:
+            TargetError: if no gradient reaches a layer.
+        """
         calls: dict[str, list[Tensor]] = {n: [] for n in layers}
 
-        def keep(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        def keep(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            check_gradient(name, output)
             calls[name].append(args[0])
 
-        handles = [m.register_forward_pre_hook(partial(keep, n)) for n, m in layers.items()]
+        handles = [m.register_forward_hook(partial(keep, n)) for n, m in layers.items()]
         try:
-            self.hidden(batch)
+            with self.graph():
+                self.hidden(batch)
         finally:
             for handle in handles:
                 handle.remove()
         return calls
+
+    @contextmanager
+    def graph(self) -> Iterator[None]:
+        """Within, a forward pass can be differentiated from its embeddings on, even if all parameters are frozen."""
+        # A copy: some families change the embeddings in place.
+        handle = self.model.get_input_embeddings().register_forward_hook(
+            lambda module, args, output: output.detach().requires_grad_().clone()
+        )
+        try:
+            with torch.enable_grad():
+                yield
+        finally:
+            handle.remove()
 
     def _probe(self) -> Batch:
         """Eight tokens."""
@@ -125,6 +154,19 @@ def by_token(name: str, x: Tensor, batch: Batch) -> Tensor:
     if not _fits(name, x, shape):
         raise TargetError(_not_once(name, [x], shape))
     return x.unflatten(0, shape) if x.dim() == 2 else x
+
+
+def check_gradient(name: str, output: Tensor) -> None:
+    """Refuse a layer whose output no gradient reaches, such as one of a reversible residual.
+
+    Raises:
+        TargetError: then.
+    """
+    if not output.requires_grad:
+        raise TargetError(
+            f"{name} gives an output that no gradient reaches (a reversible layer, or one that runs without gradients);"
+            " leave it out of target_modules"
+        )
 
 
 def once_per_token(name: str, inputs: list[Tensor], batch: Batch) -> None:

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from libortho.data import IGNORE, Batch, Encoded, collate
 from libortho.isolate.edit import EditLinear
-from libortho.isolate.language_model import LanguageModel, by_token, once_per_token
+from libortho.isolate.language_model import LanguageModel, by_token, check_gradient, once_per_token
 
 Taps = dict[str, tuple[Tensor, Tensor]]
 """Name to inputs (rows, tokens, in_features) and output gradients (rows, tokens, out_features), fp32."""
@@ -71,15 +71,16 @@ def tapped_gradients(
     """
     seen: dict[str, list[tuple[Tensor, GradientEdge]]] = {n: [] for n in modules}
 
-    def keep(name: str) -> Any:  # the edge: a family may go on to change the output in place
-        return lambda module, args, output: seen[name].append((args[0], get_gradient_edge(output)))
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            check_gradient(name, output)
+            seen[name].append((args[0], get_gradient_edge(output)))  # a family may go on to change the output in place
+
+        return hook
 
     handles = [m.register_forward_hook(keep(n)) for n, m in modules.items()]
-    embedding = lm.model.get_input_embeddings()
-    # Parameters may be frozen: let the graph begin at the embeddings.
-    handles.append(embedding.register_forward_hook(lambda m, a, out: out.detach().requires_grad_()))
     try:
-        with torch.enable_grad():
+        with lm.graph():
             states, labels = lm.hidden(batch)[:, :-1], batch.labels[:, 1:]
             judged = labels != IGNORE
             nll = F.cross_entropy(lm.logits(states[judged]), labels[judged], reduction="none")

@@ -139,14 +139,10 @@ def tapped(
         reduce(name, by_token(name, x, batch), by_token(name, gradient, batch))
 
     taps = [_Tap(m, partial(pass_on, n)) for n, m in layers.items()]
-    embedding = lm.model.get_input_embeddings()
-    # Parameters are frozen: let the graph begin at the embeddings.
-    handle = embedding.register_forward_hook(lambda m, a, out: out.detach().requires_grad_())
     try:
-        with torch.enable_grad():
+        with lm.graph():
             yield
     finally:
-        handle.remove()
         for tap in taps:
             tap.remove()
 
