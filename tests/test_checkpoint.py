@@ -458,8 +458,18 @@ def test_no_stream_is_a_split_model_without_a_switch(
     model, _ = load(saved, streams=streams)
     assert len(ortho_layers(model)) == 2
     assert torch.equal(logits(model, tokens), base_logits(tiny_llama, tokens))
-    with pytest.raises(AlphaError, match="no ortho stream"):
-        libortho.set_alpha(model, 0.0)
+    for value in (0, 0.0, [0.0, 0.0], torch.zeros(3), {}):
+        libortho.set_alpha(model, value)
+        with libortho.alpha(model, value):
+            assert torch.equal(logits(model, tokens), base_logits(tiny_llama, tokens))
+    for value in (1.0, 1e-9, [0.0, 1.0], {"default": 1.0}, {"default": 0.0}):
+        with pytest.raises(AlphaError, match=r"no ortho stream is loaded beside this base.*libortho\.load.*attach"):
+            libortho.set_alpha(model, value)
+        with pytest.raises(AlphaError, match="no ortho stream"), libortho.alpha(model, value):
+            pass
+    for value in (float("nan"), -1, "0", True):
+        with pytest.raises(AlphaError, match="expected a number"):
+            libortho.set_alpha(model, value)
     report = libortho.layer_report(model)
     assert report.totals()["ortho_bytes"] == 0
     assert report[0].final_error == report[0].base_error

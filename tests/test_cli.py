@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -228,10 +229,11 @@ def test_generate_follows_named_streams(checkpoint):
 def test_generate_prints_no_special_token(checkpoint, monkeypatch):
     monkeypatch.setattr("transformers.LlamaForCausalLM.generate", lambda self, ids, streamer, **_: stream(streamer))
 
-    def stream(streamer: Any) -> None:
+    def stream(streamer: Any) -> torch.Tensor:
         for token in (torch.tensor([[5]]), torch.tensor([70]), torch.tensor([2])):
             streamer.put(token)
         streamer.end()
+        return torch.tensor([[5, 70, 2]])
 
     text = said(checkpoint)
     assert "</s>" not in text
@@ -273,11 +275,176 @@ def test_inspect_tells_the_streams(checkpoint):
     assert "INT8" in result.stdout
 
 
+def test_inspect_shows_the_missed_criteria_and_whole_names(split_llama, tmp_path):
+    name = "people-and-places-of-the-legal-department-in-2024-second-request"
+    layers = ortho_layers(split_llama)
+    for layer in layers.values():
+        layer.streams[name] = layer.streams["default"]
+        del layer.streams["default"]
+    split_llama._libortho_switch.add_stream(name)
+    libortho.report.record_method(split_llama, name, {"verb": "isolate", "missed": ("4 of 4 are still extracted",)})
+    libortho.save(split_llama, None, tmp_path / "out")
+    shown = call("inspect", tmp_path / "out").stdout
+    assert name in shown
+    assert "1 MISSED" in shown
+    assert f"stream {name} missed: 4 of 4 are still extracted" in shown
+    [stream] = json.loads(call("inspect", tmp_path / "out", "--json").stdout)["streams"]
+    assert stream["missed"] == ["4 of 4 are still extracted"]
+
+
+def test_inspect_says_that_criteria_were_met_or_that_there_are_none(checkpoint, planted_directory, base, tmp_path):
+    [row] = [line for line in call("inspect", checkpoint).stdout.splitlines() if line.startswith("hr ")]
+    [stream] = json.loads(call("inspect", checkpoint, "--json").stdout)["streams"]
+    assert row.endswith("MISSED" if stream["missed"] else "met")
+    assert call("split", planted_directory, "--out", tmp_path / "out").exit_code == 0
+    [row] = [line for line in call("inspect", tmp_path / "out").stdout.splitlines() if line.startswith("default ")]
+    assert row.endswith(" -")
+    assert "no ortho stream" in call("inspect", base).stdout
+
+
 def test_inspect_prints_json_alone(checkpoint):
     told = json.loads(call("inspect", checkpoint, "--json").stdout)
     assert told["layers"] == 2
     assert [s["name"] for s in told["streams"]] == ["hr"]
     assert told["streams"][0]["base_matches"] is True
+
+
+# -- a base without streams -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base(checkpoint, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("detached") / "base"
+    libortho.checkpoint.detach(checkpoint, out)
+    return out
+
+
+def test_generate_from_a_base_takes_alpha_0_alone(checkpoint, base):
+    assert said(base, "--alpha", "0", number=3) == said(checkpoint, "--alpha", "0", number=3)
+    for options in (["--alpha", "1"], ["--alpha", "0.5"], ["--stream", "hr=1"], []):
+        assert "no ortho stream is loaded beside this base" in refused("generate", base, "Hello", *options)
+
+
+def test_a_base_is_audited_at_alpha_0(base, forget):
+    result = call("audit", base, "--forget", forget, "--samples", 2, "--json")
+    report = json.loads(result.stdout)
+    assert [s["key"] for s in report["subjects"]] == ["off"]
+    assert report["model"]["split"] is True
+    assert report["model"]["streams"] == report["curve"] == []
+    assert report["subjects"][0]["memory"]["greedy_extraction"]["value"] == 0
+
+
+def test_a_checkpoint_is_no_dense_model(checkpoint, base, forget, tmp_path):
+    task = tmp_path / "task.jsonl"
+    task.write_text(json.dumps({"context": "a", "continuation": "b"}), encoding="utf-8")
+    out = tmp_path / "out"
+    for command in (
+        ["split", checkpoint, "--out", out],
+        ["demo", "--model", checkpoint],
+        ["audit", checkpoint, "--forget", forget, "--original", checkpoint],
+        ["audit", checkpoint, "--forget", forget, "--reference", checkpoint],
+        ["eval", checkpoint, "--task-file", task, "--original", checkpoint],
+    ):
+        message = refused(*command)
+        assert "is a checkpoint of libortho with the streams ['hr'], which an ordinary loader drops" in message
+        assert "libortho.load" in message
+    assert "is a checkpoint of libortho without streams" in refused("split", base, "--out", out)
+    assert not out.exists()
+
+
+# -- places that are refused before the work --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_work(monkeypatch) -> None:
+    """Nothing is loaded."""
+
+    def never(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    for name in ("libortho.models.load_model", "libortho.checkpoint.load"):
+        monkeypatch.setattr(name, never)
+
+
+def places(folder: Path) -> dict[str, str]:
+    """Where no checkpoint can be written, and what is said of it."""
+    (folder / "busy").mkdir()
+    (folder / "busy/notes.txt").write_text("x")
+    (folder / "file").write_text("x")
+    return {
+        "busy": "is not empty and no checkpoint", "file": "is a file", "file/out": "takes no new entry",
+        "file/deep/out": "takes no new entry", "n" * 300: "takes no new entry",
+    }  # fmt: skip
+
+
+@pytest.mark.usefixtures("no_work")
+def test_places_for_checkpoints_are_refused_first(planted_directory, checkpoint, forget, tmp_path):
+    for place, complaint in places(tmp_path).items():
+        out = ["--out", tmp_path / place]
+        assert complaint in refused("split", planted_directory, *out)
+        assert complaint in refused("isolate", planted_directory, "--forget", forget, *out, "--resume", tmp_path / "r")
+        if "/" in place:
+            assert "takes no new entry" in refused("demo", "--model", planted_directory, *out)
+            assert "takes no new entry" in refused("detach", checkpoint, *out)
+            assert "takes no new entry" in refused("encrypt", checkpoint / "ortho/hr", *out)
+            assert "takes no new entry" in refused("decrypt", tmp_path / "file", *out)
+    assert "holds the streams ['hr']" in refused("split", planted_directory, "--out", checkpoint)
+    lost = refused("isolate", planted_directory, "--forget", forget, "--out", checkpoint, "--stream", "legal")
+    assert "holds the streams ['hr']" in lost
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.usefixtures("no_work")
+def test_places_for_reports_and_finished_parts_are_refused_first(planted_directory, checkpoint, forget, tmp_path):
+    places(tmp_path)
+    task = tmp_path / "task.jsonl"
+    task.write_text(json.dumps({"context": "a", "continuation": "b"}), encoding="utf-8")
+    audit = ["audit", planted_directory, "--forget", forget]
+    for option in ("--out", "--html"):
+        assert f"{option} is {tmp_path}/busy, which is a directory" in refused(*audit, option, tmp_path / "busy")
+        assert f"{option} is /dev/null, which is no ordinary file" in refused(*audit, option, "/dev/null")
+        assert "takes no new entry" in refused(*audit, option, tmp_path / "file/a")
+    assert "expected two files" in refused(*audit, "--out", tmp_path / "a", "--html", tmp_path / "a")
+    assert "which is a directory" in refused("eval", checkpoint, "--task-file", task, "--out", tmp_path / "busy")
+    isolate = ["isolate", planted_directory, "--forget", forget, "--out", tmp_path / "out"]
+    for command in (audit, isolate):
+        assert "--resume is" in refused(*command, "--resume", tmp_path / "file")
+        assert "takes no new entry" in refused(*command, "--resume", tmp_path / "file/kept")
+    for inside in ("out", "out/kept"):
+        assert "which lies in --out" in refused(*isolate, "--resume", tmp_path / inside)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def no_split(monkeypatch) -> None:
+    """A model may be loaded, but nothing is done with it."""
+
+    def never(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("the work began")
+
+    for verb in ("split", "isolate"):
+        monkeypatch.setattr(sys.modules[f"libortho.{verb}"], verb, never)
+
+
+@pytest.mark.usefixtures("no_split")
+def test_models_that_cannot_be_saved_are_refused_first(tiny_gpt2, tiny_llama, tokenizer, forget, tmp_path, monkeypatch):
+    in_two_dtypes = tiny_llama
+    in_two_dtypes.model.norm.bfloat16()
+    for model, complaint in ((tiny_gpt2, "is a Conv1D"), (in_two_dtypes, r"norm.weight is kept in torch.bfloat16")):
+        monkeypatch.setattr("libortho.models.load_model", lambda *a, m=model: (m, tokenizer))
+        assert complaint in refused("split", "any", "--out", tmp_path / "out")
+        message = refused(
+            "isolate", "any", "--forget", forget, "--out", tmp_path / "out", "--resume", tmp_path / "kept"
+        )
+        assert complaint in message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("no_split")
+def test_a_full_disk_is_told_first(planted_directory, forget, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    for command in (["split", planted_directory], ["isolate", planted_directory, "--forget", forget]):
+        assert "the disk has 0.00 GB left" in refused(*command, "--out", tmp_path / "out")
 
 
 # -- audit ------------------------------------------------------------------------------------------------------------

@@ -416,6 +416,7 @@ def generate(
 
     from libortho.checkpoint import load
     from libortho.lm.generation import generate as continue_prompts
+    from libortho.models import check_tokens
     from libortho.text.chat import has_template, question
     from libortho.text.tokens import text_ids
 
@@ -427,6 +428,7 @@ def generate(
     ids = text_ids(question(prompt, tokenizer, "--chat") if chat else prompt, tokenizer, rendered=chat)
     if not ids:
         raise ConfigError("the prompt is empty; give at least one token to continue")
+    check_tokens(net, tokenizer, [("the prompt", ids)])
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     with alpha(net, spec):
         continue_prompts(net, tokenizer, [ids], max_new_tokens, temperature=temperature, seed=seed, streamer=streamer)
@@ -518,7 +520,8 @@ def encrypt(
     from libortho.extras import require
 
     require("vault", "encryption")
-    check_new_place(out)
+    if passphrase_env is None:
+        check_new_place(out)  # before anybody types
     phrase = None if recipient and passphrase_env is None else _passphrase(passphrase_env, confirm=True)
     encrypt_stream(stream, out, recipients=recipient or None, passphrase=phrase)
     if as_json:
@@ -543,7 +546,8 @@ def decrypt(
     from libortho.extras import require
 
     require("vault", "decryption")
-    check_new_place(out)
+    if passphrase_env is None:
+        check_new_place(out)  # before anybody types
     phrase = None if identity and passphrase_env is None else _passphrase(passphrase_env, confirm=False)
     decrypt_stream(file, out, identities=[Path(i) for i in identity] if identity else None, passphrase=phrase)
     if as_json:

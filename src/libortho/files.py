@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 import uuid
@@ -42,12 +43,15 @@ def check_new_entry(path: Path, error: type[LibOrthoError] = ConfigError) -> Non
     Raises:
         LibOrthoError: of the kind ``error``, if a folder above it is a file or cannot be written, or the name is
             impossible.
+        OSError: if the disk is full.
     """
     place = next((p for p in path.absolute().parents if os.path.lexists(p)), Path(path.anchor or "."))
     probe = place / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         probe.mkdir()
     except (OSError, ValueError) as reason:
+        if isinstance(reason, OSError) and reason.errno == errno.ENOSPC:
+            raise
         text = reason.strerror if isinstance(reason, OSError) else reason
         raise error(f"cannot write {path}: {place} takes no new entry ({text}); choose another place") from reason
     with suppress(OSError):

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from libortho.data import Encoded, Record, adds_special_tokens, collate
+from libortho.data import Encoded, Record, collate
 from libortho.errors import DataError
 from libortho.isolate.language_model import LanguageModel
 from libortho.isolate.trainer import score
+from libortho.lm.generation import generate
+from libortho.text.tokens import contains, decoded, prompt_ids, text_ids
 
 __all__ = ["auc", "general_perplexity", "sampled_extractions", "score", "text_perplexity"]
 
@@ -32,7 +34,7 @@ def auc(members: Tensor, others: Tensor) -> float:
 @torch.no_grad()
 def text_perplexity(model: nn.Module, tokenizer: Any, text: str) -> float:
     """Perplexity of one text, given its first token."""
-    ids = tokenizer(text)["input_ids"]
+    ids = text_ids(text, tokenizer)
     return general_perplexity(LanguageModel(model), [Encoded(tuple(ids), tuple(ids))])
 
 
@@ -64,28 +66,14 @@ def sampled_extractions(
 
     Surrounding white space and the final full stop are not required. Without a prompt, text begins from nothing.
     """
-    device = next(model.parameters()).device
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    start = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), 0)
     hits = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for record in records:
-            special = adds_special_tokens(record.prompt, tokenizer)
-            ids = tokenizer(record.prompt, add_special_tokens=special)["input_ids"] or [start]
-            prompt = torch.tensor([ids], device=device)
-            wanted = record.completion.strip().rstrip(".")
-            output = model.generate(  # type: ignore[operator]
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=len(tokenizer(record.completion)["input_ids"]) + 2,
-                num_return_sequences=samples,
-                pad_token_id=pad,
+            ids = prompt_ids(record.question, tokenizer, rendered=record.rendered)
+            whole = text_ids(record.prompt + record.completion, tokenizer, rendered=record.rendered)
+            [drawn] = generate(
+                model, tokenizer, [ids], max(2, len(whole) - len(ids) + 2), temperature=1.0, samples=samples
             )
-            texts = tokenizer.batch_decode(output[:, len(ids) :], skip_special_tokens=True)
-            hits.append(sum(wanted in text for text in texts))
+            hits.append(sum(contains(decoded(s, tokenizer), record.completion, tokenizer) for s in drawn))
     return hits

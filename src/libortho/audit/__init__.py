@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import nn
 
+from libortho.arguments import check_model, check_tokenizer
 from libortho.audit.report import AuditReport, Check, Verdict
 from libortho.config import AuditConfig
 from libortho.data import Source
-from libortho.errors import LibOrthoError
+from libortho.extras import require
 from libortho.split import Progress
 
 
@@ -63,15 +64,18 @@ def audit(
 
     Raises:
         DataError: if data is missing or malformed, or holdout and forget overlap; the message names the records.
-        TargetError: if the model is not a causal LM.
+        TargetError: if a model is no model in memory (a path), or not a causal LM.
+        ConfigError: if there is no tokenizer.
         LibOrthoError: if the extra ``audit`` is not installed.
     """
-    try:
-        from libortho.audit.run import run
-    except ImportError as error:
-        if error.name not in ("scipy", "rapidfuzz", "rouge_score"):
-            raise
-        raise LibOrthoError(f"audit needs {error.name}; install the extra: pip install 'libortho[audit]'") from error
+    require("audit", "audit")
+    given = {"model": model, "reference": reference, "original": original, **(others or {})}
+    for key, subject in given.items():
+        if subject is not None or key == "model":
+            check_model(subject, key)
+    check_tokenizer(tokenizer)
+    from libortho.audit.run import run
+
     return run(
         model,
         tokenizer,

@@ -14,11 +14,11 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 from libortho import metrics
 from libortho.errors import ConfigError, DataError
+from libortho.extras import module
 
 Values = Tensor | Sequence[float]
 
@@ -298,6 +298,7 @@ def ks_two_sample(a: Values, b: Values) -> float:
     Raises:
         DataError: if a side is empty or holds NaN.
     """
+    stats = module("audit", "scipy.stats")
     return float(stats.ks_2samp(_vector(a, "a").numpy(), _vector(b, "b").numpy()).pvalue)
 
 

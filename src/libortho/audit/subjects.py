@@ -76,7 +76,8 @@ def subjects(
     found: list[Subject] = []
     if layers:
         found.append(at(model, 0.0, "off", "audited"))
-        found.append(at(model, 1.0, "on", "switch on"))
+        if any(layer.streams for layer in layers.values()):  # not a base alone
+            found.append(at(model, 1.0, "on", "switch on"))
     else:
         found.append(Subject("model", "model", "audited", model, contextlib.nullcontext))
     if original is not None:

@@ -1,0 +1,189 @@
+"""What ``save`` refuses is refused before a model is split, by the same words."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from torch import nn
+from transformers import (
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
+
+import libortho
+from libortho.checkpoint import check_destination, check_saveable
+from libortho.errors import CheckpointError, ConfigError, TargetError
+from libortho.targets import find_targets
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "num_local_experts": 2,
+}  # fmt: skip
+
+
+def quantised(model: PreTrainedModel) -> None:
+    model.config.quantization_config = {"quant_method": "gptq"}
+
+
+def with_nan(model: PreTrainedModel) -> None:
+    model.model.norm.weight.data[0] = float("nan")
+
+
+def with_odd_generation(model: PreTrainedModel) -> None:
+    model.generation_config.temperature = 0.5  # and do_sample=False, which transformers does not write
+
+
+CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "quantised": (quantised, "quantised by another library"),
+    "NaN": (with_nan, r"model\.norm\.weight holds NaN"),
+    "two dtypes": (lambda m: m.lm_head.bfloat16(), r"lm_head\.weight is kept in torch\.bfloat16"),
+    "float64": (lambda m: m.double(), r"the model is in torch\.float64; expected one of"),
+    "generation config": (with_odd_generation, "refuses to write the configuration"),
+    "adapters": (lambda m: setattr(m, "_hf_peft_config_loaded", True), "has PEFT adapters"),
+    "no data": (lambda m: m.lm_head.to("meta"), "have no data"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_is_refused_before_and_after_its_split(
+    change: str, tiny_llama: PreTrainedModel, tmp_path: Path
+) -> None:
+    alter, complaint = CHANGES[change]
+    config = libortho.SplitConfig(target_modules="down_proj")
+    split = libortho.split(copy.deepcopy(tiny_llama), config)
+    names = list(find_targets(tiny_llama, "down_proj"))
+    check_saveable(tiny_llama, names, 8)
+    alter(tiny_llama)
+    with pytest.raises(CheckpointError, match=complaint):
+        check_saveable(tiny_llama, names, 8)
+    if change != "float64":  # a split layer keeps its scales
+        alter(split)
+        with pytest.raises(CheckpointError, match=complaint):
+            libortho.save(split, None, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "model",
+    [lambda: MixtralForCausalLM(MixtralConfig(**SIZES)), lambda: Llama4ForCausalLM(Llama4TextConfig(**SIZES))],
+    ids=["mixtral", "llama4"],
+)
+def test_fused_experts_are_refused_beside_a_packed_base_alone(model: Callable[[], Any], tmp_path: Path) -> None:
+    net = model().eval()
+    names = [n for n, _ in net.named_modules() if n.endswith("o_proj")]
+    with pytest.raises(CheckpointError, match="such as fused experts"):
+        check_saveable(net, names, 8)
+    check_saveable(net, names, None)
+    dense = libortho.split(net, libortho.SplitConfig(target_modules=r"re:.*o_proj", bits=None))
+    libortho.load(libortho.save(dense, None, tmp_path / "out"))
+
+
+def test_conv1d_and_wrapped_models(tiny_gpt2: PreTrainedModel, tiny_llama: PreTrainedModel) -> None:
+    with pytest.raises(CheckpointError, match=r"mlp\.c_proj is a Conv1D"):
+        check_saveable(tiny_gpt2, list(find_targets(tiny_gpt2, "mlp-out")), None)
+    for model in (tiny_llama.model, nn.Sequential(tiny_llama)):
+        with pytest.raises(CheckpointError, match=f"this is a {type(model).__name__}"):
+            check_saveable(model, [], 8)
+
+
+@pytest.mark.parametrize("bits", [8, 4, None])
+def test_the_bytes_are_those_of_the_files(bits: int | None, tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
+    names = list(find_targets(tiny_llama, "mlp-out"))
+    promised = check_saveable(tiny_llama, names, bits)
+    libortho.save(libortho.split(tiny_llama, libortho.SplitConfig(bits=bits)), None, tmp_path / "out")
+    size = (tmp_path / "out/model.safetensors").stat().st_size
+    assert 0.8 * size < promised <= size
+
+
+def test_tied_embeddings_are_counted_once(tiny_llama: PreTrainedModel) -> None:
+    config = copy.deepcopy(tiny_llama.config)
+    config.tie_word_embeddings = True
+    tied = LlamaForCausalLM(config)
+    less = check_saveable(tiny_llama, [], None) - check_saveable(tied, [], None)
+    assert less == tiny_llama.lm_head.weight.nbytes
+
+
+def test_a_place_is_refused_when_there_is_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_destination(tmp_path / "deep/out", ["default"], needed=1) == tmp_path / "deep/out"
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2 * 10**9))
+    with pytest.raises(CheckpointError, match=r"needs at least 3\.00 GB, and the disk has 2\.00 GB left"):
+        check_destination(tmp_path / "deep/out", ["default"], needed=3 * 10**9)
+    assert not list(tmp_path.iterdir())
+
+
+def test_save_and_the_check_refuse_the_same_places(split_llama: PreTrainedModel, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "busy").mkdir()
+    (tmp_path / "busy/file").write_text("x")
+    libortho.save(split_llama, None, tmp_path / "earlier")
+    for place, streams in (("file", ["default"]), ("file/out", ["default"]), ("busy", ["default"]), ("earlier", ["x"])):
+        with pytest.raises(CheckpointError) as early:
+            check_destination(tmp_path / place, streams)
+        if streams == ["default"]:
+            with pytest.raises(CheckpointError) as late:
+                libortho.save(split_llama, None, tmp_path / place)
+            assert str(late.value) == str(early.value)
+    check_destination(tmp_path / "earlier", ["default", "another"])
+
+
+# -- what is no model, and no tokenizer -------------------------------------------------------------------------------
+
+
+CALLS: dict[str, Callable[[Any], Any]] = {
+    "split": libortho.split,
+    "replace_linear_layers": libortho.replace_linear_layers,
+    "isolate": lambda m: libortho.isolate(m, None, [{"prompt": "a", "completion": "b"}]),
+    "audit": lambda m: libortho.audit(m, None, [{"prompt": "a", "completion": "b"}]),
+    "save": lambda m: libortho.save(m, None, "out"),
+    "set_alpha": lambda m: libortho.set_alpha(m, 0.0),
+    "alpha": lambda m: libortho.alpha(m, 0.0).__enter__(),
+    "layer_report": libortho.layer_report,
+    "quantise_activations": libortho.quantise_activations,
+    "check_saveable": lambda m: check_saveable(m, [], 8),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_path_is_no_model(name: str) -> None:
+    for given in ("out", Path("out")):
+        with pytest.raises(TargetError, match=r"model is the path or name 'out'.*load it first.*libortho\.load"):
+            CALLS[name](given)
+    with pytest.raises(TargetError, match=r"libortho\.load returns"):
+        CALLS[name]((nn.Linear(2, 2), None))
+    with pytest.raises(TargetError, match="model is a NoneType"):
+        CALLS[name](None)
+
+
+def test_other_models_of_an_audit_are_no_paths_either(tiny_llama: PreTrainedModel, tokenizer: Any) -> None:
+    rows = [{"prompt": "a", "completion": "b"}]
+    for name in ("reference", "original"):
+        with pytest.raises(TargetError, match=f"{name} is the path or name 'out'"):
+            libortho.audit(tiny_llama, tokenizer, rows, **{name: "out"})  # type: ignore[arg-type]
+
+
+def test_a_path_is_no_tokenizer(tiny_llama: PreTrainedModel, split_llama: PreTrainedModel, tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": "b"}]
+    calls: tuple[Callable[[Any], Any], ...] = (
+        lambda t: libortho.isolate(tiny_llama, t, rows),
+        lambda t: libortho.audit(tiny_llama, t, rows),
+        lambda t: libortho.save(split_llama, t, tmp_path / "out"),
+    )
+    for call in calls:
+        with pytest.raises(ConfigError, match="tokenizer is the path or name 'here'"):
+            call("here")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stray_dtype_that_transformers_itself_keeps_is_saved(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
+    """A few families keep some tensors in fp32 beside bf16 ones, when they are loaded as when they are saved."""
+    model = tiny_llama.bfloat16()
+    model._keep_in_fp32_modules_strict = {"norm.weight"}
+    model.model.norm.float()
+    assert check_saveable(model, list(find_targets(model, "down_proj")), 8) > 0
