@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.library import opcheck
+from transformers import OPTConfig, OPTForCausalLM
 
 import libortho
 from libortho import SplitConfig, alpha, set_alpha, split
@@ -181,3 +182,26 @@ def test_a_graph_of_another_model_is_refused():
     model = split_pair()
     with pytest.raises(libortho.AlphaError, match="serve the process that made them"):
         torch.ops.libortho.alpha(torch.randn(2, 64), get_switch(model).number, "hr")
+
+
+def test_compiled_layers_see_flattened_tokens_of_their_sequences():
+    config = OPTConfig(
+        vocab_size=128, hidden_size=32, ffn_dim=64, num_hidden_layers=1, num_attention_heads=4, word_embed_proj_dim=32,
+        max_position_embeddings=64, init_std=0.2,
+    )  # fmt: skip
+    options = {"bits": 4, "rank_ratio": 0.5, "max_low_rank_error": 1.0, "ratio": 0.1, "structure": "columns"}
+    model = split(OPTForCausalLM(config).eval(), SplitConfig(**options))
+    tokens = torch.randint(2, 128, (2, 5))
+    values = ([1.0, 0.0], 1.0, 0.0)
+
+    def logits(value):
+        with torch.no_grad(), alpha(model, value):
+            return model(tokens, use_cache=False).logits
+
+    eager = [logits(v) for v in values]
+    layer = model.model.decoder.layers[0]
+    layer.forward = torch.compile(layer.forward, backend="aot_eager")
+    for value, expected in zip(values, eager, strict=True):
+        torch.testing.assert_close(logits(value), expected)
+    torch.testing.assert_close(logits(values[0])[0], eager[1][0])
+    torch.testing.assert_close(logits(values[0])[1], eager[2][1])

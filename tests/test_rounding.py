@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
 
 from libortho.config import IsolateConfig
 from libortho.data import Encoded, collate
@@ -102,6 +102,22 @@ def test_gpt2_keeps_its_weights_the_other_way_round(tiny_gpt2: PreTrainedModel) 
         assert base.codes.is_contiguous()  # torch's kernel for few tokens takes no other
         weight = linear_weight(layers[name])
         assert float((base.dense() - weight).norm() / weight.norm()) < 0.02
+
+
+def test_flattened_tokens_are_read_without_their_padding() -> None:
+    """OPT's feed-forward layers are given (texts * tokens, features)."""
+    config = OPTConfig(
+        vocab_size=128, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32,
+        max_position_embeddings=64, init_std=0.1,
+    )  # fmt: skip
+    model = OPTForCausalLM(config).eval()
+    texts = [Encoded(tuple(range(2, n)), tuple(range(2, n))) for n in (30, 12)]
+    layers = find_targets(model, "mlp-out")
+    read = rounding._inputs(LanguageModel(model), layers, [collate(texts)])
+    alone = rounding._inputs(LanguageModel(model), layers, [collate([t]) for t in texts])
+    for name, inputs in read.items():
+        torch.testing.assert_close(torch.cat(inputs), torch.cat(alone[name]))
+        assert torch.cat(inputs).shape == (38, 64)
 
 
 def test_a_layer_that_no_text_reaches_has_the_nearest_codes(tiny_llama: PreTrainedModel) -> None:

@@ -5,11 +5,14 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import OPTConfig, OPTForCausalLM
 
 import tiny
 from libortho.data import Batch, collate
+from libortho.errors import TargetError
 from libortho.isolate.language_model import LanguageModel
 from libortho.isolate.objectives import label_log_odds
+from libortho.isolate.sensitivity import tapped_gradients
 from libortho.isolate.support import (
     allocate,
     balanced_weights,
@@ -48,10 +51,21 @@ def dense_gradients(model: nn.Module, layers: dict[str, nn.Module], batch: Batch
     return found
 
 
-@pytest.fixture(params=["llama", "gpt2"])
+def tiny_opt(vocabulary: int) -> OPTForCausalLM:
+    """Its feed-forward layers are given (records * tokens, features)."""
+    config = OPTConfig(
+        vocab_size=vocabulary, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, init_std=0.1,
+        word_embed_proj_dim=32, max_position_embeddings=128,
+    )  # fmt: skip
+    return OPTForCausalLM(config).eval()
+
+
+@pytest.fixture(params=["llama", "gpt2", "opt"])
 def model(request, planted, tiny_gpt2, tokenizer) -> nn.Module:
     if request.param == "llama":
         return planted
+    if request.param == "opt":
+        return tiny_opt(len(tokenizer))
     tiny_gpt2.resize_token_embeddings(len(tokenizer))
     return tiny_gpt2.eval()
 
@@ -83,6 +97,25 @@ def test_entry_saliency_is_that_of_the_dense_gradients(model, tokenizer):
         square = sum(w * g[name].square() for w, g in zip(weights, expected, strict=True))
         assert found[name].shape == linear_weight(layers[name]).shape
         torch.testing.assert_close(found[name], square, rtol=1e-3, atol=1e-8)
+
+
+def test_a_layer_without_a_row_for_each_token_is_refused_by_name(planted, tokenizer):
+    first, down = planted.model.layers[0], planted.model.layers[0].mlp.down_proj
+    first.some, first.twice, first.never = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def also(module, args, output):
+        first.some(output[:, :3])
+        first.twice(first.twice(output))
+
+    down.register_forward_hook(also)
+    lm = LanguageModel(planted)
+    for name, calls in (("some", r"1 times, to \(1, 3, 64\)"), ("twice", r"2 times, to .*"), ("never", "not at all")):
+        with pytest.raises(TargetError, match=rf"{name} is applied {calls}; expected once, to all tokens"):
+            lm.check_layers({name: getattr(first, name), "down": down})
+    lm.check_layers({"down": down})
+    data = batches(tokenizer)
+    with pytest.raises(TargetError, match="some is applied 1 times"):
+        tapped_gradients(lm, {"some": first.some}, data[0])
 
 
 def test_saliency_leaves_no_hook_and_no_gradient(planted, tokenizer):

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -164,3 +166,77 @@ def test_is_linear_takes_the_two_dense_kinds_only():
     assert is_linear(Conv1D(2, 2))
     assert not is_linear(Foreign(2, 2))
     assert not is_linear(nn.Embedding(2, 2))
+
+
+# -- experts that share one parameter ---------------------------------------------------------------------------------
+
+
+class Bank(nn.Module):
+    """Several experts in one parameter, (experts, out_features, in_features)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 8, 16))
+
+
+class Mixture(nn.Module):
+    """A block of experts beside one that all tokens pass: fused in one module, or one bank for each projection."""
+
+    def __init__(self, banks: bool) -> None:
+        super().__init__()
+        if banks:
+            self.experts = nn.ModuleDict({"up_proj": Bank(), "down_proj": Bank()})
+        else:
+            self.experts = nn.Module()
+            self.experts.up_proj = nn.Parameter(torch.randn(4, 16, 8))
+            self.experts.down_proj = nn.Parameter(torch.randn(4, 8, 16))
+        self.shared_expert = nn.ModuleDict({"up_proj": nn.Linear(8, 16), "down_proj": nn.Linear(16, 8)})
+        self.q_proj = nn.Linear(8, 8)
+
+
+@pytest.fixture(params=[False, True], ids=["fused", "banks"])
+def mixture(request) -> nn.Module:
+    return nn.ModuleDict({"layers": nn.ModuleList([Mixture(request.param), Mixture(request.param)])})
+
+
+@pytest.mark.parametrize("pattern", ["down_proj", "mlp-out", "all-linear", ["q_proj", "down_proj"]])
+def test_fused_experts_are_not_left_behind_without_a_word(mixture, pattern, caplog):
+    message = r"layers\.0\.experts\.(down|up)_proj.* \(4, .*not split; .*re:\.\*shared_expert\\\.(down|up)_proj"
+    for again in (False, True):
+        with pytest.raises(libortho.TargetError, match=message):
+            find_targets(mixture, pattern, again=again)
+    found = find_targets(mixture, pattern, partial=True)  # a split is no promise that something is gone
+    assert "layers.0.shared_expert.down_proj" in found
+    assert re.search(message, caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        (r"re:.*shared_expert\.down_proj", 2),
+        ("shared_expert.down_proj", 2),
+        ("layers.1.shared_expert.down_proj", 1),
+        ("q_proj", 2),
+        (r"re:.*(shared_expert\.down|q)_proj", 4),
+    ],
+)
+def test_what_names_no_fused_expert_goes_through(mixture, pattern, expected, caplog):
+    assert len(find_targets(mixture, pattern)) == expected
+    assert not caplog.text
+
+
+def test_experts_alone_are_no_layers(mixture):
+    for block in mixture["layers"]:
+        del block.shared_expert
+    with pytest.raises(libortho.TargetError, match="no other layer goes by this name"):
+        find_targets(mixture, "down_proj", partial=True)
+
+
+def test_a_weight_that_is_read_says_that_there_is_none(tiny_llama):
+    libortho.split(tiny_llama)
+    layer = tiny_llama.model.layers[0].mlp.down_proj
+    assert not hasattr(layer, "weight")
+    with pytest.raises(libortho.TargetError, match="reads the weight of a layer instead of calling it"):
+        _ = layer.weight
+    with pytest.raises(AttributeError, match="other"):
+        _ = layer.other

@@ -92,7 +92,7 @@ class AlphaState:
         Args:
             stream: The stream.
             x: (batch, ..., in_features), or (batch * tokens, in_features) inside a forward pass of the model.
-            sorted_rows: Whether a two-dimensional input holds all tokens of the batch in their order.
+            sorted_rows: Whether the input holds all tokens of the batch in their order.
 
         Raises:
             AlphaError: for any other input; which sequence a row belongs to is never guessed.
@@ -100,7 +100,7 @@ class AlphaState:
         values = self.of(stream)
         batch = len(values) if isinstance(values, tuple) else 0
         flat = x.dim() == 2
-        known = (sorted_rows and self.tokens is not None) if flat else x.dim() > 2
+        known = sorted_rows and (self.tokens is not None if flat else x.dim() > 2)
         if not known or x.shape[0] != batch * ((self.tokens or 0) if flat else 1):
             raise AlphaError(self._misfit(batch, x, sorted_rows))
         return x.shape[:-1].numel() // max(1, batch)
@@ -118,10 +118,10 @@ class AlphaState:
 
     def _misfit(self, batch: int, x: torch.Tensor, sorted_rows: bool) -> str:
         given = f"alpha names {batch} sequences, but the layer's input has shape {tuple(x.shape)}; "
-        if x.dim() != 2:
-            return f"{given}per-sequence values need the batch as first dimension"
         if not sorted_rows:
             return f"{given}an expert sees some tokens in an order of its own: give one value for all sequences"
+        if x.dim() != 2:
+            return f"{given}per-sequence values need the batch as first dimension"
         if self.tokens is None:
             return (
                 f"{given}which sequence a row belongs to is known only while the model that was split runs on input_ids"
@@ -347,7 +347,7 @@ class Switch:
             return
         state = _FORWARD.get()[self]
         _FORWARD.reset(token)
-        for cache in (_given_cache(model, args, kwargs), _first_cache(output)):
+        for cache in (_given_cache(model, args, kwargs), first_cache(output)):
             if cache is not None:
                 setattr(cache, _STAMP, state)
         if torch.is_grad_enabled():
@@ -458,10 +458,11 @@ def _given_cache(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     if len(args) > 1:
         names = list(inspect.signature(model.forward).parameters)
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-    return _first_cache(kwargs)
+    return first_cache(kwargs)
 
 
-def _first_cache(values: Any) -> Any:
+def first_cache(values: Any) -> Any:
+    """The cache among the keyword arguments or the outputs of a model, under any of its names; None without one."""
     found = (values.get(name) for name in _CACHES) if isinstance(values, Mapping) else ()
     return next((cache for cache in found if cache is not None), None)
 

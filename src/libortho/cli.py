@@ -87,12 +87,18 @@ def _targets(names: list[str] | None) -> dict[str, Any]:
 
 def _check_saveable(net: Any, config: SplitConfig | IsolateConfig, out: Path) -> None:
     """Refuse now what ``save`` would refuse when all the work is done."""
-    from libortho.checkpoint import check_room, check_saveable
+    from libortho.checkpoint.checks import check_room, check_saveable
+    from libortho.checkpoint.stream_files import check_rank
     from libortho.layer import ortho_layers
+    from libortho.select.scores import column_count
+    from libortho.split import linear_shape
     from libortho.targets import find_targets
 
-    layers = find_targets(net, config.target_modules, again=True) | dict(ortho_layers(net))
-    check_room(out, check_saveable(net, layers, config.bits))
+    targets = find_targets(net, config.target_modules, again=True)
+    check_room(out, check_saveable(net, targets | dict(ortho_layers(net)), config.bits))
+    if isinstance(config, SplitConfig) and config.structure == "columns":  # isolate takes no more than can be saved
+        for name, module in targets.items():
+            check_rank(f"stream {config.stream!r} of {name}", column_count(config.ratio, linear_shape(module)[1]), 0)
 
 
 def _emit(data: dict[str, Any]) -> None:
@@ -515,8 +521,8 @@ def encrypt(
     as_json: Json = False,
 ) -> None:
     """Lock a stream into one age file, for recipients, or by a passphrase (asked for)."""
-    from libortho.checkpoint import check_new_place
     from libortho.checkpoint import encrypt as encrypt_stream
+    from libortho.checkpoint.checks import check_new_place
     from libortho.extras import require
 
     require("vault", "encryption")
@@ -541,8 +547,8 @@ def decrypt(
     as_json: Json = False,
 ) -> None:
     """Unlock an age file into the folder of a stream, for attach."""
-    from libortho.checkpoint import check_new_place
     from libortho.checkpoint import decrypt as decrypt_stream
+    from libortho.checkpoint.checks import check_new_place
     from libortho.extras import require
 
     require("vault", "decryption")

@@ -79,8 +79,8 @@ class OrthoLinear(nn.Module):
         streams: Name to ortho stream.
         bias: (out_features,) or None; the parameter of the layer that was split.
         report: What the split did.
-        sorted_rows: Whether a two-dimensional input holds all tokens of the batch in their order; False for an expert
-            that a router sends some of them.
+        sorted_rows: Whether the input holds all tokens of the batch in their order; False for an expert that a router
+            sends some of them.
     """
 
     sorted_rows = True

@@ -60,9 +60,12 @@ def find_targets(
     modules = {name: module for name, module in model.named_modules() if name and not name.startswith(inner)}
     head = output_embedding(model)
     fused = fused_experts(model)
+    banks = {n.rpartition(".")[0] for n in fused}
     found: dict[str, nn.Module] = {}
     for pattern in patterns:
         hits = [n for n, m in modules.items() if _matches(n, m, pattern, head)]
+        if not pattern.startswith("re:"):
+            hits = [n for n in hits if n not in banks]
         left_out = _left_out(model, pattern, hits, fused)
         if left_out is not None:
             if not (partial and hits):

@@ -27,6 +27,7 @@ from libortho.checkpoint.hf import LOAD_ERRORS, causal_class, check_counts, chec
 from libortho.checkpoint.stream_files import checked_name, read_stream, stream_names
 from libortho.errors import CheckpointError
 from libortho.layer import OrthoLinear
+from libortho.models import plain_torch
 from libortho.report import record_method
 from libortho.split import install
 
@@ -36,6 +37,7 @@ def is_checkpoint(path: str | Path) -> bool:
     return (Path(path) / BASE_MANIFEST).is_file()
 
 
+@plain_torch()
 def load(
     directory: str | Path,
     *,

@@ -45,6 +45,7 @@ from libortho.checkpoint.stream_files import (
 )
 from libortho.errors import CheckpointError
 from libortho.layer import LayerReport, OrthoLinear, ortho_layers
+from libortho.models import plain_torch
 from libortho.report import methods
 from libortho.streams import OrthoStream
 
@@ -52,6 +53,7 @@ logger = logging.getLogger(__name__)
 _AT_CWD, _EXCHANGE = -100, 2  # AT_FDCWD of fcntl.h and RENAME_EXCHANGE of linux/fs.h
 
 
+@plain_torch()
 def save(model: nn.Module, tokenizer: Any, directory: str | Path, *, max_shard_size: int | str = "5GB") -> Path:
     """Write a split model so that nothing of ours is needed to load it.
 
