@@ -7,19 +7,25 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 from transformers import (
     Llama4ForCausalLM,
     Llama4TextConfig,
+    LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
 )
+from typer.testing import CliRunner
 
 import libortho
+import tiny
+from libortho import cli
 from libortho.checkpoint import check_destination, check_saveable
 from libortho.errors import CheckpointError, ConfigError, TargetError
+from libortho.isolate.support import allocate
 from libortho.targets import find_targets
 
 SIZES: dict[str, Any] = {
@@ -131,6 +137,21 @@ def test_save_and_the_check_refuse_the_same_places(split_llama: PreTrainedModel,
                 libortho.save(split_llama, None, tmp_path / place)
             assert str(late.value) == str(early.value)
     check_destination(tmp_path / "earlier", ["default", "another"])
+
+
+def test_columns_beyond_a_lora_are_refused_first_or_not_taken(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=2048, num_hidden_layers=1, num_attention_heads=4
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    tiny.byte_tokenizer().save_pretrained(tmp_path / "model")
+    given = ["split", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--structure", "columns", "--ratio"]
+    result = CliRunner().invoke(cli.app, [*given, "0.3"])
+    assert isinstance(result.exception, CheckpointError)
+    assert "614 columns and 0 tail directions, as a LoRA rank 614" in str(result.exception)
+    assert CliRunner().invoke(cli.app, [*given, "0.2"]).exit_code == 0
+    found = allocate({"a": torch.rand(2048), "b": torch.rand(2048)}, 0.3, 4.0, {"a": 1, "b": 1}, limit=512)
+    assert {n: len(i) for n, i in found.items()} == {"a": 512, "b": 512}
 
 
 # -- what is no model, and no tokenizer -------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ into place: a directory under its final name is complete. What is read is checke
 """
 
 from libortho.checkpoint.card import model_card
-from libortho.checkpoint.checks import check_destination, check_new_place, check_room, check_saveable
+from libortho.checkpoint.checks import check_destination, check_saveable
 from libortho.checkpoint.detach import Certificate, RemovedStream, attach, detach, verify_certificate
 from libortho.checkpoint.hub import push_to_hub
 from libortho.checkpoint.info import CheckpointInfo, StreamInfo, inspect
@@ -25,8 +25,6 @@ __all__ = [
     "StreamInfo",
     "attach",
     "check_destination",
-    "check_new_place",
-    "check_room",
     "check_saveable",
     "decrypt",
     "detach",

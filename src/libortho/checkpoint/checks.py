@@ -178,9 +178,9 @@ def _check_names(model: PreTrainedModel, original: PreTrainedModel, layers: Coll
         shapes = {tuple(t.shape) for t in stored.values()}
         what = [*rebuilt, *(n for n, t in held.items() if n not in stored and tuple(t.shape) not in shapes), "weights"]
         raise CheckpointError(
-            f"transformers assembles {what[0]} of this {type(model).__name__} while loading, which it cannot do beside a "
-            "packed base (families whose weights it converts, such as fused experts); keep the base dense (bits=None, "
-            "on the command line --bits 0), or use the model in memory"
+            f"transformers assembles {what[0]} of this {type(model).__name__} while loading, which it cannot do beside "
+            "a packed base (families whose weights it converts, such as fused experts); keep the base dense "
+            "(bits=None, on the command line --bits 0), or use the model in memory"
         )
 
 

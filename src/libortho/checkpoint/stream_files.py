@@ -100,12 +100,22 @@ def check_stream(name: str, layers: Mapping[str, OrthoStream]) -> None:
                 f"stream {name!r} of {layer} has values in {sorted(map(str, kinds))}; expected one dtype"
             )
         columns, _, rank = sizes(stream)
-        if columns_only and columns + rank > MAX_RANK:
-            raise CheckpointError(
-                f"stream {name!r} of {layer} has {columns} columns and {rank} tail directions, as a LoRA rank "
-                f"{columns + rank}; vLLM serves at most {MAX_RANK}. Use a smaller ratio, a larger rank_ratio, "
-                "keep_tail=False, or structure='unstructured'"
-            )
+        if columns_only:
+            check_rank(f"stream {name!r} of {layer}", columns, rank)
+
+
+def check_rank(where: str, columns: int, rank: int) -> None:
+    """Refuse columns and tail directions that are more than a LoRA may hold.
+
+    Raises:
+        CheckpointError: if they exceed the largest rank; the message begins with ``where``.
+    """
+    if columns + rank > MAX_RANK:
+        raise CheckpointError(
+            f"{where} has {columns} columns and {rank} tail directions, as a LoRA rank {columns + rank}; vLLM serves "
+            f"at most {MAX_RANK}. Use a smaller ratio, a larger rank_ratio, keep_tail=False, or "
+            "structure='unstructured'"
+        )
 
 
 def sizes(stream: OrthoStream) -> tuple[int, int, int]:

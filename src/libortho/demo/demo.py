@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from libortho.alpha import alpha
 from libortho.audit.utility import general_items
-from libortho.checkpoint import check_destination, check_room, check_saveable, save
+from libortho.checkpoint import check_destination, check_saveable, save
+from libortho.checkpoint.checks import check_room
 from libortho.config import IsolateConfig, SplitConfig
 from libortho.data import Encoded, Record, encode, load_records
 from libortho.demo import facts

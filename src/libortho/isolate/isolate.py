@@ -30,6 +30,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from libortho.alpha import Switch
 from libortho.arguments import check_model, check_tokenizer
+from libortho.checkpoint.stream_files import MAX_RANK
 from libortho.config import DTYPES, IsolateConfig
 from libortho.data import IGNORE, Batch, Encoded, Record, Source, collate, encode_closed, load_records
 from libortho.errors import ConfigError, DataError
@@ -397,7 +398,8 @@ def _support(
         entry_floor = retain_floor(about_retain)
         scores = {n: s / entry_floor[n] for n, s in about_forget.items()}
     scores = without(scores, held, -torch.inf)
-    return allocate(scores, ratio, config.layer_cap, unit_costs(targets, columns=columns))
+    limit = MAX_RANK if columns else None  # a stream that can be saved
+    return allocate(scores, ratio, config.layer_cap, unit_costs(targets, columns=columns), limit=limit)
 
 
 def _bases(

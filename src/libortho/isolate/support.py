@@ -161,7 +161,9 @@ def _backward(
         (odds * weight).sum().backward()
 
 
-def allocate(scores: dict[str, Tensor], ratio: float, cap: float, unit: dict[str, int]) -> dict[str, Tensor]:
+def allocate(
+    scores: dict[str, Tensor], ratio: float, cap: float, unit: dict[str, int], *, limit: int | None = None
+) -> dict[str, Tensor]:
     """Take the best-scored columns or entries of all layers together, within one budget.
 
     Args:
@@ -170,6 +172,7 @@ def allocate(scores: dict[str, Tensor], ratio: float, cap: float, unit: dict[str
         ratio: Budget as a fraction of all weights of these layers.
         cap: No layer takes more than ``cap`` times its even share.
         unit: Weights that one scored item costs (out_features for columns, 1 for entries).
+        limit: No layer takes more items than this, whatever its share; None for no such limit.
 
     Returns:
         Name to the ascending flat indices that were chosen; layers with nothing are left out. The total never exceeds
@@ -180,7 +183,7 @@ def allocate(scores: dict[str, Tensor], ratio: float, cap: float, unit: dict[str
     kept: list[tuple[Tensor, Tensor, str]] = []
     for name, score in scores.items():
         flat = score.flatten()
-        most = min(flat.numel(), max(1, int(cap * ratio * flat.numel())))
+        most = min(flat.numel(), max(1, int(cap * ratio * flat.numel())), limit or flat.numel())
         best = flat.topk(most)
         free = best.values != -torch.inf
         kept.append((best.values[free], best.indices[free], name))

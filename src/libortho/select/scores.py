@@ -33,6 +33,10 @@ def top_entries(score: Tensor, ratio: float) -> Tensor:
 
 
 def top_columns(score: Tensor, ratio: float) -> Tensor:
-    """Indices, ascending, of the ``max(1, round(ratio * in_features))`` columns with the largest sum of squares."""
-    count = max(1, round(ratio * score.shape[1]))
-    return score.square().sum(0).topk(count).indices.sort().values
+    """Indices, ascending, of the :func:`column_count` columns with the largest sum of squares."""
+    return score.square().sum(0).topk(column_count(ratio, score.shape[1])).indices.sort().values
+
+
+def column_count(ratio: float, inputs: int) -> int:
+    """Columns that a layer with so many inputs gives: the budget, rounded, and one at least."""
+    return max(1, round(ratio * inputs))
