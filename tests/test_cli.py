@@ -520,6 +520,27 @@ def test_an_error_is_one_line_and_exit_code_2(cache, tmp_path):
     assert "no [such] directory" in line
 
 
+def test_a_longer_reason_and_a_failing_disk_are_one_line_too(planted_directory, forget, tmp_path, monkeypatch, capsys):
+    (tmp_path / "empty").mkdir()
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device", "report.json")
+
+    monkeypatch.setattr(libortho.AuditReport, "to_json", fail)
+    for arguments, complaint in (
+        (["split", tmp_path / "empty", "--out", tmp_path / "out"], "cannot load the model"),
+        (["audit", planted_directory, "--forget", forget, "--samples", 2, "--out", tmp_path / "a"], "No space left"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["libortho", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert stopped.value.code == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert line.startswith("error: ")
+        assert complaint in line
+
+
 def test_an_unknown_option_is_exit_code_2():
     result = call("split", "--nonsense")
     assert result.exit_code == 2

@@ -666,7 +666,8 @@ def main() -> None:
     try:
         app()
     except (LibOrthoError, OSError) as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
+        line = " ".join(str(error).splitlines())
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {line}", markup=False)
         sys.exit(2)
 
 
