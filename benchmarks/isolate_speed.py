@@ -100,8 +100,8 @@ class Bench:
         donors = tuple((0, place) for place in trainer.predicting(strangers[0]))
         self.cases = [
             trainer.Case(
-                number=i, secret=s, alternates=(o,), neighbours=(n,), held=(n,), witnesses=(w,), crossed=(), exchangeable=True,
-                like=(), donors=donors, peers=(0,), alternate_donors=(donors,),
+                number=i, secret=s, alternates=(o,), neighbours=(n,), held=(n,), witnesses=(w,), crossed=(),
+                exchangeable=True, like=(), donors=donors, peers=(0,), alternate_donors=(donors,),
             )
             for i, (s, o, n, w) in enumerate(zip(secrets, others, neighbours, strangers, strict=True))
         ]  # fmt: skip
