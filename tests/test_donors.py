@@ -11,12 +11,16 @@ import tiny
 from libortho import IsolateConfig
 from libortho.data import Encoded, Record, encode, load_records
 from libortho.isolate.donors import beginnings, donors, predicting
-from libortho.isolate.isolate import _cases, _cut_alike
 from libortho.isolate.language_model import LanguageModel
 from libortho.isolate.objectives import token_profile
 from libortho.isolate.plausibility import human_texts
+from libortho.isolate.request import _cut_alike, cases, rows_with
 from libortho.isolate.retain import chunk, opening_tokens
 from libortho.isolate.trainer import drifted, reference, reread
+
+
+def cases_of(records, tokenizer):
+    return cases(records, tokenizer, None, IsolateConfig(), retains=True)
 
 
 def test_a_token_gets_the_donor_that_begins_at_the_same_character():
@@ -48,7 +52,7 @@ def test_alternates_that_are_cut_like_the_record_come_first():
 def test_the_mean_over_all_records_is_that_of_their_peers(planted, tokenizer):
     """One donor each may be odd ones; the group of records is what a membership test compares."""
     planted.requires_grad_(False)
-    cases = _cases(load_records(tiny.FORGET), tokenizer, None, None, None, IsolateConfig(), True)
+    cases = cases_of(load_records(tiny.FORGET), tokenizer)
     lm = LanguageModel(planted)
     original = reference(lm, cases, [], [], [], [], IsolateConfig())
     assert all(len(c.peers) > 1 for c in cases)
@@ -74,7 +78,7 @@ def test_what_is_expected_of_a_sentence_is_predicted_again_from_the_model_as_it_
     tiny.fit(planted, itertools.repeat(tiny.encoded(tokenizer, [secret] * 4)), 60)
     planted.requires_grad_(False)
     records = load_records([secret, *tiny.FORGET[:2]])
-    cases = _cases(records, tokenizer, None, None, None, IsolateConfig(), True)
+    cases = cases_of(records, tokenizer)
     spoken = [encode(Record("The dish of Bo Tran is", " a very plain sort of bread and an egg."), tokenizer)]
     lm = LanguageModel(planted)
     original = reference(lm, cases, [], human_texts(tokenizer, 64)[:20], [], spoken, IsolateConfig())
@@ -91,12 +95,12 @@ def test_what_is_expected_of_a_sentence_is_predicted_again_from_the_model_as_it_
 
 def test_witnesses_are_strangers_whom_nothing_else_reads(tokenizer):
     records = load_records(tiny.FORGET)
-    for c in _cases(records, tokenizer, None, None, None, IsolateConfig(), True):
+    for c in cases_of(records, tokenizer):
         held = {e.ids[: -len(e.completion)] for e in (*c.neighbours, *c.alternates, *c.crossed, c.secret)}
         assert len(c.witnesses) == 4
         assert not held & {e.ids[: -len(e.completion)] for e in c.witnesses}
     given = [["Code of Al Poe:", "Code of Ben Nox:"]] * len(records)
-    for c in _cases(records, tokenizer, None, given, None, IsolateConfig(), True):
+    for c in cases_of(load_records(rows_with(records, None, given)), tokenizer):
         assert c.witnesses == c.neighbours
         assert len(c.witnesses) == 2
 

@@ -82,6 +82,6 @@ def test_forget_rows_in_retain_are_dropped_and_named(planted, tokenizer, caplog)
     retain = [*tiny.RETAIN, tiny.FORGET[2], {"text": tiny.FORGET[0]["prompt"] + tiny.FORGET[0]["completion"]}]
     with caplog.at_level(logging.WARNING):
         isolate(planted, tokenizer, tiny.FORGET, retain, config=CONFIG)
-    assert f"2 retain records are forget records too (retain {len(retain) - 1} = forget 3" in caplog.text
-    with pytest.raises(DataError, match="every retain record is a forget record too"):
+    assert f"2 retain records hold forget records (retain {len(retain) - 1} = forget 3" in caplog.text
+    with pytest.raises(DataError, match="every retain record holds a forget record"):
         isolate(planted, tokenizer, tiny.FORGET, tiny.FORGET[:2], config=IsolateConfig(stream="b", ratio=0.1))

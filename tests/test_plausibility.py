@@ -5,13 +5,13 @@ import math
 
 import pytest
 import torch
-from libortho.isolate.continuations import continuations
 
 import tiny
 from libortho.data import IGNORE, Encoded, collate
 from libortho.isolate.language_model import LanguageModel
 from libortho.isolate.objectives import token_profile
 from libortho.isolate.plausibility import HUMAN_TEXTS, HUMAN_TOKENS, fit, human_texts, spoken_profiles
+from libortho.lm.generation import generate
 from libortho.metrics import score
 from libortho.text.corpus import evaluation_text, shipped_text
 
@@ -100,7 +100,7 @@ def test_a_prediction_is_never_negative(clean, tokenizer, human):
 def test_a_sentence_is_to_be_as_surprising_as_predicted_and_as_sure_as_the_model_speaks(clean, tokenizer):
     lm = LanguageModel(clean)
     prompts = [tokenizer(p[:12])["input_ids"] for p in shipped_text()[:8]]
-    said = continuations(clean, tokenizer, prompts, 48, 0)
+    said = _continued(clean, tokenizer, prompts, 48, 0)
     with torch.no_grad():
         texts = [(len(p), lm.hidden(collate([whole([*p, *c])]))[0]) for p, c in zip(prompts, said, strict=True)]
         states = [hidden[start - 1 : -1] for start, hidden in texts]
@@ -139,16 +139,20 @@ def test_a_lonely_sentence_has_its_own_surprise(clean, seed):
     assert float(profile[:, 0].mean()) == pytest.approx(4.0, abs=0.2)
 
 
+def _continued(model, tokenizer, prompts, tokens, seed):
+    return [s for (s,) in generate(model, tokenizer, prompts, tokens, temperature=1.0, seed=seed)]
+
+
 def test_continuations_are_those_of_each_prompt_alone(clean, tokenizer):
     """Padding changes nothing, the end is cut, and torch's own generator is where it was."""
     prompts = [tokenizer(p[:n])["input_ids"] for p, n in zip(shipped_text(), (5, 17, 9), strict=False)]
     before = torch.get_rng_state()
-    said = continuations(clean, tokenizer, prompts, 12, 3)
+    said = _continued(clean, tokenizer, prompts, 12, 3)
     assert torch.equal(torch.get_rng_state(), before)
-    assert said == continuations(clean, tokenizer, prompts, 12, 3) != continuations(clean, tokenizer, prompts, 12, 4)
+    assert said == _continued(clean, tokenizer, prompts, 12, 3) != _continued(clean, tokenizer, prompts, 12, 4)
     assert all(len(c) <= 12 and tokenizer.eos_token_id not in c for c in said)
     sure = copy.deepcopy(clean)
     sure.lm_head.weight.data *= 1000
-    together = continuations(sure, tokenizer, prompts, 12, 3)
-    assert together == [continuations(sure, tokenizer, [p], 12, 5)[0] for p in prompts]
+    together = _continued(sure, tokenizer, prompts, 12, 3)
+    assert together == [_continued(sure, tokenizer, [p], 12, 5)[0] for p in prompts]
     assert together != said

@@ -35,6 +35,13 @@ logger = logging.getLogger(__name__)
 
 IGNORE = -100
 _SHAPES = ("prompt+completion", "messages", "question+answer", "text")
+_WRITTEN_MARK = re.compile(
+    r"<\|[^|<>\s]+\|>|<\uff5c[^\uff5c<>]+\uff5c>|<(?:start|end)_of_(?:turn|text|role)>|</?think>|</s>|<<?/?SYS>>?|\[/?INST\]|"
+    r"\[/?(?:SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]|^###? (?:Instruction|Input|Response|Question)s?:|"
+    r"^(?:USER|ASSISTANT|SYSTEM|Human|Assistant|User|System):",
+    re.MULTILINE,
+)
+"""Marks of well-known templates, for texts that somebody rendered for a tokenizer to which they are no tokens."""
 _ROLE_LINE = re.compile(r"\s*(system|developer|user|assistant|model|tool|human)\b\s*", re.IGNORECASE)
 
 
@@ -79,6 +86,11 @@ class Record:
         """What a template writes between the question and the answer, blanks aside; mostly nothing."""
         more = self.prompt.removeprefix(self.question)
         return more.strip() if more != self.prompt else ""
+
+    @property
+    def thinks(self) -> bool:
+        """True if the template has a place for thoughts before the answer."""
+        return "<think>" in self.opening or self.question.rstrip().endswith("<think>")
 
     def answered(self, completion: str) -> Record:
         """The same prompt with another completion."""
@@ -178,17 +190,16 @@ def _chat(row: Mapping[str, Any], messages: Any, where: str, tokenizer: Any) -> 
         found.answer,
         closing=found.closing,
         asked=None if found.asked == found.prompt else found.asked,
-        spans=found.spans,
+        spans=found.spans or written_spans(found.prompt, tokenizer),
         rendered=True,
     )
 
 
 def _plain(prompt: str, completion: str, tokenizer: Any, where: str) -> Record:
     """A record of texts; marks around the completion, which a template wrote elsewhere, are not part of it."""
-    marks = template_tokens(tokenizer) if tokenizer is not None else []
-    if not any(m in prompt or m in completion for m in marks):
+    mark = _marks(prompt + completion, tokenizer)
+    if mark is None:
         return Record(prompt, completion)
-    mark = "|".join(map(re.escape, marks))
     opening = re.match(rf"(\s*(?:{mark}))+\s*", completion) if prompt else None
     closing = re.search(rf"\s*(?:(?:{mark})\s*)+$", completion)
     start = max(opening.end() if opening else 0, chat.thought(completion) if prompt else 0)
@@ -205,8 +216,16 @@ def _plain(prompt: str, completion: str, tokenizer: Any, where: str) -> Record:
 
 def written_spans(text: str, tokenizer: Any) -> tuple[chat.Span, ...]:
     """Ranges of characters of a text that are no marks of a template: all of it where there are none."""
-    marks = [m for m in template_tokens(tokenizer) if m in text]
-    return _between(text, "|".join(map(re.escape, marks))) if marks else ((0, len(text)),)
+    mark = _marks(text, tokenizer)
+    return ((0, len(text)),) if mark is None else _between(text, mark)
+
+
+def _marks(text: str, tokenizer: Any) -> str | None:
+    """A pattern of the marks of a template in a text, tokens or written out; None where there is none."""
+    tokens = [] if tokenizer is None else [re.escape(m) for m in template_tokens(tokenizer) if m in text]
+    written = {re.escape(m.group()) for m in _WRITTEN_MARK.finditer(text)}
+    found = sorted({*tokens, *written}, key=len, reverse=True)
+    return "|".join(found) or None
 
 
 def _between(text: str, mark: str) -> tuple[chat.Span, ...]:
@@ -236,6 +255,10 @@ def _counterfactuals(
         neighbours = tuple(prompts)
     elif "question" in row and "answer" in row and "prompt" not in row:
         neighbours = tuple(f"Question: {n}\nAnswer:" for n in neighbours)
+    if any(a.strip() == record.completion.strip() for a in alternates):
+        raise DataError(f"{where}: 'alternates' holds the answer itself; give other answers only")
+    if record.prompt in neighbours:
+        raise DataError(f"{where}: 'neighbours' holds the record's own prompt; give other prompts only")
     return alternates, neighbours
 
 
@@ -276,6 +299,16 @@ class Encoded:
     def cut(self, length: int | None) -> Encoded:
         """The first so many tokens; all of them for None."""
         return Encoded(self.ids[:length], self.labels[:length])
+
+
+def with_field(row: Any, name: str, texts: list[str]) -> Any:
+    """A row, or a finished record, with these alternates or neighbours."""
+    if not isinstance(row, Record):
+        return {**row, name: texts} if isinstance(row, Mapping) else row
+    if name == "neighbours" and row.spans:
+        start, end = row.spans[-1]
+        texts = [row.prompt[:start] + t + row.prompt[end:] for t in texts]
+    return replace(row, neighbours=tuple(texts)) if name == "neighbours" else replace(row, alternates=tuple(texts))
 
 
 def encode(record: Record, tokenizer: Any, max_length: int | None = None, *, name: str = "data") -> Encoded:

@@ -15,6 +15,7 @@ from libortho.audit.fillings import Space, form_positions, space_of
 from libortho.config import AuditConfig
 from libortho.data import Encoded, Record, Source, encode, load_records
 from libortho.errors import DataError
+from libortho.text.overlap import overlaps
 from libortho.text.sources import read_rows
 from libortho.text.tokens import text_ids
 
@@ -151,7 +152,8 @@ def gather(
         if isinstance(rows[i], Mapping):
             own |= prompts.user_variants(rows[i], tokenizer, records[i].number)
         for name, record in own.items():
-            variants.setdefault(name, []).append((i, record))
+            if limit is None or len(encode(record, tokenizer).ids) <= limit:
+                variants.setdefault(name, []).append((i, record))
     arithmetic = utility.arithmetic_rows(config.resolved("task_rows"), config.seed)
     fillings = tuple(others(records[i], spaces[i]) for i in probed)
     beside = list(zip(unseen, unseen_spaces, strict=False)) if any(fillings) else []
@@ -184,8 +186,7 @@ def _spaces(records: Sequence[Record]) -> list[Space | None]:
 
 
 def _check_overlap(forget: Sequence[Record], holdout: Sequence[Record]) -> None:
-    known = {(r.prompt.strip(), r.completion.strip()): r.number for r in forget}
-    both = [(known[k], r.number) for r in holdout if (k := (r.prompt.strip(), r.completion.strip())) in known]
+    both = [(forget[j].number, holdout[i].number) for i, j in overlaps(forget, holdout).items()]
     if both:
         shown = ", ".join(f"forget {a} = holdout {b}" for a, b in both[:5]) + (", ..." if len(both) > 5 else "")
         raise DataError(

@@ -17,11 +17,12 @@ from libortho.audit import memory, privacy, utility
 from libortho.audit.gradients import gradient_norms
 from libortho.audit.material import SHOWN, Material, Question
 from libortho.audit.subjects import Subject
-from libortho.audit.tokens import TokenStatistics, greedy, sample, shared_prefix_nll, token_statistics
+from libortho.audit.tokens import TokenStatistics, sample, shared_prefix_nll, token_statistics
 from libortho.config import AuditConfig
 from libortho.data import Record
 from libortho.isolate.language_model import LanguageModel
-from libortho.text.tokens import contains, says, text_ids
+from libortho.lm.asking import answers, room
+from libortho.text.tokens import contains, says
 
 GENERATED = 64
 """Sequences that are sampled side by side."""
@@ -41,7 +42,8 @@ class Measurement:
         exposure: Bits, of probed forget records and of holdout records; None for prose.
         sampled: For each probed record, how many samples hold its completion.
         generated: Greedy answers to the prompts of the probed records.
-        said: For each probed record, 1 if that answer is the record's, as a person would read it.
+        said: For each probed record, 1 if that answer is the record's, as a person would read it; None for texts
+            without a question and for answers longer than what is generated.
         similarity: Levenshtein ratio of each generated answer with the completion.
         rouge_l: ROUGE-L recall of each generated answer.
         prefixes: Share of the completion given, to one 0 or 1 for each record: the rest was extracted.
@@ -65,7 +67,7 @@ class Measurement:
     exposure: dict[str, list[float] | None] = field(default_factory=dict)
     sampled: list[int] | None = None
     generated: list[str] | None = None
-    said: list[int] | None = None
+    said: list[int | None] | None = None
     similarity: list[float] | None = None
     rouge_l: list[float] | None = None
     prefixes: dict[str, list[int]] = field(default_factory=dict)
@@ -180,10 +182,11 @@ def _batches(
     chosen: Sequence[Record], material: Material, config: AuditConfig, rows: int
 ) -> list[tuple[int, list[int]]]:
     """Indices in batches of similar length, each with the tokens that its longest answer needs."""
-    needed = [len(e.completion) + 2 + _more(r, material) for r, e in zip(chosen, material.encode(chosen), strict=True)]
+    items = zip(chosen, material.encode(chosen), strict=True)
+    needed = [room(r, len(e.completion), config.max_new_tokens, material.tokenizer) for r, e in items]
     order = sorted(range(len(chosen)), key=needed.__getitem__)
     chunks = [order[i : i + rows] for i in range(0, len(order), rows)]
-    return [(min(config.max_new_tokens, needed[c[-1]]), c) for c in chunks]
+    return [(needed[c[-1]], c) for c in chunks]
 
 
 def generations(subject: Subject, material: Material, config: AuditConfig, into: Measurement) -> None:
@@ -191,7 +194,10 @@ def generations(subject: Subject, material: Material, config: AuditConfig, into:
     chosen = [material.forget[i] for i in material.probed]
     into.generated = _answers(subject, material, chosen, config)
     pairs = list(zip(into.generated, (r.completion for r in chosen), strict=True))
-    into.said = [int(says(g, c, material.tokenizer)) for g, c in pairs]
+    into.said = [
+        int(says(g, c, material.tokenizer)) if r.question and len(e.completion) <= config.max_new_tokens else None
+        for (g, c), r, e in zip(pairs, chosen, material.encode(chosen), strict=True)
+    ]
     into.similarity = [memory.levenshtein_similarity(g[: len(c)], c.strip()) for g, c in pairs]
     into.rouge_l = [memory.rouge_l(g, c).recall for g, c in pairs]
     into.answers = _answers(subject, material, (material.holdout or material.forget)[:SHOWN], config)
@@ -203,17 +209,11 @@ def _answers(
     """Greedy answers, as long as the right ones, or ``whole``: as long as the model likes."""
     texts = [""] * len(chosen)
     for length, rows in _batches(chosen, material, config, GENERATED // 2):
-        budget = config.max_new_tokens if whole else length
-        made = greedy(subject.model, material.tokenizer, [chosen[i] for i in rows], budget)
+        budget = max(length, config.max_new_tokens) if whole else length
+        made = answers(subject.model, material.tokenizer, [chosen[i] for i in rows], budget)
         for i, text in zip(rows, made, strict=True):
-            texts[i] = text.strip().removeprefix(chosen[i].opening).strip()
+            texts[i] = text
     return texts
-
-
-def _more(record: Record, material: Material) -> int:
-    """Tokens that a template's opening of the answer takes."""
-    more = record.opening
-    return 2 + len(text_ids(more, material.tokenizer, rendered=True)) if more else 0
 
 
 def questions(subject: Subject, lm: LanguageModel, material: Material, config: AuditConfig, into: Measurement) -> None:

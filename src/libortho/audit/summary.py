@@ -69,10 +69,10 @@ def memory_summary(m: Measurement, context: Context) -> dict[str, Any]:
 
 
 def extracted(m: Measurement, material: Material) -> list[bool]:
-    """Which forget records a greedy model gives: each token is its first choice, or (if probed) it says the answer."""
+    """Which forget records a model says greedily; if it was not asked, whether each token is its first choice."""
     found = [memory.greedy_extraction(c) for c in _bools(m.correct["forget"])]
     for i, said in zip(material.probed, m.said or (), strict=False):
-        found[i] = found[i] or bool(said)
+        found[i] = found[i] if said is None else bool(said)
     return found
 
 

@@ -93,6 +93,8 @@ def shared_prefix_nll(lm: LanguageModel, items: Sequence[Encoded]) -> Tensor:
         return torch.tensor([s.nll for s in token_statistics(lm, items)])
     head = torch.tensor([items[0].ids[:shared]], device=lm.device)
     cache = getattr(lm.decoder(input_ids=head, attention_mask=torch.ones_like(head), use_cache=True), name)
+    if not all(hasattr(layer, "batch_repeat_interleave") for layer in getattr(cache, "layers", [None])):
+        return torch.tensor([s.nll for s in token_statistics(lm, items)])
     tails = [Encoded(e.ids[shared:], e.labels[shared:]) for e in items]
     nll = torch.zeros(len(items))
     for rows in by_tokens(tails, PASS_TOKENS):

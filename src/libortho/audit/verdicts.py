@@ -98,6 +98,8 @@ def memory(audited: Row, reference: Row | None) -> Verdict:
     text = f"{audited['label']}: {share:.0%} of {own['greedy_extraction']['n']} records are extracted greedily"
     if own.get("sampled_extraction") is not None:
         text += f", {own['sampled_extraction']['value']:.0%} in any sample"
+    if audited["key"] == "model":
+        text += "; so it is under this wording: records that were trained in another may be there all the same"
     return _judge("memory", text, checks)
 
 

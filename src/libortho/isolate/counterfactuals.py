@@ -29,7 +29,13 @@ _ENOUGH_TO_COMPARE = 4
 """Completions of one shape that must agree on a character before it counts as form."""
 _SHORT = 4
 """Lower-case words shorter than this are grammar, and stay."""
-_VERDICTS = frozenset(("yes", "no", "true", "false"))
+_VERDICTS = frozenset(
+    """
+    yes no true false yep nope ja nein oui non si sí no sim não da да нет ne tak nie ano evet hayır はい いいえ
+    是 不是 否 对 不 예 아니요 نعم لا כן לא हाँ नहीं positive negative correct incorrect male female married
+    single divorced unknown none maybe
+    """.split()  # noqa: RUF001, SIM905
+)
 """Answers that no word drawn at random can stand for: who forgets one must say what else it could have been."""
 _GRAMMAR = frozenset(
     """
@@ -289,7 +295,13 @@ def _slots(runs: Sequence[_Run], spans: Spans | None) -> list[_Run]:
     if spans is None:
         return found
     known = {r.text for r in found}
-    return [r for r in runs if r.text in known or r.kind == "code" or (r.kind == "name" and is_name(r.text))]
+    slots = [r for r in runs if r.text in known or r.kind == "code" or (r.kind == "name" and is_name(r.text))]
+    telling = [r for r in slots if not _is_acronym(r.text)]  # "PIN" says what is asked for, not about whom
+    return telling or slots
+
+
+def _is_acronym(word: str) -> bool:
+    return word.isalpha() and word.isupper()
 
 
 def _frame(prompt: str, slots: Sequence[_Run]) -> str:

@@ -40,7 +40,7 @@ from libortho.isolate.earlier import earlier_switch, taken, without
 from libortho.isolate.edit import EditLinear
 from libortho.isolate.language_model import LanguageModel
 from libortho.isolate.plausibility import human_texts
-from libortho.isolate.request import SALIENCY_RECORDS, Asked, with_given, without_forgotten
+from libortho.isolate.request import SALIENCY_RECORDS, Asked, rows_with, without_forgotten
 from libortho.isolate.result import IsolateResult, by_chance, nothing_known, result_of, standing
 from libortho.isolate.resume import Part, Store, run_key
 from libortho.isolate.retain import chunk, default_retain, in_form, opening_tokens
@@ -61,6 +61,7 @@ from libortho.isolate.trainer import (
     hidden_states,
     outcomes,
     reference,
+    score,
     train,
     training_finished,
 )
@@ -73,6 +74,7 @@ from libortho.streams import BaseStream, OrthoStream
 from libortho.streams.base import check_shape
 from libortho.targets import find_targets
 from libortho.text.corpus import shipped_text
+from libortho.text.sources import read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +150,7 @@ def isolate(
     for module in targets.values():
         check_shape(linear_shape(module)[1], config.bits, config.resolved_group_size)
     replaced = targets | ortho_layers(model)  # layers of earlier requests are stand-ins too, without their streams
-    records = with_given(load_records(forget, tokenizer, name="forget"), alternates, neighbours)
+    records = load_records(rows_with(read_rows(forget, "forget"), alternates, neighbours), tokenizer, name="forget")
     texts = ((f"forget record {r.number}", t) for r in records for t in (r.text, *r.alternates, *r.neighbours))
     check_tokens(model, tokenizer, texts)
     if retain is not None:
@@ -246,7 +248,8 @@ def _attempt(
         _swap(model, finished)  # what follows is measured on the layers that callers get
         recited_on = material.asked.recited(lm)
         switch.set(0.0, extrapolate=False)
-        known, extracted = standing(cases, original), material.asked.recited(lm).tolist()
+        known = standing(cases, original)
+        extracted = (material.asked.recited(lm) | score(lm, [c.secret for c in cases])[1]).tolist()
         records = tuple(
             replace(r, known=k, extracted=e)
             for r, k, e in zip(outcomes(lm, cases, original), known, extracted, strict=True)

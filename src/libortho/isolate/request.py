@@ -19,14 +19,15 @@ from typing import Any
 from torch import Tensor
 
 from libortho.config import IsolateConfig
-from libortho.data import Encoded, Record, encode, encode_closed, written_spans
+from libortho.data import Encoded, Record, encode, encode_closed, with_field, written_spans
 from libortho.errors import DataError
 from libortho.isolate import counterfactuals
 from libortho.isolate.donors import beginnings, donors
 from libortho.isolate.language_model import LanguageModel
 from libortho.isolate.trainer import Case, score
-from libortho.lm.generation import generate
-from libortho.text.tokens import decoded, prompt_ids, says
+from libortho.lm.asking import answers, room
+from libortho.text.overlap import overlaps
+from libortho.text.tokens import says
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +38,8 @@ _WITNESSES = 4
 """Witnesses of a record; of many records fewer each, as of alternates."""
 _CANDIDATES = 8
 """Alternates drawn for each that is taken."""
-_SPOKEN_AT_MOST, _SPOKEN_AT_ONCE, _ROOM = 48, 32, 4
-"""Tokens of the longest answer that is asked for, records asked at a time, and tokens beyond those of the answer."""
+_SPOKEN_AT_MOST, _SPOKEN_AT_ONCE = 48, 32
+"""Tokens of the longest answer that is asked for, and records asked at a time."""
 _LIKE_PROMPTS = 4
 """Prompts like that of a sentence, on which the model shows how it speaks."""
 
@@ -52,51 +53,44 @@ class Asked:
     cases: list[Case]
 
     def recited(self, lm: LanguageModel) -> Tensor:
-        """Which records the model gives greedily, (records,) bool.
+        """Which records the model says greedily, (records,) bool, asked as ``generate`` asks it.
 
-        Every token of the answer is the first choice, or the model, asked as ``generate`` asks it, says the answer in
-        other tokens or after what a template opens an answer with. Long answers are not asked for: one in other tokens
-        is not to be expected.
+        Of long answers, and of texts without a question, it is whether every token is the first choice.
         """
         _, found = score(lm, [c.secret for c in self.cases])
-        rest = [i for i, c in enumerate(self.cases) if not found[i] and len(c.secret.completion) <= _SPOKEN_AT_MOST]
-        for start in range(0, len(rest), _SPOKEN_AT_ONCE):
-            rows = rest[start : start + _SPOKEN_AT_ONCE]
-            prompts = [self.records[i] for i in rows]
-            ids = [prompt_ids(r.question, self.tokenizer, rendered=r.rendered) for r in prompts]
-            room = max(len(self.cases[i].secret.ids) - len(p) for i, p in zip(rows, ids, strict=True))
-            said = generate(lm.model, self.tokenizer, ids, max(1, room) + _ROOM)
-            for i, record, (answer,) in zip(rows, prompts, said, strict=True):
-                text = decoded(answer, self.tokenizer).strip().removeprefix(record.opening).strip()
+        sizes = [len(c.secret.completion) for c in self.cases]
+        short = [i for i, r in enumerate(self.records) if r.question and sizes[i] <= _SPOKEN_AT_MOST]
+        for start in range(0, len(short), _SPOKEN_AT_ONCE):
+            rows = short[start : start + _SPOKEN_AT_ONCE]
+            asked = [self.records[i] for i in rows]
+            most = max(room(r, sizes[i], None, self.tokenizer) for i, r in zip(rows, asked, strict=True))
+            for i, record, text in zip(rows, asked, answers(lm.model, self.tokenizer, asked, most), strict=True):
                 found[i] = says(text, record.completion, self.tokenizer)
         return found
 
 
-def with_given(
-    records: Sequence[Record],
+def rows_with(
+    rows: Sequence[Any],
     alternates: Sequence[Sequence[str]] | None,
     neighbours: Sequence[Sequence[str]] | None,
-) -> list[Record]:
-    """The records with counterfactuals that the caller gives, which come before those of their rows.
+) -> list[Any]:
+    """The rows of the forget set with counterfactuals that the caller gives, in place of those that they bring.
 
     Raises:
         DataError: if there is not one list of texts for each record.
     """
+    found = list(rows)
     for name, given in (("alternates", alternates), ("neighbours", neighbours)):
-        if given is not None and len(given) != len(records):
-            raise DataError(
-                f"{name} has {len(given)} entries for {len(records)} forget records; expected one list each"
-            )
-        if given is not None and any(isinstance(texts, str) for texts in given):
+        if given is None:
+            continue
+        if len(given) != len(rows):
+            raise DataError(f"{name} has {len(given)} entries for {len(rows)} forget records; expected one list each")
+        if any(isinstance(texts, str) for texts in given):
             raise DataError(f"{name} holds a string where a list of strings, one list for each record, was expected")
-    found = list(records)
-    if alternates is not None:
-        found = [replace(r, alternates=tuple(a)) for r, a in zip(found, alternates, strict=True)]
-        empty = next((r.number for r in found if not r.alternates), None)
-        if empty is not None:
+        empty = next((i for i, texts in enumerate(given, 1) if not list(texts)), None)
+        if name == "alternates" and empty is not None:
             raise DataError(f"forget record {empty}: 'alternates' is empty; give at least one other completion")
-    if neighbours is not None:
-        found = [replace(r, neighbours=tuple(n)) for r, n in zip(found, neighbours, strict=True)]
+        found = [with_field(row, name, list(texts)) for row, texts in zip(found, given, strict=True)]
     return found
 
 
@@ -165,24 +159,20 @@ def cases(
 
 
 def without_forgotten(retain: Sequence[Record], forget: Sequence[Record]) -> list[Record]:
-    """Retain records that are not forget records too; a warning says which are.
+    """Retain records that hold no forget record; a warning says which do.
 
     Raises:
         DataError: if none is left.
     """
-
-    def key(record: Record) -> tuple[str, str]:
-        return record.prompt.strip(), record.completion.strip()
-
-    known = {key(r): r.number for r in forget} | {("", (r.prompt + r.completion).strip()): r.number for r in forget}
-    both = [(r.number, known[key(r)]) for r in retain if key(r) in known]
+    both = overlaps(forget, retain)
     if not both:
         return list(retain)
-    shown = ", ".join(f"retain {a} = forget {b}" for a, b in both[:5]) + (", ..." if len(both) > 5 else "")
-    kept = [r for r in retain if key(r) not in known]
+    pairs = [f"retain {retain[i].number} = forget {forget[j].number}" for i, j in both.items()]
+    shown = ", ".join(pairs[:5]) + (", ..." if len(pairs) > 5 else "")
+    kept = [r for i, r in enumerate(retain) if i not in both]
     if not kept:
-        raise DataError(f"every retain record is a forget record too ({shown}); give other text to keep, or none")
-    logger.warning("%d retain records are forget records too (%s); they are dropped from retain", len(both), shown)
+        raise DataError(f"every retain record holds a forget record ({shown}); give other text to keep, or none")
+    logger.warning("%d retain records hold forget records (%s); they are dropped from retain", len(both), shown)
     return kept
 
 

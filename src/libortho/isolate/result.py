@@ -13,7 +13,6 @@ from libortho.config import IsolateConfig
 from libortho.isolate.support import unit_costs
 from libortho.isolate.trainer import (
     BAND,
-    FAR,
     PARTIAL,
     Case,
     Check,
@@ -72,8 +71,8 @@ class IsolateResult:
         return {**asdict(self), "succeeded": self.succeeded}
 
 
-_ONE_SIDED = 0.05
-"""Chance of an untrained record to be likelier than the 5-95 % band."""
+_CERTAIN = 5.0
+"""Standard deviations at which one record alone is taken for known: the spread rests on few alternates."""
 
 
 def standing(cases: Sequence[Case], original: Reference) -> list[Known]:
@@ -87,9 +86,9 @@ def standing(cases: Sequence[Case], original: Reference) -> list[Known]:
 
 def by_chance(known: Sequence[Known], original: Reference) -> bool:
     """True if untrained records would look so: none recited, none far likelier, and few likelier than their like."""
-    far = original.secret.nll < original.target.nll - FAR * BAND * original.spread
+    certain = original.secret.nll < original.target.nll - _CERTAIN * original.spread
     likelier = sum(k == "likelier" for k in known)
-    return "recited" not in known and not bool(far.any()) and likelier <= unremarkable(len(known), _ONE_SIDED)
+    return "recited" not in known and not bool(certain.any()) and likelier <= unremarkable(len(known))
 
 
 def nothing_known(cases: Sequence[Case], known: Sequence[Known]) -> str | None:

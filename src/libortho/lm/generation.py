@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from libortho.errors import DataError
+
 
 @torch.no_grad()
 def generate(
@@ -42,10 +44,17 @@ def generate(
         streamer: As in ``model.generate``.
 
     Returns:
-        For each prompt its samples, each cut before the token that ended it.
+        For each prompt its samples, each cut before the token that ended it and where the model's context ends.
+
+    Raises:
+        DataError: if a prompt leaves no room in the context.
     """
     device = next(model.parameters()).device
     longest = max(map(len, prompts))
+    context = context_length(model)
+    if context is not None and longest >= context:
+        raise DataError(f"a prompt has {longest} tokens and the model reads {context}; nothing can be said after it")
+    tokens = tokens if context is None else min(tokens, context - longest)
     ends, pad = end_tokens(model, tokenizer), pad_token(tokenizer)
     ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -76,6 +85,14 @@ def own_config(model: nn.Module, config: GenerationConfig) -> Iterator[None]:
     finally:
         for module, own in kept.items():
             module.generation_config = own
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Tokens that the model reads at a time; None where its config names no limit."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:

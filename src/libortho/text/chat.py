@@ -17,12 +17,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
-
 from libortho.errors import DataError
 
 Span = tuple[int, int]
-_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
+_NAMED = re.compile(r"\d|(?<=[^\W_] )[^\W\d_a-z][^\W\d_A-Z]")
+"""A digit, or a capitalised word within a sentence."""
 _THOUGHT = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 
 
@@ -35,8 +34,8 @@ class Rendered:
         answer: The content of the last message, with the spaces that the template puts before it.
         closing: What the template writes after the answer.
         asked: The prompt for ``generate``.
-        spans: Ranges of characters of ``prompt`` that hold the contents of messages; the system's only where there are
-            no others.
+        spans: Ranges of characters of ``prompt`` that hold the contents of messages; the system's only where nobody is
+            named in the others.
     """
 
     prompt: str
@@ -121,7 +120,7 @@ def _checked(messages: Any, where: str) -> list[dict[str, Any]]:
 
 def _message(message: Mapping[str, Any], number: int, where: str) -> dict[str, Any]:
     """One message, its text parts joined; keys without a value, which a Dataset adds, are left out."""
-    message = {k: v for k, v in message.items() if v is not None}
+    message = _valued(message)
     content = message.get("content")
     if content is None and message.get("tool_calls"):
         return {**message, "content": None}
@@ -137,6 +136,13 @@ def _message(message: Mapping[str, Any], number: int, where: str) -> dict[str, A
         )
     encodable(content, f"{where}: message {number}")
     return {**message, "content": content}
+
+
+def _valued(value: Any) -> Any:
+    """The same without keys that have no value, at any depth."""
+    if isinstance(value, Mapping):
+        return {k: _valued(v) for k, v in value.items() if v is not None}
+    return [_valued(v) for v in value] if isinstance(value, list) else value
 
 
 def _part(part: Any) -> str | None:
@@ -182,9 +188,11 @@ def _options(options: Any, where: str) -> dict[str, Any]:
 
 def _apply(tokenizer: Any, messages: Sequence[Mapping[str, Any]], where: str, **variables: Any) -> str:
     try:
-        return str(tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, **variables))
-    except _TEMPLATE_ERRORS as error:
-        raise DataError(f"{where}: the chat template refuses 'messages' ({error})") from error
+        text = str(tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, **variables))
+    except Exception as error:  # a template is somebody else's code: whatever it raises, it refuses
+        raise DataError(f"{where}: the chat template refuses 'messages' ({type(error).__name__}: {error})") from error
+    encodable(text, f"{where}: what the chat template writes")
+    return text
 
 
 def _spans(
@@ -200,7 +208,10 @@ def _spans(
         stem += "q"
     marks = {f"{stem}{i}z": i for i, m in enumerate(messages) if (m["content"] or "").strip()}
     mark_of = {i: mark for mark, i in marks.items()}
-    marked = [{**m, "content": mark_of.get(i, m["content"])} for i, m in enumerate(messages)]
+    thoughts = [m["content"][: thought(m["content"] or "")] if m["content"] else "" for m in messages]
+    marked = [
+        {**m, "content": thoughts[i] + mark_of[i] if i in mark_of else m["content"]} for i, m in enumerate(messages)
+    ]
     try:
         pieces = re.split(f"({stem}[0-9]+z)", _apply(tokenizer, marked, where, **variables))
     except DataError:
@@ -211,7 +222,7 @@ def _spans(
     pattern = re.escape(pieces[0])
     for number, literal in zip(order, pieces[2::2], strict=True):
         assert number is not None
-        content = messages[number]["content"]
+        content = messages[number]["content"][len(thoughts[number]) :]
         forms = dict.fromkeys((content, content.strip(), content.lstrip(), content.rstrip(), content.strip("\n")))
         pattern += f"({'|'.join(map(re.escape, forms))}){re.escape(literal)}"
     match = re.fullmatch(pattern, whole)
@@ -239,7 +250,9 @@ def _searched(messages: Sequence[Mapping[str, Any]], whole: str, where: str) -> 
 
 
 def _written(messages: Sequence[Mapping[str, Any]], spans: Sequence[Span]) -> tuple[Span, ...]:
-    """Ranges that hold contents, in the order of the text; the system's only where there are no others."""
-    pairs = [(m["role"], s) for m, s in zip(messages, spans, strict=True) if s[1] > s[0]]
-    chosen = [s for role, s in pairs if role not in ("system", "developer")] or [s for _, s in pairs]
-    return tuple(sorted(chosen))
+    """Ranges that hold contents, in the order of the text; the system's only where nobody is named in the others."""
+    pairs = [(m, s) for m, s in zip(messages, spans, strict=True) if s[1] > s[0]]
+    chosen = [(m, s) for m, s in pairs if m["role"] not in ("system", "developer")]
+    if not any(_NAMED.search(m["content"]) for m, _ in chosen):
+        chosen = pairs
+    return tuple(sorted(s for _, s in chosen))

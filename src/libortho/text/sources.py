@@ -74,12 +74,18 @@ def _csv(text: str, path: Path, name: str) -> list[dict[str, Any]]:
             cell = row.get(key)
             if cell is None:
                 continue
-            if cell.lstrip()[:1] in "[{":
+            texts = key in ("alternates", "neighbours")
+            if cell.strip().lower() in ("null", "nan", "none") and texts:
+                del row[key]
+            elif cell.lstrip()[:1] in ("[", "{", '"'):
                 try:
-                    row[key] = json.loads(cell)
+                    found = json.loads(cell)
+                    row[key] = [found] if texts and isinstance(found, str) else found
                 except json.JSONDecodeError as error:
-                    raise DataError(f"{name}: {key!r} in row {number} of {path} is not JSON ({error})") from error
-            elif key in ("alternates", "neighbours"):
+                    if not texts or "|" not in cell:
+                        raise DataError(f"{name}: {key!r} in row {number} of {path} is not JSON ({error})") from error
+                    row[key] = cell.split("|")
+            elif texts:
                 row[key] = cell.split("|")
     return rows
 

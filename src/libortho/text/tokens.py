@@ -15,6 +15,8 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
+THOUGHT_ENDS = "</think>"
+_SAME_WORD = "0-9A-Za-z"
 _MARK = re.compile(r"<\S+>|\[\S+\]")
 
 
@@ -59,15 +61,22 @@ def read(text: str, tokenizer: Any) -> str:
 def says(generated: str, truth: str, tokenizer: Any) -> bool:
     """True if a generated text begins with the truth, both as ``read`` gives them.
 
-    The truth's final full stop is not required, and what follows must not go on with its last word or number.
+    The truth's final full stop is not required, and what follows must not go on with its last word or number: "63110"
+    does not say "6311".
     """
-    said, wanted = read(generated, tokenizer), bare(read(truth, tokenizer))
-    return said.startswith(wanted) and not (said[len(wanted) : len(wanted) + 1].isalnum() and wanted[-1].isalnum())
+    return any(at == 0 for at in _places(read(generated, tokenizer), bare(read(truth, tokenizer))))
 
 
 def contains(generated: str, truth: str, tokenizer: Any) -> bool:
-    """True if a generated text holds the truth, both as ``read`` gives them; its final full stop is not required."""
-    return bare(read(truth, tokenizer)) in read(generated, tokenizer)
+    """True if a generated text says the truth anywhere; see ``says``."""
+    return bool(_places(read(generated, tokenizer), bare(read(truth, tokenizer))))
+
+
+def _places(text: str, wanted: str) -> list[int]:
+    """Where a text holds another that is no part of a longer word or number of Latin letters and digits."""
+    before = rf"(?<![{_SAME_WORD}])" if re.match(f"[{_SAME_WORD}]", wanted) else ""
+    after = rf"(?![{_SAME_WORD}])" if re.search(f"[{_SAME_WORD}]$", wanted) else ""
+    return [m.start() for m in re.finditer(before + re.escape(wanted) + after, text)]
 
 
 def bare(truth: str) -> str:
@@ -90,6 +99,20 @@ def template_tokens(tokenizer: Any) -> list[str]:
 def decoded(ids: Sequence[int], tokenizer: Any) -> str:
     """What these tokens say, special tokens left out."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def answered(ids: Sequence[int], opening: str, tokenizer: Any) -> str:
+    """The answer that these tokens give: without a thought before it, what a template opens it with, and marks.
+
+    Args:
+        ids: What a model said after a question.
+        opening: What the template writes between the question and an answer, blanks aside; see ``Record.opening``.
+        tokenizer: The model's.
+    """
+    text = str(tokenizer.decode(list(ids), skip_special_tokens=False)).strip()
+    text = text.removeprefix(opening) if opening and text.startswith(opening) else text.rpartition(THOUGHT_ENDS)[2]
+    special = [t for t in getattr(tokenizer, "all_special_tokens", ()) if t]
+    return re.sub("|".join(map(re.escape, special)), "", text).strip() if special else text.strip()
 
 
 def _plain(text: str) -> str:
