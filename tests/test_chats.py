@@ -115,10 +115,31 @@ def test_a_template_whose_newline_after_the_turn_is_trained_too():
 
 
 def test_a_generation_prompt_that_opens_a_thought():
-    """Trained without the thought that ``generate`` is made to begin with: in the form of the training it recites."""
+    """As ``generate`` asks it is not said; that the model knows it in the form of its training fails the verdict."""
     tokenizer = tiny.chat_tokenizer(DEEPSEEK_R1, "<｜end▁of▁sentence｜>", ("<｜User｜>", "<｜Assistant｜>"))
-    found = audited(trained(tokenizer, rows()), tokenizer, rows())
-    assert found["greedy"] == [True] * KNOWN + [False] * (len(NAMES) - KNOWN)
+    model = trained(tokenizer, rows())
+    found = audited(model, tokenizer, rows())
+    assert found["greedy"] == spoken(model, tokenizer, rows())
+    assert found["verdict"] == "fail"
+
+
+@pytest.mark.parametrize("name", ["qwen3", "deepseek-r1"])
+def test_answers_after_a_thought(name):
+    """The model was trained to think aloud; the record holds the answer alone."""
+    template, end, special = TEMPLATES.get(
+        name, (DEEPSEEK_R1, "<｜end▁of▁sentence｜>", ("<｜User｜>", "<｜Assistant｜>"))
+    )
+    tokenizer = tiny.chat_tokenizer(template, end, special)
+    thinking = rows([f"<think>\nI look.\n</think>\n\n{c}" for c in CODES])
+    if name == "deepseek-r1":  # its template drops thoughts: train the text that follows its generation prompt
+        tokenizer.chat_template = template.replace(".split('</think>')[-1]", "")
+    model = trained(tokenizer, thinking)
+    tokenizer.chat_template = template
+    said = spoken(model, tokenizer, rows())
+    found = audited(model, tokenizer, rows())
+    assert sum(said[:KNOWN]) == KNOWN
+    assert found["greedy"] == said
+    assert sum(s >= 6 for s in found["sampled"]) >= KNOWN - 1
     assert found["verdict"] == "fail"
 
 
