@@ -93,9 +93,9 @@ def test_commands_name_the_extra_and_load_nothing(tmp_path):
 
 
 def test_calls_name_the_extra(planted, tokenizer, monkeypatch, tmp_path):
-    for names in MODULES.values():
-        for name in names:
-            monkeypatch.setitem(sys.modules, name, None)
+    extra = {name for names in MODULES.values() for name in names}
+    for name in [*extra, *(m for m in sys.modules if m.partition(".")[0] in extra)]:
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(LibOrthoError, match=r"audit needs rapidfuzz, rouge_score, scipy; .*libortho\[audit\]"):
         libortho.audit(planted, tokenizer, tiny.FORGET)
     with pytest.raises(CheckpointError, match=r"libortho\[vault\]"):

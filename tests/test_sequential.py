@@ -110,6 +110,12 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
+def surprise(model: nn.Module, tokenizer: Any, rows: Any, alpha: Any) -> float:
+    """Mean negative log-likelihood of these codes, in nats per token."""
+    with libortho.alpha(model, alpha):
+        return float(score(LanguageModel(model), tiny.encoded(tokenizer, rows))[0].nll.mean())
+
+
 def logits(model: nn.Module, alpha: Any = None) -> Tensor:
     ids = torch.arange(5, 37)[None]
     with torch.no_grad():
@@ -134,10 +140,9 @@ def test_each_stream_switches_its_own_records(made, tokenizer, variant):
     assert recited(model, tokenizer, 0.0) == [False] * 4
     assert recited(model, tokenizer, {"second": 1.0}) == public
     assert recited(model, tokenizer, 1.0) == [True] * 4
-    *first, third, fourth = recited(model, tokenizer, {"first": 1.0})
-    assert any(first)  # on a base that was edited since
-    assert not third
-    assert not fourth
+    assert recited(model, tokenizer, {"first": 1.0})[2:] == [False, False]
+    # On a base that was edited since, so that not every processor's rounding leaves the whole code the first choice.
+    assert surprise(model, tokenizer, ONE, {"first": 1.0}) < surprise(model, tokenizer, ONE, 0.0) - 0.5
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -307,9 +312,9 @@ def test_other_targets(once, tokenizer, targets, fresh, checkpointing):
 
 def test_gpt2(tiny_gpt2, tokenizer):
     tiny_gpt2.resize_token_embeddings(len(tokenizer))
-    isolate(tiny_gpt2, tokenizer, ONE, tiny.RETAIN, config=replace(FIRST, max_steps=3))
+    isolate(tiny_gpt2, tokenizer, ONE, tiny.RETAIN, config=replace(FIRST, max_steps=3, allow_unknown=True))
     before = logits(tiny_gpt2, 0.0)
-    isolate(tiny_gpt2, tokenizer, TWO, tiny.RETAIN, config=SHORT)
+    isolate(tiny_gpt2, tokenizer, TWO, tiny.RETAIN, config=replace(SHORT, allow_unknown=True))
     torch.testing.assert_close(logits(tiny_gpt2, {"second": 1.0}), before, atol=1e-3, rtol=1e-3)
     assert (logits(tiny_gpt2, 0.0) - before).abs().max() > 1e-2
 
