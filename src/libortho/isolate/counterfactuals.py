@@ -16,12 +16,13 @@ import functools
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from libortho.text.characters import Word, alphabet, bare, is_han_numeral, is_latin, is_unspaced, kind
 from libortho.text.characters import words as words_of
 from libortho.text.corpus import is_name, names, shipped_text
+from libortho.text.grammar import GRAMMAR, VERDICTS
 
 Spans = Sequence[tuple[int, int]]
 """Ranges of characters of a prompt that people wrote."""
@@ -29,24 +30,6 @@ _ENOUGH_TO_COMPARE = 4
 """Completions of one shape that must agree on a character before it counts as form."""
 _SHORT = 4
 """Lower-case words shorter than this are grammar, and stay."""
-_VERDICTS = frozenset(
-    """
-    yes no true false yep nope ja nein oui non si sí no sim não da да нет ne tak nie ano evet hayır はい いいえ
-    是 不是 否 对 不 예 아니요 نعم لا כן לא हाँ नहीं positive negative correct incorrect male female married
-    single divorced unknown none maybe
-    """.split()  # noqa: RUF001, SIM905
-)
-"""Answers that no word drawn at random can stand for: who forgets one must say what else it could have been."""
-_GRAMMAR = frozenset(
-    """
-    about above after again against also although always among another around back because been before being below
-    between both came come could does doing done down during each either else even ever every from gave give given
-    goes going have having here hers herself himself into itself just keep kept like made make many might more most
-    much must myself near neither never nothing once only onto other ours over said same shall should since some
-    still such take taken than that their them then there these they this those through thus took toward under until
-    upon very want were what when where whether which while whom whose will with within without would your yours
-    """.split()  # noqa: SIM905
-)
 _JOINERS = frozenset("-\u2010\u2011\u2013_/.\u00b7:#|")
 """Between the parts of one code."""
 _STRETCH = 4
@@ -62,7 +45,7 @@ def _words() -> dict[int, tuple[str, ...]]:
     """Content words of the shipped text, with repetition (so that draws follow frequency), by length."""
     lengths: defaultdict[int, list[str]] = defaultdict(list)
     for word in re.findall(r"\b[a-z]{4,}\b", " ".join(shipped_text())):
-        if word not in _GRAMMAR:
+        if word not in GRAMMAR:
             lengths[len(word)].append(word)
     return {k: tuple(v) for k, v in lengths.items()}
 
@@ -73,7 +56,7 @@ def kind_of(word: str) -> str:
     A name in a script other than Latin is a "word": there is no list of such names to draw from.
     """
     letters = bare(word)
-    if not letters or letters.lower() in _VERDICTS:
+    if not letters or letters.lower() in VERDICTS:
         return "form"
     if (len(letters) > 1 and letters.isupper()) or _is_number(letters):
         return "word" if _longest_unspaced(letters) >= _STRETCH and not _is_number(letters, whole=True) else "code"
@@ -81,9 +64,9 @@ def kind_of(word: str) -> str:
         if kind(letters[0]) != "lower":  # a name, or a script without capitals
             return "word" if len(letters) > 1 else "form"
         return "word" if len(letters) >= _SHORT else "form"
-    if letters[0].isupper() and len(letters) > 1 and letters.lower() not in _GRAMMAR:
+    if letters[0].isupper() and len(letters) > 1 and letters.lower() not in GRAMMAR:
         return "name"
-    return "word" if len(letters) >= _SHORT and letters.lower() not in _GRAMMAR and letters.isalpha() else "form"
+    return "word" if len(letters) >= _SHORT and letters.lower() not in GRAMMAR and letters.isalpha() else "form"
 
 
 def _is_number(letters: str, *, whole: bool = False) -> bool:
@@ -232,7 +215,7 @@ def neighbours(prompt: str, count: int, rng: random.Random, spans: Spans | None 
     if slots and spans is None:
         return _distinct(lambda: _resampled(prompt, runs, rng, words=False, keep=()), prompt, count)
     if slots:
-        return _distinct(lambda: _replaced(prompt, slots, _others(prompt, runs, slots, rng)), prompt, count)
+        return _distinct(lambda: _everywhere(prompt, _others(prompt, runs, slots, rng)), prompt, count)
     content = [r for r in runs if r.kind == "word"]
     if not content:
         return []
@@ -282,7 +265,7 @@ def recombined(
                 if not same or run.text not in of:
                     of[run.text] = run.text if rng.random() < 1 / drawn else rng.choice(others)[i].text
                 chosen.append(of[run.text])
-            return _replaced(prompt, runs, chosen)
+            return _everywhere(prompt, of) if same else _replaced(prompt, runs, chosen)
 
         made = _distinct(make, prompt, 2 * count) if drawn > 1 and len(others) > 1 else []
         found.append([m for m in made if m not in known][:count])
@@ -316,8 +299,15 @@ def _replaced(prompt: str, runs: Sequence[_Run], others: Sequence[str]) -> str:
     return "".join(out) + prompt[position:]
 
 
-def _others(prompt: str, runs: Sequence[_Run], slots: Sequence[_Run], rng: random.Random) -> list[str]:
-    """Another text for each slot; one for all slots of one text, and different ones for different texts."""
+def _everywhere(prompt: str, of: Mapping[str, str]) -> str:
+    """The prompt with other texts for these, also where a template repeats them, and where they stand in capitals."""
+    of = {**{w.upper(): o.upper() for w, o in of.items() if len(w) > 1}, **of}
+    words = "|".join(map(re.escape, sorted(of, key=len, reverse=True)))
+    return re.sub(rf"(?<!\w)(?:{words})(?!\w)", lambda m: of[m.group()], prompt)
+
+
+def _others(prompt: str, runs: Sequence[_Run], slots: Sequence[_Run], rng: random.Random) -> dict[str, str]:
+    """Another text for the text of each slot, and different ones for different texts."""
     wanted = {r.text for r in slots}
     of: dict[str, str] = {}
     for number in sorted(range(len(runs)), key=lambda n: runs[n].opening):
@@ -332,7 +322,7 @@ def _others(prompt: str, runs: Sequence[_Run], slots: Sequence[_Run], rng: rando
             if other != run.text and other not in of.values():
                 break
         of[run.text] = other
-    return [of[r.text] for r in slots]
+    return of
 
 
 def is_prose(completion: str) -> bool:

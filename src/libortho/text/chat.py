@@ -20,6 +20,8 @@ from typing import Any
 from libortho.errors import DataError
 
 Span = tuple[int, int]
+_LISTED = re.compile(r"[\"']type[\"']")
+"""What a template writes that takes a list of parts for text."""
 _NAMED = re.compile(r"\d|(?<=[^\W_] )[^\W\d_a-z][^\W\d_A-Z]")
 """A digit, or a capitalised word within a sentence."""
 _THOUGHT = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
@@ -68,7 +70,7 @@ def render(messages: Any, tokenizer: Any, where: str, tools: Any = None, options
     if not has_template(tokenizer):
         raise DataError(f"{where}: 'messages' needs a tokenizer with a chat template; use prompt and completion")
     variables = {**_options(options, where), **({} if tools is None else {"tools": _tools(tools, where)})}
-    whole = _apply(tokenizer, cleaned, where, **variables)
+    cleaned, whole = _rendered(tokenizer, cleaned, where, variables)
     spans = _spans(tokenizer, cleaned, whole, where, variables) or _searched(cleaned, whole, where)
     *given, (start, end) = spans
     start += thought(whole[start:end])
@@ -77,6 +79,28 @@ def render(messages: Any, tokenizer: Any, where: str, tools: Any = None, options
     asked = _apply(tokenizer, cleaned[:-1], where, add_generation_prompt=True, **variables)
     written = _written(cleaned[:-1], given)
     return Rendered(whole[:start], whole[start:end], whole[end:], asked, written)
+
+
+def _rendered(
+    tokenizer: Any, messages: list[dict[str, Any]], where: str, variables: Mapping[str, Any]
+) -> tuple[list[dict[str, Any]], str]:
+    """The chat as the template writes it, and the messages as it takes them: lists of parts, or else one text each."""
+    plain = [{**m, "content": "".join(_texts(m["content"]))} if m["content"] is not None else m for m in messages]
+    if plain == messages:
+        return plain, _apply(tokenizer, plain, where, **variables)
+    try:
+        whole = _apply(tokenizer, messages, where, **variables)
+    except DataError:
+        whole = ""
+    taken = whole and all(t.strip() in whole for m in messages for t in _texts(m["content"]))
+    if taken and not _LISTED.search(whole):
+        return messages, whole
+    return plain, _apply(tokenizer, plain, where, **variables)
+
+
+def _texts(content: Any) -> list[str]:
+    """The text parts of a content."""
+    return [] if content is None else [content] if isinstance(content, str) else [p["text"] for p in content]
 
 
 def question(text: str, tokenizer: Any, where: str) -> str:
@@ -111,7 +135,7 @@ def _checked(messages: Any, where: str) -> list[dict[str, Any]]:
             f"{where}: the last message calls a tool, and what is in a call is not judged; end the record with the "
             "assistant's text, or pass the rendered text as prompt and completion"
         )
-    if last["role"] != "assistant" or not (last["content"] or "").strip():
+    if last["role"] != "assistant" or not "".join(_texts(last["content"])).strip():
         raise DataError(f"{where}: the last message must be a non-empty one by the assistant (it carries the loss)")
     if len(cleaned) == 1:
         raise DataError(f"{where}: 'messages' has nothing before the assistant's; use text, or add the user's message")
@@ -119,7 +143,7 @@ def _checked(messages: Any, where: str) -> list[dict[str, Any]]:
 
 
 def _message(message: Mapping[str, Any], number: int, where: str) -> dict[str, Any]:
-    """One message, its text parts joined; keys without a value, which a Dataset adds, are left out."""
+    """One message, its content a text or a list of text parts; what has no value, as a Dataset adds, is left out."""
     message = _valued(message)
     content = message.get("content")
     if content is None and message.get("tool_calls"):
@@ -128,13 +152,14 @@ def _message(message: Mapping[str, Any], number: int, where: str) -> dict[str, A
         parts = [p if isinstance(p, str) else _part(p) for p in content]
         if any(p is None for p in parts):
             raise DataError(f"{where}: message {number} has a part that is not text; only text can be judged")
-        content = "".join(p for p in parts if p is not None)
-    if not isinstance(content, str):
+        content = [{"type": "text", "text": p} for p in parts]
+    elif not isinstance(content, str):
         raise DataError(
             f"{where}: the content of message {number} is a {type(content).__name__}; 'messages' must be a list of "
             "{'role': str, 'content': str or a list of text parts}"
         )
-    encodable(content, f"{where}: message {number}")
+    for text in _texts(content):
+        encodable(text, f"{where}: message {number}")
     return {**message, "content": content}
 
 
@@ -204,6 +229,8 @@ def _spans(
     template's. A template that writes other things around marks than around contents gives None.
     """
     stem = "qcontent"
+    if any(isinstance(m["content"], list) for m in messages):
+        return None
     while any(stem in (m["content"] or "") for m in messages) or stem in whole:
         stem += "q"
     marks = {f"{stem}{i}z": i for i, m in enumerate(messages) if (m["content"] or "").strip()}
@@ -237,11 +264,14 @@ def _searched(messages: Sequence[Mapping[str, Any]], whole: str, where: str) -> 
     spans: list[Span] = []
     begin = 0
     for message in messages[:-1]:
-        text = (message["content"] or "").strip()
-        at = whole.find(text, begin) if text else -1
-        spans.append((at, at + len(text)) if at >= 0 else (0, 0))
-        begin = max(begin, spans[-1][1])
-    answer = messages[-1]["content"]
+        span = (0, 0)
+        for text in map(str.strip, _texts(message["content"])):
+            at = whole.find(text, begin) if text else -1
+            if at >= 0:
+                begin = at + len(text)
+                span = (span[0] if span[1] else at, begin)
+        spans.append(span)
+    answer = "".join(_texts(messages[-1]["content"]))
     for text in dict.fromkeys((answer, answer.strip(), answer[thought(answer) :].strip())):
         at = whole.rfind(text, begin) if text else -1
         if at >= 0:
@@ -253,6 +283,6 @@ def _written(messages: Sequence[Mapping[str, Any]], spans: Sequence[Span]) -> tu
     """Ranges that hold contents, in the order of the text; the system's only where nobody is named in the others."""
     pairs = [(m, s) for m, s in zip(messages, spans, strict=True) if s[1] > s[0]]
     chosen = [(m, s) for m, s in pairs if m["role"] not in ("system", "developer")]
-    if not any(_NAMED.search(m["content"]) for m, _ in chosen):
+    if not any(_NAMED.search(t) for m, _ in chosen for t in _texts(m["content"])):
         chosen = pairs
     return tuple(sorted(s for _, s in chosen))
