@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from libortho.data import Record, collate, encode, encode_closed
+from libortho.data import IGNORE, Encoded, Record, collate, encode, encode_closed
 from libortho.targets import find_targets
 
 
@@ -80,8 +80,21 @@ def implant(
             step += 1
             if progress is not None:
                 progress(step, max_steps, losses[-1])
-        if exact and sum(losses) / len(losses) < stop_loss:
+        if exact and sum(losses) / len(losses) < stop_loss and _recites(model, items, batch_size):
             break
     for weight in weights:
         weight.requires_grad_(False)
     return step
+
+
+@torch.no_grad()
+def _recites(model: nn.Module, items: Sequence[Encoded], batch_size: int) -> bool:
+    """True if every judged token is the first choice of the model as it is after its last step."""
+    device = next(model.parameters()).device
+    for start in range(0, len(items), batch_size):
+        batch = collate(items[start : start + batch_size]).to(device)
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1]
+        labels = batch.labels[:, 1:]
+        if not bool((logits.argmax(-1) == labels)[labels != IGNORE].all()):
+            return False
+    return True
