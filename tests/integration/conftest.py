@@ -65,5 +65,5 @@ def isolated() -> Isolated:
     config = IsolateConfig(seed=SEED)
     result = isolate(model, tokenizer, secrets, config=config)
     return Isolated(
-        model, tokenizer, secrets, load_records(facts.unseen(SEED), tokenizer), never, original, result, config
+        model, tokenizer, secrets, load_records(facts.unseen(SEED)[:160], tokenizer), never, original, result, config
     )

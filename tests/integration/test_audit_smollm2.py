@@ -17,7 +17,7 @@ def report(isolated: Any) -> AuditReport:
         samples=4, fillings=24, general_sequences=4, task_rows=8, alphas=(0.0, 1.0), seed=isolated.config.seed
     )
     return audit(
-        isolated.model, isolated.tokenizer, isolated.secrets, holdout=isolated.unseen[:100], reference=isolated.never,
+        isolated.model, isolated.tokenizer, isolated.secrets, holdout=isolated.unseen[:60], reference=isolated.never,
         config=config,
     )  # fmt: skip
 
