@@ -61,7 +61,6 @@ from libortho.isolate.trainer import (
     hidden_states,
     outcomes,
     reference,
-    score,
     train,
     training_finished,
 )
@@ -248,11 +247,10 @@ def _attempt(
         _swap(model, finished)  # what follows is measured on the layers that callers get
         recited_on = material.asked.recited(lm)
         switch.set(0.0, extrapolate=False)
-        known = standing(cases, original)
-        extracted = (material.asked.recited(lm) | score(lm, [c.secret for c in cases])[1]).tolist()
+        known, said = standing(cases, original), material.asked.recited(lm).tolist()
         records = tuple(
-            replace(r, known=k, extracted=e)
-            for r, k, e in zip(outcomes(lm, cases, original), known, extracted, strict=True)
+            replace(r, known=k, extracted=r.extracted or s)
+            for r, k, s in zip(outcomes(lm, cases, original), known, said, strict=True)
         )
         retain_kl = divergence(lm, material.held_back, material.held_back_states)
         switch.set(1.0, extrapolate=False)
