@@ -40,7 +40,7 @@ from libortho.data import Encoded, Record, Source
 from libortho.files import write_atomically
 from libortho.isolate.language_model import LanguageModel
 from libortho.layer import OrthoLinear, ortho_layers, touched
-from libortho.lm.generation import context_length
+from libortho.lm.generation import token_limit
 from libortho.models import check_causal, check_tokens, fingerprint, plain_torch, unwrapped
 from libortho.split import Progress
 from libortho.streams import OrthoStream
@@ -112,7 +112,7 @@ def run(
         question_sets=question_sets,
         general=None if general is None else Path(general),
         tasks=tasks,
-        limit=min((n for n in (config.max_length, context_length(model)) if n is not None), default=None),
+        limit=token_limit(model, config.max_length),
         config=config,
     )
     for each in models:

@@ -65,7 +65,7 @@ from libortho.isolate.trainer import (
     training_finished,
 )
 from libortho.layer import OrthoLinear, ortho_layers
-from libortho.lm.generation import generate
+from libortho.lm.generation import generate, token_limit
 from libortho.models import check_causal, check_tokens, plain_torch, training_dtype, unwrapped
 from libortho.report import record_method
 from libortho.split import Progress, assemble, bias_of, install, linear_shape, linear_weight
@@ -158,7 +158,7 @@ def isolate(
     check_tokens(model, tokenizer, ((f"general text {i}", t) for i, t in enumerate(shipped_text(), 1)))
     with _frozen(model, earlier):
         LanguageModel(model).check_layers(replaced)
-    limit = _max_length(model, config)
+    limit = token_limit(model, config.max_length)
     parameter = next(model.parameters())
     if parameter.dtype is torch.bfloat16 and training_dtype(str(parameter.device)) is not torch.bfloat16:
         logger.warning("this processor has no bf16 arithmetic: a model in float32 would take a fraction of the time")
@@ -534,12 +534,6 @@ def _finish(name: str, module: nn.Module, edited: EditLinear, config: IsolateCon
             layer.report, rank=before.rank, used_low_rank=before.used_low_rank, low_rank_error=before.low_rank_error
         )
     return layer
-
-
-def _max_length(model: nn.Module, config: IsolateConfig) -> int | None:
-    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    limits = [n for n in (config.max_length, context) if n is not None]
-    return min(limits) if limits else None
 
 
 def _tell(progress: Progress | None, phase: str, done: int, total: int) -> None:

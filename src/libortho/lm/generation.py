@@ -95,6 +95,11 @@ def context_length(model: nn.Module) -> int | None:
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
+def token_limit(model: nn.Module, most: int | None) -> int | None:
+    """Tokens of the longest record: ``most``, or what the model reads if that is less; None without either."""
+    return min((n for n in (most, context_length(model)) if n is not None), default=None)
+
+
 def end_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
     """The tokens that end a text: those that the model stops at, else the tokenizer's."""
     config = getattr(model, "generation_config", None)
