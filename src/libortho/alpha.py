@@ -216,9 +216,9 @@ class Switch:
         """Names of the streams that this switch controls."""
         return tuple(self._persistent)
 
-    def add_stream(self, name: str) -> None:
-        """Register a stream, at alpha = 1."""
-        self._persistent[name] = 1.0
+    def add_stream(self, name: str, alpha: float = 0.0) -> None:
+        """Register a stream, which stands at ``alpha`` until somebody sets another."""
+        self._persistent[name] = alpha
         self._state = AlphaState(dict(self._persistent), self._batch)
 
     # -- what callers set -------------------------------------------------------------------------------------------
