@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import libortho
 import tiny
 from libortho import DataError, IsolateConfig, TargetError, isolate
+from libortho.alpha import get_switch
 from libortho.data import load_records
 from libortho.isolate import IsolateResult
 from libortho.isolate import retain as retain_module
@@ -209,6 +210,18 @@ def test_flags_come_back(planted, tokenizer):
     assert {n: before["training"][n] for n in before["training"]} == {
         n: after["training"][n] for n in before["training"]
     }
+
+
+def test_the_stream_is_off_until_somebody_turns_it_on(planted, tokenizer):
+    ids = tokenizer(tiny.FORGET[0]["prompt"], return_tensors="pt")["input_ids"]
+    isolate(planted, tokenizer, tiny.FORGET, tiny.RETAIN, config=SHORT)
+    assert get_switch(planted).current().values == {"default": 0.0}
+    with torch.no_grad():
+        as_returned = planted(input_ids=ids).logits
+        with libortho.alpha(planted, 0.0):
+            assert torch.equal(as_returned, planted(input_ids=ids).logits)
+        libortho.set_alpha(planted, 1.0)
+        assert not torch.equal(as_returned, planted(input_ids=ids).logits)
 
 
 def test_other_layers_can_be_named(planted, tokenizer):

@@ -175,14 +175,17 @@ def test_weights(made, tokenizer, variant):
     assert 0.85 * FIRST.ratio < result.density <= FIRST.ratio
 
 
-def test_all_streams_stand_at_one(once, tokenizer):
-    libortho.set_alpha(once, [0.5, 0.0])  # whatever stood before
+@pytest.mark.parametrize("before", [0.0, 0.5, 1.0, (0.5, 0.0)], ids=str)
+def test_a_new_stream_is_off_and_earlier_ones_stand_where_they_stood(once, tokenizer, before):
+    assert get_switch(once).current().values == {"first": 0.0}
+    libortho.set_alpha(once, before)
     isolate(once, tokenizer, TWO, tiny.RETAIN, config=SHORT)
-    assert get_switch(once).current().values == {"first": 1.0, "second": 1.0}
+    assert get_switch(once).current().values == {"first": before, "second": 0.0}
+    assert get_switch(once).current().batch == (2 if isinstance(before, tuple) else None)
     assert len(once._forward_pre_hooks) == len(once._forward_hooks) == 1  # the switch that was there, once
-    assert torch.equal(logits(once), logits(once, 1.0))
-    assert not torch.equal(logits(once), logits(once, {"second": 1.0}))
-    assert not torch.equal(logits(once), logits(once, {"first": 1.0}))
+    libortho.set_alpha(once, {"first": 0.5})
+    assert torch.equal(logits(once), logits(once, {"first": 0.5}))
+    assert not torch.equal(logits(once), logits(once, {"first": 0.5, "second": 1.0}))
 
 
 def test_bf16(planted, tokenizer):
@@ -275,7 +278,10 @@ def test_a_context_around_the_call_goes_on(once, tokenizer):
         isolate(once, tokenizer, TWO, tiny.RETAIN, config=SHORT)
         inside = logits(once)
     assert torch.equal(inside, logits(once, 0.0))
-    assert not torch.equal(logits(once), inside)
+    assert not torch.equal(logits(once, {"second": 1.0}), inside)
+    with libortho.alpha(once, {"first": 1.0}):
+        isolate(once, tokenizer, tiny.FORGET[:1], tiny.RETAIN, config=replace(SHORT, stream="third"))
+        assert torch.equal(logits(once), logits(once, {"first": 1.0}))
 
 
 # -- which layers, which places ---------------------------------------------------------------------------------------
@@ -472,7 +478,7 @@ def test_two_streams_come_back(twice, tokenizer, tmp_path):
     assert methods(again) == json.loads(json.dumps(methods(twice)))
     assert libortho.layer_report(again) == libortho.layer_report(twice)
     only, _ = load(tmp_path / "out", streams=["second"])
-    assert torch.equal(logits(only), logits(twice, {"second": 1.0}))
+    assert torch.equal(logits(only, 1.0), logits(twice, {"second": 1.0}))
 
 
 def test_every_stream_names_the_new_base(once, tokenizer, tmp_path):
@@ -532,7 +538,7 @@ def test_one_stream_is_detached_and_comes_back(twice, tokenizer, tmp_path, gone,
     assert torch.equal(logits(less, 1.0), logits(twice, {kept: 1.0}))
     attach(tmp_path / "less", tmp_path / "out/ortho" / gone)
     again, _ = load(tmp_path / "less")
-    assert torch.equal(logits(again), logits(twice, 1.0))
+    assert torch.equal(logits(again, 1.0), logits(twice, 1.0))
 
 
 def test_a_base_without_its_stream_can_be_isolated(once, tokenizer, tmp_path):

@@ -55,7 +55,7 @@ def split(model: ModelT, config: SplitConfig | None = None, *, progress: Progres
     for module in targets.values():
         check_shape(linear_weight(module).shape[1], config.bits, config.resolved_group_size)
     switch = Switch()
-    switch.add_stream(config.stream)
+    switch.add_stream(config.stream, alpha=1.0)
     layers = _split_layers(targets, config, switch, progress)
     fallen = [
         n for n, m in layers.items() if m.report is not None and m.report.low_rank_error and not m.report.used_low_rank
@@ -124,8 +124,8 @@ def install(model: nn.Module, layers: dict[str, OrthoLinear], switch: Switch) ->
 
     ``save_pretrained`` of the model raises from then on.
 
-    A model that is split already keeps the switch that it has, which takes over the streams of ``switch``; all stand at
-    alpha = 1 then.
+    A model that is split already keeps the switch that it has, which takes over the streams of ``switch`` with the
+    alphas that they stand at; its own streams stand where they stood.
     """
     own = next((m.switch for m in ortho_layers(model).values()), None)
     attached = own is not None and bool(own.streams)
@@ -138,9 +138,8 @@ def install(model: nn.Module, layers: dict[str, OrthoLinear], switch: Switch) ->
         if own is not None:
             layer.switch = own
     if own is not None:
-        for stream in switch.streams:
-            own.add_stream(stream)
-        own.set(1.0, extrapolate=False)
+        for stream, value in switch.current().values.items():
+            own.add_stream(stream, value)
         switch = own
     if switch.streams and not attached:
         switch.attach(model)

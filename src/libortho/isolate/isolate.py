@@ -104,11 +104,12 @@ def isolate(
     """Put the forget records behind the switch, in place.
 
     At alpha = 1 the model is the original one on the support (to the value dtype) and the quantised one elsewhere; at
-    alpha = 0 the records are no likelier than other completions of the same shape.
+    alpha = 0 the records are no likelier than other completions of the same shape. The stream stands at alpha = 0
+    afterwards: ``libortho.alpha(model, 1.0)`` turns it on for a block, ``libortho.set_alpha(model, 1.0)`` until further
+    notice.
 
     A model that was isolated before, by this call with another stream, can be isolated again. "Original" is then the
-    model with all earlier streams off; they and their columns are left alone, and all streams stand at alpha = 1
-    afterwards.
+    model with all earlier streams off; they and their columns are left alone, and they stand where they stood.
 
     Args:
         model: A transformers causal LM with dense weights, or one that ``isolate`` has split before. bf16 models train
@@ -245,15 +246,15 @@ def _attempt(
         changed = {n: m for n, m in targets.items() if n in support or not isinstance(m, OrthoLinear)}
         finished = {n: _finish(n, m, layers[n], config, switch) for n, m in changed.items()}
         _swap(model, finished)  # what follows is measured on the layers that callers get
-        recited_on = material.asked.recited(lm)
-        switch.set(0.0, extrapolate=False)
-        known, said = standing(cases, original), material.asked.recited(lm).tolist()
-        records = tuple(
-            replace(r, known=k, extracted=r.extracted or s)
-            for r, k, s in zip(outcomes(lm, cases, original), known, said, strict=True)
-        )
-        retain_kl = divergence(lm, material.held_back, material.held_back_states)
-        switch.set(1.0, extrapolate=False)
+        with switch.context(1.0, extrapolate=False):
+            recited_on = material.asked.recited(lm)
+        with switch.context(0.0, extrapolate=False):
+            known, said = standing(cases, original), material.asked.recited(lm).tolist()
+            records = tuple(
+                replace(r, known=k, extracted=r.extracted or s)
+                for r, k, s in zip(outcomes(lm, cases, original), known, said, strict=True)
+            )
+            retain_kl = divergence(lm, material.held_back, material.held_back_states)
     finally:
         _swap(model, material.replaced)
     recited = (int(original.recited.sum()), int((original.recited & recited_on).sum()))
