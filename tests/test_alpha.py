@@ -28,7 +28,7 @@ from transformers import (
 )
 
 import libortho
-from libortho.alpha import first_cache, get_switch
+from libortho.alpha import get_switch
 from libortho.layer import OrthoLinear, ortho_layers
 from libortho.streams import Columns, OrthoStream
 
@@ -40,7 +40,7 @@ GENERATE = {"max_new_tokens": 6, "min_new_tokens": 6, "pad_token_id": 0}
 @pytest.fixture
 def two_streams(split_llama):
     """Streams ``default`` and ``hr``."""
-    get_switch(split_llama).add_stream("hr")
+    get_switch(split_llama).add_stream("hr", 1.0)
     for layer in ortho_layers(split_llama).values():
         index = torch.arange(8, dtype=torch.int32)
         layer.add_stream("hr", OrthoStream(Columns(index, torch.randn(8, layer.out_features))))
@@ -624,10 +624,28 @@ def test_two_alphas_in_one_checkpointed_backward_are_right_or_refused(split_llam
 def test_a_checkpointed_submodule_called_alone_raises_in_backward(split_llama, tokens):
     split_llama.train()
     split_llama.gradient_checkpointing_enable({"use_reentrant": False})
+    layer = split_llama.model.layers[0]
+    x = torch.randn(2, 6, 64, requires_grad=True)
     with libortho.alpha(split_llama, 0.0):
-        hidden = split_llama.model(tokens).last_hidden_state
+        hidden = checkpoint(layer.mlp, x, use_reentrant=False)
     with pytest.raises(libortho.AlphaContextError, match="forward pass is not on record"):
         hidden.sum().backward()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_the_body_called_alone_is_recomputed_under_its_alpha(split_llama, tokens, use_reentrant):
+    def gradient() -> torch.Tensor:
+        split_llama.zero_grad()
+        with libortho.alpha(split_llama, 0.5):
+            hidden = split_llama.model(tokens).last_hidden_state
+        hidden.square().sum().backward()
+        return split_llama.model.layers[0].mlp.up_proj.weight.grad.clone()
+
+    split_llama.train()
+    split_llama.enable_input_require_grads()
+    expected = gradient()
+    split_llama.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    torch.testing.assert_close(gradient(), expected)
 
 
 def test_recorded_alphas_are_dropped_after_backward(split_llama, tokens):
@@ -863,13 +881,10 @@ def test_what_a_row_belongs_to_is_never_guessed(split_opt, tokens):
     """A row of two tokens is no batch of two sequences, though its layers see (2, features)."""
     layer = next(iter(ortho_layers(split_opt).values()))
     with libortho.alpha(split_opt, [1.0, 0.0]):
-        for call in (
-            lambda: split_opt.model(tokens[:1, :2]),
-            lambda: split_opt.model(tokens[:2]),
-            lambda: layer(torch.randn(2, layer.in_features)),
-        ):
-            with pytest.raises(libortho.AlphaError, match="call that model"):
-                call()
+        with pytest.raises(libortho.AlphaError, match="names 2 sequences, the batch has 1"):
+            split_opt.model(tokens[:1, :2])
+        with pytest.raises(libortho.AlphaError, match="call that model"):
+            layer(torch.randn(2, layer.in_features))
         assert layer(torch.randn(2, 3, layer.in_features)).shape == (2, 3, layer.out_features)
     with libortho.alpha(split_opt, 1.0):
         split_opt.model(tokens[:1, :2])
@@ -909,9 +924,9 @@ def test_a_state_of_one_size_is_a_cache_too(tokens):
     config = MambaConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2, initializer_range=0.2, pad_token_id=0)
     model: Any = libortho.split(MambaForCausalLM(config).eval(), dataclasses.replace(SPLIT, target_modules="out_proj"))
     with libortho.alpha(model, 0.0), torch.no_grad():
-        cache = first_cache(model(tokens[:, :4], use_cache=True))
-    assert cache is not None
-    name = next(n for n in inspect.signature(type(model).forward).parameters if n.startswith("cache"))
+        output = model(tokens[:, :4], use_cache=True)
+    name = next(n for n in output if n.startswith("cache"))
+    cache = output[name]
     with libortho.alpha(model, 1.0), pytest.raises(libortho.AlphaContextError, match="one request, one alpha"):
         model(tokens[:, 4:5], **{name: cache})
     with libortho.alpha(model, 0.0), torch.no_grad():

@@ -80,7 +80,7 @@ class OrthoLinear(nn.Module):
         bias: (out_features,) or None; the parameter of the layer that was split.
         report: What the split did.
         sorted_rows: Whether the input holds all tokens of the batch in their order; False for an expert that a router
-            sends some of them.
+            sends some of them, and in families that put the tokens before the sequences.
     """
 
     sorted_rows = True

@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from libortho.alpha import Switch
 from libortho.config import DTYPES, SplitConfig, TargetModules
 from libortho.layer import LayerReport, OrthoLinear, ortho_layers
 from libortho.models import plain_torch, refuse_stock_save
@@ -28,6 +27,7 @@ from libortho.report import record_method
 from libortho.select.scores import SCORES, top_columns, top_entries
 from libortho.streams import BaseStream, Columns, Entries, Factors, OrthoStream
 from libortho.streams.base import check_shape
+from libortho.switch import TOKENS_FIRST, Switch, family
 from libortho.targets import find_targets, routed
 
 logger = logging.getLogger(__name__)
@@ -128,12 +128,11 @@ def install(model: nn.Module, layers: dict[str, OrthoLinear], switch: Switch) ->
     alphas that they stand at; its own streams stand where they stood.
     """
     own = next((m.switch for m in ortho_layers(model).values()), None)
-    attached = own is not None and bool(own.streams)
     for name, layer in layers.items():
         parent, _, leaf = name.rpartition(".")
         owner = model.get_submodule(parent)
         layer.train(getattr(owner, leaf).training)
-        layer.sorted_rows = not routed(name)
+        layer.sorted_rows = not routed(name) and family(model) not in TOKENS_FIRST
         setattr(owner, leaf, layer)
         if own is not None:
             layer.switch = own
@@ -141,7 +140,7 @@ def install(model: nn.Module, layers: dict[str, OrthoLinear], switch: Switch) ->
         for stream, value in switch.current().values.items():
             own.add_stream(stream, value)
         switch = own
-    if switch.streams and not attached:
+    if switch.streams:
         switch.attach(model)
     refuse_stock_save(model)
 

@@ -1,0 +1,415 @@
+"""One model's switch: what was set, what a layer reads, and what goes on around a forward pass.
+
+    set_alpha(model, ...)        the persistent value
+    with alpha(model, ...):      a context, see :mod:`libortho.scope`
+    model(...)                   the guard around ``forward``: finds the alpha once, fits it to the batch, holds it
+                                 while the pass runs, and compares and stamps what is carried to the next one
+
+The guard stands around every transformers model that holds a split layer, the body below the head as well. It takes
+the place of ``forward`` on the instance: unlike a hook, it is left by every exception.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import secrets
+import weakref
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from types import CodeType, FrameType, MappingProxyType, MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.compiler import is_compiling
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from transformers import PreTrainedModel
+
+from libortho import carried
+from libortho.alpha_state import AlphaSpec, AlphaState, AlphaValue, fit, is_off, normalise, tokens_each_row
+from libortho.errors import AlphaContextError, AlphaError
+from libortho.models import allow_stock_save
+from libortho.scope import Entry, Scope
+
+TOKENS_FIRST = frozenset({"xlnet"})
+"""Families whose layers see the tokens as first dimension, and the batch as second."""
+_KEEPS_STATE = frozenset({"recurrent_gemma"})
+"""Families that keep their recurrent state in the model itself, where it belongs to nobody's request."""
+
+# State of the model forward pass that is running here, after expansion to the batch at hand.
+_RUNNING: ContextVar[Mapping[Switch, AlphaState]] = ContextVar("libortho_alpha_forward", default=MappingProxyType({}))
+# Switches by the number that compiled graphs know them by.
+_SWITCHES: weakref.WeakValueDictionary[int, Switch] = weakref.WeakValueDictionary()
+
+
+def switch_of(number: int) -> Switch:
+    """The switch that a compiled graph means.
+
+    Raises:
+        AlphaError: if its model is gone, or belongs to another process.
+    """
+    switch = _SWITCHES.get(number)
+    if switch is None:
+        raise AlphaError(
+            "the model that this graph was compiled or exported from is gone, or belongs to another process; compile "
+            "the model in use"
+        )
+    return switch
+
+
+class Switch:
+    """The alpha of one model. Made by ``split``, ``isolate`` and ``load``; callers use :mod:`libortho.alpha`.
+
+    Attributes:
+        number: What compiled graphs know it by: random, so that another process has none of this number. A copy has
+            another.
+    """
+
+    def __init__(self) -> None:
+        self._persistent: dict[str, float | tuple[float, ...]] = {}
+        self._batch: int | None = None
+        self._init_runtime()
+
+    def _init_runtime(self) -> None:
+        self.number = secrets.randbits(62)
+        _SWITCHES[self.number] = self
+        self._state = AlphaState(dict(self._persistent), self._batch)
+        self._scope = Scope()
+        self._recompute: dict[int, AlphaState | None] = {}
+        self._kept: AlphaState | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles hold: the alpha that counts where they are made.
+
+        Raises:
+            AlphaContextError: inside a context in which a stream is higher than outside.
+        """
+        state = self._scope.state(self._state)
+        if state != self._state and not state.within(self._state):
+            raise AlphaContextError(
+                "a model is copied or pickled inside an alpha context in which a stream is higher than outside, and "
+                "the copy would keep that; leave the context first, and set the copy's alpha"
+            )
+        return {"_persistent": dict(state.values), "_batch": state.batch}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._init_runtime()
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Names of the streams that this switch controls."""
+        return tuple(self._persistent)
+
+    @property
+    def persistent(self) -> Mapping[str, float | tuple[float, ...]]:
+        """Alpha of every stream outside any context."""
+        return MappingProxyType(self._persistent)
+
+    def add_stream(self, name: str, alpha: float | tuple[float, ...] = 0.0) -> None:
+        """Register a stream, which stands at ``alpha`` until somebody sets another."""
+        self._persistent[name] = alpha
+        self._state = AlphaState(dict(self._persistent), self._batch)
+
+    # -- what callers set ---------------------------------------------------------------------------------------------
+
+    def build(self, spec: AlphaSpec, *, base: Mapping[str, Any] | None, extrapolate: bool) -> AlphaState:
+        """Validate ``spec`` and return the state it means; ``base`` holds the streams that a mapping leaves alone."""
+        if not self._persistent:
+            return _base_alone(spec, extrapolate)
+        if isinstance(spec, Mapping):
+            unknown = [n for n in spec if n not in self._persistent]
+            if unknown:
+                raise AlphaError(f"unknown stream {unknown[0]!r}; this model has {sorted(self._persistent)}")
+            named: dict[str, AlphaValue] = dict(spec)
+        else:
+            named = dict.fromkeys(self._persistent, spec)
+        values: dict[str, float | tuple[float, ...]] = dict(base or dict.fromkeys(self._persistent, 0.0))
+        values.update({n: normalise(n, v, extrapolate) for n, v in named.items()})
+        lengths = {len(v) for v in values.values() if isinstance(v, tuple)}
+        if len(lengths) > 1:
+            raise AlphaError(f"per-sequence alphas of different lengths {sorted(lengths)}; one value per sequence each")
+        return AlphaState(values, lengths.pop() if lengths else None)
+
+    def set(self, spec: AlphaSpec, *, extrapolate: bool) -> None:
+        """Change the persistent value."""
+        state = self.build(spec, base=self._persistent, extrapolate=extrapolate)
+        self._persistent, self._batch, self._state = dict(state.values), state.batch, state
+        self._scope.adopt()
+
+    def enter(self, spec: AlphaSpec, frame: FrameType, *, extrapolate: bool) -> Context:
+        """Enter a context; streams that a mapping does not name are off."""
+        state = self.build(spec, base=None, extrapolate=extrapolate)
+        if not self._persistent:  # nothing to switch, here or in another thread
+            return Context(None, None)
+        entry = self._scope.enter(state, frame)
+        running = _RUNNING.get()
+        if self in running:  # inside a forward pass: the block has an alpha of its own
+            _RUNNING.set({k: v for k, v in running.items() if k is not self})
+            return Context(entry, running[self])
+        return Context(entry, None)
+
+    def leave(self, context: Context) -> None:
+        """Leave a context.
+
+        Raises:
+            AlphaContextError: if it was entered in another ``contextvars`` context.
+        """
+        if context.interrupted is not None:
+            _RUNNING.set({**_RUNNING.get(), self: context.interrupted})
+        if context.entry is not None:
+            self._scope.leave(context.entry)
+
+    # -- what layers read ---------------------------------------------------------------------------------------------
+
+    def current(self) -> AlphaState:
+        """The state for the forward pass that is running here.
+
+        Raises:
+            AlphaContextError: if this thread cannot know its alpha, or a tracer would freeze it.
+        """
+        running = _RUNNING.get().get(self)
+        return running if running is not None else self._resolve()
+
+    def _resolve(self) -> AlphaState:
+        task = torch._C._current_graph_task_id()
+        if task != -1:  # inside backward: gradient checkpointing runs the layer once more
+            return self._recorded(task)
+        if _freezes():
+            raise AlphaContextError(
+                "torch.jit.trace, make_fx and fx tracing would freeze the alpha of this moment into their graph; use "
+                "torch.compile or torch.export, whose graphs read the switch whenever they run"
+            )
+        return self._scope.state(self._state)
+
+    def _recorded(self, task: int) -> AlphaState:
+        if task not in self._recompute:
+            raise AlphaContextError(
+                "a layer is recomputed during backward, but its forward pass is not on record, so its alpha is "
+                "unknown; call the model that was split (not a submodule of it) when gradient checkpointing is on"
+            )
+        recorded = self._recompute[task]
+        if recorded is None:
+            raise AlphaContextError(
+                "a layer is recomputed during the backward of forward passes under more than one alpha, so its own "
+                "is unknown; call backward once per alpha, or turn gradient checkpointing off"
+            )
+        return recorded
+
+    # -- around a forward pass ----------------------------------------------------------------------------------------
+
+    def attach(self, model: nn.Module) -> None:
+        """Guard the model, and every transformers model in it that holds a layer of this switch."""
+        for module in model.modules():
+            if module is not model and not isinstance(module, PreTrainedModel):
+                continue
+            held = any(m.__dict__.get("switch") is self for m in module.modules())
+            if held and not isinstance(module.__dict__.get("forward"), Guard):
+                module.forward = Guard(self, module, module.__dict__.get("forward"))
+
+    @staticmethod
+    def detach(model: nn.Module) -> None:
+        """Take the guards off a model whose split layers have been replaced by ordinary ones."""
+        allow_stock_save(model)
+        for module in model.modules():
+            guard = module.__dict__.get("forward")
+            if isinstance(guard, Guard):
+                del module.forward
+                if guard.own is not None:
+                    module.forward = guard.own
+
+    def run(self, guard: Guard, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One forward pass of a guarded model, nested ones included.
+
+        Raises:
+            AlphaContextError: if this thread cannot know its alpha, or something carried belongs to another.
+            AlphaError: if per-sequence values do not fit the batch.
+        """
+        running = _RUNNING.get()
+        state = outer = running.get(self)
+        if state is None:
+            state = self._resolve()
+        given, live = carried.given(guard.parameters, guard.names, args, kwargs), False
+        if outer is not None:
+            given = [v for v in given if not carried.watched(v, outer)]
+        for value in given:
+            state, holds = carried.proceed(state, value)
+            live |= holds
+        if outer is None:
+            state = self._fitted(state, guard.model, args[0] if args else kwargs.get("input_ids"), kwargs, live)
+        for value in given:
+            carried.mark(value, state, finished=False)
+        try:
+            try:
+                _RUNNING.set({**running, self: state})
+                output = guard.inner(*args, **kwargs)
+            finally:
+                _RUNNING.set(running)
+        finally:
+            _RUNNING.set(running)  # once more: an interrupt may have cut the line above off
+        names, made = carried.returned(guard.parameters, output)
+        guard.names |= names
+        for value in {id(v): v for v in (*given, *made)}.values():
+            if outer is None or not carried.watched(value, outer):
+                carried.mark(value, state, finished=True)
+        if outer is None and torch.is_grad_enabled():
+            for tensor in _tensors(output):
+                if tensor.requires_grad:
+                    tensor.register_hook(lambda grad, state=state: self._remember(state))
+        return output
+
+    def _fitted(
+        self, state: AlphaState, model: nn.Module, inputs: Any, kwargs: Mapping[str, Any], live: bool
+    ) -> AlphaState:
+        """The state for the batch at hand."""
+        if inputs is None:
+            inputs = kwargs.get("inputs_embeds")
+        if not isinstance(inputs, torch.Tensor):
+            return state
+        tokens = tokens_each_row(inputs)
+        if state.batch is not None:
+            check_layout(model, inputs)
+            state = fit(state, inputs, live).sized(tokens)
+        if family(model) in _KEEPS_STATE and kwargs.get("use_cache") is not False:
+            if tokens == 1 and self._kept is not None and self._kept != state:
+                raise AlphaContextError(
+                    f"{type(model).__name__} keeps its recurrent state in the model, and that was computed under "
+                    "another alpha; start the request again, or pass use_cache=False"
+                )
+            self._kept = state
+        return state
+
+    def _remember(self, state: AlphaState) -> None:
+        task = torch._C._current_graph_task_id()
+        if task in self._recompute:
+            known = self._recompute[task]
+            if known != state:
+                self._recompute[task] = None
+            elif known is not None and known.tokens != state.tokens:
+                self._recompute[task] = known.sized(None)
+            return
+        self._recompute[task] = state
+
+        def forget() -> None:
+            self._recompute.pop(task, None)
+
+        torch.autograd.Variable._execution_engine.queue_callback(forget)
+
+
+class Context:
+    """An entered context: its entry, and the alpha of the forward pass that it interrupts."""
+
+    __slots__ = ("entry", "interrupted")
+
+    def __init__(self, entry: Entry | None, interrupted: AlphaState | None) -> None:
+        self.entry, self.interrupted = entry, interrupted
+
+
+class Guard:
+    """What stands in the place of a model's ``forward``.
+
+    Attributes:
+        switch: The switch that it asks.
+        own: A ``forward`` that the instance had already, such as that of an offloading hook; None for its class's.
+        parameters: Names of the parameters of ``forward``.
+        names: Those under which the model takes what it carries, as far as known.
+    """
+
+    def __init__(self, switch: Switch, model: nn.Module, own: Any = None) -> None:
+        self.switch, self.own = switch, own
+        self._model = weakref.ref(model)  # a model that nobody needs is to be freed at once
+        self.parameters = tuple(self.__signature__.parameters)
+        self.names = carried.NAMES
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": self._model()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._model = weakref.ref(state["_model"])
+
+    @property
+    def model(self) -> nn.Module:
+        """The guarded model.
+
+        Raises:
+            AlphaError: if it is gone, and a shallow copy of it is called.
+        """
+        model = self._model()
+        if model is None:
+            raise AlphaError("the model that was split is gone, and this is a shallow copy of it; use copy.deepcopy")
+        return model
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the guarded ``forward``: transformers reads it."""
+        return inspect.signature(self.inner)
+
+    @property
+    def __code__(self) -> CodeType:
+        """That of the guarded ``forward``: ``torch.export`` reads it."""
+        inner = self.inner
+        return (inner.func if isinstance(inner, functools.partial) else inner).__code__
+
+    @property
+    def inner(self) -> Callable[..., Any]:
+        """The guarded ``forward``."""
+        model = self.model
+        return MethodType(type(model).forward, model) if self.own is None else self.own
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """See :meth:`Switch.run`. A compiler traces the model alone; its graph reads the switch in every layer."""
+        return self.inner(*args, **kwargs) if is_compiling() else self.switch.run(self, args, kwargs)
+
+
+def family(model: nn.Module) -> str | None:
+    """What transformers calls the architecture; None for other models."""
+    return getattr(getattr(model, "config", None), "model_type", None)
+
+
+def check_layout(model: nn.Module, inputs: torch.Tensor) -> None:
+    """Refuse per-sequence values where the first dimension may be the tokens.
+
+    Raises:
+        AlphaError: then.
+    """
+    square = inputs.dim() > 1 and inputs.shape[0] == inputs.shape[1] > 1
+    if family(model) in TOKENS_FIRST or (square and not _of_transformers(model)):
+        raise AlphaError(
+            f"the layers of {type(model).__name__} see (tokens, batch, features), or may do so for an input of shape "
+            f"{tuple(inputs.shape)}, and per-sequence values need the batch as first dimension; give one value for all "
+            "sequences"
+        )
+
+
+def _of_transformers(model: nn.Module) -> bool:
+    return any(isinstance(m, PreTrainedModel) for m in model.modules())
+
+
+def _freezes() -> bool:
+    """True while something records the operations of this thread for another time."""
+    if is_compiling():
+        return False
+    tracing = torch._C._get_tracing_state() is not None or is_fx_symbolic_tracing()
+    return tracing or get_proxy_mode() is not None
+
+
+def _base_alone(spec: AlphaSpec, extrapolate: bool) -> AlphaState:
+    """The state of a base without any stream (detached, or loaded with ``streams=None``): alpha = 0."""
+    off = not spec if isinstance(spec, Mapping) else is_off(normalise("any", spec, extrapolate))
+    if not off:
+        raise AlphaError(
+            f"alpha is {spec!r}, but no ortho stream is loaded beside this base; expected 0. Load the checkpoint with "
+            "its streams (libortho.load), or put a stream back into it first (libortho.attach, libortho attach)"
+        )
+    return AlphaState({})
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    if isinstance(output, torch.Tensor):
+        return [output]
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    return [t for value in output for t in _tensors(value)] if isinstance(output, tuple | list) else []
