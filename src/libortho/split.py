@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from libortho.config import DTYPES, SplitConfig, TargetModules
+from libortho.guard import TOKENS_FIRST, family
 from libortho.layer import LayerReport, OrthoLinear, ortho_layers
 from libortho.models import plain_torch, refuse_stock_save
 from libortho.report import record_method
 from libortho.select.scores import SCORES, top_columns, top_entries
 from libortho.streams import BaseStream, Columns, Entries, Factors, OrthoStream
 from libortho.streams.base import check_shape
-from libortho.switch import TOKENS_FIRST, Switch, family
+from libortho.switch import Switch
 from libortho.targets import find_targets, routed
 
 logger = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ def install(model: nn.Module, layers: dict[str, OrthoLinear], switch: Switch) ->
         if own is not None:
             layer.switch = own
     if own is not None:
-        for stream, value in switch.current().values.items():
+        for stream, value in switch.persistent.items():
             own.add_stream(stream, value)
         switch = own
     if switch.streams:

@@ -11,13 +11,11 @@ the place of ``forward`` on the instance: unlike a hook, it is left by every exc
 
 from __future__ import annotations
 
-import functools
-import inspect
 import secrets
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextvars import ContextVar
-from types import CodeType, FrameType, MappingProxyType, MethodType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 import torch
@@ -30,11 +28,10 @@ from transformers import PreTrainedModel
 from libortho import carried
 from libortho.alpha_state import AlphaSpec, AlphaState, AlphaValue, fit, is_off, normalise, tokens_each_row
 from libortho.errors import AlphaContextError, AlphaError
+from libortho.guard import Guard, check_layout, family
 from libortho.models import allow_stock_save
 from libortho.scope import Entry, Scope
 
-TOKENS_FIRST = frozenset({"xlnet"})
-"""Families whose layers see the tokens as first dimension, and the batch as second."""
 _KEEPS_STATE = frozenset({"recurrent_gemma"})
 """Families that keep their recurrent state in the model itself, where it belongs to nobody's request."""
 
@@ -305,87 +302,6 @@ class Context:
 
     def __init__(self, entry: Entry | None, interrupted: AlphaState | None) -> None:
         self.entry, self.interrupted = entry, interrupted
-
-
-class Guard:
-    """What stands in the place of a model's ``forward``.
-
-    Attributes:
-        switch: The switch that it asks.
-        own: A ``forward`` that the instance had already, such as that of an offloading hook; None for its class's.
-        parameters: Names of the parameters of ``forward``.
-        names: Those under which the model takes what it carries, as far as known.
-    """
-
-    def __init__(self, switch: Switch, model: nn.Module, own: Any = None) -> None:
-        self.switch, self.own = switch, own
-        self._model = weakref.ref(model)  # a model that nobody needs is to be freed at once
-        self.parameters = tuple(self.__signature__.parameters)
-        self.names = carried.NAMES
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_model": self._model()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._model = weakref.ref(state["_model"])
-
-    @property
-    def model(self) -> nn.Module:
-        """The guarded model.
-
-        Raises:
-            AlphaError: if it is gone, and a shallow copy of it is called.
-        """
-        model = self._model()
-        if model is None:
-            raise AlphaError("the model that was split is gone, and this is a shallow copy of it; use copy.deepcopy")
-        return model
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        """That of the guarded ``forward``: transformers reads it."""
-        return inspect.signature(self.inner)
-
-    @property
-    def __code__(self) -> CodeType:
-        """That of the guarded ``forward``: ``torch.export`` reads it."""
-        inner = self.inner
-        return (inner.func if isinstance(inner, functools.partial) else inner).__code__
-
-    @property
-    def inner(self) -> Callable[..., Any]:
-        """The guarded ``forward``."""
-        model = self.model
-        return MethodType(type(model).forward, model) if self.own is None else self.own
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """See :meth:`Switch.run`. A compiler traces the model alone; its graph reads the switch in every layer."""
-        return self.inner(*args, **kwargs) if is_compiling() else self.switch.run(self, args, kwargs)
-
-
-def family(model: nn.Module) -> str | None:
-    """What transformers calls the architecture; None for other models."""
-    return getattr(getattr(model, "config", None), "model_type", None)
-
-
-def check_layout(model: nn.Module, inputs: torch.Tensor) -> None:
-    """Refuse per-sequence values where the first dimension may be the tokens.
-
-    Raises:
-        AlphaError: then.
-    """
-    square = inputs.dim() > 1 and inputs.shape[0] == inputs.shape[1] > 1
-    if family(model) in TOKENS_FIRST or (square and not _of_transformers(model)):
-        raise AlphaError(
-            f"the layers of {type(model).__name__} see (tokens, batch, features), or may do so for an input of shape "
-            f"{tuple(inputs.shape)}, and per-sequence values need the batch as first dimension; give one value for all "
-            "sequences"
-        )
-
-
-def _of_transformers(model: nn.Module) -> bool:
-    return any(isinstance(m, PreTrainedModel) for m in model.modules())
 
 
 def _freezes() -> bool:
