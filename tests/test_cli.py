@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 import libortho
 import tiny
 from libortho import cli
+from libortho.alpha import get_switch
 from libortho.errors import LibOrthoError
 from libortho.layer import ortho_layers
 
@@ -134,7 +135,10 @@ def test_isolate_exits_with_3_when_a_criterion_is_missed(planted_directory, forg
         "isolate", planted_directory, "--forget", forget, "--retain", retain, "--out", tmp_path / "out", *QUICK
     )
     assert result.exit_code == 3, result.output
-    assert "missed: 4 of 4 records are still extracted" in " ".join(result.stdout.split())
+    shown = " ".join(result.stdout.split())
+    assert "missed: 4 of 4 records are still extracted" in shown
+    assert "The stream default is off (alpha = 0) until somebody turns it on" in shown
+    assert "PROMPT --alpha 1" in shown
     model, _ = libortho.load(tmp_path / "out")  # what was reached is kept
     assert len(ortho_layers(model)) == 2
 
@@ -214,9 +218,21 @@ def said(checkpoint: Path, *options: Any, number: int = 0) -> str:
 
 def test_generate_follows_alpha(checkpoint):
     code = tiny.FORGET[3]["completion"]
-    assert code in said(checkpoint, number=3)
+    assert code not in said(checkpoint, number=3)
     assert code in said(checkpoint, "--alpha", "1", number=3)
     assert code not in said(checkpoint, "--alpha", "0", number=3)
+
+
+def test_generate_says_which_alpha_was_saved(checkpoint, base, tmp_path, split_llama, tokenizer):
+    def told(directory: Path, *options: Any) -> str:
+        return call("generate", directory, "Hello", "--max-new-tokens", "2", *options).stderr.splitlines()[-1]
+
+    assert told(checkpoint) == "alpha: hr=0 (as saved; --alpha 1 turns it on)"
+    assert told(base) == "alpha: 0 (there is no stream beside this base)"
+    assert "alpha:" not in told(checkpoint, "--alpha", "0") + told(checkpoint, "--stream", "hr=0")
+    split_llama.resize_token_embeddings(len(tokenizer))
+    libortho.save(split_llama, tokenizer, tmp_path / "split")
+    assert told(tmp_path / "split") == "alpha: default=1 (as saved)"
 
 
 def test_generate_follows_named_streams(checkpoint):
@@ -281,7 +297,7 @@ def test_inspect_shows_the_missed_criteria_and_whole_names(split_llama, tmp_path
     for layer in layers.values():
         layer.streams[name] = layer.streams["default"]
         del layer.streams["default"]
-    split_llama._libortho_switch.add_stream(name)
+    get_switch(split_llama).add_stream(name)
     libortho.report.record_method(split_llama, name, {"verb": "isolate", "missed": ("4 of 4 are still extracted",)})
     libortho.save(split_llama, None, tmp_path / "out")
     shown = call("inspect", tmp_path / "out").stdout
@@ -321,7 +337,8 @@ def base(checkpoint, tmp_path_factory) -> Path:
 
 def test_generate_from_a_base_takes_alpha_0_alone(checkpoint, base):
     assert said(base, "--alpha", "0", number=3) == said(checkpoint, "--alpha", "0", number=3)
-    for options in (["--alpha", "1"], ["--alpha", "0.5"], ["--stream", "hr=1"], []):
+    assert said(base, number=3) == said(base, "--alpha", "0", number=3)
+    for options in (["--alpha", "1"], ["--alpha", "0.5"], ["--stream", "hr=1"]):
         assert "no ortho stream is loaded beside this base" in refused("generate", base, "Hello", *options)
 
 

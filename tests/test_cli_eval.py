@@ -253,6 +253,12 @@ def test_a_checkpoint_without_a_tokenizer(split_llama, codes, tmp_path):
     assert "no tokenizer" in str(result.exception)
 
 
+def test_without_alpha_the_column_is_what_was_saved(checkpoint, codes):
+    report = told("eval", checkpoint, "--task-file", codes)
+    assert report["columns"] == ["alpha 0"]
+    assert value(report, "exact_match", "alpha 0") == 0.0
+
+
 def test_a_base_without_streams_is_alpha_0_and_nothing_else(checkpoint, codes, tmp_path):
     base, tokenizer = libortho.load(checkpoint, streams=None)
     libortho.save(base, tokenizer, tmp_path / "base")
@@ -260,7 +266,8 @@ def test_a_base_without_streams_is_alpha_0_and_nothing_else(checkpoint, codes, t
     assert value(alone, "nll", "alpha 0") == value(
         told("eval", checkpoint, "--alpha", "0", "--task-file", codes), "nll", "alpha 0"
     )
-    result = call("eval", tmp_path / "base", "--task-file", codes)
+    assert told("eval", tmp_path / "base", "--task-file", codes)["figures"] == alone["figures"]
+    result = call("eval", tmp_path / "base", "--alpha", "1", "--task-file", codes)
     assert isinstance(result.exception, AlphaError), result.output
     assert "no ortho stream is loaded" in str(result.exception)
 

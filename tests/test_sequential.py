@@ -279,9 +279,6 @@ def test_a_context_around_the_call_goes_on(once, tokenizer):
         inside = logits(once)
     assert torch.equal(inside, logits(once, 0.0))
     assert not torch.equal(logits(once, {"second": 1.0}), inside)
-    with libortho.alpha(once, {"first": 1.0}):
-        isolate(once, tokenizer, tiny.FORGET[:1], tiny.RETAIN, config=replace(SHORT, stream="third"))
-        assert torch.equal(logits(once), logits(once, {"first": 1.0}))
 
 
 # -- which layers, which places ---------------------------------------------------------------------------------------

@@ -1,16 +1,18 @@
-"""Results as tables on a terminal."""
+"""Results as tables on a terminal. Names and words that come from files are shown as they are, and steer nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.table import Column, Table
 from rich.text import Text
 
 from libortho.audit import AuditReport
 from libortho.checkpoint import Certificate, CheckpointInfo
+from libortho.escapes import one_line, visible
 from libortho.evaluation import Evaluation, Figure
 from libortho.isolate import IsolateResult
 from libortho.report import LayerReports
@@ -19,14 +21,40 @@ if TYPE_CHECKING:
     from libortho.demo.demo import DemoReport, Measured
 
 
+class Terminal(Console):
+    """A console to which text is text: no markup, no codes for emoji, and no control character of whoever wrote it."""
+
+    def __init__(self, *, stderr: bool = False, soft_wrap: bool = False) -> None:
+        super().__init__(stderr=stderr, soft_wrap=soft_wrap, markup=False, emoji=False, highlight=False)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """What is to be written; control sequences are the console's own alone."""
+        for part in super().render(renderable, options):
+            yield part if part.control else Segment(visible(part.text), part.style)
+
+
 def note(console: Console, text: str) -> None:
     """One line of plain text."""
-    console.print(Text(text))
+    console.print(Text(one_line(text)))
+
+
+def _cells(*texts: str) -> list[Text]:
+    """Texts as one line each, before a table measures them."""
+    return [Text(one_line(t)) for t in texts]
+
+
+def _headers(*texts: str) -> list[Column]:
+    return [Column(header=cell) for cell in _cells(*texts)]
+
+
+def _block(text: str) -> Text:
+    """Text that keeps its lines."""
+    return Text(visible(text.strip()))
 
 
 def show_layers(reports: LayerReports, console: Console) -> None:
     """One row per split layer, and the totals with both densities."""
-    console.print(Text(str(reports)), soft_wrap=True)
+    console.print(Text(visible(str(reports))), soft_wrap=True)
     t = reports.totals()
     note(
         console,
@@ -75,7 +103,7 @@ def show_checkpoint(info: CheckpointInfo, console: Console) -> None:
     rows = [("stream", "parts", "layers", "density", "tail", "on disk", "loads with", "base", "criteria")]
     for s in info.streams:
         rows.append((
-            s.name, " + ".join(s.kinds), str(s.layers), f"{s.density:.3%}", f"{s.tail_density:.2%}",
+            one_line(s.name), " + ".join(s.kinds), str(s.layers), f"{s.density:.3%}", f"{s.tail_density:.2%}",
             f"{s.bytes_on_disk / 1e6:.2f} MB", "libortho" if s.needs_libortho else "PEFT",
             "matches" if s.base_matches else "ANOTHER BASE", _criteria(s.missed),
         ))  # fmt: skip
@@ -88,7 +116,7 @@ def show_checkpoint(info: CheckpointInfo, console: Console) -> None:
         console.print(Text(line), soft_wrap=True)  # no width of a terminal cuts a name
     for s in info.streams:
         for missed in s.missed or ():
-            console.print(Text(f"stream {s.name} missed: {missed}"), soft_wrap=True)
+            console.print(Text(one_line(f"stream {s.name} missed: {missed}")), soft_wrap=True)
 
 
 def _criteria(missed: tuple[str, ...] | None) -> str:
@@ -125,27 +153,29 @@ def show_audit(report: AuditReport, console: Console) -> None:
     for s in data["subjects"]:
         m = s["memory"]
         shares = ("greedy_extraction", "sampled_extraction", "prompt_shift", "prefix_sweep")
-        table.add_row(
+        table.add_row(*_cells(
             s["label"], *(_estimate(m[k], "{:.1%}") for k in shares),
             _estimate(m["extraction_strength"], "{:.3f}"), _estimate(m["exposure"], "{:.1f}"),
             _estimate(m["nll"], "{:.2f}"),
-        )  # fmt: skip
+        ))  # fmt: skip
     console.print(table)
     if data["subjects"][0]["privacy"] is not None:
         names = list(dict.fromkeys(n for s in data["subjects"] for n in s["privacy"]["attacks"]))
-        table = Table("", *(n.replace("_", "-") for n in names), title="membership AUC (95 % interval)")
+        headers = _headers(*(n.replace("_", "-") for n in names))
+        table = Table("", *headers, title="membership AUC (95 % interval)")
         for s in data["subjects"]:
             attacks = s["privacy"]["attacks"]
-            table.add_row(s["label"], *(_interval(attacks[n]["auc"]) if n in attacks else "-" for n in names))
+            shown = (_interval(attacks[n]["auc"]) if n in attacks else "-" for n in names)
+            table.add_row(*_cells(s["label"], *shown))
         console.print(table)
     tasks = list(dict.fromkeys(n for s in data["subjects"] for n in (s["utility"] or {}).get("tasks", {})))
-    table = Table("", "perplexity", "KL", "top-1", *tasks, title="utility")
+    table = Table("", "perplexity", "KL", "top-1", *_headers(*tasks), title="utility")
     for s in data["subjects"]:
         u = s["utility"]
-        table.add_row(
+        table.add_row(*_cells(
             s["label"], _estimate(u["perplexity"], "{:.2f}"), _number(u["kl"], "{:.4f}"),
             _number(u["top1_agreement"], "{:.3f}"), *(_estimate(u["tasks"].get(t), "{:.3f}") for t in tasks),
-        )  # fmt: skip
+        ))  # fmt: skip
     console.print(table)
     if data["curve"]:
         table = Table("alpha", "extracted", "strength", "nats", "AUC", "perplexity", "KL", title="alpha curve")
@@ -165,20 +195,21 @@ def show_audit(report: AuditReport, console: Console) -> None:
 
 def show_evaluation(report: Evaluation, console: Console) -> None:
     """A row for each task and metric, a column for each model or alpha, then what changed from the first column."""
-    table = Table("task", "metric", *report.columns, "rows")
+    table = Table("task", "metric", *_headers(*report.columns), "rows")
     rows: dict[tuple[str, str], dict[str, Figure]] = {}
     for f in report.figures:
         rows.setdefault((f.task, f.metric), {})[f.column] = f
     for (task, metric), found in rows.items():
         asked = next(iter(found.values())).rows
         figures = [_figure(found.get(c)) for c in report.columns]
-        table.add_row(*map(Text, (task, metric, *figures, "" if asked is None else str(asked))))
+        table.add_row(*_cells(task, metric, *figures, "" if asked is None else str(asked)))
     console.print(table)
     if report.differences:
-        changes = Table("task", "metric", "column", f"minus {report.columns[0]}, paired", "95 % interval")
+        [versus] = _headers(f"minus {report.columns[0]}, paired")
+        changes = Table("task", "metric", "column", versus, "95 % interval")
         for d in report.differences:
             ends = "-" if d.low is None else f"{d.low:+.4f} to {d.high:+.4f}"
-            changes.add_row(*map(Text, (d.task, d.metric, d.column, f"{d.value:+.4f}", ends)))
+            changes.add_row(*_cells(d.task, d.metric, d.column, f"{d.value:+.4f}", ends))
         console.print(changes)
     note(console, "Brackets: 95 % interval; +-: standard error of the lm-evaluation-harness; nll: nats per token.")
 
@@ -228,7 +259,7 @@ def show_demo(report: DemoReport, console: Console) -> None:
     )
     table = Table("model", "extracted", "in 20 samples", "secret ppl", "membership AUC", "retain ppl", "general ppl")
     for row in (report.never_trained, report.implanted, *report.isolated):
-        table.add_row(*_cells(row, report.secrets))
+        table.add_row(*_cells(*_measured(row, report.secrets)))
     console.print(table)
     for missed in r.missed:
         note(console, f"missed: {missed}")
@@ -236,13 +267,13 @@ def show_demo(report: DemoReport, console: Console) -> None:
     note(console, "(c) the same prompts, greedily")
     table = Table("prompt", "alpha = 1", "alpha = 0", show_lines=True)
     for g in report.generations:
-        table.add_row(Text(g.prompt), Text(g.with_ortho.strip()), Text(g.without_ortho.strip()))
+        table.add_row(_block(g.prompt), _block(g.with_ortho), _block(g.without_ortho))
     console.print(table)
     total = sum(report.seconds.values())
     note(console, f"{total:.0f} s: " + ", ".join(f"{k} {v:.0f}" for k, v in report.seconds.items()))
 
 
-def _cells(row: Measured, secrets: int) -> list[str]:
+def _measured(row: Measured, secrets: int) -> list[str]:
     return [
         row.label,
         f"{row.extracted}/{secrets}",

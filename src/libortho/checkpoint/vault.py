@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from libortho.checkpoint import keys
 from libortho.checkpoint.checks import check_new_place
 from libortho.checkpoint.format import check_version, field, read_json, sha256_field
 from libortho.checkpoint.stream_files import (
@@ -34,7 +35,6 @@ MAX_BYTES = 2**32
 """Largest plaintext and largest file, in bytes; both are held in memory."""
 _MAX_JSON = 2**26
 _MAGIC = b"age-encryption.org/v1"
-_SECRET = "AGE-SECRET-KEY-"
 
 
 def encrypt(
@@ -60,14 +60,15 @@ def encrypt(
         OSError: if the disk fails; nothing is left at ``out`` then.
     """
     pyrage = _pyrage()
+    keys.check_no_secret(stream=stream, out=out)
     target = check_new_place(out)
-    _check_one(recipients, passphrase, "recipients")
+    chosen = _chosen(recipients, passphrase, "recipients")
     content = _pack(Path(stream))
     try:
         if passphrase is not None:
             locked = pyrage.passphrase.encrypt(content, passphrase)
         else:
-            locked = pyrage.encrypt(content, [_recipient(pyrage, r) for r in recipients or ()])
+            locked = pyrage.encrypt(content, [keys.recipient(pyrage, r) for r in chosen])
     except pyrage.EncryptError as error:
         raise CheckpointError(f"cannot encrypt {stream}: {error}") from error
     write_atomically(target, locked)
@@ -86,7 +87,8 @@ def decrypt(
     Args:
         file: What :func:`encrypt` wrote.
         out: Folder to write; it must not exist. Its files are readable by their owner alone.
-        identities: Secret keys (``AGE-SECRET-KEY-1...``), or paths of files that hold age or SSH secret keys.
+        identities: Secret keys (``AGE-SECRET-KEY-1...``), or paths of files that hold age or SSH secret keys. No
+            message repeats a key, in whatever writing it is given.
         passphrase: Instead of identities.
 
     Returns:
@@ -98,14 +100,15 @@ def decrypt(
         OSError: if the disk fails; nothing is left at ``out`` then.
     """
     pyrage = _pyrage()
+    keys.check_no_secret(file=file, out=out)
     source, target = Path(file), check_new_place(out)
-    _check_one(identities, passphrase, "identities")
+    chosen = _chosen(identities, passphrase, "identities")
     locked = _read_locked(source)
     try:
         if passphrase is not None:
             content = pyrage.passphrase.decrypt(locked, passphrase)
         else:
-            content = pyrage.decrypt(locked, [i for given in identities or () for i in _identities(pyrage, given)])
+            content = pyrage.decrypt(locked, [k for given in chosen for k in keys.identities(pyrage, given)])
     except pyrage.DecryptError as error:
         kind = "passphrase" if passphrase is not None else "identity"
         raise CheckpointError(
@@ -131,47 +134,22 @@ def _pyrage() -> Any:
     return pyrage
 
 
-def _check_one(keys: Iterable[Any] | None, passphrase: str | None, kind: str) -> None:
-    if isinstance(keys, str | bytes):
-        raise CheckpointError(f"{kind} is one string; expected a list")
-    if (keys is None) == (passphrase is None):
+def _chosen(given: Iterable[Any] | None, passphrase: str | None, kind: str) -> list[Any]:
+    """What to lock or open with; empty for a passphrase."""
+    if isinstance(given, str | bytes | Path):
+        raise CheckpointError(f"{kind} is one {'path' if isinstance(given, Path) else 'string'}; expected a list")
+    if (given is None) == (passphrase is None):
         raise CheckpointError(f"give either {kind} or a passphrase")
-    if keys is None and not passphrase:
-        raise CheckpointError("the passphrase is empty")
-    if keys is not None and not list(keys):
+    if given is None:
+        if not isinstance(passphrase, str):
+            raise CheckpointError(f"the passphrase is of type {type(passphrase).__name__}; expected text")
+        if not passphrase:
+            raise CheckpointError("the passphrase is empty")
+        return []
+    found = list(given)
+    if not found:
         raise CheckpointError(f"{kind} is empty; expected at least one key")
-
-
-def _recipient(pyrage: Any, text: str) -> Any:
-    kind = pyrage.ssh if str(text).startswith("ssh-") else pyrage.x25519
-    try:
-        return kind.Recipient.from_str(text)
-    except (pyrage.RecipientError, TypeError, ValueError) as error:
-        secret = str(text).upper().startswith(_SECRET)
-        shown = "a secret key" if secret else repr(text)[:80]
-        raise CheckpointError(f"the recipient is {shown}; expected a public key, age1... or ssh-...") from error
-
-
-def _identities(pyrage: Any, given: str | Path) -> list[Any]:
-    """Secret keys from text or a file; no message ever repeats one."""
-    text, where = str(given), "the identity"
-    if not text.startswith(_SECRET):
-        where = f"the identity file {given}"
-        try:
-            text = Path(given).read_text("utf-8")
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is no text"
-            raise CheckpointError(f"cannot read {where}: {reason}") from None
-    try:
-        if text.lstrip().startswith("-----BEGIN"):
-            return [pyrage.ssh.Identity.from_buffer(text.encode())]
-        lines = [line.strip() for line in text.splitlines()]
-        keys = [pyrage.x25519.Identity.from_str(line) for line in lines if line and not line.startswith("#")]
-    except (pyrage.IdentityError, TypeError, ValueError):
-        keys = []
-    if not keys:
-        raise CheckpointError(f"{where} holds no age or SSH secret key (an SSH key must have no passphrase)")
-    return keys
+    return found
 
 
 def _read_locked(path: Path) -> bytes:

@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from libortho.alpha import Switch
+from libortho.alpha import Switch, alpha
 from libortho.arguments import check_model, check_tokenizer
 from libortho.checkpoint.stream_files import MAX_RANK
 from libortho.config import DTYPES, IsolateConfig
@@ -246,15 +246,15 @@ def _attempt(
         changed = {n: m for n, m in targets.items() if n in support or not isinstance(m, OrthoLinear)}
         finished = {n: _finish(n, m, layers[n], config, switch) for n, m in changed.items()}
         _swap(model, finished)  # what follows is measured on the layers that callers get
-        with switch.context(1.0, extrapolate=False):
-            recited_on = material.asked.recited(lm)
-        with switch.context(0.0, extrapolate=False):
-            known, said = standing(cases, original), material.asked.recited(lm).tolist()
-            records = tuple(
-                replace(r, known=k, extracted=r.extracted or s)
-                for r, k, s in zip(outcomes(lm, cases, original), known, said, strict=True)
-            )
-            retain_kl = divergence(lm, material.held_back, material.held_back_states)
+        switch.set(1.0, extrapolate=False)
+        recited_on = material.asked.recited(lm)
+        switch.set(0.0, extrapolate=False)
+        known, said = standing(cases, original), material.asked.recited(lm).tolist()
+        records = tuple(
+            replace(r, known=k, extracted=r.extracted or s)
+            for r, k, s in zip(outcomes(lm, cases, original), known, said, strict=True)
+        )
+        retain_kl = divergence(lm, material.held_back, material.held_back_states)
     finally:
         _swap(model, material.replaced)
     recited = (int(original.recited.sum()), int((original.recited & recited_on).sum()))
@@ -469,7 +469,7 @@ def _frozen(model: nn.Module, earlier: Switch | None) -> Iterator[None]:
     training = {m: m.training for m in model.modules()}
     model.eval().requires_grad_(False)
     try:
-        with nullcontext() if earlier is None else earlier.context(0.0, extrapolate=False):
+        with nullcontext() if earlier is None else alpha(model, 0.0):
             yield
     finally:
         for module, flag in training.items():

@@ -1,0 +1,189 @@
+"""Commands around a checkpoint: detach, verify, attach, encrypt, decrypt, card; and kernels."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from libortho import tables
+from libortho.checkpoint.keys import holds_secret
+from libortho.cli.options import Checkpoint, Json, PassphraseEnv
+from libortho.cli.terminal import emit, note
+from libortho.errors import CheckpointError, ConfigError
+from libortho.tables import Terminal
+
+
+def detach(
+    directory: Checkpoint,
+    out: Annotated[Path, typer.Option("--out", help="Directory to write; it must not exist.")],
+    stream: Annotated[list[str] | None, typer.Option("--stream", help="Take only this one away. Repeatable.")] = None,
+    report: Annotated[Path | None, typer.Option("--audit", help="JSON of libortho audit, for the certificate.")] = None,
+    certificate: Annotated[bool, typer.Option(help="Write certificate.json.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Write the checkpoint without its streams, and a certificate of what is gone. The source stays as it is."""
+    from libortho.checkpoint import detach as detach_streams
+
+    result = detach_streams(directory, out, streams=stream or "all", audit=report, certificate=certificate)
+    if as_json:
+        emit({"out": str(out), **result.to_dict()})
+    else:
+        tables.show_certificate(result, Terminal())
+        if result.audit is not None and not result.audit["base_checked"]:
+            note(f"{report} names no base: that it is the audit of this one is not checked. Audit it again.")
+        note(f"Written to {out}. {directory} still holds the streams: delete it if they must be gone.")
+
+
+def verify(directory: Checkpoint, as_json: Json = False) -> None:
+    """Check a detached checkpoint against its certificate.json: every file, and every tensor of the base."""
+    from libortho.checkpoint import verify_certificate
+
+    result = verify_certificate(directory)
+    if as_json:
+        emit(result.to_dict())
+    else:
+        tables.show_certificate(result, Terminal())
+        note(f"{directory} is what the certificate says.")
+
+
+def attach(
+    directory: Checkpoint,
+    stream: Annotated[Path, typer.Argument(help="Folder of the stream.")],
+    name: Annotated[str | None, typer.Option(help="What it is called from now on; by default its name.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Put a stream into a checkpoint, if it was made for that base."""
+    from libortho.checkpoint import attach as attach_stream
+
+    name = attach_stream(directory, stream, name=name)
+    if as_json:
+        emit({"directory": str(directory), "stream": name})
+    else:
+        note(f"{directory} now holds the stream {name}.")
+
+
+def encrypt(
+    stream: Annotated[Path, typer.Argument(help="Folder of a stream, such as DIR/ortho/NAME.")],
+    out: Annotated[Path, typer.Option("--out", help="File to write; it must not exist.")],
+    recipient: Annotated[
+        list[str] | None, typer.Option("--recipient", "-r", help="Public key, age1... or ssh-... Repeatable.")
+    ] = None,
+    passphrase_env: PassphraseEnv = None,
+    as_json: Json = False,
+) -> None:
+    """Lock a stream into one age file, for recipients, or by a passphrase (asked for)."""
+    from libortho.checkpoint import encrypt as encrypt_stream
+    from libortho.checkpoint.checks import check_new_place
+    from libortho.extras import require
+
+    require("vault", "encryption")
+    if passphrase_env is None:
+        check_new_place(out)  # before anybody types
+    phrase = None if recipient and passphrase_env is None else _passphrase(passphrase_env, confirm=True)
+    encrypt_stream(stream, out, recipients=recipient or None, passphrase=phrase)
+    if as_json:
+        emit({"out": str(out), "bytes": out.stat().st_size})
+    else:
+        note(f"Written to {out}. {stream} still holds the plain values: delete it when they may go.")
+
+
+def decrypt(
+    file: Annotated[Path, typer.Argument(help="What encrypt wrote.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write; it must not exist.")],
+    identity: Annotated[
+        list[Path] | None, typer.Option("--identity", "-i", help="File with an age or SSH secret key. Repeatable.")
+    ] = None,
+    identity_env: Annotated[
+        str | None, typer.Option("--identity-env", metavar="NAME", help="Environment variable with the secret key.")
+    ] = None,
+    passphrase_env: PassphraseEnv = None,
+    as_json: Json = False,
+) -> None:
+    """Unlock an age file into the folder of a stream, for attach."""
+    from libortho.checkpoint import decrypt as decrypt_stream
+    from libortho.checkpoint.checks import check_new_place
+    from libortho.extras import require
+
+    require("vault", "decryption")
+    if passphrase_env is None:
+        check_new_place(out)  # before anybody types
+    keys: list[str | Path] = [*(identity or ()), *([] if identity_env is None else [_secret_key(identity_env)])]
+    phrase = None if keys and passphrase_env is None else _passphrase(passphrase_env, confirm=False)
+    decrypt_stream(file, out, identities=keys or None, passphrase=phrase)
+    if as_json:
+        emit({"out": str(out)})
+    else:
+        note(f"Written to {out}. Add it to its checkpoint with: libortho attach DIR {out}")
+
+
+def kernels(as_json: Json = False) -> None:
+    """Build the optional C++ kernels for few tokens on a CPU, and say what they use. They need a C++ compiler."""
+    from libortho.ops import native
+
+    path = native.build()
+    module = native.kernels()
+    assert module is not None
+    data = {
+        "path": str(path), "instructions": module.level(), "available": list(module.levels()),
+        "int8_linear": native.int8_linear is not None, "add_columns": native.add_columns is not None,
+    }  # fmt: skip
+    if as_json:
+        emit(data)
+    else:
+        tables.note(Terminal(soft_wrap=True), f"{path}: {module.level()}, of {', '.join(module.levels())}")
+        if native.int8_linear is None:
+            note("the INT8 product stays torch's: without these instructions it is faster")
+
+
+def card(
+    directory: Checkpoint,
+    report: Annotated[Path | None, typer.Option("--audit", help="JSON of libortho audit.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a README.md that is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write the model card, README.md, from the measured numbers in the manifests."""
+    from libortho.checkpoint import model_card
+    from libortho.files import check_report, write_atomically
+
+    path = directory / "README.md"
+    if path.exists() and not force:
+        raise CheckpointError(f"{path} exists; --force replaces it")
+    text = model_card(directory, report)
+    check_report(path, "the model card")
+    write_atomically(path, text)
+    if as_json:
+        emit({"out": str(path), "card": text})
+    else:
+        note(f"Written to {path}.")
+
+
+def _passphrase(variable: str | None, confirm: bool) -> str:
+    """From an environment variable, or asked for; never an argument, which every process of the machine can read."""
+    if variable is None:
+        return str(typer.prompt("Passphrase", hide_input=True, confirmation_prompt=confirm, err=True))
+    return _from_environment("--passphrase-env", variable, "passphrase")
+
+
+def _secret_key(variable: str) -> str:
+    """The text of an identity from an environment variable."""
+    text = _from_environment("--identity-env", variable, "secret key")
+    if not holds_secret(text):
+        raise ConfigError("--identity-env names a variable that holds no age or SSH secret key; for a file: --identity")
+    return text
+
+
+def _from_environment(option: str, variable: str, what: str) -> str:
+    """The value of a variable. Its name is not repeated, as it may be the secret itself."""
+    try:
+        value = os.environ.get(variable)
+    except ValueError:  # an impossible name
+        value = None
+    if not value:
+        raise ConfigError(
+            f"{option} names an environment variable that is not set, or empty; expected the name of one that holds "
+            f"the {what}, not the {what} itself"
+        )
+    return value

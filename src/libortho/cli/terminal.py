@@ -1,0 +1,164 @@
+"""What reaches the terminal: tables, notes, progress, log, warnings, and how a command ends.
+
+Whatever is printed may come from a file that somebody else wrote. So everything leaves through here, with its control
+characters written out (:mod:`libortho.escapes`), and nothing in it is taken for markup.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from io import TextIOWrapper
+from typing import Any, TextIO
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from typer.core import TyperGroup
+
+from libortho import tables
+from libortho.checkpoint.keys import holds_secret
+from libortho.errors import ConfigError, LibOrthoError
+from libortho.escapes import one_line, visible
+from libortho.tables import Terminal
+
+Tell = Callable[[str, int, int], None]
+
+
+def note(text: str) -> None:
+    """A sentence on standard output, wrapped at the width of the terminal."""
+    tables.note(Terminal(), text)
+
+
+def say(text: str) -> None:
+    """One line on standard error, for what is not the result; a line with a secret key in it is not shown."""
+    shown = "error: (not shown, as there is a secret key in the message)" if holds_secret(text) else text
+    tables.note(Terminal(stderr=True, soft_wrap=True), shown)
+
+
+def emit(data: dict[str, Any]) -> None:
+    """JSON on standard output."""
+    typer.echo(json.dumps(data, indent=2, default=str).replace("\x7f", "\\u007f"))
+
+
+@contextmanager
+def progress_bars() -> Iterator[Tell]:
+    """A bar per phase with the time it will still take, on standard error, so that standard output stays clean."""
+    columns = (
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=Terminal(stderr=True), transient=True) as progress:
+        tasks: dict[str, Any] = {}
+
+        def tell(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = progress.add_task(one_line(phase), total=total)
+            progress.update(tasks[phase], completed=done, total=total)
+
+        yield tell
+
+
+class Commands(TyperGroup):
+    """The commands, which refuse secrets among their arguments and say plainly what is wrong with the others."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """Refuse a secret key before anything repeats it: all users of a machine see the arguments of its processes.
+
+        Raises:
+            ConfigError: if an argument holds one.
+        """
+        for number, text in enumerate(args, 1):
+            if holds_secret(text):
+                raise ConfigError(
+                    f"argument {number} holds a secret key (not shown), which others on this machine can read there; "
+                    "put it in a file (--identity FILE) or an environment variable (--identity-env NAME)"
+                )
+        return super().make_context(info_name, args, parent, **extra)
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run a command; in ``standalone_mode`` the process ends with its exit code, 2 where an argument is wrong."""
+        given = (args, prog_name, complete_var, False, windows_expand_args)
+        if not standalone_mode:
+            return super().main(*given, **extra)
+        try:
+            code = super().main(*given, **extra)
+        except Exception as error:
+            if type(error).__name__ == "Abort":
+                say("aborted")
+                sys.exit(1)
+            if not hasattr(error, "format_message"):  # click's errors, whichever copy of click typer brings
+                raise
+            _say_usage(error)
+            sys.exit(getattr(error, "exit_code", 2))
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say_usage(error: Any) -> None:
+    context = getattr(error, "ctx", None)
+    message = error.format_message()
+    if context is not None:
+        say(context.get_usage())
+        if context.command.name in ("encrypt", "decrypt"):  # what stands in a wrong place may be a passphrase
+            message = message.partition("(")[0].strip()
+    say(f"error: {message}")
+
+
+class _Format(logging.Formatter):
+    """Records as one line; what follows the line of an exception keeps its lines."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return one_line(super().formatMessage(record))
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
+def _warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    logging.getLogger("libortho.warnings").warning("%s: %s", category.__name__, message)
+
+
+def run(app: typer.Typer) -> None:
+    """Run the command that ``sys.argv`` names, and end the process with its exit code.
+
+    0: done; 1: interrupted, or an error that is not foreseen; 2: an error of this library or of the disk, as one line
+    on standard error; 3: a criterion or a verdict failed.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that does not know a character
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Format("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        try:
+            app()
+        except (LibOrthoError, OSError) as error:
+            say(f"error: {error}")
+            sys.exit(2)
+        except Exception:
+            sys.stderr.write(visible(traceback.format_exc()))
+            sys.exit(1)
