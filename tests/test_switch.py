@@ -1,0 +1,123 @@
+"""The switch under interrupts, copies, tracers and second heads."""
+
+import asyncio
+import contextlib
+import copy
+import gc
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import libortho
+from libortho.alpha import get_switch
+from libortho.errors import AlphaContextError, AlphaError
+from probe import VALUES, Probe
+
+
+@pytest.fixture(params=[1.0, 0.0], ids=["on", "off"])
+def probe(request: pytest.FixtureRequest) -> Probe:
+    made = Probe()
+    libortho.set_alpha(made.model, request.param)
+    return made
+
+
+def persistent(probe: Probe) -> float:
+    return get_switch(probe.model).persistent["default"]  # type: ignore[return-value]
+
+
+# -- interrupts, copies, tracers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError, ValueError])
+@pytest.mark.parametrize("under", [True, False])
+def test_an_interrupt_in_a_forward_pass_leaves_no_alpha_behind(probe, error, under):
+    def interrupt(*_: Any) -> None:
+        raise error
+
+    hook = probe.model[1].register_forward_pre_hook(interrupt)
+    libortho.set_alpha(probe.model, 0.0 if under else 1.0)
+    with contextlib.suppress(error), libortho.alpha(probe.model, 1.0) if under else contextlib.nullcontext():
+        probe.model(probe.x)
+    hook.remove()
+    layer = probe.model[0]
+    for value in VALUES:
+        libortho.set_alpha(probe.model, value)
+        assert (probe(), probe(layer)) == (value, value)
+        with libortho.alpha(probe.model, 1.0 - value):
+            assert (probe(), probe(layer)) == (1.0 - value, 1.0 - value)
+
+
+def test_a_context_inside_a_forward_pass_counts(probe):
+    found = []
+
+    def hook(*_: Any) -> None:
+        with libortho.alpha(probe.model, 0.5):
+            found.append(probe(probe.model[0]))
+        found.append(probe(probe.model[0]))
+
+    handle = probe.model[1].register_forward_pre_hook(hook)
+    with libortho.alpha(probe.model, 1.0):
+        probe.model(probe.x)
+    handle.remove()
+    assert found == [0.5, 1.0]
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+def test_a_copy_made_inside_a_context_has_its_alpha_or_is_refused(probe, duplicate):
+    with libortho.alpha(probe.model, 0.0):
+        assert probe(duplicate(probe.model)) == 0.0
+    with libortho.alpha(probe.model, 1.0):
+        if persistent(probe):
+            assert probe(duplicate(probe.model)) == 1.0
+        else:
+            with pytest.raises(AlphaContextError, match="copied or pickled inside"):
+                duplicate(probe.model)
+    assert probe(duplicate(probe.model)) == persistent(probe)
+
+
+TRACERS = {
+    "jit": lambda m, x: torch.jit.trace(m, x),
+    "jit of a layer": lambda m, x: torch.jit.trace(m[0], x),
+    "make_fx": lambda m, x: make_fx(m)(x),
+    "make_fx, fake": lambda m, x: make_fx(m, tracing_mode="fake")(x),
+    "fx": lambda m, x: torch.fx.symbolic_trace(m),
+}
+
+
+@pytest.mark.parametrize("tracer", list(TRACERS))
+def test_what_would_freeze_an_alpha_is_refused(probe, tracer):
+    with pytest.raises(AlphaContextError, match="would freeze the alpha"):
+        TRACERS[tracer](probe.model, probe.x)
+    assert probe() == persistent(probe)
+
+
+def test_a_graph_of_another_process_finds_no_switch_by_accident(probe):
+    numbers = {get_switch(copy.deepcopy(probe.model)).number for _ in range(20)}
+    assert len(numbers) == 20
+    assert min(numbers) > 2**40
+    with pytest.raises(AlphaError, match="belongs to another process"):
+        torch.ops.libortho.alpha(probe.x, 0, "default")
+
+
+def test_a_second_head_over_the_same_layers_is_switched_too(probe):
+    head = nn.Sequential(probe.model[0], nn.ReLU())
+    libortho.set_alpha(head, 0.5)
+    assert probe() == 0.5
+    with libortho.alpha(head, 1.0):
+        assert probe() == 1.0
+
+
+def test_a_model_is_freed_when_nobody_needs_it(probe):
+    import weakref
+
+    gone = weakref.ref(probe.model)
+    gc.disable()
+    try:
+        probe.model = None  # type: ignore[assignment]
+        assert gone() is None
+    finally:
+        gc.enable()
