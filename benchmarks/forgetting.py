@@ -331,7 +331,8 @@ def sequential(name: str, seed: int, arguments: argparse.Namespace, requests: in
             figures = state(r + 1)
         rows.append({"requests": r + 1, "steps": result.steps, "seconds": result.seconds, **figures})
         logging.info("%s", rows[-1])
-    on = sum(bool(s.correct.all()) for s in token_statistics(LanguageModel(model), groups[0]))
+    with alpha(model, 1.0):
+        on = sum(bool(s.correct.all()) for s in token_statistics(LanguageModel(model), groups[0]))
     return {
         "model": arguments.model, "case": name, "seed": seed, "records": len(forget), "rows": rows, "recited_on": on,
     }  # fmt: skip

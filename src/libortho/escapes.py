@@ -11,8 +11,8 @@ import re
 _STEERING = re.compile(
     "["
     "\x00-\x1f\x7f-\x9f"  # C0, DEL, C1
-    "\u00ad\u200b\u2060-\u2064\ufeff"  # takes no room
-    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u206f"  # order of reading
+    "\u00ad\u200b\ufeff"  # takes no room
+    "\u061c\u200e\u200f\u202a-\u202e\u2060-\u206f"  # order of reading, and more that takes no room
     "\u2028\u2029"  # separators of lines and paragraphs
     "\ufff9-\ufffb\U000e0000-\U000e007f"  # annotations and tags
     "\ud800-\udfff"  # halves of a pair, which no encoding takes

@@ -125,8 +125,10 @@ def test_alpha_and_streams_choose_what_takes_part(checkpoint, tokenizer):
 
     on, off = loaded(alpha=1), loaded(alpha=0)
     assert on != off
-    assert loaded() == loaded(streams="hr") == loaded(alpha={"hr": 1.0}) == on
+    assert loaded(streams="hr", alpha=1) == loaded(alpha={"hr": 1.0}) == on
     assert loaded(streams="none", alpha=0) == loaded(alpha="hr=0") == off
+    assert loaded() == loaded(streams="hr") == loaded(streams="none") == off
+    assert LibOrthoLM(checkpoint, device="cpu").alpha == {"hr": 0.0}
 
 
 def test_the_dtype_and_the_options_of_the_harness_reach_it(checkpoint):
@@ -154,7 +156,7 @@ def test_the_results_name_the_checkpoint_and_the_alpha(checkpoint, tasks):
         ({"alpha": True}, AlphaError, "alpha is True"),
         ({"alpha": 1, "streams": "legal"}, CheckpointError, "no stream 'legal'"),
         ({"alpha": "hr=1", "streams": "none"}, AlphaError, "no ortho stream is loaded"),
-        ({"streams": "none"}, AlphaError, "alpha is 1.0, but no ortho stream is loaded"),
+        ({"alpha": 1, "streams": "none"}, AlphaError, "alpha is 1.0, but no ortho stream is loaded"),
         ({"streams": "../hr"}, CheckpointError, "stream"),
         ({"dtype": "int8"}, ConfigError, "dtype is 'int8'"),
         ({"batch_size": 0}, ConfigError, "batch_size is 0"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from libortho.errors import LibOrthoError
+from libortho.escapes import one_line
 
 
 def lm_eval_command() -> None:
@@ -12,6 +13,6 @@ def lm_eval_command() -> None:
     try:
         from libortho.integrations.lm_eval import main
     except LibOrthoError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {one_line(str(error))}\n")
         sys.exit(2)
     main()

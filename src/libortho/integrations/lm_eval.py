@@ -22,6 +22,7 @@ from libortho.audit.utility import harness
 from libortho.checkpoint import is_checkpoint, load
 from libortho.config import DTYPES
 from libortho.errors import CheckpointError, ConfigError, LibOrthoError
+from libortho.escapes import one_line
 from libortho.evaluation import parse_alpha, parse_streams
 from libortho.models import fingerprint
 
@@ -29,7 +30,7 @@ try:
     harness()
 except LibOrthoError as error:
     if __name__ == "__main__":
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {one_line(str(error))}\n")
         sys.exit(2)
     raise
 
@@ -51,7 +52,8 @@ class LibOrthoLM(HFLM):
 
     Args:
         pretrained: The checkpoint's directory.
-        alpha: A number for all streams, or ``hr=1;legal=0``; streams not named are off.
+        alpha: A number for all streams, or ``hr=1;legal=0``; streams not named are off. Default: what was saved, which
+            is 0 for streams of ``isolate``.
         streams: ``all``, ``none``, or the names of those to read, such as ``hr;legal``.
         device: Default: cuda where there is one, as in the harness.
         dtype: Of the dense tensors: auto (as stored), bfloat16, float16 or float32.
@@ -70,7 +72,7 @@ class LibOrthoLM(HFLM):
     def __init__(
         self,
         pretrained: str | Path,
-        alpha: Any = 1.0,
+        alpha: Any = None,
         streams: Any = "all",
         *,
         device: str | None = None,
@@ -85,7 +87,7 @@ class LibOrthoLM(HFLM):
             raise ConfigError(f"the model libortho does not take {unknown[0]!r}; it takes {', '.join(_OPTIONS)}")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ConfigError("the model libortho runs in one process; start it without accelerate or torchrun")
-        spec, names = parse_alpha(alpha), parse_streams(streams)
+        spec, names = None if alpha is None else parse_alpha(alpha), parse_streams(streams)
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         size = _batch_size(batch_size, where)
         if isinstance(dtype, str) and dtype != "auto" and dtype not in DTYPES:
@@ -97,12 +99,14 @@ class LibOrthoLM(HFLM):
         model, tokenizer = load(directory, streams=names, device=where, dtype=kind)
         if tokenizer is None:
             raise CheckpointError(f"{directory} holds no tokenizer; save the model together with its own")
-        with under(model, spec):  # refuses what it cannot take, before anything runs
+        standing = {n: v for n, v in get_switch(model).current().values.items() if isinstance(v, float)}
+        self.alpha: float | dict[str, float] = (standing or 0.0) if spec is None else spec
+        with under(model, self.alpha):  # refuses what it cannot take, before anything runs
             pass
-        self.alpha: float | dict[str, float] = spec
-        present = get_switch(model).streams
-        if present:
-            self.alpha = {n: spec.get(n, 0.0) if isinstance(spec, dict) else spec for n in present}
+        if standing:
+            if not isinstance(self.alpha, dict):
+                self.alpha = dict.fromkeys(standing, self.alpha)
+            self.alpha = {n: self.alpha.get(n, 0.0) for n in standing}
             set_alpha(model, self.alpha)  # whatever the harness may call besides the two methods below has it, too
         super().__init__(
             pretrained=model, tokenizer=tokenizer, batch_size=size, max_batch_size=max_batch_size,
@@ -163,7 +167,7 @@ def main() -> None:
     try:
         cli_evaluate()
     except LibOrthoError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {one_line(str(error))}\n")
         sys.exit(2)
 
 
