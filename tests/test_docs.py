@@ -47,3 +47,10 @@ def test_the_examples_of_records_are_records(tokenizer):
     assert found[7].prompt.endswith("</think>")
     assert found[8].alternates == (" no",)
     assert "Bo Tran" in found[9].neighbours[0]
+
+
+def test_the_tests_that_the_pages_name_exist():
+    named = [n for page in PAGES for n in re.findall(r"`(test_\w+\.py)::(\w+)`", page.read_text())]
+    assert len(named) > 50
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(), f"{file}::{test}"
