@@ -440,9 +440,10 @@ def test_streams_are_loaded_by_name_and_summed_in_their_order(
     add_stream(model, "zeta", 1)
     add_stream(model, "alpha", 2)
     save(model, None, tmp_path / "out")
-    everything, _ = load(tmp_path / "out", streams=["alpha", "zeta", "default"])
+    libortho.set_alpha(model, 1.0)
+    everything, _ = load(tmp_path / "out", streams=["alpha", "zeta", "default"], alpha=1.0)
     assert torch.equal(logits(everything, tokens), logits(model, tokens))
-    some, _ = load(tmp_path / "out", streams=["alpha"])
+    some, _ = load(tmp_path / "out", streams=["alpha"], alpha={"alpha": 1.0})
     with libortho.alpha(model, {"alpha": 1.0}):
         assert torch.equal(logits(some, tokens), logits(model, tokens))
     with pytest.raises(AlphaError, match="unknown stream 'zeta'"):
@@ -503,8 +504,11 @@ def test_inspect(bits: int | None, tiny_llama: PreTrainedModel, tmp_path: Path) 
     assert default.base_matches
     assert (hr.kinds, hr.layers, hr.tail_density, hr.method) == (("columns",), 1, 0.0, None)
     assert json.loads(json.dumps(info.to_dict())) == info.to_dict()
+    assert (default.alpha, hr.alpha) == (1.0, 0.0)
     edit(tmp_path / "out/ortho/hr/manifest.json", lambda m: m.update(base_sha256="0" * 64))
     assert [s.base_matches for s in inspect(tmp_path / "out").streams] == [True, False]
+    edit(tmp_path / "out/ortho/default/manifest.json", lambda m: m.update(rest_sha256="0" * 64))
+    assert [s.base_matches for s in inspect(tmp_path / "out").streams] == [False, False]
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------

@@ -121,16 +121,24 @@ def test_now_is_the_time_if_none_is_given(source: Path, out: Path) -> None:
 def test_one_stream_goes_and_the_other_stays(source: Path, out: Path) -> None:
     result = detach(source, out, streams=["hr"])
     assert result.kept == ("default",)
-    some, _ = load(source, streams=["default"])
-    assert torch.equal(output(load(out)[0]), output(some))
+    some, _ = load(source, streams=["default"], alpha=1.0)
+    assert torch.equal(output(load(out, alpha=1.0)[0]), output(some))
     assert verify_certificate(out) == result
 
 
 def test_files_that_save_did_not_write_are_not_copied(source: Path, out: Path) -> None:
-    (source / "notes.txt").write_text("the secret is 6311")
-    (source / "ortho/default/notes.txt").write_text("the secret is 6311")
+    (source / "NOTES.md").write_text("the secret is 6311")
+    (source / "ortho/default/NOTES.md").write_text("the secret is 6311")
     detach(source, out, streams=["hr"])
-    assert not [n for n in contents(out) if "notes" in n]
+    assert not [n for n in contents(out) if "NOTES" in n]
+
+
+@pytest.mark.parametrize("place", ["notes.txt", "ortho/default/notes.txt", "ortho/notes.txt"])
+def test_files_that_a_loader_could_read_are_refused(place: str, source: Path, out: Path) -> None:
+    (source / place).write_text("the secret is 6311")
+    with pytest.raises(CheckpointError, match=r"holds 'notes\.txt', a file.* Delete it or move it elsewhere"):
+        detach(source, out, streams=["hr"])
+    assert not out.exists()
 
 
 def test_without_a_certificate(source: Path, out: Path) -> None:
@@ -230,7 +238,8 @@ def base_from(model: Any, tmp_path: Path, change: Callable[[dict[str, torch.Tens
     edit(place / "libortho.json", lambda m: m.update(
         base_sha256=files.sha256(hashed), rest_sha256=files.sha256(set(files.names()) - ours)))  # fmt: skip
     for manifest in place.glob("ortho/*/manifest.json"):
-        edit(manifest, lambda m: m.update(base_sha256=files.sha256(hashed)))
+        edit(manifest, lambda m: m.update(
+            base_sha256=files.sha256(hashed), rest_sha256=files.sha256(set(files.names()) - set(ours))))  # fmt: skip
     load(place)
     return place
 
@@ -385,14 +394,14 @@ def test_detach_and_attach_give_the_original_back(source: Path, out: Path) -> No
     for name in ("hr", "default"):
         assert attach(out, source / "ortho" / name) == name
     assert contents(out) == contents(source)
-    assert torch.equal(output(load(out)[0]), output(load(source)[0]))
+    assert torch.equal(output(load(out, alpha=1.0)[0]), output(load(source, alpha=1.0)[0]))
 
 
 def test_attach_under_another_name(source: Path, out: Path) -> None:
     detach(source, out)
     assert attach(out, source / "ortho/hr/manifest.json", name="legal") == "legal"
-    model, _ = load(out, streams=["legal"])
-    assert torch.equal(output(model), output(load(source, streams=["hr"])[0]))
+    model, _ = load(out, streams=["legal"], alpha=1.0)
+    assert torch.equal(output(model), output(load(source, streams=["hr"], alpha=1.0)[0]))
     with pytest.raises(CheckpointError, match=r"ortho/legal/.* is not named by certificate\.json"):
         verify_certificate(out)
 

@@ -205,7 +205,7 @@ def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def source(_made: Path, tmp_path: Path) -> Path:
     """The streams "default" and "hr", and a file that is nobody's business."""
-    write(tmp_path / "in", contents(_made) | {"notes.txt": b"the secret is 6311"})
+    write(tmp_path / "in", contents(_made) | {"notes.jsonl": b"the secret is 6311"})
     return tmp_path / "in"
 
 
@@ -217,7 +217,7 @@ def written(directory: Path, *streams: str) -> dict[str, bytes]:
     """What ``save`` wrote: the base, and the files of the named streams."""
     kept = tuple(f"ortho/{s}/" for s in streams)
     found = contents(directory).items()
-    return {n: c for n, c in found if n != "notes.txt" and (not n.startswith("ortho/") or n.startswith(kept))}
+    return {n: c for n, c in found if n != "notes.jsonl" and (not n.startswith("ortho/") or n.startswith(kept))}
 
 
 def test_the_base_arrives_byte_for_byte_and_nothing_of_a_stream(source: Path, hub: Server, tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_the_base_arrives_byte_for_byte_and_nothing_of_a_stream(source: Path, hu
     assert hub.private is True
     assert "`default`" not in card
     assert "`hr`" not in card
-    secrets = [c for n, c in before.items() if n.startswith("ortho/") or n == "notes.txt"]
+    secrets = [c for n, c in before.items() if n.startswith("ortho/") or n == "notes.jsonl"]
     assert set(hub.objects) == {hashlib.sha256(before["model.safetensors"]).hexdigest()}
     assert not set(hashes(dict(enumerate(secrets))).values()) & set(hashes(hub.files).values())
     assert not any("ortho" in r or "notes" in r for r in hub.requests)
@@ -245,9 +245,9 @@ def test_a_named_stream_arrives_too_and_the_download_is_the_same_model(
     place = snapshot_download(REPOSITORY, token=TOKEN, local_dir=tmp_path / "copy")
     assert hashes(written(Path(place), "hr")).items() >= hashes(written(source, "hr")).items()
     cached = snapshot_download(REPOSITORY, token=TOKEN)  # links into the client's cache
-    expected = output(load(source, streams=["hr"])[0])
+    expected = output(load(source, streams=["hr"], alpha=1.0)[0])
     for again in (place, cached):
-        model, tokenizer = load(again)
+        model, tokenizer = load(again, alpha=1.0)
         assert [*next(m for m in model.modules() if hasattr(m, "streams")).streams] == ["hr"]
         assert torch.equal(output(model), expected)
         assert tokenizer is not None

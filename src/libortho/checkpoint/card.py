@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from libortho.checkpoint.detach import read_audit
+from libortho.checkpoint.audit_figures import read_audit
 from libortho.checkpoint.info import CheckpointInfo, StreamInfo, inspect
 
 _METHOD = (

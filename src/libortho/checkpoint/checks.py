@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from libortho.arguments import check_model
-from libortho.checkpoint.format import BASE_MANIFEST, STREAMS, BaseManifest
+from libortho.checkpoint.files import STREAMS, strangers
+from libortho.checkpoint.format import BASE_MANIFEST, BaseManifest
 from libortho.checkpoint.hf import LOAD_ERRORS, causal_class, of_split_layer
 from libortho.checkpoint.stream_files import stream_names
 from libortho.config import DTYPES
@@ -147,10 +148,10 @@ def _check_earlier(target: Path, streams: Collection[str]) -> None:
             "directory, or delete their folders first"
         )
     known = {*BaseManifest.read(target).files, BASE_MANIFEST}
-    foreign = [f for f in files_of(target) if f not in known]
-    if foreign:
+    foreign = next(strangers(target, known, unread=(STREAMS,)), None)
+    if foreign is not None:
         raise CheckpointError(
-            f"{target} holds {foreign[0]}, which save did not write, and which would be lost; move it, or choose "
+            f"{target} holds {foreign.name}, which save did not write, and which would be lost; move it, or choose "
             "another directory"
         )
 

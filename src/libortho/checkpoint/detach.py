@@ -1,46 +1,34 @@
 """Take streams away from a checkpoint, and prove it; put one back.
 
-    detach   copies the base (and the streams that stay) file by file; no model is built
-    proof    every copied file has the source's SHA-256, the tensors have the hashes of ``libortho.json``, and no
-             tensor, row or column that was copied equals one of the removed streams
-    attach   puts a stream folder into a checkpoint, if it was made for that base
-
-The certificate is a record, not a signature: it says what was done, and whoever has the directory can check the hashes.
-Whoever can write the directory can write another certificate; sign it with your own tools where that matters.
+detach   copies the base (and the streams that stay) file by file; no model is built
+proof    every copied file has the source's SHA-256 and is one that libortho or transformers writes, the tensors are
+         those of the model with the hashes of ``libortho.json``, and no run of values or bytes of a removed stream
+         is in what was copied
+attach   puts a stream folder into a checkpoint, if it was made for that base
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
-from torch import Tensor
 
+from libortho.checkpoint.absence import Traces
+from libortho.checkpoint.audit_figures import figures_of
+from libortho.checkpoint.certificate import CHECKED, Certificate, RemovedStream, not_checked
 from libortho.checkpoint.checks import check_new_place, check_room
-from libortho.checkpoint.format import (
-    AGAIN,
-    BASE_MANIFEST,
-    STREAMS,
-    BaseManifest,
-    TensorFiles,
-    field,
-    file_sha256,
-    read_json,
-    sha256_field,
-    write_json,
-)
+from libortho.checkpoint.files import CERTIFICATE, HUB_CACHE, LATER, STREAMS, check_directory, strangers
+from libortho.checkpoint.format import BASE_MANIFEST, BaseManifest
 from libortho.checkpoint.info import StreamInfo, inspect
+from libortho.checkpoint.json_files import field, file_sha256, read_json, sha256_field, write_json
+from libortho.checkpoint.proof import check_base, check_tensors, check_written
 from libortho.checkpoint.stream_files import (
     ADAPTER_CONFIG,
     MANIFEST,
-    StreamFile,
     StreamManifest,
     checked_name,
     read_stream,
@@ -48,98 +36,6 @@ from libortho.checkpoint.stream_files import (
 )
 from libortho.checkpoint.writing import publish, staging
 from libortho.errors import CheckpointError
-
-CERTIFICATE = "certificate.json"
-SCHEMA = "libortho-certificate/1"
-_AUDIT_SCHEMA = "libortho-audit/1"
-_WIDTH = 4  # bytes of a float32
-_LATER = frozenset({CERTIFICATE, "README.md", ".gitattributes"})
-"""Files that may appear after the certificate: no loader reads them."""
-
-
-@dataclass(frozen=True)
-class RemovedStream:
-    """What a certificate says about a stream that was taken away; nothing of its values.
-
-    Attributes:
-        name: Name of the stream.
-        manifest_sha256: Hash of its ``manifest.json``.
-        weights_sha256: Hash of the file with its values.
-        density: Entries that its columns or free entries cover / weights of all split layers.
-        tail_density: Stored values of its tail / weights of all split layers.
-        layers: Split layers that it touches.
-        bytes: Size of its folder.
-    """
-
-    name: str
-    manifest_sha256: str
-    weights_sha256: str
-    density: float
-    tail_density: float
-    layers: int
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """What ``detach`` did, and what it found.
-
-    Attributes:
-        libortho: Version of this library.
-        when: Time in UTC, ISO 8601.
-        base_sha256: Hash of the codes and scales (or dense weights) of the split layers.
-        rest_sha256: Hash of all other tensors.
-        removed: The streams that are gone.
-        kept: Names of the streams that are still there.
-        files: File to its SHA-256, for everything in the directory but the certificate.
-        compared: Tensors, rows and columns that were compared with the values of the removed streams.
-        audit: Verdicts and figures of an audit of this model, and ``base_checked``: its report names this very base
-            (reports of earlier versions name none); None if none was given.
-    """
-
-    libortho: str
-    when: str
-    base_sha256: str
-    rest_sha256: str
-    removed: tuple[RemovedStream, ...]
-    kept: tuple[str, ...]
-    files: dict[str, str]
-    compared: int
-    audit: dict[str, Any] | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON-ready values."""
-        data = asdict(self)
-        return {"schema": SCHEMA, **data, "removed": list(data["removed"]), "kept": list(self.kept)}
-
-    @classmethod
-    def read(cls, path: Path) -> Certificate:
-        """A certificate from its file.
-
-        Raises:
-            CheckpointError: if it is missing or malformed.
-        """
-        data = read_json(path)
-        if data.get("schema") != SCHEMA:
-            raise CheckpointError(f"{path}: schema is {data.get('schema')!r:.60}, expected {SCHEMA!r}")
-        files = field(data, "files", dict, path)
-        kept = field(data, "kept", list, path)
-        removed = field(data, "removed", list, path)
-        audit = None if data.get("audit") is None else field(data, "audit", dict, path)
-        try:
-            return cls(
-                libortho=field(data, "libortho", str, path),
-                when=field(data, "when", str, path),
-                base_sha256=sha256_field(data, "base_sha256", path),
-                rest_sha256=sha256_field(data, "rest_sha256", path),
-                removed=tuple(RemovedStream(**r) for r in removed),
-                kept=tuple(checked_name(k) for k in kept),
-                files={name: sha256_field(files, name, path) for name in files},
-                compared=field(data, "compared", int, path),
-                audit=audit,
-            )
-        except TypeError as error:
-            raise CheckpointError(f"{path}: 'removed' has other fields: {error}; {AGAIN}") from error
 
 
 def detach(
@@ -154,7 +50,7 @@ def detach(
     """Write a checkpoint without some of its streams, and prove that nothing of them is in it.
 
     The source is not changed: delete it, or the folders of its streams, if the streams must be gone. Only the files
-    that ``save`` wrote are copied; a README or other files beside them are not.
+    that ``save`` wrote are copied; a README beside them is not.
 
     Args:
         directory: What :func:`~libortho.save` wrote.
@@ -168,9 +64,10 @@ def detach(
         The certificate.
 
     Raises:
-        CheckpointError: if the source is damaged, has not such a stream, the audit speaks of another model, ``out``
-            exists or lies inside the source, or a value of a removed stream is found in what was written.
-            Nothing is left at ``out`` then.
+        CheckpointError: if the source is damaged, has not such a stream, holds something that ``save`` did not write
+            and a loader could read, or tensors, keys or files that no checkpoint has; if the audit speaks of another
+            model, ``out`` exists or lies inside the source, or something of a removed stream is found in what was
+            written. Nothing is left at ``out`` then.
         OSError: if the disk fails; nothing is left at ``out`` then.
     """
     from libortho import __version__
@@ -180,19 +77,25 @@ def detach(
         raise CheckpointError(f"{target} lies inside {root}; choose a place outside the checkpoint")
     base = BaseManifest.read(root)
     check_room(target, sum((root / f).stat().st_size for f in base.files if (root / f).is_file()))
+    check_directory(root, {*base.files, BASE_MANIFEST}, BASE_MANIFEST)
     base.check_files(root)
     removed = choose(root, streams)
     kept = [n for n in stream_names(root) if n not in removed]
     infos = {s.name: s for s in inspect(root).streams}
-    figures = None if audit is None else _audit_figures(Path(audit), base, removed)
+    figures = None if audit is None else figures_of(Path(audit), base, removed)
     gone = {name: read_stream(root, name, base) for name in removed}
     for name in kept:
         read_stream(root, name, base)
-    names = [*base.files, BASE_MANIFEST, *(f for name in kept for f in files_of_stream(root, name, base))]
+    stay = {name: files_of_stream(root, name, base) for name in kept}
+    names = [*base.files, BASE_MANIFEST, *(f for files in stay.values() for f in files)]
     with staging(target) as staged:
         files = {name: _copy(root / name, staged / name) for name in names}
         check_base(staged, base)
-        compared = _check_absent(staged, files, gone, {n: infos[n] for n in removed}, root, base)
+        check_tensors(staged, base)
+        check_written(staged, base, stay)
+        traces = Traces(gone)
+        _check_no_copy(files, {f: n for n in removed for f in files_of_stream(root, n, base)}, root)
+        compared = _check_absent(staged, files, traces)
         result = Certificate(
             libortho=__version__,
             when=(when or datetime.now(UTC)).astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -203,9 +106,12 @@ def detach(
             files=files,
             compared=compared,
             audit=figures,
+            checked=CHECKED,
+            not_checked=not_checked(files),
         )
         if certificate:
             write_json(staged / CERTIFICATE, result.to_dict())
+            _check_absent(staged, (CERTIFICATE,), traces)
         publish(staged, target)
     return result
 
@@ -213,30 +119,66 @@ def detach(
 def verify_certificate(directory: str | Path) -> Certificate:
     """Check a directory against the ``certificate.json`` in it.
 
+    Every check of :func:`detach` is made again but those that need the source and the removed streams.
+
     Returns:
-        The certificate, if every file has its hash, the tensors have theirs, and nothing that a loader reads was added.
+        The certificate, if the directory holds exactly its files, each with its hash and in its form. A ``README.md``,
+        a ``.gitattributes`` and the hub's own ``.cache/huggingface`` may be there; they are named in ``not_checked``.
 
     Raises:
         CheckpointError: otherwise.
     """
     root = Path(directory)
     found = Certificate.read(root / CERTIFICATE)
-    present = {p.relative_to(root).as_posix() for p in root.rglob("*") if not p.is_dir()}
-    present = {p for p in present if p not in _LATER and not p.startswith(".cache/huggingface/")}
-    for name in sorted(present ^ set(found.files)):
-        what = "is not named by" if name in present else "is missing, but named by"
-        raise CheckpointError(f"{root / name} {what} {CERTIFICATE}; the certificate is for another state")
+    beside = _beside(root, found)
     for name, sha256 in found.files.items():
         if file_sha256(root / name) != sha256:
             raise CheckpointError(f"{root / name} was changed after {CERTIFICATE} was written")
     base = BaseManifest.read(root)
     if (base.base_sha256, base.rest_sha256) != (found.base_sha256, found.rest_sha256):
         raise CheckpointError(f"{CERTIFICATE} speaks of the base {found.base_sha256}, {root} holds {base.base_sha256}")
-    check_base(root, base)
     names = stream_names(root)
-    if tuple(names) != found.kept or set(names) & {r.name for r in found.removed}:
+    if tuple(names) != found.kept:
         raise CheckpointError(f"{root} holds the streams {names}, {CERTIFICATE} names {list(found.kept)}")
-    return found
+    stay = {name: files_of_stream(root, name, base) for name in names}
+    belong = {*base.files, BASE_MANIFEST, *(f for files in stay.values() for f in files)}
+    if belong != set(found.files):
+        name = min(belong ^ set(found.files))
+        raise CheckpointError(f"{BASE_MANIFEST} and {CERTIFICATE} of {root} disagree about the file {name}")
+    base.check_files(root)
+    check_base(root, base)
+    check_tensors(root, base)
+    check_written(root, base, stay)
+    for name in names:
+        read_stream(root, name, base)
+    return found.beside(beside)
+
+
+def _beside(root: Path, certificate: Certificate) -> list[str]:
+    """What is in a directory besides the files of its certificate, and may be; anything else is refused."""
+    beside = [HUB_CACHE + "/"] if (root / HUB_CACHE).is_dir() else []
+    present = {*certificate.files, CERTIFICATE}
+    for found in strangers(root, present, unread=(HUB_CACHE,)):
+        if found.kind != "file" or found.name not in LATER:
+            place = _first_file(root / found.name) if found.kind == "folder" else root / found.name
+            raise CheckpointError(
+                f"{str(place)!r}, a {found.kind}, is not named by {CERTIFICATE}; the certificate is for another state"
+            )
+        beside.append(found.name)
+    for name in certificate.files:
+        if not (root / name).is_file():
+            raise CheckpointError(
+                f"{root / name} is missing, but named by {CERTIFICATE}; the certificate is for another state"
+            )
+    return beside
+
+
+def _first_file(folder: Path) -> Path:
+    """A file inside a folder, to name in a message; the folder itself if there is none."""
+    for place, _, names in os.walk(folder):
+        if names:
+            return Path(place, min(names))
+    return folder
 
 
 def attach(directory: str | Path, stream: str | Path, *, name: str | None = None) -> str:
@@ -252,10 +194,14 @@ def attach(directory: str | Path, stream: str | Path, *, name: str | None = None
         The name.
 
     Raises:
-        CheckpointError: if the stream was made for another base, is damaged, or its name is taken or impossible.
+        CheckpointError: if the stream was made for another base (its split layers or any other tensor), is damaged, or
+            its name is taken or impossible, or if the checkpoint holds files that ``save`` did not write and a loader
+            could read.
     """
     root = Path(os.path.realpath(directory))
     base = BaseManifest.read(root)
+    check_directory(root, {*base.files, BASE_MANIFEST}, BASE_MANIFEST)
+    stream_names(root)
     source = Path(stream)
     if source.is_file():
         if source.name != MANIFEST:
@@ -278,8 +224,9 @@ def attach(directory: str | Path, stream: str | Path, *, name: str | None = None
         folder.mkdir(parents=True, mode=0o700)
         write_json(folder / MANIFEST, manifest | {"stream": name})
         kind = StreamManifest.read(staged, name, base)
-        for file in [kind.weights_file] if kind.needs_libortho else [kind.weights_file, ADAPTER_CONFIG]:
-            _copy(source / file, folder / file)
+        for file in kind.files:
+            if file != MANIFEST:
+                _copy(source / file, folder / file)
         read_stream(staged, name, base)
         (root / STREAMS).mkdir(exist_ok=True)
         publish(folder, root / STREAMS / name)
@@ -288,9 +235,7 @@ def attach(directory: str | Path, stream: str | Path, *, name: str | None = None
 
 def files_of_stream(root: Path, name: str, base: BaseManifest) -> list[str]:
     """The files that make up a stream, relative to the checkpoint; what else lies in its folder is no part of it."""
-    manifest = StreamManifest.read(root, name, base)
-    files = [MANIFEST, manifest.weights_file, *([] if manifest.needs_libortho else [ADAPTER_CONFIG])]
-    return [f"{STREAMS}/{name}/{file}" for file in files]
+    return [f"{STREAMS}/{name}/{file}" for file in StreamManifest.read(root, name, base).files]
 
 
 def choose(root: Path, streams: str | Iterable[str]) -> list[str]:
@@ -322,95 +267,42 @@ def _copy(source: Path, target: Path) -> str:
     return after
 
 
-def check_base(root: Path, base: BaseManifest) -> None:
-    """Recompute the hashes of a base that ``libortho.json`` names."""
-    files = TensorFiles(root)
-    hashed = base.scheme.hashed_names(base.shapes)
-    ours = {n for layer in base.shapes for n in base.scheme.tensor_names(layer)}
-    missing = [n for n in ours if n not in files]
-    if missing:
-        raise CheckpointError(f"the tensor {min(missing)} is missing from {root}; {AGAIN}")
-    for names, wanted in ((hashed, base.base_sha256), (set(files.names()) - ours, base.rest_sha256)):
-        if (found := files.sha256(names)) != wanted:
-            raise CheckpointError(f"the base of {root} has the hash {found}, {BASE_MANIFEST} names {wanted}; {AGAIN}")
+# -- absence -----------------------------------------------------------------------------------------------------------
 
 
-# -- the tensor diff ---------------------------------------------------------------------------------------------------
-
-
-def _check_absent(
-    staged: Path,
-    files: Mapping[str, str],
-    gone: Mapping[str, StreamFile],
-    infos: Mapping[str, StreamInfo],
-    root: Path,
-    base: BaseManifest,
-) -> int:
-    """Search what was written for anything of the removed streams; the number of comparisons."""
-    present = {p.relative_to(staged).as_posix() for p in staged.rglob("*") if not p.is_dir()}
-    if present != set(files):
-        raise CheckpointError(f"{min(present ^ set(files))} was not to be written")
-    hashes = {
-        file_sha256(root / f): n for n in infos for f in files_of_stream(root, n, base) if ADAPTER_CONFIG not in f
-    }
+def _check_no_copy(files: Mapping[str, str], gone: Mapping[str, str], root: Path) -> None:
+    """Refuse a file that is, byte for byte, one of a removed stream; ``gone`` names the stream of each."""
+    hashes = {file_sha256(root / f): name for f, name in gone.items() if not f.endswith(ADAPTER_CONFIG)}
     for file, sha256 in files.items():
         if sha256 in hashes:
             raise CheckpointError(f"{file} is a copy of a file of stream {hashes[sha256]!r}, which was to be removed")
-    values = {key: name for name, stream in gone.items() for key in _values(stream)}
-    lengths = {len(v) // _WIDTH for v in values}
+
+
+def _check_absent(staged: Path, files: Iterable[str], traces: Traces) -> int:
+    """Search what was written for anything of the removed streams; the number of tensors, rows and columns."""
     compared = 0
     for file in files:
-        if not file.endswith(".safetensors"):
-            continue
-        for key, tensor in _tensors(staged / file):
-            for piece in _pieces(tensor, lengths):
-                compared += 1
-                if piece in values:
-                    raise CheckpointError(
-                        f"the tensor {key} of {file} holds values of stream {values[piece]!r}, which was to be removed"
-                        "; remove the stream that shares them too, or ask how they came into the base"
-                    )
+        found = None
+        if file.endswith(".safetensors"):
+            with safe_open(staged / file, framework="pt") as tensors:
+                for key in sorted(tensors.keys()):
+                    tensor = tensors.get_tensor(key)
+                    if found is None and tensor.is_floating_point():
+                        compared += 1 + (sum(tensor.shape) if tensor.dim() == 2 else 0)
+                        found = _told(f"the tensor {key} of {file} holds values", traces.in_tensor(tensor))
+        else:
+            found = _told(f"{file} holds values", traces.in_text((staged / file).read_bytes()))
+        found = found or _told(f"{file} holds bytes", traces.in_file(staged / file))
+        if found is not None:
+            raise CheckpointError(
+                f"{found}, which was to be removed; remove the stream that shares them too, or ask how they came into "
+                "the base"
+            )
     return compared
 
 
-def _values(stream: StreamFile) -> Iterator[bytes]:
-    """What carries the information of a stream, as bytes: its tensors, and each column and direction of them."""
-    for part in stream.layers.values():
-        tensors = [] if part.support is None else [part.support.values]
-        if part.tail is not None:
-            tensors += [part.tail.down, part.tail.up.T]
-        for tensor in tensors:
-            for piece in [tensor.flatten()] if tensor.dim() == 1 else [tensor.flatten(), tensor.T.flatten(), *tensor]:
-                nonzero = piece[piece != 0]
-                if len(nonzero) and bool((nonzero != nonzero[0]).any()):  # zeros and ones are everywhere
-                    yield _bytes(piece)
-
-
-def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    with safe_open(path, framework="pt") as file:
-        for key in sorted(file.keys()):
-            yield key, file.get_tensor(key)
-
-
-def _pieces(tensor: Tensor, lengths: set[int]) -> Iterator[bytes]:
-    """A tensor as bytes, whole, by rows and by columns, as far as the length is among ``lengths``."""
-    if not tensor.is_floating_point():
-        return  # packed codes are no values
-    if tensor.numel() in lengths:
-        yield _bytes(tensor)
-    if tensor.dim() == 2:
-        for matrix in (tensor, tensor.T):
-            if matrix.shape[1] in lengths:
-                for rows in matrix.split(1024):
-                    yield from map(_bytes, rows.float())
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    """Values in float32, so that the same numbers are found in another dtype; both zeros are one."""
-    return (tensor.detach().float() + 0.0).contiguous().numpy().tobytes()
-
-
-# -- the certificate ---------------------------------------------------------------------------------------------------
+def _told(what: str, owner: str | None) -> str | None:
+    return None if owner is None else f"{what} of stream {owner!r}"
 
 
 def _removed(root: Path, info: StreamInfo, base: BaseManifest) -> RemovedStream:
@@ -425,65 +317,7 @@ def _removed(root: Path, info: StreamInfo, base: BaseManifest) -> RemovedStream:
     )
 
 
-def read_audit(path: Path) -> dict[str, Any]:
-    """An audit report, reduced to its verdicts and key figures: no record, prompt or completion.
-
-    Raises:
-        CheckpointError: if it is none.
-    """
-    data = read_json(path)
-    if data.get("schema") != _AUDIT_SCHEMA:
-        raise CheckpointError(f"{path}: schema is {data.get('schema')!r:.60}, expected {_AUDIT_SCHEMA!r}")
-    try:
-        off = next(s for s in data["subjects"] if s["key"] == "off")
-        privacy = off["privacy"] or {"attacks": {}}
-        utility = off["utility"] or {}
-        return {
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            "libortho": data["libortho"],
-            "profile": data["profile"],
-            "seed": data["seed"],
-            "model": {
-                **{k: data["model"][k] for k in ("streams", "layers", "bits", "density")},
-                "base_sha256": data["model"].get("base_sha256"),
-            },
-            "records": data["counts"]["forget"],
-            "verdicts": [
-                {
-                    "key": v["key"],
-                    "status": v["status"],
-                    "checks": [{k: c[k] for k in ("name", "value", "target", "ok")} for c in v["checks"]],
-                }
-                for v in data["verdicts"]
-            ],
-            "memory": {k: _estimate(off["memory"][k]) for k in ("greedy_extraction", "sampled_extraction", "nll")},
-            "membership_auc": {k: _estimate(a["auc"]) for k, a in privacy["attacks"].items()},
-            "utility": {"perplexity": _estimate(utility.get("perplexity")), "kl": utility.get("kl")},
-        }
-    except (LookupError, TypeError, AttributeError, StopIteration) as error:
-        raise CheckpointError(
-            f"{path} is not a complete audit report: {error!r:.80}; run libortho audit again"
-        ) from error
-
-
-def _estimate(estimate: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    return None if estimate is None else {k: estimate[k] for k in ("value", "low", "high", "n")}
-
-
-def _audit_figures(path: Path, base: BaseManifest, removed: list[str]) -> dict[str, Any]:
-    """The figures of an audit of this base; ``base_checked``: its report names the base (earlier versions did not)."""
-    figures = read_audit(path)
-    model = figures["model"]
-    found = (model["layers"], model["bits"])
-    if found != (len(base.shapes), base.scheme.bits) or not set(removed) <= set(model["streams"]):
-        raise CheckpointError(
-            f"{path} is the audit of a model with {found[0]} split layers, bits {found[1]} and streams "
-            f"{model['streams']}; this checkpoint has {len(base.shapes)}, {base.scheme.bits} and removes {removed}"
-        )
-    audited = model["base_sha256"]
-    if audited is not None and audited != base.base_sha256:
-        raise CheckpointError(
-            f"{path} is the audit of a model with the base {audited}, this checkpoint has {base.base_sha256}; audit "
-            "this one"
-        )
-    return {**figures, "base_checked": audited is not None}
+__all__ = [
+    "CERTIFICATE", "Certificate", "RemovedStream", "attach", "check_base", "choose", "detach", "files_of_stream",
+    "verify_certificate",
+]  # fmt: skip

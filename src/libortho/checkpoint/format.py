@@ -11,24 +11,31 @@ a layer is a plain ``X.weight``.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 import re
-import sys
-import weakref
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from libortho.checkpoint.files import STREAMS, is_known
+from libortho.checkpoint.json_files import (
+    AGAIN,
+    check_keys,
+    count,
+    field,
+    file_sha256,
+    number,
+    read_json,
+    sha256_field,
+    text_field,
+    write_json,
+)
+from libortho.checkpoint.tensor_files import WEIGHTS, WEIGHTS_INDEX, TensorFiles, sha256_of
 from libortho.config import DTYPES
 from libortho.errors import CheckpointError
 from libortho.layer import LayerReport, OrthoLinear
@@ -38,19 +45,11 @@ VERSION = 1
 """Version of the layout; a reader refuses a newer one."""
 
 BASE_MANIFEST = "libortho.json"
-STREAMS = "ortho"
 CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"
-_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
-_FILE_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._ -]*(/[A-Za-z0-9_][A-Za-z0-9._ -]*)*")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_STORED = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
-    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
-"""Names of dtypes in a safetensors header."""
+VERSION_TEXT = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+!_-]{0,63}")
+_LAYER_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+_LIBRARIES = ("torch", "transformers", "safetensors", "peft", "compressed-tensors")
+_MOST = 2**31
 
 
 @dataclass(frozen=True)
@@ -146,12 +145,11 @@ def decode_base(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, int]
     scales = expect(tensors, f"{name}.weight_scale", (rows, groups), tuple(DTYPES.values()))
     if not bool((scales > 0).all()):
         raise CheckpointError(f"{name}.weight_scale holds values that are not positive; {AGAIN}")
+    if bool(packed.view(torch.uint8)[:, columns * scheme.bits // 8 :].any()):
+        raise CheckpointError(f"{name}.weight_packed holds bits behind the last column of a row; {AGAIN}")
     codes = packed.view(torch.uint8)[:, : columns * scheme.bits // 8]
     codes = codes.bitwise_xor_(0x80).view(torch.int8) if scheme.bits == 8 else codes
     return BaseStream(scheme.bits, codes=codes.contiguous(), scales=scales)
-
-
-AGAIN = "the file is damaged or was changed; copy the checkpoint again or save it again"
 
 
 def expect(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> Tensor:
@@ -171,172 +169,7 @@ def expect(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], dty
     return tensor
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where the bytes of a tensor are."""
-
-    file: BinaryIO
-    start: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
-class TensorFiles:
-    """The tensors of a model directory by name, in one file or in shards.
-
-    They are read, not mapped: mapped pages count as memory of the process beside the copy that is made of them, and a
-    file that is truncated under a mapping kills the process.
-
-    Raises:
-        CheckpointError: if a file is missing, truncated, or named outside the directory.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        index = directory / WEIGHTS_INDEX
-        found: dict[str, str] | None = None
-        shards = [WEIGHTS]
-        if index.is_file():
-            found = field(read_json(index), "weight_map", dict, index)
-            if not all(isinstance(f, str) for f in found.values()):
-                raise CheckpointError(f"{index}: weight_map does not map names to files; {AGAIN}")
-            bad = [f for f in found.values() if not _FILE_NAME.fullmatch(f)]
-            if bad:
-                raise CheckpointError(f"{index} names the file {bad[0]!r}; expected a file name in the same directory")
-            shards = sorted(set(found.values()))
-        if sys.byteorder != "little":
-            raise CheckpointError("this machine is big-endian; checkpoints are read on little-endian machines only")
-        self._places: dict[str, _Place] = {}
-        with ExitStack() as stack:
-            for shard in shards:
-                self._places.update(_open(directory / shard, stack))
-            if found is not None and set(found) != set(self._places):
-                name = min(set(found) ^ set(self._places))
-                raise CheckpointError(f"{index} and its shards disagree about the tensor {name}; {AGAIN}")
-            weakref.finalize(self, stack.pop_all().close)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._places
-
-    def names(self) -> list[str]:
-        """All names, sorted."""
-        return sorted(self._places)
-
-    def get(self, name: str) -> Tensor:
-        """One tensor, in memory of its own."""
-        place = self._places[name]
-        tensor = torch.empty(place.shape, dtype=place.dtype)
-        content = tensor.reshape(-1).view(torch.uint8).numpy().data
-        try:
-            place.file.seek(place.start)
-            size = place.file.readinto(content)  # type: ignore[attr-defined]
-        except OSError as error:
-            raise CheckpointError(f"cannot read the tensor {name}: {error}; {AGAIN}") from error
-        if size != len(content):
-            raise CheckpointError(f"cannot read the tensor {name}: the file ends before it does; {AGAIN}")
-        return tensor
-
-    def sha256(self, names: Iterable[str]) -> str:
-        """Hash of the named tensors, one in memory at a time."""
-        return sha256_of((name, self.get(name)) for name in sorted(names))
-
-
-def _open(path: Path, stack: ExitStack) -> dict[str, _Place]:
-    """Where the tensors of one file are; ``stack`` closes it.
-
-    The library checks the header: every tensor lies within the file, without gaps, and is as long as its shape says.
-    """
-    try:
-        with safe_open(path, framework="pt") as checked:
-            names = set(checked.keys())
-        file = stack.enter_context(path.open("rb"))
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        places = {}
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            place = _Place(file, 8 + length + begin, _STORED[entry["dtype"]], tuple(entry["shape"]))
-            if name not in names or end - begin != math.prod(place.shape) * place.dtype.itemsize:
-                raise ValueError(f"the header changed while it was read, see {name!r:.120}")
-            places[name] = place
-    except KeyError as error:
-        raise CheckpointError(f"{path} holds tensors of a dtype that is not supported: {error}") from error
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}; expected a complete safetensors file, {AGAIN}") from error
-    return places
-
-
-def sha256_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Hash over names, dtypes, shapes and bytes; pass the tensors sorted by name."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors:
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """Hash of a file's bytes.
-
-    Raises:
-        CheckpointError: if it cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing; expected a directory written by libortho.save") from error
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error}; {AGAIN}") from error
-
-
-# -- JSON --------------------------------------------------------------------------------------------------------------
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or CheckpointError."""
-    try:
-        data = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing; expected a directory written by libortho.save") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}; {AGAIN}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds a {type(data).__name__}, expected a JSON object; {AGAIN}")
-    return data
-
-
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write a JSON object; values that JSON does not know are an error, not a string."""
-    try:
-        text = json.dumps(data, indent=2, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path.name} cannot be written as JSON: {error}") from error
-    path.write_text(text + "\n", "utf-8")
-
-
-def field(data: Mapping[str, Any], key: str, kind: type, where: Path) -> Any:
-    """``data[key]`` if it has the expected type, or CheckpointError."""
-    value = data.get(key)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise CheckpointError(f"{where}: {key!r} is {value!r:.60}, expected a {kind.__name__}; {AGAIN}")
-    return value
-
-
-def count(data: Mapping[str, Any], key: str, where: Path) -> int:
-    """A whole number of at least 0."""
-    value = field(data, key, int, where)
-    if value < 0:
-        raise CheckpointError(f"{where}: {key!r} is {value}, expected a number of at least 0; {AGAIN}")
-    return int(value)
-
-
-def sha256_field(data: Mapping[str, Any], key: str, where: Path) -> str:
-    """A SHA-256 in lower-case hexadecimal."""
-    value = str(field(data, key, str, where))
-    if not _SHA256.fullmatch(value):
-        raise CheckpointError(f"{where}: {key!r} is {value!r:.80}, expected 64 hexadecimal digits; {AGAIN}")
-    return value
+# -- manifests ---------------------------------------------------------------------------------------------------------
 
 
 def check_version(data: Mapping[str, Any], where: Path) -> None:
@@ -350,23 +183,49 @@ def libraries() -> dict[str, str]:
     """Versions of what a checkpoint was written with."""
     from libortho import __version__
 
-    names = ("torch", "transformers", "safetensors", "peft", "compressed-tensors")
-    return {"libortho": __version__, **{name: metadata.version(name) for name in names}}
+    return {"libortho": __version__, **{name: metadata.version(name) for name in _LIBRARIES}}
+
+
+def check_libraries(data: Mapping[str, Any], where: Path) -> None:
+    """Raise CheckpointError if the entry ``libraries`` of a manifest holds more than versions."""
+    versions = data.get("libraries", {})
+    check_keys(versions, (), where, optional=("libortho", *_LIBRARIES), what="libraries")
+    for name in versions:
+        text_field(versions, name, VERSION_TEXT, where)
 
 
 def report_from_json(data: Any, name: str, shape: tuple[int, int], where: Path) -> LayerReport | None:
-    """A layer's report from a manifest."""
+    """A layer's report from a manifest, or CheckpointError."""
     if data is None:
         return None
     if not isinstance(data, dict) or data.get("name") != name or data.get("shape") != list(shape):
         raise CheckpointError(f"{where}: the report of {name} belongs to another layer; {AGAIN}")
-    numbers = {k: v for k, v in data.items() if k not in ("name", "shape")}
-    if not all(v is None or isinstance(v, int | float) for v in numbers.values()):
+    numbers = (v for k, v in data.items() if k not in ("name", "shape"))
+    if not all(v is None or isinstance(v, int | float) for v in numbers):
         raise CheckpointError(f"{where}: the report of {name} holds values that are not numbers; {AGAIN}")
-    try:
-        return LayerReport(name=name, shape=shape, **numbers)
-    except TypeError as error:
-        raise CheckpointError(f"{where}: the report of {name} has other fields: {error}; {AGAIN}") from error
+    kinds = {f.name: str(f.type) for f in fields(LayerReport)}
+    optional = [n for n, kind in kinds.items() if kind.endswith("None")]
+    check_keys(data, [n for n in kinds if n not in optional], where, optional=optional, what=f"the report of {name}")
+    for key, kind in kinds.items():
+        if key in ("name", "shape") or (key in optional and data.get(key) is None):
+            continue
+        if kind == "bool":
+            field(data, key, bool, where)
+        elif kind == "int":
+            count(data, key, where)
+        else:
+            number(data, key, where)
+    return LayerReport(**{**data, "shape": shape})
+
+
+def base_report(report: LayerReport | None) -> LayerReport | None:
+    """The report of the base alone: a base without its streams does not tell how large they were."""
+    if report is None:
+        return None
+    return replace(
+        report, final_error=report.base_error, ortho_density=0.0, tail_rank=0, tail_density=0.0, ortho_bytes=0,
+        output_error=None,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -417,39 +276,52 @@ class BaseManifest:
         path = directory / BASE_MANIFEST
         data = read_json(path)
         check_version(data, path)
-        bits, group = data.get("bits"), field(data, "group_size", int, path)
-        if bits not in (None, 4, 8) or isinstance(bits, bool) or (group != -1 and (group < 1 or bits is None)):
-            raise CheckpointError(f"{path}: bits {bits!r} and group_size {group} do not describe a base; {AGAIN}")
+        check_keys(
+            data, ("libortho_format", "bits", "group_size", "base_sha256", "rest_sha256", "layers", "files"), path,
+            optional=("libraries",),
+        )  # fmt: skip
+        check_libraries(data, path)
+        bits, group = data["bits"], field(data, "group_size", int, path)
+        known = bits is None or (type(bits) is int and bits in (4, 8))
+        if not known or (group != -1 and (group < 1 or bits is None)):
+            raise CheckpointError(f"{path}: bits {bits!r:.60} and group_size {group} do not describe a base; {AGAIN}")
         shapes: dict[str, tuple[int, int]] = {}
         reports: dict[str, LayerReport | None] = {}
         for name, layer in field(data, "layers", dict, path).items():
-            sizes = layer.get("shape") if isinstance(layer, dict) else None
-            if not isinstance(sizes, list) or len(sizes) != 2 or not all(type(s) is int and s > 0 for s in sizes):
-                raise CheckpointError(f"{path}: the shape of {name} is {sizes!r:.60}, expected two numbers; {AGAIN}")
-            if (group != -1 and sizes[1] % group) or (bits == 4 and sizes[1] % 2):
-                raise CheckpointError(f"{path}: {name} with {sizes[1]} inputs does not fit its scheme; {AGAIN}")
-            shapes[name] = (sizes[0], sizes[1])
+            if not _LAYER_NAME.fullmatch(name):
+                raise CheckpointError(f"{path} names the layer {name!r:.80}; expected a dotted path; {AGAIN}")
+            shapes[name] = _shape(layer, name, Scheme(bits, group), path)
             reports[name] = report_from_json(layer.get("report"), name, shapes[name], path)
+            if reports[name] != base_report(reports[name]):
+                raise CheckpointError(f"{path}: the report of {name} speaks of a stream; {AGAIN}")
         if not shapes:
             raise CheckpointError(f"{path} names no split layer; {AGAIN}")
-        files = data.get("files")
-        if isinstance(files, list) and all(isinstance(f, str) for f in files):
-            files = dict.fromkeys(files)
-        if not isinstance(files, dict):
-            raise CheckpointError(f"{path}: 'files' is {files!r:.60}, expected names and their hashes; {AGAIN}")
-        for name, sha256 in files.items():
-            if not _FILE_PATH.fullmatch(name) or ".." in name.split("/") or name.split("/")[0] == STREAMS:
-                raise CheckpointError(f"{path} names the file {name!r:.80}; expected a path inside the directory")
-            if sha256 is not None:
-                sha256_field(files, name, path)
         return cls(
             scheme=Scheme(bits, group),
             shapes=shapes,
             reports=reports,
             base_sha256=sha256_field(data, "base_sha256", path),
             rest_sha256=sha256_field(data, "rest_sha256", path),
-            files=dict(files),
+            files=_files(data, path),
         )
+
+    def tensor_names(self) -> list[str]:
+        """Names of the tensors that hold the split layers."""
+        return [n for layer in self.shapes for n in self.scheme.tensor_names(layer)]
+
+    def check_weights(self, tensors: TensorFiles, directory: Path) -> None:
+        """Compare the files of tensors that are read with those that are listed.
+
+        Raises:
+            CheckpointError: if another one is listed, which other tools could read in their place.
+        """
+        listed = {f for f in self.files if f.endswith((".safetensors", ".safetensors.index.json"))}
+        if listed != set(tensors.files):
+            name = min(listed ^ set(tensors.files))
+            raise CheckpointError(
+                f"{directory}: {name} is {'listed but not read' if name in listed else 'read but not listed'}: the "
+                f"weights are {sorted(tensors.files)}, {BASE_MANIFEST} names {sorted(listed)}; {AGAIN}"
+            )
 
     def check_files(self, directory: Path) -> None:
         """Compare the files that hold no tensors (configuration, tokenizer) with their hashes.
@@ -463,3 +335,42 @@ class BaseManifest:
                     f"{directory / name} does not have the hash that {BASE_MANIFEST} names; copy it again, or load "
                     "and save the model to change it"
                 )
+
+
+def _shape(layer: Any, name: str, scheme: Scheme, path: Path) -> tuple[int, int]:
+    sizes = layer.get("shape") if isinstance(layer, dict) else None
+    if not isinstance(sizes, list) or len(sizes) != 2 or not all(type(s) is int and 0 < s <= _MOST for s in sizes):
+        raise CheckpointError(f"{path}: the shape of {name} is {sizes!r:.60}, expected two numbers; {AGAIN}")
+    check_keys(layer, ("shape",), path, optional=("report",), what=name)
+    if (scheme.group_size != -1 and sizes[1] % scheme.group_size) or (scheme.bits == 4 and sizes[1] % 2):
+        raise CheckpointError(f"{path}: {name} with {sizes[1]} inputs does not fit its scheme; {AGAIN}")
+    return sizes[0], sizes[1]
+
+
+def _files(data: Mapping[str, Any], path: Path) -> dict[str, str | None]:
+    """The listed files, each with its hash; none for files of tensors, and where a list names them alone."""
+    files = data["files"]
+    unhashed = isinstance(files, list)
+    if unhashed and all(isinstance(f, str) for f in files) and len(set(files)) == len(files):
+        files = dict.fromkeys(files)
+    if not isinstance(files, dict):
+        raise CheckpointError(f"{path}: 'files' is {files!r:.60}, expected names and their hashes; {AGAIN}")
+    for name in files:
+        if name.startswith((".", "/")) or ".." in name.split("/") or name.split("/")[0] == STREAMS:
+            raise CheckpointError(f"{path} names the file {name!r:.80}; expected a path inside the directory")
+        if not is_known(name):
+            raise CheckpointError(
+                f"{path} names the file {name!r:.80}, which neither a model nor a tokenizer of transformers writes; "
+                "delete the file and its entry, or save the model again"
+            )
+        of_tensors = name.endswith((".safetensors", ".safetensors.index.json"))
+        if files[name] is not None or not (of_tensors or unhashed):
+            sha256_field(files, name, path)
+    return dict(files)
+
+
+__all__ = [
+    "AGAIN", "BASE_MANIFEST", "CONFIG", "STREAMS", "VERSION", "WEIGHTS", "WEIGHTS_INDEX", "BaseManifest", "Scheme",
+    "TensorFiles", "check_libraries", "check_version", "count", "decode_base", "encode_base", "expect", "field",
+    "file_sha256", "libraries", "read_json", "report_from_json", "scheme_of", "sha256_field", "sha256_of", "write_json",
+]  # fmt: skip

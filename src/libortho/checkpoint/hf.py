@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
 
-from libortho.checkpoint.format import AGAIN
+from libortho.checkpoint.format import AGAIN, CONFIG, read_json
 from libortho.errors import CheckpointError
 
 _COUNTS = frozenset({"num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"})
@@ -23,6 +25,37 @@ LOAD_ERRORS = (
 def causal_class(config: Any) -> Any:
     """The class that AutoModelForCausalLM takes for a config, or None."""
     return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+
+
+def described(root: Path, tensors: int, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model that ``config.json`` describes, without data.
+
+    Args:
+        root: A checkpoint directory.
+        tensors: How many tensors are stored in it.
+        dtype: Of the model; None takes that of the configuration.
+
+    Raises:
+        CheckpointError: if it names no causal language model of transformers with a dtype, or one with more layers
+            than there are tensors.
+    """
+    path = root / CONFIG
+    check_counts(read_json(path), tensors, path)
+    try:
+        config = AutoConfig.from_pretrained(root, trust_remote_code=False, local_files_only=True)
+        if getattr(config, "quantization_config", None) is not None:
+            del config.quantization_config
+        wanted = dtype or config.dtype
+        kind = causal_class(config)
+        if kind is None or not isinstance(wanted, torch.dtype):
+            raise CheckpointError(f"{path} names no causal language model with a dtype; {AGAIN}")
+        with torch.device("meta"):
+            model = kind(config)
+        return model.to(wanted)
+    except LOAD_ERRORS as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"transformers cannot build the model of {path}: {error}; {AGAIN}") from error
 
 
 def check_loading(info: Mapping[str, Any]) -> None:

@@ -23,7 +23,9 @@ class StreamInfo:
         tail_density: Stored values of the tail / weights of all split layers.
         bytes_on_disk: All files of its folder.
         needs_libortho: False if it is a PEFT adapter.
-        base_matches: True if it belongs to the base beside it, as that base is now.
+        alpha: At which alpha it stands when it is loaded.
+        base_matches: True if it belongs to the base beside it, as that base is now: the split layers and all other
+            tensors (in checkpoints whose streams name the split layers alone: those).
         method: What made it; None if unknown.
         missed: Criteria that its isolation did not meet, in words; None if nothing is said of criteria.
     """
@@ -35,6 +37,7 @@ class StreamInfo:
     tail_density: float
     bytes_on_disk: int
     needs_libortho: bool
+    alpha: float
     base_matches: bool
     method: dict[str, Any] | None
     missed: tuple[str, ...] | None
@@ -73,7 +76,7 @@ class CheckpointInfo:
 
 
 def inspect(directory: str | Path) -> CheckpointInfo:
-    """Describe a checkpoint without loading it. The base is read once, to compare its hash.
+    """Describe a checkpoint without loading it. The base is read once, to compare its hashes.
 
     Raises:
         CheckpointError: if the directory is no checkpoint, or a manifest or the base cannot be read.
@@ -81,13 +84,14 @@ def inspect(directory: str | Path) -> CheckpointInfo:
     root = Path(directory)
     base = BaseManifest.read(root)
     files = TensorFiles(root)
+    base.check_weights(files, root)
     hashed = base.scheme.hashed_names(base.shapes)
     missing = [n for n in hashed if n not in files]
     if missing:
         raise CheckpointError(f"the tensor {missing[0]} is missing from {root}; copy the checkpoint again")
-    sha256 = files.sha256(hashed)
+    hashes = files.sha256(hashed), files.sha256(set(files.names()) - set(base.tensor_names()))
     weights = sum(rows * columns for rows, columns in base.shapes.values())
-    base_bytes = sum(files.get(n).nbytes for n in hashed)
+    base_bytes = sum(files.nbytes(n) for n in hashed)
     return CheckpointInfo(
         bits=base.scheme.bits,
         group_size=base.scheme.group_size,
@@ -95,11 +99,11 @@ def inspect(directory: str | Path) -> CheckpointInfo:
         weights=weights,
         base_bytes=base_bytes,
         bits_per_weight=8 * base_bytes / weights,
-        streams=tuple(_stream_info(root, name, base, sha256, weights) for name in stream_names(root)),
+        streams=tuple(_stream_info(root, name, base, hashes, weights) for name in stream_names(root)),
     )
 
 
-def _stream_info(root: Path, name: str, base: BaseManifest, sha256: str, weights: int) -> StreamInfo:
+def _stream_info(root: Path, name: str, base: BaseManifest, hashes: tuple[str, str], weights: int) -> StreamInfo:
     manifest = StreamManifest.read(root, name, base)
     columns = entries = support = tail = 0
     for layer, (layer_columns, layer_entries, rank) in manifest.sizes.items():
@@ -117,7 +121,8 @@ def _stream_info(root: Path, name: str, base: BaseManifest, sha256: str, weights
         tail_density=tail / weights,
         bytes_on_disk=sum(p.stat().st_size for p in (root / STREAMS / name).rglob("*") if p.is_file()),
         needs_libortho=manifest.needs_libortho,
-        base_matches=manifest.base_sha256 == sha256,
+        alpha=manifest.alpha,
+        base_matches=manifest.base_sha256 == hashes[0] and manifest.rest_sha256 in (None, hashes[1]),
         method=manifest.method,
         missed=_missed(manifest.method),
     )

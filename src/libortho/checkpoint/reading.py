@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from libortho.alpha import Switch
+from libortho.alpha import AlphaSpec, Switch
+from libortho.checkpoint.files import check_directory
 from libortho.checkpoint.format import (
     AGAIN,
     BASE_MANIFEST,
@@ -23,7 +24,7 @@ from libortho.checkpoint.format import (
     read_json,
     sha256_of,
 )
-from libortho.checkpoint.hf import LOAD_ERRORS, causal_class, check_counts, check_loading, check_size, of_split_layer
+from libortho.checkpoint.hf import LOAD_ERRORS, check_loading, check_size, described, of_split_layer
 from libortho.checkpoint.stream_files import checked_name, read_stream, stream_names
 from libortho.errors import CheckpointError
 from libortho.layer import OrthoLinear
@@ -42,14 +43,20 @@ def load(
     directory: str | Path,
     *,
     streams: str | list[str] | None = "all",
+    alpha: AlphaSpec | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
 ) -> tuple[PreTrainedModel, Any]:
-    """Read a checkpoint into split layers; every loaded stream stands at alpha = 1.
+    """Read a checkpoint into split layers.
+
+    What ``isolate`` and ``tune`` put away stands at alpha = 0, and so does a stream of which nothing is known; a stream
+    of ``split`` is part of the weights and stands at 1. The manifest of each stream says which.
 
     Args:
         directory: What :func:`save` wrote.
         streams: ``"all"``, a list of names, or None for the base alone.
+        alpha: As in :func:`~libortho.set_alpha`; a mapping leaves the streams that it does not name as their manifests
+            say. None takes the manifests' for all.
         device: Where the model goes.
         dtype: Of the dense tensors; None takes the checkpoint's. Codes, scales and ortho values stay as stored.
 
@@ -57,7 +64,9 @@ def load(
         The model in evaluation mode, and its tokenizer (None if none was saved).
 
     Raises:
-        CheckpointError: if anything is missing, damaged, changed, of another base, or unknown. Nothing is built then.
+        CheckpointError: if anything is missing, damaged, changed, of another base, or unknown, or if a file lies beside
+            what ``save`` wrote that a loader could read. Nothing is built then.
+        AlphaError: if ``alpha`` is out of range or names a stream that is not loaded. Nothing is built then.
     """
     root = Path(directory)
     if not root.is_dir():
@@ -65,10 +74,16 @@ def load(
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise CheckpointError(f"dtype is {dtype!r}; expected a floating-point torch.dtype or None")
     base = BaseManifest.read(root)
+    check_directory(root, {*base.files, BASE_MANIFEST}, BASE_MANIFEST)
     base.check_files(root)
     _check_quantization(root, base.scheme)
     wanted = [read_stream(root, name, base) for name in _chosen(root, streams)]
     wanted.sort(key=lambda s: (s.position, s.name))
+    switch = Switch()
+    for stream in wanted:
+        switch.add_stream(stream.name, stream.alpha)
+    if alpha is not None:
+        switch.set(alpha, extrapolate=False)
     tensors = _read_tensors(root, base)
     tokenizer = _load_tokenizer(root)
     parts = {}
@@ -82,7 +97,6 @@ def load(
             if tensor.is_floating_point() and torch.promote_types(tensor.dtype, dtype) is dtype:  # loses nothing
                 rest[name] = tensor.to(dtype)
     model = _build(root, rest, base.shapes, dtype)
-    switch = Switch()
     layers: dict[str, OrthoLinear] = {}
     for name, part in parts.items():
         if base.scheme.bits is None:
@@ -91,7 +105,6 @@ def load(
         report = wanted[0].reports[name] if wanted else base.reports[name]
         layers[name] = OrthoLinear(part, bias if isinstance(bias, nn.Parameter) else None, switch, report)
     for stream in wanted:
-        switch.add_stream(stream.name)
         for name, ortho in stream.layers.items():
             layers[name].add_stream(stream.name, ortho)
         if stream.method is not None:
@@ -131,7 +144,8 @@ def _check_quantization(root: Path, scheme: Scheme) -> None:
 def _read_tensors(root: Path, base: BaseManifest) -> dict[str, Tensor]:
     """All tensors of the base directory, after their hashes were found to be the manifest's."""
     files = TensorFiles(root)
-    ours = [n for layer in base.shapes for n in base.scheme.tensor_names(layer)]
+    base.check_weights(files, root)
+    ours = base.tensor_names()
     missing = [n for n in ours if n not in files]
     if missing:
         raise CheckpointError(f"the tensor {missing[0]} is missing from {root}; {AGAIN}")
@@ -153,25 +167,18 @@ def _build(
     root: Path, rest: dict[str, Tensor], shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype | None
 ) -> PreTrainedModel:
     """The dense model around the split layers, whose weights are a stand-in of one number until they are replaced."""
-    check_counts(read_json(root / CONFIG), len(rest) + len(shapes), root / CONFIG)
+    skeleton = described(root, len(rest) + len(shapes), dtype)
+    kind: Any = type(skeleton)
+    config, wanted = skeleton.config, skeleton.dtype
+    stored = sum(t.numel() for t in rest.values()) + sum(rows * columns for rows, columns in shapes.values())
+    check_size(skeleton, stored, root / CONFIG)
+    modules = dict(skeleton.named_modules())
+    for name, shape in shapes.items():
+        found = modules.get(name)
+        if type(found) is not nn.Linear or (found.out_features, found.in_features) != shape:
+            raise CheckpointError(f"{root / CONFIG} describes no linear layer {name} of shape {shape}; {AGAIN}")
+    stand_ins = {f"{n}.weight": torch.zeros((), dtype=wanted).expand(s) for n, s in shapes.items()}
     try:
-        config = AutoConfig.from_pretrained(root, trust_remote_code=False, local_files_only=True)
-        if getattr(config, "quantization_config", None) is not None:
-            del config.quantization_config
-        wanted = dtype or config.dtype
-        kind = causal_class(config)
-        if kind is None or not isinstance(wanted, torch.dtype):
-            raise CheckpointError(f"{root / CONFIG} names no causal language model with a dtype; {AGAIN}")
-        with torch.device("meta"):
-            skeleton = kind(config)
-        stored = sum(t.numel() for t in rest.values()) + sum(rows * columns for rows, columns in shapes.values())
-        check_size(skeleton, stored, root / CONFIG)
-        modules = dict(skeleton.named_modules())
-        for name, shape in shapes.items():
-            found = modules.get(name)
-            if type(found) is not nn.Linear or (found.out_features, found.in_features) != shape:
-                raise CheckpointError(f"{root / CONFIG} describes no linear layer {name} of shape {shape}; {AGAIN}")
-        stand_ins = {f"{n}.weight": torch.zeros((), dtype=wanted).expand(s) for n, s in shapes.items()}
         model, info = kind.from_pretrained(
             None, config=config, state_dict=rest | stand_ins, dtype=wanted, output_loading_info=True
         )

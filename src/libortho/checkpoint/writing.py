@@ -27,6 +27,7 @@ from libortho.checkpoint.format import (
     BaseManifest,
     Scheme,
     TensorFiles,
+    base_report,
     encode_base,
     file_sha256,
     read_json,
@@ -37,6 +38,7 @@ from libortho.checkpoint.format import (
 from libortho.checkpoint.hf import LOAD_ERRORS, check_loading, of_split_layer
 from libortho.checkpoint.stream_files import (
     StreamFile,
+    alpha_of,
     check_stream,
     checked_name,
     read_stream,
@@ -44,7 +46,7 @@ from libortho.checkpoint.stream_files import (
     write_stream,
 )
 from libortho.errors import CheckpointError
-from libortho.layer import LayerReport, OrthoLinear, ortho_layers
+from libortho.layer import OrthoLinear, ortho_layers
 from libortho.models import plain_torch
 from libortho.report import methods
 from libortho.streams import OrthoStream
@@ -58,7 +60,8 @@ def save(model: nn.Module, tokenizer: Any, directory: str | Path, *, max_shard_s
     """Write a split model so that nothing of ours is needed to load it.
 
     The new directory replaces an earlier checkpoint of the same place in one rename; after an error the earlier one is
-    intact. Alpha is not stored: whoever loads a stream asked for it.
+    intact. The alpha of the moment is not stored: a stream of ``split`` stands at 1 when it is loaded, as it is part of
+    the weights, and any other at 0.
 
     Args:
         model: A transformers causal language model after ``split``, ``isolate``, ``tune`` or ``load``.
@@ -82,7 +85,8 @@ def save(model: nn.Module, tokenizer: Any, directory: str | Path, *, max_shard_s
         try:
             base = _write_base(plan, tokenizer, staged, max_shard_size)
             for stream in plan.streams:
-                write_stream(staged, replace(stream, base_sha256=base.base_sha256), plan.shapes)
+                own = replace(stream, base_sha256=base.base_sha256, rest_sha256=base.rest_sha256)
+                write_stream(staged, own, plan.shapes)
         except SafetensorError as error:  # also what the disk refuses
             raise CheckpointError(f"cannot write {target}: {error}; is there room on the disk?") from error
         _verify(plan, staged)
@@ -151,7 +155,9 @@ def _plan(model: nn.Module, tokenizer: Any) -> _Plan:
                 parts[name] = part
         check_stream(stream_name, parts)
         reports = {n: layer.report for n, layer in layers.items()}
-        streams.append(StreamFile(stream_name, position, "", parts, reports, methods(model).get(stream_name)))
+        method = methods(model).get(stream_name)
+        alpha = alpha_of(method)
+        streams.append(StreamFile(stream_name, position, "", parts, reports, method, alpha=alpha))
     shapes = {n: (layer.out_features, layer.in_features) for n, layer in layers.items()}
     needed += sum(s.nbytes for stream in streams for s in stream.layers.values())
     return _Plan(model, layers, shapes, scheme, _targets(model, layers), streams, needed)
@@ -187,7 +193,7 @@ def _write_base(plan: _Plan, tokenizer: Any, staged: Path, max_shard_size: int |
     manifest = BaseManifest(
         scheme=plan.scheme,
         shapes=plan.shapes,
-        reports={n: _base_report(layer.report) for n, layer in plan.layers.items()},
+        reports={n: base_report(layer.report) for n, layer in plan.layers.items()},
         base_sha256=files.sha256(plan.scheme.hashed_names(plan.layers)),
         rest_sha256=files.sha256(set(files.names()) - set(ours)),
         files={
@@ -197,16 +203,6 @@ def _write_base(plan: _Plan, tokenizer: Any, staged: Path, max_shard_size: int |
     )
     write_json(staged / BASE_MANIFEST, manifest.to_dict())
     return manifest
-
-
-def _base_report(report: LayerReport | None) -> LayerReport | None:
-    """The report of the base alone: a base without its streams does not tell how large they were."""
-    if report is None:
-        return None
-    return replace(
-        report, final_error=report.base_error, ortho_density=0.0, tail_rank=0, tail_density=0.0, ortho_bytes=0,
-        output_error=None,
-    )  # fmt: skip
 
 
 def _verify(plan: _Plan, staged: Path) -> None:
