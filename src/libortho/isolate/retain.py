@@ -9,20 +9,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import random
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from libortho.cache import cache_directory
+from libortho.cache import cache_directory, make_private
 from libortho.data import Encoded
+from libortho.errors import ConfigError
 from libortho.files import write_atomically
 from libortho.lm.generation import generate
 from libortho.models import fingerprint
 from libortho.text.corpus import shipped_text
 from libortho.text.tokens import opening_tokens
+
+logger = logging.getLogger(__name__)
 
 SHARED_TOKENS = 8
 _IN_FORM = 96
@@ -111,12 +116,22 @@ def _cached_samples(
     model: nn.Module, tokenizer: Any, forget: Sequence[Encoded], count: int, length: int, seed: int
 ) -> list[list[int]]:
     key = hashlib.sha256(f"{fingerprint(model)} {[e.ids for e in forget]} {count} {length} {seed}".encode()).hexdigest()
-    path = cache_directory() / "samples" / f"{key[:32]}.json"
-    if path.is_file():
+    path = _private_file(f"{key[:32]}.json")
+    if path is not None and path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     opening = (0 if start is None else start,)
     spoken = _continued(model, tokenizer, [opening] * count, length - 1, seed)
     samples = _unlike([[*opening, *ids] for ids in spoken if len(ids) >= SHARED_TOKENS], forget)
-    write_atomically(path, json.dumps(samples))
+    if path is not None:
+        write_atomically(path, json.dumps(samples))
     return samples
+
+
+def _private_file(name: str) -> Path | None:
+    """Where samples are kept, which can hold what the model memorised; None, with a warning, where others can write."""
+    try:
+        return make_private(cache_directory() / "samples") / name
+    except (ConfigError, OSError) as error:
+        logger.warning("samples of the model are drawn anew, and not kept: %s", error)
+        return None

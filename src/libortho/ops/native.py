@@ -1,7 +1,8 @@
 """Kernels in C++ for few bf16 tokens on a CPU (``native.cpp``): optional, built once on demand, loaded if built.
 
 :func:`build` compiles them, with the user's compiler, into the library's cache directory; nothing else does. A build is
-loaded when this module is imported, if there is one for this very source, this torch, this Python and this machine. The
+loaded when this module is imported, if there is one for this very source, this torch, this Python and this machine, and
+nobody but this user or root can have put it there (:func:`libortho.cache.private_path`). The
 callers ask :data:`int8_linear` and :data:`add_columns`, and where these are None they take torch's own kernels. What
 they compute is the same to rounding. One build runs on every processor of an architecture: it chooses its instructions
 when it is loaded.
@@ -28,8 +29,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from libortho.cache import cache_directory
-from libortho.errors import KernelError
+from libortho.cache import cache_directory, make_private, private_path
+from libortho.errors import ConfigError, KernelError
 
 SOURCE = Path(__file__).with_name("native.cpp")
 
@@ -48,7 +49,11 @@ def kernels() -> ModuleType | None:
 
 
 def build_directory() -> Path:
-    """Where the build for this source, torch, Python and machine is, or would be."""
+    """Where the build for this source, torch, Python and machine is, or would be.
+
+    Raises:
+        ConfigError: if the cache has no place of its own; see :func:`libortho.cache.cache_directory`.
+    """
     digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
     tags = (f"torch{torch.__version__}", sys.implementation.cache_tag or "python", sysconfig.get_platform(), digest)
     return cache_directory() / "kernels" / "-".join(tags)
@@ -64,13 +69,17 @@ def build(verbose: bool = False) -> Path:
         The library's file.
 
     Raises:
-        KernelError: if there is no compiler or no ninja, or the compiler fails.
+        KernelError: if there is no compiler or no ninja, the compiler fails, or somebody else can write where the build
+            is kept.
     """
-    folder = build_directory()
-    if (found := _built(folder)) is None:
-        _compile(folder, verbose)
-        found = _built(folder)
-        assert found is not None
+    try:
+        folder = build_directory()
+        if _built(folder) is None:
+            _compile(folder, verbose)
+        found = _private_build(folder)
+    except (ConfigError, OSError) as error:
+        raise KernelError(f"no place for the C++ kernels: {error}") from error
+    assert found is not None
     try:
         use(_load(found))
     except ImportError as error:
@@ -90,25 +99,37 @@ def use(module: ModuleType | None) -> None:
 
 
 def load() -> ModuleType | None:
-    """Load what :func:`build` made for this version and use it; None, and torch's kernels, if there is nothing."""
+    """Load what :func:`build` made for this version and use it; None, and torch's kernels, if there is nothing.
+
+    A build that does not load, or that somebody else may have put there, is left alone with a warning.
+    """
     module = None
     wanted = os.environ.get("LIBORTHO_KERNELS", "native")
     if wanted not in ("native", "torch"):
         raise KernelError(f"LIBORTHO_KERNELS is {wanted!r}; expected native or torch")
-    if wanted == "native" and (found := _built(build_directory())) is not None:
+    if wanted == "native":
         try:
-            module = _load(found)
+            if (found := _private_build(build_directory())) is not None:
+                module = _load(found)
         except ImportError as error:
             warnings.warn(
-                f"{found} does not load ({error}), torch's kernels are used; delete it and run libortho kernels",
+                f"{str(found)!r} does not load ({error}), torch's kernels are used; delete it and run libortho kernels",
                 stacklevel=2,
             )
+        except (ConfigError, OSError) as error:
+            warnings.warn(f"torch's kernels are used, no compiled ones: {error}", stacklevel=2)
     use(module)
     return module
 
 
 def _built(folder: Path) -> Path | None:
     return next(iter(sorted(folder.glob("*" + importlib.machinery.EXTENSION_SUFFIXES[-1]))), None)
+
+
+def _private_build(folder: Path) -> Path | None:
+    """The real path of a build that nobody else can have put there, None without any."""
+    found = _built(folder)
+    return None if found is None else private_path(found)
 
 
 def _load(path: Path) -> ModuleType:
@@ -128,7 +149,7 @@ def _compile(folder: Path, verbose: bool) -> None:
         raise KernelError(f"the C++ compiler {compiler} is not found; install GCC or Clang, or name one by CXX")
     if not cpp_extension.is_ninja_available():
         raise KernelError("ninja is not found; install it with: pip install ninja")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_private(folder.parent)
     # Built aside and moved in one step: processes may build at once, and a broken build leaves nothing to wait for.
     with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
         flags = ["-O3", *(["-fopenmp"] if platform.system() == "Linux" else [])]
@@ -140,7 +161,8 @@ def _compile(folder: Path, verbose: bool) -> None:
             raise KernelError(f"the C++ kernels could not be built with {compiler}: {error}") from error
         made = _built(Path(aside))
         assert made is not None
-        folder.mkdir(exist_ok=True)
+        made.chmod(0o700)
+        folder.mkdir(mode=0o700, exist_ok=True)
         os.replace(made, folder / made.name)
 
 
