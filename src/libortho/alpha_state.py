@@ -186,7 +186,7 @@ def fit(state: AlphaState, inputs: torch.Tensor, live: bool) -> AlphaState:
     assert named is not None
     if rows == named:
         return state
-    if not live and rows % named == 0:
+    if not live and rows and rows % named == 0:
         factor = rows // named
         groups = inputs.reshape(named, factor, -1)
         if bool((groups == groups[:, :1]).all()):

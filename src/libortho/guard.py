@@ -15,7 +15,7 @@ from torch.compiler import is_compiling
 from transformers import PreTrainedModel
 
 from libortho import carried
-from libortho.errors import AlphaError
+from libortho.errors import AlphaError, DataError, LibOrthoError
 
 if TYPE_CHECKING:
     from libortho.switch import Switch
@@ -77,8 +77,23 @@ class Guard:
         return MethodType(type(model).forward, model) if self.own is None else self.own
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """See :meth:`Switch.run`. A compiler traces the model alone; its graph reads the switch in every layer."""
-        return self.inner(*args, **kwargs) if is_compiling() else self.switch.run(self, args, kwargs)
+        """See :meth:`Switch.run`. A compiler traces the model alone; its graph reads the switch in every layer.
+
+        Raises:
+            DataError: if the model does not take an empty batch, and is given one.
+        """
+        if is_compiling():
+            return self.inner(*args, **kwargs)
+        try:
+            return self.switch.run(self, args, kwargs)
+        except (RuntimeError, ValueError, IndexError) as error:
+            empty = next((v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and not v.numel()), None)
+            if empty is None or isinstance(error, LibOrthoError):
+                raise
+            raise DataError(
+                f"the batch is empty, of shape {tuple(empty.shape)}, which {type(self.model).__name__} does not take "
+                f"({error}); give at least one token"
+            ) from error
 
 
 def family(model: nn.Module) -> str | None:
