@@ -81,6 +81,7 @@ def _stream(stream: StreamInfo) -> str:
         f"{' and '.join(stream.kinds)} in {stream.layers} layers, density {stream.density:.3%}, tail density "
         f"{stream.tail_density:.2%}, {stream.bytes_on_disk / 1e6:.2f} MB. "
         + ("Needs LibOrtho." if stream.needs_libortho else "A PEFT LoRA adapter.")
+        + f" LibOrtho loads it at alpha = {stream.alpha:g}."
         + ("" if stream.base_matches else " **It was made for another base than the one here.**"),
     ]
     method = stream.method or {}

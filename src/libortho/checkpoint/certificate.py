@@ -55,11 +55,12 @@ CHECKED = (
 """What ``detach`` checks before it writes a certificate."""
 
 _NOT_CHECKED = (
-    "numbers in libortho.json (the reports of the split layers), and words and numbers in the manifests of kept "
-    "streams, beyond the same search",
+    "words and numbers of libortho.json (the reports of the split layers), of the manifests of kept streams, and of this "
+    "certificate (the figures of an audit), beyond the same search",
     "values that were encoded in another way: summed over several tensors, permuted, scattered one by one, shorter "
     "runs, quantised, scaled by another factor, in the low bits of other values, in integer codes, in the order of "
     "names, compressed, encrypted, or in another text form",
+    "times, modes, and extended attributes of files",
     "that the base has forgotten: an audit measures that, within what it tried",
     "that the base was not prepared before the streams were split from it",
     "that the source directory, other copies, backups, and a hub repository with its history are gone",
@@ -72,7 +73,10 @@ _NOT_CHECKED = (
 def not_checked(files: Iterable[str]) -> tuple[str, ...]:
     """What a certificate of these files leaves open, in words."""
     texts = sorted(f for f in files if is_known(f) and not f.endswith((".safetensors", ".safetensors.index.json")))
-    return (f"what these files say, beyond the search for bytes and numbers: {', '.join(texts)}", *_NOT_CHECKED)
+    return (
+        f"what these files say and how they are called, beyond the search for bytes and numbers: {', '.join(texts)}",
+        *_NOT_CHECKED,
+    )
 
 
 @dataclass(frozen=True)
