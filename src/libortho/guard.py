@@ -87,7 +87,8 @@ class Guard:
         try:
             return self.switch.run(self, args, kwargs)
         except (RuntimeError, ValueError, IndexError) as error:
-            empty = next((v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and not v.numel()), None)
+            given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+            empty = next((v for v in given if isinstance(v, torch.Tensor) and not v.numel()), None)
             if empty is None or isinstance(error, LibOrthoError):
                 raise
             raise DataError(
