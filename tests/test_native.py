@@ -104,6 +104,30 @@ def test_columns_are_added_with_one_rounding(at_level, rows, value):
                 assert torch.equal(y, before)
 
 
+@pytest.mark.parametrize("size", [float("inf"), float("nan"), 3e38])
+def test_tokens_at_alpha_0_keep_every_bit_whatever_a_stream_overflows_to(at_level, size):
+    for shares in ([0.0], [1.0, 0.0], [0.0, 1.0, 0.0, 0.0, 0.5], [0.0, *[1.0] * 11, 0.0, 0.0, 1.0, 0.0]):
+        given = drawn(len(shares), 33, 40)
+        y, x, index, values = (given[n] for n in ("y", "x", "index", "values"))
+        values[1], share = size, torch.tensor(shares).unsqueeze(1)
+        y[:, 3], before, off = -0.0, y.clone(), share[:, 0] == 0
+        before[:, 3] = -0.0
+        assert at_level.add_columns_(y, x, index, values, share) is y
+        assert torch.equal(y[off].view(torch.int16), before[off].view(torch.int16))
+        exact = before.double() + share * (x[:, index].double() @ values.double())
+        assert torch.equal(torch.isfinite(y[~off]), torch.isfinite(exact[~off].float()))
+        assert at_level.add_columns_(before, x, index, values, 0.0) is before
+        assert torch.equal(before[off].view(torch.int16), y[off].view(torch.int16))
+
+
+def test_no_tokens_are_no_work(at_level):
+    given = drawn(0, 33, 40)
+    assert at_level.int8_linear(given["x"], given["codes"], given["scales"]).shape == (0, 33)
+    for share in (1.0, torch.empty(0, 1)):
+        y = given["y"]
+        assert at_level.add_columns_(y, given["x"], given["index"], given["values"], share) is y
+
+
 def test_all_levels_agree(kernels):
     given = drawn(5, 70, 300)
     found = []

@@ -77,7 +77,24 @@ def check_columns(
     assert torch.equal(result.cpu()[unchanged], y[unchanged])
 
 
+def check_overflow(device: str, *, dtype: torch.dtype, size: float) -> None:
+    """Tokens at alpha = 0 keep every bit, whatever the product of the stream is."""
+    share = torch.tensor([1.0, 0.0, 0.5, 0.0]).unsqueeze(1)
+    x, y, values = torch.randn(4, 50).to(dtype), torch.randn(4, 37).to(dtype), torch.randn(5, 37).to(dtype)
+    values[2] = size
+    index = torch.randperm(50)[:5].to(torch.int32)
+    found = triton.add_columns(*(t.to(device) for t in (y.clone(), x, index, values, share))).cpu()
+    off = share[:, 0] == 0
+    assert torch.equal(found[off], y[off])
+    assert not torch.isfinite(found[~off]).any()
+
+
 CASES: dict[str, Callable[[str], None]] = {
+    **{
+        f"columns {name} that overflow to {size}": partial(check_overflow, dtype=dtype, size=size)
+        for name, dtype in DTYPES.items()
+        for size in (float("inf"), float("nan"))
+    },
     **{
         f"base int{bits} group {group} {name} {tokens}x{columns}x{rows}": partial(
             check_base, dtype=dtype, bits=bits, group=group, tokens=tokens, rows=rows, columns=columns

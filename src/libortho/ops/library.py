@@ -105,8 +105,12 @@ def add_factors(y: Tensor, x: Tensor, down: Tensor, up: Tensor, alpha: Tensor) -
 
 
 def _accumulate(add: Any, y: Tensor, x: Tensor, alpha: Tensor, *part: Tensor) -> Tensor:
+    if not bool(alpha.any()):
+        return y.clone()
     with torch.no_grad():
-        return add(y.clone(), x, *part, _per_token(alpha, y)) if bool(alpha.any()) else y.clone()
+        first = alpha[0]
+        same = bool((alpha == first).all())
+        return add(y.clone(), x, *part, float(first) if same else _per_token(alpha, y))
 
 
 def _per_token(alpha: Tensor, y: Tensor) -> Tensor:
@@ -146,8 +150,9 @@ def _differentiable(operator: Any, gradient: Any) -> None:
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *part, alpha = ctx.saved_tensors
-        scaled = grad * _per_token(alpha, grad).to(grad.dtype)
-        return (grad, gradient(scaled, *part, ctx.features).to(ctx.dtype), *[None] * (len(part) + 1))
+        each = _per_token(alpha, grad)
+        found = gradient(grad * each.to(grad.dtype), *part, ctx.features).masked_fill(each == 0, 0)
+        return (grad, found.to(ctx.dtype), *[None] * (len(part) + 1))
 
     operator.register_fake(_fake_accumulate)
     operator.register_autograd(backward, setup_context=save)

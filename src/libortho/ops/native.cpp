@@ -1,7 +1,7 @@
 // Kernels for few bf16 tokens on a CPU, built on demand (libortho.ops.native), never needed.
 //
 //   int8_linear(x, codes, scales)              y[t, n]  = scale[n] * sum_k x[t, k] code[n, k]
-//   add_columns_(y, x, index, values, alpha)   y[t, n] += alpha[t] * sum_j x[t, index[j]] values[j, n]
+//   add_columns_(y, x, index, values, alpha)   y[t, n] += alpha[t] * sum_j x[t, index[j]] values[j, n], if alpha[t] != 0
 //
 // Sums are fp32 and rounded to bf16 once. Neither writes a temporary tensor. Both return None, and do nothing, for
 // arguments that are not theirs (another dtype, device or layout, a wanted gradient, a tensor subclass, any mode or
@@ -213,16 +213,21 @@ PyObject* add_columns_(PyObject*, PyObject* const* given, Py_ssize_t count) {
     for (int64_t j = 0; j < k; j++)
       TORCH_CHECK_INDEX(chosen[j] >= 0 && chosen[j] < x.size(1), "column ", chosen[j], " of an input with ", x.size(1));
     float* gathered = scratch(tokens * k);
-    for (int64_t t = 0; t < tokens; t++) {
-      const float share = alphas ? alphas[t] : alpha;
-      for (int64_t j = 0; j < k; j++)
-        gathered[t * k + j] = share == 0 ? 0 : share * widened(from[t * down + chosen[j] * across]);
-    }
+    const auto share = [&](int64_t t) { return alphas ? alphas[t] : alpha; };
+    for (int64_t t = 0; t < tokens; t++)
+      if (share(t) != 0)
+        for (int64_t j = 0; j < k; j++) gathered[t * k + j] = share(t) * widened(from[t * down + chosen[j] * across]);
     auto* to = static_cast<uint16_t*>(y.data_ptr());
-    for (int64_t t = 0; t < tokens; t += MOST) {
-      const int some = int(std::min<int64_t>(MOST, tokens - t));
+    for (int64_t t = 0; t < tokens;) {
+      int some = 0;  // tokens at alpha 0 are left out: a product with zero would bring inf and NaN of a stream to them
+      while (some < MOST && t + some < tokens && share(t + some) != 0) some++;
+      if (!some) {
+        t++;
+        continue;
+      }
       const Addition task{gathered + t * k, static_cast<const uint16_t*>(values.const_data_ptr()), to + t * rows, k, rows};
       in_parallel(rows, some * k, [&](int64_t a, int64_t b) { level->add(task, some, a, b); });
+      t += some;
     }
     y.unsafeGetTensorImpl()->bump_version();
   }

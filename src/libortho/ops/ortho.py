@@ -1,8 +1,9 @@
 """What an ortho stream adds to the base product, in place: ``y += alpha * W_ortho x``.
 
 ``alpha`` is a float, or (tokens, 1) for values that differ between sequences; it scales the gathered inputs, which are
-few, and not the outputs. For few tokens the columns are computed in fp32 on a CPU (:mod:`libortho.ops.cpu`), and by one
-kernel on a GPU (:mod:`libortho.ops.triton`).
+few, and not the outputs. Tokens at alpha = 0 are left out by selection, in both directions: a product with zero would
+carry what overflows in a stream (inf, NaN) into them. For few tokens the columns are computed in fp32 on a CPU
+(:mod:`libortho.ops.cpu`), and by one kernel on a GPU (:mod:`libortho.ops.triton`).
 """
 
 from __future__ import annotations
@@ -45,12 +46,20 @@ def add_columns(
     if wide is not None and wants_wide(x):
         gathered = gathered.float()
         if isinstance(alpha, Tensor):
-            return y.add_(torch.mm(gathered.mul_(alpha), wide))
+            off = alpha == 0
+            return _select(y, y + torch.mm((gathered * alpha).masked_fill_(off, 0), wide), off)
         return y.add_(torch.mm(gathered, wide), alpha=alpha)
     gathered = gathered.to(y.dtype)  # under autocast, x is wider than y
     if isinstance(alpha, Tensor):
-        return y.addmm_(gathered * alpha.to(y.dtype), values.to(y.dtype))
+        off = alpha == 0
+        gathered = (gathered * alpha.to(y.dtype)).masked_fill(off, 0)
+        return _select(y, torch.addmm(y, gathered, values.to(y.dtype)), off)
     return y.addmm_(gathered, values.to(y.dtype), alpha=alpha)
+
+
+def _select(y: Tensor, total: Tensor, off: Tensor) -> Tensor:
+    """``total`` in place of ``y``, but for the tokens that are ``off``, (tokens, 1) bool; no gradient of those."""
+    return y.copy_(torch.where(off, y, total))
 
 
 def wants_wide(x: Tensor) -> bool:
@@ -60,9 +69,12 @@ def wants_wide(x: Tensor) -> bool:
 
 def add_factors(y: Tensor, x: Tensor, down: Tensor, up: Tensor, alpha: Alpha) -> Tensor:
     """Low-rank part: ``y += alpha * (x @ down^T) @ up^T``; down (rank, in_features), up (out_features, rank)."""
-    hidden = (x @ down.to(x.dtype).T).to(y.dtype)
     if isinstance(alpha, Tensor):
-        return y.addmm_(hidden * alpha.to(y.dtype), up.to(y.dtype).T)
+        off = alpha == 0
+        hidden = (x.masked_fill(off, 0) @ down.to(x.dtype).T).to(y.dtype)
+        hidden = (hidden * alpha.to(y.dtype)).masked_fill(off, 0)
+        return _select(y, torch.addmm(y, hidden, up.to(y.dtype).T), off)
+    hidden = (x @ down.to(x.dtype).T).to(y.dtype)
     return y.addmm_(hidden, up.to(y.dtype).T, alpha=alpha)
 
 
@@ -77,6 +89,10 @@ def add_sparse(y: Tensor, x: Tensor, rows: Tensor, columns: Tensor, values: Tens
         values: (entries,).
         alpha: Float or (tokens, 1).
     """
+    if isinstance(alpha, Tensor):
+        off = alpha == 0
+        product = _SparseProduct.apply(x.float().masked_fill(off, 0), rows, columns, values.float())
+        return _select(y, y + (product * alpha).to(y.dtype), off)
     product = _SparseProduct.apply(x.float(), rows, columns, values.float())
     return y.add_((product * alpha).to(y.dtype))
 

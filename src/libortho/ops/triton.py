@@ -188,4 +188,8 @@ def _columns_kernel(  # type: ignore[no-untyped-def]
         factor = tl.load(alpha + t, mask=t < tokens, other=0.0)
     place = y + t * y_token + n * y_output
     inside = (t < tokens) & (n < rows)
-    tl.store(place, tl.load(place, mask=inside, other=0.0).to(tl.float32) + factor * total, mask=inside)
+    before = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    after = before + factor * total
+    if PER_TOKEN:
+        after = tl.where(factor == 0.0, before, after)  # whatever the product is: 0 * inf is no zero
+    tl.store(place, after, mask=inside)
