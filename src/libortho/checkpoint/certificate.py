@@ -55,8 +55,8 @@ CHECKED = (
 """What ``detach`` checks before it writes a certificate."""
 
 _NOT_CHECKED = (
-    "words and numbers of libortho.json (the reports of the split layers), of the manifests of kept streams, and of this "
-    "certificate (the figures of an audit), beyond the same search",
+    "words and numbers of libortho.json (the reports of the split layers), of the manifests of kept streams, and of "
+    "this certificate (the figures of an audit), beyond the same search",
     "values that were encoded in another way: summed over several tensors, permuted, scattered one by one, shorter "
     "runs, quantised, scaled by another factor, in the low bits of other values, in integer codes, in the order of "
     "names, compressed, encrypted, or in another text form",

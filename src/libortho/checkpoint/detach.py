@@ -25,7 +25,7 @@ from libortho.checkpoint.files import CERTIFICATE, HUB_CACHE, LATER, STREAMS, ch
 from libortho.checkpoint.format import BASE_MANIFEST, BaseManifest
 from libortho.checkpoint.info import StreamInfo, inspect
 from libortho.checkpoint.json_files import field, file_sha256, read_json, sha256_field, write_json
-from libortho.checkpoint.proof import check_base, check_tensors, check_written
+from libortho.checkpoint.proof import check_base, check_held
 from libortho.checkpoint.stream_files import (
     ADAPTER_CONFIG,
     MANIFEST,
@@ -88,11 +88,10 @@ def detach(
         read_stream(root, name, base)
     stay = {name: files_of_stream(root, name, base) for name in kept}
     names = [*base.files, BASE_MANIFEST, *(f for files in stay.values() for f in files)]
+    check_held(root, base, stay)
     with staging(target) as staged:
         files = {name: _copy(root / name, staged / name) for name in names}
-        check_base(staged, base)
-        check_tensors(staged, base)
-        check_written(staged, base, stay)
+        check_held(staged, base, stay)
         traces = Traces(gone)
         _check_no_copy(files, {f: n for n in removed for f in files_of_stream(root, n, base)}, root)
         compared = _check_absent(staged, files, traces)
@@ -146,9 +145,7 @@ def verify_certificate(directory: str | Path) -> Certificate:
         name = min(belong ^ set(found.files))
         raise CheckpointError(f"{BASE_MANIFEST} and {CERTIFICATE} of {root} disagree about the file {name}")
     base.check_files(root)
-    check_base(root, base)
-    check_tensors(root, base)
-    check_written(root, base, stay)
+    check_held(root, base, stay)
     for name in names:
         read_stream(root, name, base)
     return found.beside(beside)
@@ -160,9 +157,10 @@ def _beside(root: Path, certificate: Certificate) -> list[str]:
     present = {*certificate.files, CERTIFICATE}
     for found in strangers(root, present, unread=(HUB_CACHE,)):
         if found.kind != "file" or found.name not in LATER:
-            place = _first_file(root / found.name) if found.kind == "folder" else root / found.name
+            inside = _first_file(root / found.name) if found.kind == "folder" else None
+            place, kind = (root / found.name, found.kind) if inside is None else (inside, "file")
             raise CheckpointError(
-                f"{str(place)!r}, a {found.kind}, is not named by {CERTIFICATE}; the certificate is for another state"
+                f"{str(place)!r}, a {kind}, is not named by {CERTIFICATE}; the certificate is for another state"
             )
         beside.append(found.name)
     for name in certificate.files:
@@ -173,12 +171,12 @@ def _beside(root: Path, certificate: Certificate) -> list[str]:
     return beside
 
 
-def _first_file(folder: Path) -> Path:
-    """A file inside a folder, to name in a message; the folder itself if there is none."""
+def _first_file(folder: Path) -> Path | None:
+    """A file inside a folder, to name in a message."""
     for place, _, names in os.walk(folder):
         if names:
             return Path(place, min(names))
-    return folder
+    return None
 
 
 def attach(directory: str | Path, stream: str | Path, *, name: str | None = None) -> str:

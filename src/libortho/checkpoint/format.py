@@ -204,10 +204,10 @@ def report_from_json(data: Any, name: str, shape: tuple[int, int], where: Path) 
     if not all(v is None or isinstance(v, int | float) for v in numbers):
         raise CheckpointError(f"{where}: the report of {name} holds values that are not numbers; {AGAIN}")
     kinds = {f.name: str(f.type) for f in fields(LayerReport)}
-    optional = [n for n, kind in kinds.items() if kind.endswith("None")]
-    check_keys(data, [n for n in kinds if n not in optional], where, optional=optional, what=f"the report of {name}")
+    unsaid = ("output_error",)  # in reports of earlier versions
+    check_keys(data, [n for n in kinds if n not in unsaid], where, optional=unsaid, what=f"the report of {name}")
     for key, kind in kinds.items():
-        if key in ("name", "shape") or (key in optional and data.get(key) is None):
+        if key in ("name", "shape") or (kind.endswith("None") and data.get(key) is None):
             continue
         if kind == "bool":
             field(data, key, bool, where)

@@ -14,6 +14,8 @@ from libortho.checkpoint.format import AGAIN, CONFIG, read_json
 from libortho.errors import CheckpointError
 
 _COUNTS = frozenset({"num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"})
+_REDIRECT = "transformers_weights"
+"""Key under which transformers looks for the weights in another file."""
 _BUFFERS = 2**27  # causal masks of older models
 LOAD_ERRORS = (
     OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError, RuntimeError,
@@ -40,7 +42,10 @@ def described(root: Path, tensors: int, dtype: torch.dtype | None = None) -> Pre
             than there are tensors.
     """
     path = root / CONFIG
-    check_counts(read_json(path), tensors, path)
+    stored = read_json(path)
+    if _REDIRECT in stored:
+        raise CheckpointError(f"{path} names other weights ({_REDIRECT}), which no saved model does; {AGAIN}")
+    check_counts(stored, tensors, path)
     try:
         config = AutoConfig.from_pretrained(root, trust_remote_code=False, local_files_only=True)
         if getattr(config, "quantization_config", None) is not None:

@@ -40,6 +40,22 @@ def check_base(root: Path, base: BaseManifest) -> None:
             raise CheckpointError(f"the base of {root} has the hash {found}, {BASE_MANIFEST} names {wanted}; {AGAIN}")
 
 
+def check_held(root: Path, base: BaseManifest, streams: Mapping[str, list[str]]) -> None:
+    """Refuse a directory whose tensors or manifests hold anything besides the model and its split layers.
+
+    Args:
+        root: The directory.
+        base: Its manifest.
+        streams: Stream to the relative paths of its files.
+
+    Raises:
+        CheckpointError: as :func:`check_base`, :func:`check_tensors` and :func:`check_written`.
+    """
+    check_base(root, base)
+    check_tensors(root, base)
+    check_written(root, base, streams)
+
+
 def check_tensors(root: Path, base: BaseManifest) -> None:
     """Refuse tensors that the model of ``config.json`` has not, beside those of the split layers.
 
