@@ -44,7 +44,7 @@ print(loaded - start, time.perf_counter() - loaded, memory("VmHWM") - before, me
 """
 COLUMNS = ("load_seconds", "forward_seconds", "peak_bytes", "resident_bytes")
 WAYS = {
-    "libortho.load": "libortho.load(sys.argv[1])[0]",
+    "libortho.load": "libortho.load(sys.argv[1], alpha=1.0)[0]",
     "libortho.load, no stream": "libortho.load(sys.argv[1], streams=None)[0]",
     "from_pretrained, the checkpoint": "transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])",
     "from_pretrained, the dense model": "transformers.AutoModelForCausalLM.from_pretrained(sys.argv[2])",

@@ -12,6 +12,7 @@ import torch
 import libortho
 from libortho.audit.subjects import at, dense_copy
 from libortho.errors import AlphaError, CheckpointError, ConfigError, LibOrthoError
+from libortho.report import record_method
 
 pytest.importorskip("lm_eval")
 
@@ -127,8 +128,16 @@ def test_alpha_and_streams_choose_what_takes_part(checkpoint, tokenizer):
     assert on != off
     assert loaded(streams="hr", alpha=1) == loaded(alpha={"hr": 1.0}) == on
     assert loaded(streams="none", alpha=0) == loaded(alpha="hr=0") == off
-    assert loaded() == loaded(streams="hr") == loaded(streams="none") == off
-    assert LibOrthoLM(checkpoint, device="cpu").alpha == {"hr": 0.0}
+    assert loaded(streams="none") == off
+    assert LibOrthoLM(checkpoint, device="cpu", streams="none").alpha == 0.0
+
+
+def test_without_alpha_it_is_what_was_saved(checkpoint, tmp_path):
+    assert LibOrthoLM(checkpoint, device="cpu").alpha == {"hr": 1.0}  # of split
+    model, tokenizer = libortho.load(checkpoint)
+    record_method(model, "hr", {"verb": "isolate"})
+    libortho.save(model, tokenizer, tmp_path / "out")
+    assert LibOrthoLM(tmp_path / "out", device="cpu").alpha == {"hr": 0.0}
 
 
 def test_the_dtype_and_the_options_of_the_harness_reach_it(checkpoint):

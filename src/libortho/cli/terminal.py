@@ -152,6 +152,10 @@ def run(app: typer.Typer) -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    for name in ("transformers", "huggingface_hub"):  # each brings a handler of its own
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
     with warnings.catch_warnings():
         warnings.showwarning = _warn
         try:

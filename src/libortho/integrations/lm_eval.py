@@ -166,7 +166,7 @@ def main() -> None:
 
     try:
         cli_evaluate()
-    except LibOrthoError as error:
+    except (LibOrthoError, OSError) as error:
         sys.stderr.write(f"error: {one_line(str(error))}\n")
         sys.exit(2)
 
