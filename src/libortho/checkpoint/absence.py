@@ -28,12 +28,13 @@ VALUES = 9
 """Values in a run that is looked up."""
 BYTES = 16
 """Bytes in a run that is looked up."""
-_EVERY = 2**20  # up to so many values, runs begin at each of them; beyond, at every eighth
+_EVERY = 2**12  # up to so many values, runs begin at each of them; beyond, at every eighth
 _STEP = 8
 _CHUNK = 2**16  # what a processor keeps beside it
 _READ = 2**24
 _INFINITE = 0x7F800000
-_MOST_BITS = 28
+_MOST_BITS = 30
+_SHIFTS = (30, 3)  # of the bits of a hash that a filter reads
 _DISTINCT_VALUES, _DISTINCT_BYTES = 5, 8  # of a run, so that what is common (zeros, ones, ramps) is nobody's secret
 _ODD = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed number
 _POWERS = tuple((pow(_ODD, e, 2**64) + 2**63) % 2**64 - 2**63 for e in (1, 2, 4))
@@ -44,29 +45,40 @@ _NUMBER = re.compile(rb"-?[0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
 
 @dataclass(frozen=True)
 class _Runs:
-    """Hashes of runs, sorted, each with the number of its stream, and a table that tells most others at a glance."""
+    """Hashes of runs, sorted, each with the number of its stream.
+
+    A Bloom filter before them, small enough for a processor's cache, tells nearly all others at a glance.
+    """
 
     hashes: Tensor
     owners: Tensor
-    table: Tensor
+    filter: Tensor
 
     @classmethod
     def of(cls, found: list[tuple[int, Tensor]]) -> _Runs:
         hashes = torch.cat([torch.empty(0, dtype=torch.int64), *(h for _, h in found)])
         owners = torch.cat([torch.empty(0, dtype=torch.int64), *(torch.full((len(h),), n) for n, h in found)])
         hashes, order = hashes.sort()
+        first = torch.ones(len(hashes), dtype=torch.bool)
+        first[1:] = hashes[1:] != hashes[:-1]
+        hashes, order = hashes[first], order[first]
         bits = min(_MOST_BITS, len(hashes).bit_length() + 5)
-        table = torch.zeros(2**bits, dtype=torch.bool)
-        table[_short(hashes, bits)] = True
-        return cls(hashes, owners[order], table)
+        flags = torch.zeros(2**bits, dtype=torch.bool)
+        for shift in _SHIFTS:
+            flags[(hashes >> shift) & (2**bits - 1)] = True
+        weights = 2 ** torch.arange(8, dtype=torch.uint8)
+        return cls(hashes, owners[order], (flags.view(-1, 8) * weights).sum(1, dtype=torch.uint8))
 
     def owner(self, hashes: Tensor) -> int | None:
         """The stream to which one of the hashes belongs."""
-        candidates = hashes[self.table[_short(hashes, len(self.table).bit_length() - 1)]]
-        if not len(candidates) or not len(self.hashes):
+        for shift in _SHIFTS:
+            places = (hashes >> shift) & (8 * len(self.filter) - 1)
+            bit = self.filter.index_select(0, places >> 3) >> (places & 7).to(torch.uint8)
+            hashes = hashes[(bit & 1).bool()]
+        if not len(hashes) or not len(self.hashes):
             return None
-        places = torch.searchsorted(self.hashes, candidates).clamp(max=len(self.hashes) - 1)
-        same = (self.hashes[places] == candidates).nonzero()
+        places = torch.searchsorted(self.hashes, hashes).clamp(max=len(self.hashes) - 1)
+        same = (self.hashes[places] == hashes).nonzero()
         return int(self.owners[places[same[0, 0]]]) if len(same) else None
 
 
@@ -267,7 +279,3 @@ def _mixed(words: Tensor) -> Tensor:
     """Each 64-bit word with its bits spread, so that sums of multiples of them tell words apart."""
     words = words * _ODD
     return words ^ (words >> 32)
-
-
-def _short(hashes: Tensor, bits: int) -> Tensor:
-    return (hashes >> (64 - bits)) & (2**bits - 1)
