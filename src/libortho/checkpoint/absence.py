@@ -30,7 +30,7 @@ BYTES = 16
 """Bytes in a run that is looked up."""
 _EVERY = 2**12  # up to so many values, runs begin at each of them; beyond, at every eighth
 _STEP = 8
-_CHUNK = 2**16  # what a processor keeps beside it
+_CHUNK = 2**15 - 64  # stays in a processor's cache, and torch takes no second thread for it, which would cost more
 _READ = 2**24
 _INFINITE = 0x7F800000
 _MOST_BITS = 30
