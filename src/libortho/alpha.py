@@ -21,10 +21,11 @@ What is not known is off, or raises; it is never on:
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
 from types import TracebackType
 from typing import Any
 
@@ -81,6 +82,9 @@ def set_alpha(model: nn.Module, value: AlphaSpec, *, allow_extrapolation: bool =
     get_switch(model).set(value, extrapolate=allow_extrapolation)
 
 
+_UNDONE = (Awaitable, AsyncGenerator, Generator, map, filter)
+
+
 class alpha:
     """Run a block, or a function that it decorates, under another alpha; other threads and tasks do not see it.
 
@@ -106,16 +110,23 @@ class alpha:
         if self._entered is not None:
             raise AlphaContextError("this alpha context is entered already; make another with libortho.alpha(...)")
         switch = get_switch(model)
-        context = switch.enter(value, sys._getframe(1), extrapolate=extrapolate)
-        self._entered = switch, context
+        context = switch.context(value, sys._getframe(1), self, extrapolate=extrapolate)
+        try:
+            self._entered = switch, context
+            switch.enter(context)
+        except BaseException:  # an interrupt: the block will not run
+            self.__exit__(None, None, None)
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        entered, self._entered = self._entered, None
-        if entered is not None:
-            switch, context = entered
-            switch.leave(context)
+        if self._entered is not None:
+            switch, context = self._entered
+            try:
+                switch.leave(context)
+            finally:
+                self._entered = None
 
     def _again(self) -> alpha:
         model, value, extrapolate = self._arguments
@@ -161,8 +172,9 @@ class alpha:
         def called(*args: Any, **kwargs: Any) -> Any:
             with self._again():
                 result = function(*args, **kwargs)
-            if inspect.iscoroutine(result) or inspect.isgenerator(result) or inspect.isasyncgen(result):
-                result.close() if not inspect.isasyncgen(result) else None
+            if isinstance(result, _UNDONE) and not isinstance(result, asyncio.Future):
+                if isinstance(result, Coroutine):
+                    result.close()  # or Python warns that nobody awaited it
                 raise AlphaContextError(
                     f"the decorated {getattr(function, '__name__', function)!r} returns a {type(result).__name__}, "
                     "whose body would run outside the alpha context; decorate the function that it comes from"

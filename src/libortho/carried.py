@@ -22,7 +22,8 @@ NAMES = frozenset({"past_key_values", "cache", "cache_params", "state", "mems", 
 _NO_STATE = frozenset({"inputs_embeds", "attention_mask", "position_ids", "labels", "loss", "logits"})
 _STAMP = "_libortho_alpha"
 _PLAIN = (bool, int, float, str, Tensor, type(None))
-_DEPTH = 5  # of containers within a cache
+_HALVES = ("self_attention_cache", "cross_attention_cache")
+_MANY = 100_000  # objects in a cache; one with more is not looked through
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,26 @@ def returned(parameters: Iterable[str], output: Any) -> tuple[frozenset[str], li
     return frozenset(), []
 
 
+def foreign(carried: Any, state: AlphaState) -> bool:
+    """True if other passes have stamped the object than that of this state, which is running."""
+    stamp = _stamp(carried)
+    return stamp is not None and stamp.state is not state
+
+
 def watched(carried: Any, state: AlphaState) -> bool:
-    """True if the pass of this state, which is running, has looked at the object."""
-    stamp: _Stamp | None = getattr(carried, _STAMP, None)
+    """True if the pass of this state, which is running, has stamped the object."""
+    stamp = _stamp(carried)
     return stamp is not None and stamp.state is state
+
+
+def _stamp(carried: Any) -> _Stamp | None:
+    """The stamp of an object, or of the tensor that it is a view of."""
+    stamp: _Stamp | None = getattr(carried, _STAMP, None)
+    if stamp is None and isinstance(carried, Tensor) and carried._is_view():
+        stamp = getattr(carried._base, _STAMP, None)
+        if stamp is not None and stamp.state.batch is not None:
+            return None  # which rows it views is not known
+    return stamp
 
 
 def proceed(state: AlphaState, carried: Any) -> tuple[AlphaState, bool]:
@@ -89,7 +106,7 @@ def proceed(state: AlphaState, carried: Any) -> tuple[AlphaState, bool]:
     Raises:
         AlphaContextError: if it was computed under another alpha, or nobody knows under which.
     """
-    stamp: _Stamp | None = getattr(carried, _STAMP, None)
+    stamp = _stamp(carried)
     if stamp is None:
         if _blank(carried):
             return state, False
@@ -97,15 +114,11 @@ def proceed(state: AlphaState, carried: Any) -> tuple[AlphaState, bool]:
             "the KV cache or state was not computed by this split model, so its alpha is unknown; start the request "
             "without it"
         )
-    if stamp.state is state and state.batch is None and not stamp.grown(carried):
+    own = stamp.size is None or _own_layers(carried, stamp.state)
+    if own and stamp.state is state and state.batch is None and not stamp.grown(carried):
         return state, True
     if _blank(carried):
         return state, False
-    if stamp.grown(carried):
-        raise AlphaContextError(
-            "the KV cache has grown outside the model, by a layer that was called alone, so its alpha is unknown; "
-            "start the request without it"
-        )
     known = stamp.state if stamp.state.batch is None else _followed(stamp, carried)
     if state.batch and known.batch and known.batch > state.batch:  # repeated for beams when the request began
         state = state.expanded(known.batch // state.batch)
@@ -114,6 +127,11 @@ def proceed(state: AlphaState, carried: Any) -> tuple[AlphaState, bool]:
             f"the KV cache or state was computed under alpha {show(known)} and cannot be continued under "
             f"{show(state)}: one request, one alpha; start the request again without the cache"
         )
+    if not own or stamp.grown(carried):
+        what = "has grown outside the model, by a layer that was called alone" if own else "holds layers of another"
+        raise AlphaContextError(
+            f"the KV cache {what}, so its alpha is unknown; start the request again without the cache"
+        )
     return state, True
 
 
@@ -121,6 +139,18 @@ def mark(carried: Any, state: AlphaState, finished: bool) -> None:
     """Stamp a carried object; before the forward pass that changes it as well, which may not end."""
     rows = _marks(carried, state.batch) if finished and state.batch is not None else None
     setattr(carried, _STAMP, _Stamp(state, rows, _size(carried)) if finished else _Stamp(state))
+    if finished or state.batch is None:
+        for layer in getattr(carried, "layers", None) or ():
+            setattr(layer, _STAMP, state)
+
+
+def _own_layers(carried: Any, state: AlphaState) -> bool:
+    """True if every layer that holds something was computed by the passes that computed the cache."""
+    for layer in getattr(carried, "layers", None) or ():
+        own = getattr(layer, _STAMP, None)
+        if own is not state and own != state and not (own is None and _blank_layer(layer)):
+            return False
+    return True
 
 
 def _leaves(value: Any) -> Iterator[Any]:
@@ -132,6 +162,9 @@ def _leaves(value: Any) -> Iterator[Any]:
             yield from _leaves(item)
     elif not isinstance(value, bool | int | float | str | type(None)):
         yield value
+        if not isinstance(value, Tensor):
+            for half in _HALVES:
+                yield from _leaves(getattr(value, half, None))
 
 
 def _followed(stamp: _Stamp, carried: Any) -> AlphaState:
@@ -213,15 +246,27 @@ def _blank_layer(layer: Any) -> bool:
     return length is not None or not any(t.numel() and bool(t.any()) for t in _tensors(layer))
 
 
-def _tensors(value: Any, depth: int = _DEPTH) -> Iterator[Tensor]:
-    """The tensors in an object, its attributes and containers."""
-    if isinstance(value, Tensor):
-        yield value
-    elif depth and isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item, depth - 1)
-    elif depth and isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item, depth - 1)
-    elif depth and hasattr(value, "__dict__") and not isinstance(value, type | _Stamp):
-        yield from _tensors(vars(value), depth - 1)
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in an object, its attributes and containers.
+
+    Raises:
+        AlphaContextError: if there are too many objects to look through.
+    """
+    waiting, seen = [value], {id(value)}
+    while waiting:
+        item = waiting.pop()
+        inner: Iterable[Any] = ()
+        if isinstance(item, Tensor):
+            yield item
+        elif isinstance(item, Mapping):
+            inner = item.values()
+        elif isinstance(item, list | tuple | set):
+            inner = item
+        elif not isinstance(item, type | _Stamp | AlphaState):
+            slots = [n for kind in type(item).__mro__ for n in getattr(kind, "__slots__", ())]
+            inner = [*getattr(item, "__dict__", {}).values(), *(getattr(item, n, None) for n in slots)]
+        fresh = [i for i in inner if i is not None and not isinstance(i, int | float | str) and id(i) not in seen]
+        seen.update(map(id, fresh))
+        waiting.extend(fresh)
+        if len(seen) > _MANY:
+            raise AlphaContextError(f"a {type(value).__name__} holds more objects than a cache; give the model none")

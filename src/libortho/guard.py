@@ -34,6 +34,8 @@ class Guard:
         names: Those under which the model takes what it carries, as far as known.
     """
 
+    __name__ = "forward"
+
     def __init__(self, switch: Switch, model: nn.Module, own: Any = None) -> None:
         self.switch, self.own = switch, own
         self._model = weakref.ref(model)  # a model that nobody needs is to be freed at once
@@ -71,6 +73,16 @@ class Guard:
         return (inner.func if isinstance(inner, functools.partial) else inner).__code__
 
     @property
+    def __func__(self) -> Any:
+        """The function behind the guarded ``forward``."""
+        return getattr(self.inner, "__func__", self.inner)
+
+    @property
+    def __self__(self) -> nn.Module:
+        """The guarded model."""
+        return self.model
+
+    @property
     def inner(self) -> Callable[..., Any]:
         """The guarded ``forward``."""
         model = self.model
@@ -83,7 +95,8 @@ class Guard:
             DataError: if the model does not take an empty batch, and is given one.
         """
         if is_compiling():
-            return self.inner(*args, **kwargs)
+            model = self._model()
+            return type(model).forward(model, *args, **kwargs) if self.own is None else self.own(*args, **kwargs)
         try:
             return self.switch.run(self, args, kwargs)
         except (RuntimeError, ValueError, IndexError) as error:
@@ -95,6 +108,49 @@ class Guard:
                 f"the batch is empty, of shape {tuple(empty.shape)}, which {type(self.model).__name__} does not take "
                 f"({error}); give at least one token"
             ) from error
+
+
+class Keeper:
+    """A hook before ``forward`` that puts a guard back.
+
+    Whoever takes the place of ``forward`` for a time (an offloading hook) may put back what was there before the guard,
+    and a shallow copy of a model (a replica on another device) has the guard of the model itself.
+    """
+
+    def __init__(self, switch: Switch) -> None:
+        self.switch = switch
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Guard the module, if it is not."""
+        if not is_compiling():
+            guard(self.switch, module)
+
+
+def guard(switch: Switch, module: nn.Module) -> None:
+    """Guard a model, unless that is done."""
+    found = module.__dict__.get("forward")
+    if isinstance(found, Guard):
+        if found._model() is module:
+            return
+        found = found.own  # of the model that this one is a copy of
+    module.forward = Guard(switch, module, found)
+
+
+def unguard(module: nn.Module) -> None:
+    """Take the guard off, and the hook that keeps it."""
+    found = module.__dict__.get("forward")
+    if isinstance(found, Guard):
+        del module.forward
+        if found.own is not None:
+            module.forward = found.own
+    for key in [k for k, hook in module._forward_pre_hooks.items() if isinstance(hook, Keeper)]:
+        del module._forward_pre_hooks[key]
+
+
+def carries(module: nn.Module) -> bool:
+    """True for a transformers model, and for a layer that takes a cache."""
+    names = inspect.signature(type(module).forward).parameters
+    return isinstance(module, PreTrainedModel) or any(n in carried.NAMES for n in names)
 
 
 def family(model: nn.Module) -> str | None:

@@ -23,20 +23,29 @@ from torch import nn
 from torch.compiler import is_compiling
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
-from transformers import PreTrainedModel
 
 from libortho import carried
 from libortho.alpha_state import AlphaSpec, AlphaState, AlphaValue, fit, is_off, normalise, tokens_each_row
 from libortho.errors import AlphaContextError, AlphaError
-from libortho.guard import Guard, check_layout, family
+from libortho.guard import Guard, Keeper, carries, check_layout, family, guard, unguard
 from libortho.models import allow_stock_save
 from libortho.scope import Entry, Scope
 
 _KEEPS_STATE = frozenset({"recurrent_gemma"})
 """Families that keep their recurrent state in the model itself, where it belongs to nobody's request."""
 
-# State of the model forward pass that is running here, after expansion to the batch at hand.
-_RUNNING: ContextVar[Mapping[Switch, AlphaState]] = ContextVar("libortho_alpha_forward", default=MappingProxyType({}))
+
+class _Pass:
+    """A forward pass: its state, after expansion to the batch at hand, and whether it still runs."""
+
+    __slots__ = ("runs", "state")
+
+    def __init__(self, state: AlphaState) -> None:
+        self.state, self.runs = state, True
+
+
+# The model forward pass that is running here.
+_RUNNING: ContextVar[Mapping[Switch, _Pass]] = ContextVar("libortho_alpha_forward", default=MappingProxyType({}))
 # Switches by the number that compiled graphs know them by.
 _SWITCHES: weakref.WeakValueDictionary[int, Switch] = weakref.WeakValueDictionary()
 
@@ -136,17 +145,27 @@ class Switch:
         self._persistent, self._batch, self._state = dict(state.values), state.batch, state
         self._scope.adopt()
 
-    def enter(self, spec: AlphaSpec, frame: FrameType, *, extrapolate: bool) -> Context:
-        """Enter a context; streams that a mapping does not name are off."""
+    def context(self, spec: AlphaSpec, frame: FrameType, holder: Any, *, extrapolate: bool) -> Context:
+        """A context that is not entered yet; streams that a mapping does not name are off.
+
+        Args:
+            spec: The alpha in it.
+            frame: Where its block is.
+            holder: What lives as long as the block.
+            extrapolate: Accept values above 1.
+        """
         state = self.build(spec, base=None, extrapolate=extrapolate)
-        if not self._persistent:  # nothing to switch, here or in another thread
-            return Context(None, None)
-        entry = self._scope.enter(state, frame)
+        # Without a stream there is nothing to switch, here or in another thread.
+        return Context(self._scope.entry(state, frame, holder) if self._persistent else None)
+
+    def enter(self, context: Context) -> None:
+        """Enter a context."""
         running = _RUNNING.get()
-        if self in running:  # inside a forward pass: the block has an alpha of its own
-            _RUNNING.set({k: v for k, v in running.items() if k is not self})
-            return Context(entry, running[self])
-        return Context(entry, None)
+        if context.entry is not None:
+            self._scope.enter(context.entry)
+            if self in running:  # inside a forward pass: the block has an alpha of its own
+                context.interrupted = running[self]
+                _RUNNING.set({k: v for k, v in running.items() if k is not self})
 
     def leave(self, context: Context) -> None:
         """Leave a context.
@@ -154,10 +173,10 @@ class Switch:
         Raises:
             AlphaContextError: if it was entered in another ``contextvars`` context.
         """
-        if context.interrupted is not None:
+        if context.interrupted is not None and context.interrupted.runs:
             _RUNNING.set({**_RUNNING.get(), self: context.interrupted})
         if context.entry is not None:
-            self._scope.leave(context.entry)
+            self._scope.leave(context.entry, self._state)
 
     # -- what layers read ---------------------------------------------------------------------------------------------
 
@@ -168,7 +187,7 @@ class Switch:
             AlphaContextError: if this thread cannot know its alpha, or a tracer would freeze it.
         """
         running = _RUNNING.get().get(self)
-        return running if running is not None else self._resolve()
+        return running.state if running is not None and running.runs else self._resolve()
 
     def _resolve(self) -> AlphaState:
         task = torch._C._current_graph_task_id()
@@ -198,26 +217,23 @@ class Switch:
     # -- around a forward pass ----------------------------------------------------------------------------------------
 
     def attach(self, model: nn.Module) -> None:
-        """Guard the model, and every transformers model in it that holds a layer of this switch."""
+        """Guard the model, and every part of it that takes a cache and holds a layer of this switch."""
         for module in model.modules():
-            if module is not model and not isinstance(module, PreTrainedModel):
+            if module is not model and not carries(module):
                 continue
-            held = any(m.__dict__.get("switch") is self for m in module.modules())
-            if held and not isinstance(module.__dict__.get("forward"), Guard):
-                module.forward = Guard(self, module, module.__dict__.get("forward"))
+            if any(m.__dict__.get("switch") is self for m in module.modules()):
+                guard(self, module)
+                if not any(isinstance(h, Keeper) for h in module._forward_pre_hooks.values()):
+                    module.register_forward_pre_hook(Keeper(self))
 
     @staticmethod
     def detach(model: nn.Module) -> None:
         """Take the guards off a model whose split layers have been replaced by ordinary ones."""
         allow_stock_save(model)
         for module in model.modules():
-            guard = module.__dict__.get("forward")
-            if isinstance(guard, Guard):
-                del module.forward
-                if guard.own is not None:
-                    module.forward = guard.own
+            unguard(module)
 
-    def run(self, guard: Guard, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, guarded: Guard, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One forward pass of a guarded model, nested ones included.
 
         Raises:
@@ -225,29 +241,35 @@ class Switch:
             AlphaError: if per-sequence values do not fit the batch.
         """
         running = _RUNNING.get()
-        state = outer = running.get(self)
-        if state is None:
-            state = self._resolve()
-        given, live = carried.given(guard.parameters, guard.names, args, kwargs), False
+        around = running.get(self)
+        outer = around.state if around is not None and around.runs else None
+        state = self._resolve() if outer is None else outer
+        again = torch._C._current_graph_task_id() != -1  # recomputed: what is carried was looked at the first time
+        given = [] if again else carried.given(guarded.parameters, guarded.names, args, kwargs)
+        live = False
         if outer is not None:
-            given = [v for v in given if not carried.watched(v, outer)]
+            given = [v for v in given if carried.foreign(v, outer)]
         for value in given:
             state, holds = carried.proceed(state, value)
             live |= holds
         if outer is None:
-            state = self._fitted(state, guard.model, args[0] if args else kwargs.get("input_ids"), kwargs, live)
+            state = self._fitted(state, guarded.model, args[0] if args else kwargs.get("input_ids"), kwargs, live)
         for value in given:
             carried.mark(value, state, finished=False)
+        now = _Pass(state)
         try:
             try:
-                _RUNNING.set({**running, self: state})
-                output = guard.inner(*args, **kwargs)
+                _RUNNING.set({**running, self: now})
+                output = guarded.inner(*args, **kwargs)
             finally:
+                now.runs = False
                 _RUNNING.set(running)
         finally:
             _RUNNING.set(running)  # once more: an interrupt may have cut the line above off
-        names, made = carried.returned(guard.parameters, output)
-        guard.names |= names
+        if again:
+            return output
+        names, made = carried.returned(guarded.parameters, output)
+        guarded.names |= names
         for value in {id(v): v for v in (*given, *made)}.values():
             if outer is None or not carried.watched(value, outer):
                 carried.mark(value, state, finished=True)
@@ -296,12 +318,13 @@ class Switch:
 
 
 class Context:
-    """An entered context: its entry, and the alpha of the forward pass that it interrupts."""
+    """A context: its entry, and the forward pass that it interrupts."""
 
     __slots__ = ("entry", "interrupted")
 
-    def __init__(self, entry: Entry | None, interrupted: AlphaState | None) -> None:
-        self.entry, self.interrupted = entry, interrupted
+    def __init__(self, entry: Entry | None) -> None:
+        self.entry = entry
+        self.interrupted: _Pass | None = None
 
 
 def _freezes() -> bool:
