@@ -6,7 +6,6 @@ import contextvars
 import copy
 import dataclasses
 import functools
-import inspect
 import io
 import math
 import threading

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 import weakref
 from collections.abc import Callable
 from types import CodeType, MethodType
@@ -20,6 +21,9 @@ from libortho.errors import AlphaError, DataError, LibOrthoError
 if TYPE_CHECKING:
     from libortho.switch import Switch
 
+_CALLED = threading.local()
+"""The copy of a model that is called by way of the model's own guard."""
+
 TOKENS_FIRST = frozenset({"xlnet"})
 """Families whose layers see the tokens as first dimension, and the batch as second."""
 
@@ -31,6 +35,7 @@ class Guard:
         switch: The switch that it asks.
         own: A ``forward`` that the instance had already, such as that of an offloading hook; None for its class's.
         parameters: Names of the parameters of ``forward``.
+        whole: Whether it is a whole transformers model, and not one of its layers.
         names: Those under which the model takes what it carries, as far as known.
     """
 
@@ -41,6 +46,7 @@ class Guard:
         self._model = weakref.ref(model)  # a model that nobody needs is to be freed at once
         self.parameters = tuple(self.__signature__.parameters)
         self.names = carried.NAMES
+        self.whole = isinstance(model, PreTrainedModel)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_model": self._model()}
@@ -88,15 +94,31 @@ class Guard:
         model = self.model
         return MethodType(type(model).forward, model) if self.own is None else self.own
 
+    def _carries(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if not self.whole:  # the model around a layer looks
+            return False
+        named = [*zip(self.parameters, args, strict=False), *kwargs.items()]
+        return any((v is not None and n in self.names) or (n == "use_cache" and v) for n, v in named)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """See :meth:`Switch.run`. A compiler traces the model alone; its graph reads the switch in every layer.
+        """See :meth:`Switch.run`.
+
+        A compiler traces the model alone, and its graph reads the switch in every layer; but where something is carried
+        from one pass to the next, the graph is broken for a look at its stamp.
 
         Raises:
             DataError: if the model does not take an empty batch, and is given one.
         """
-        if is_compiling():
+        if is_compiling() and not self._carries(args, kwargs):
             model = self._model()
+            assert model is not None
             return type(model).forward(model, *args, **kwargs) if self.own is None else self.own(*args, **kwargs)
+        if is_compiling():
+            return _eagerly(self.switch, self, args, kwargs)
+        copied = getattr(_CALLED, "module", None)
+        if copied is not None:
+            _CALLED.module = None
+            return copied.forward(*args, **kwargs)
         try:
             return self.switch.run(self, args, kwargs)
         except (RuntimeError, ValueError, IndexError) as error:
@@ -108,6 +130,12 @@ class Guard:
                 f"the batch is empty, of shape {tuple(empty.shape)}, which {type(self.model).__name__} does not take "
                 f"({error}); give at least one token"
             ) from error
+
+
+@torch.compiler.disable(recursive=False)
+def _eagerly(switch: Switch, guarded: Guard, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A forward pass outside a graph, in whose course graphs may be entered again."""
+    return switch.run(guarded, args, kwargs)
 
 
 class Keeper:
@@ -122,8 +150,12 @@ class Keeper:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Guard the module, if it is not."""
-        if not is_compiling():
-            guard(self.switch, module)
+        if is_compiling():
+            return
+        found = module.__dict__.get("forward")
+        guard(self.switch, module)
+        if isinstance(found, Guard) and found is not module.__dict__["forward"]:
+            _CALLED.module = module  # torch has chosen already what it will call
 
 
 def guard(switch: Switch, module: nn.Module) -> None:

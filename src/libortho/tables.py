@@ -137,6 +137,8 @@ def show_certificate(certificate: Certificate, console: Console) -> None:
     note(console, f"{len(certificate.files)} files hashed, {certificate.compared} tensors, rows and columns compared")
     for v in [] if certificate.audit is None else certificate.audit["verdicts"]:
         note(console, f"audit, {v['key'].replace('_', ' ')}: {v['status']}")
+    for text in certificate.not_checked:
+        note(console, f"not checked: {text}")
 
 
 def show_audit(report: AuditReport, console: Console) -> None:
