@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import (
     DynamicCache,
+    EncoderDecoderCache,
     LlamaForSequenceClassification,
     MambaConfig,
     MambaForCausalLM,
@@ -262,6 +263,73 @@ def test_a_cache_that_grew_outside_the_model_is_not_known(split_llama, tokens):
     cache.update(keys, keys, 0)
     with pytest.raises(AlphaContextError, match="grown outside the model"):
         run(split_llama, tokens[:, 4:], 0.0, **{name: cache})
+
+
+def test_a_layer_alone_continues_a_cache_under_its_alpha_only(split_llama, tokens):
+    name, cache = cache_name(split_llama), StaticCache(config=split_llama.config, max_cache_len=16)
+    run(split_llama, tokens[:, :4], 0.0, **{name: cache})
+    layer = split_llama.model.layers[0]
+    inner = next(n for n in ("cache", "past_key_values") if n in inspect.signature(layer.forward).parameters)
+    hidden = torch.randn(3, 1, 64)
+    positions = torch.full((3, 1), 4)
+    rotary = split_llama.model.rotary_emb(hidden, positions)
+    with torch.no_grad(), libortho.alpha(split_llama, 1.0), pytest.raises(AlphaContextError):
+        layer(hidden, position_embeddings=rotary, position_ids=positions, **{inner: cache})
+
+
+def test_layers_of_another_cache_are_not_taken_for_its_own(split_llama, tokens):
+    name = cache_name(split_llama)
+    off, on = DynamicCache(), DynamicCache()
+    run(split_llama, tokens[:, :4], 0.0, **{name: off})
+    run(split_llama, tokens[:, :4], 1.0, **{name: on})
+    off.layers[1] = on.layers[1]
+    with pytest.raises(AlphaContextError, match="holds layers of another"):
+        run(split_llama, tokens[:, 4:], 0.0, **{name: off})
+
+
+def test_a_cache_for_encoder_and_decoder_is_looked_into(split_llama, tokens):
+    name = cache_name(split_llama)
+    halves = DynamicCache(), DynamicCache()
+    run(split_llama, tokens[:, :4], 1.0, **{name: halves[0]})
+    pair = EncoderDecoderCache(*halves)
+    with pytest.raises(AlphaContextError):
+        run(split_llama, tokens[:, 4:], 0.0, **{name: pair})
+
+
+def test_recurrent_states_take_a_value_per_sequence(tokens):
+    model, values = mamba(), [1.0, 0.0, 0.5]
+    output = run(model, tokens[:, :4], values, use_cache=True)
+    name = next(n for n in ("cache", "cache_params") if n in output)
+    found = run(model, tokens[:, 4:5], values, use_cache=True, **{name: output[name]}).logits
+    for row, value in enumerate(values):
+        alone = run(model, tokens[row : row + 1, :5], value, use_cache=False).logits[0, 4]
+        torch.testing.assert_close(found[row, 0], alone, atol=1e-3, rtol=1e-3)
+
+
+def test_compiled_models_look_at_stamps(split_llama, tokens):
+    torch._dynamo.reset()
+    name = cache_name(split_llama)
+    compiled = torch.compile(split_llama, backend="eager")
+    cache = run(split_llama, tokens[:, :4], 1.0, use_cache=True)[name]
+    with torch.no_grad(), libortho.alpha(split_llama, 0.0), pytest.raises(AlphaContextError):
+        compiled(tokens[:, 4:], **{name: cache})
+    with torch.no_grad(), libortho.alpha(split_llama, 0.5):
+        made = compiled(tokens[:, :4], use_cache=True)[name]
+    with pytest.raises(AlphaContextError, match="one request, one alpha"):
+        run(split_llama, tokens[:, 4:], 0.0, **{name: made})
+    for value in (0.0, 1.0):
+        with torch.no_grad(), libortho.alpha(split_llama, value):
+            torch.testing.assert_close(compiled(tokens).logits, split_llama(tokens).logits)
+    torch._dynamo.reset()
+
+
+def test_a_sliced_state_keeps_its_alpha(tokens):
+    model = xlnet()
+    mems = run(model, tokens[:, :4], 1.0, use_mems=True).mems
+    sliced = [m[:-1] for m in mems]
+    with pytest.raises(AlphaContextError, match="one request, one alpha"):
+        run(model, tokens[:, 4:5], 0.0, use_mems=True, mems=sliced)
+    run(model, tokens[:, 4:5], 1.0, use_mems=True, mems=sliced)
 
 
 # -- past the top model -----------------------------------------------------------------------------------------------

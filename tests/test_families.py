@@ -204,7 +204,9 @@ def test_one_step_of_isolation(family: Family, tokenizer: PreTrainedTokenizerFas
         ids = torch.tensor([tokenizer(FORGET[0]["prompt"])["input_ids"]])
         with libortho.alpha(model, 0.0):
             off = logits(model, ids)
-        assert not torch.equal(logits(model, ids), off)
+        assert torch.equal(logits(model, ids), off)  # its stream is off until somebody turns it on
+        with libortho.alpha(model, 1.0):
+            assert not torch.equal(logits(model, ids), off)
 
     attempt(family, "isolate", work)
 

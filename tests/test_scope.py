@@ -183,6 +183,23 @@ def test_asynchronous_generators_keep_their_alphas(probe):
     assert probe() == persistent(probe)
 
 
+def test_a_loop_that_runs_below_a_generator(probe):
+    async def work(value: float) -> list[Any]:
+        with libortho.alpha(probe.model, value):
+            before = probe()
+            await asyncio.sleep(0)
+            return [before, probe()]
+
+    async def beside() -> Any:
+        await asyncio.sleep(0)
+        return probe()
+
+    async def main() -> list[Any]:
+        return await asyncio.gather(work(0.0), work(1.0), beside())
+
+    assert next(asyncio.run(main()) for _ in range(1)) == [[0.0, 0.0], [1.0, 1.0], unknown(probe)]
+
+
 def test_coroutines_that_are_driven_by_hand(probe):
     class Pause:
         def __await__(self) -> Iterator[None]:
@@ -203,6 +220,51 @@ def test_coroutines_that_are_driven_by_hand(probe):
             coroutine.send(None)
         assert stopped.value.value == [value, value]
     assert probe() == persistent(probe)
+
+
+def test_coroutines_that_are_driven_by_hand_inside_a_task(probe):
+    class Pause:
+        def __await__(self) -> Iterator[None]:
+            yield
+
+    async def work() -> Any:
+        with libortho.alpha(probe.model, 1.0):
+            await Pause()
+            return probe()
+
+    async def main() -> None:
+        driven = work()
+        driven.send(None)
+        assert probe() == unknown(probe)
+        with pytest.raises(StopIteration) as stopped:
+            driven.send(None)
+        assert stopped.value.value == 1.0
+
+    asyncio.run(main())
+    assert probe() == persistent(probe)
+
+
+def test_a_context_that_a_coroutine_enters_for_its_caller(probe):
+    class Asynchronous(Session):
+        async def __aenter__(self) -> None:
+            await asyncio.sleep(0)
+            self.__enter__()
+
+        async def __aexit__(self, *error: Any) -> None:
+            self.__exit__(*error)
+
+    async def main() -> None:
+        async with Asynchronous(probe.model, 0.5):
+            assert probe() == 0.5
+            await asyncio.sleep(0)
+            assert probe() == 0.5
+        async with contextlib.AsyncExitStack() as stack:
+            stack.enter_context(libortho.alpha(probe.model, 0.5))
+            await asyncio.sleep(0)
+            assert probe() == 0.5
+        assert probe() == persistent(probe)
+
+    asyncio.run(main())
 
 
 # -- decorators -------------------------------------------------------------------------------------------------------

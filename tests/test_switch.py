@@ -2,9 +2,13 @@
 
 import asyncio
 import contextlib
+import contextvars
 import copy
 import gc
+import os
 import pickle
+import random
+import signal
 from typing import Any
 
 import pytest
@@ -49,6 +53,70 @@ def test_an_interrupt_in_a_forward_pass_leaves_no_alpha_behind(probe, error, und
         assert (probe(), probe(layer)) == (value, value)
         with libortho.alpha(probe.model, 1.0 - value):
             assert (probe(), probe(layer)) == (1.0 - value, 1.0 - value)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no interval timers here")
+@pytest.mark.parametrize("start", [0.0, 1.0])
+def test_an_interrupt_while_a_block_is_entered_or_left_leaves_no_alpha_behind(start):
+    probe = Probe()
+    libortho.set_alpha(probe.model, start)
+    rng, interrupted, before = random.Random(0), 0, signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        for _ in range(1500):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(2e-6, 3e-4))
+                for _ in range(20):
+                    with libortho.alpha(probe.model, 1.0 - start):
+                        pass
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                interrupted += 1
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            assert probe(probe.model[0]) == start
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted > 100
+    with libortho.alpha(probe.model, 0.5):
+        assert probe() == 0.5
+
+
+def test_what_was_copied_during_a_forward_pass_has_an_alpha_of_its_own(probe):
+    contexts = []
+    handle = probe.model[1].register_forward_pre_hook(lambda *_: contexts.append(contextvars.copy_context()) or None)
+    probe.model(probe.x)
+    handle.remove()
+    libortho.set_alpha(probe.model, 0.5)
+    assert contexts[0].run(probe) == 0.5
+
+
+def test_a_shallow_copy_runs_its_own_modules(probe):
+    twin = copy.copy(probe.model)
+    twin._modules = dict(twin._modules) | {"1": nn.Tanh()}
+    with torch.no_grad(), libortho.alpha(probe.model, 0.5):
+        assert torch.equal(twin(probe.x), probe.model(probe.x).tanh())
+        expected = probe.model(probe.x).tanh()
+    alpha = libortho.alpha(twin, 0.5)
+    probe.model = None
+    with torch.no_grad(), alpha:
+        assert torch.equal(twin(probe.x), expected)
+
+
+def test_a_forward_that_was_put_back_is_guarded_again(probe):
+    del probe.model.forward  # as an offloading hook that was there before the split does when it goes
+    assert probe() == persistent(probe)
+    with libortho.alpha(probe.model, [0.0, 1.0, 1.0]), pytest.raises(AlphaError, match="names 3 sequences"):
+        probe.model(probe.x)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_process_forked_inside_a_block(probe):
+    with libortho.alpha(probe.model, 1.0 - persistent(probe)):
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if probe(probe.model[0]) == 0.0 else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_context_inside_a_forward_pass_counts(probe):

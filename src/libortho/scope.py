@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dis
 import inspect
 import os
 import sys
@@ -32,6 +33,7 @@ from libortho.errors import AlphaContextError
 
 _MANAGERS = contextlib.__file__
 _RESUMABLE = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
+_YIELD = dis.opmap["YIELD_VALUE"]
 _DRIVERS = ("trio", "curio")
 """Frameworks that drive coroutines of tasks by ``send``, each in a context of its own."""
 _BESIDE = (
@@ -69,6 +71,8 @@ class Entry:
         outer: The context around it in the same ``contextvars`` context.
         generator: The innermost generator that ran when it was entered: the context holds while that is on the stack.
         owned: Whether the block lies in the generator itself, and not in a function that the generator calls.
+        coroutine: The coroutine in which the block lies: if that is suspended while its own task runs, somebody in the
+            task drives it by hand.
         flow: The thread, task or greenlet that entered it.
         holder: What lives as long as the block, even if an interrupt keeps the context from being left.
     """
@@ -77,6 +81,7 @@ class Entry:
     outer: Entry | None
     generator: FrameType | None
     owned: bool
+    coroutine: FrameType | None
     flow: object
     holder: weakref.ref[Any]
     forks: int
@@ -122,9 +127,9 @@ class Scope:
             frame: Where the ``with`` statement is.
             holder: See :class:`Entry`.
         """
-        generator, owned = _generator(frame)
+        generator, owned, coroutine = _resumable(frame)
         outer = _ENTERED.get().get(self)
-        return Entry(state, outer, generator, owned, _flow(), weakref.ref(holder), _forks)
+        return Entry(state, outer, generator, owned, coroutine, _flow(), weakref.ref(holder), _forks)
 
     def enter(self, entry: Entry) -> None:
         """Enter a context."""
@@ -214,9 +219,11 @@ class Scope:
             if entry.lost or (entry.stuck and entry.flow is _flow()):
                 pass
             elif entry.forks != _forks or entry.generator is not None:
-                if entry.ended or entry.flow is not _flow():
+                if entry.ended or entry.forks != _forks or entry.flow is not _flow():
                     certain = entry.forks == _forks and not entry.ended and _runs(entry.generator)
                     return entry.state if certain else _lower(entry.state, persistent)
+                suspended = True
+            elif not entry.ended and _suspended(entry.coroutine) and entry.flow is _flow():
                 suspended = True
             else:
                 return entry.state
@@ -315,23 +322,30 @@ def _runs(generator: FrameType | None) -> bool:
     return False
 
 
-def _generator(frame: FrameType | None) -> tuple[FrameType | None, bool]:
-    """The innermost generator on the stack, and whether the block at ``frame`` lies in it.
+def _resumable(frame: FrameType | None) -> tuple[FrameType | None, bool, FrameType | None]:
+    """The innermost generator on the stack, whether the block at ``frame`` lies in it, and the coroutine that it lies in.
 
     The machinery of ``contextlib``, and generators that it runs as context managers, are looked through.
     """
-    direct, bottom = True, _bottom()
+    direct, bottom, coroutine = True, _bottom(), None
     while frame is not None:
         code, back = frame.f_code, frame.f_back
         managed = back is not None and back.f_code.co_filename == _MANAGERS and back.f_code.co_name.startswith("__")
         if code.co_flags & _RESUMABLE and not managed:
-            return frame, direct
-        if direct and not managed and code.co_flags & inspect.CO_COROUTINE and _driven_by_hand(frame, bottom):
-            return frame, True
+            return frame, direct, coroutine
+        if direct and not managed and code.co_flags & inspect.CO_COROUTINE and code.co_filename != _MANAGERS:
+            if _driven_by_hand(frame, bottom):
+                return frame, True, None
+            coroutine = frame
         if code.co_filename != _MANAGERS and not code.co_flags & _RESUMABLE:
             direct = False
         frame = None if frame is bottom else back
-    return None, False
+    return None, False, coroutine
+
+
+def _suspended(coroutine: FrameType | None) -> bool:
+    """True if a coroutine waits for something, and neither runs nor has ended."""
+    return coroutine is not None and coroutine.f_code.co_code[coroutine.f_lasti] == _YIELD
 
 
 def _driven_by_hand(coroutine: FrameType, bottom: FrameType | None) -> bool:
