@@ -100,6 +100,7 @@ def certificate() -> Any:
     verdicts = [{"key": HOSTILE, "status": HOSTILE}]
     return SimpleNamespace(
         removed=(removed,), kept=(HOSTILE,), base_sha256=HOSTILE, files={}, compared=3, audit={"verdicts": verdicts},
+        not_checked=(HOSTILE,),
         unchecked=(HOSTILE,),
     )  # fmt: skip
 

@@ -323,7 +323,7 @@ def _runs(generator: FrameType | None) -> bool:
 
 
 def _resumable(frame: FrameType | None) -> tuple[FrameType | None, bool, FrameType | None]:
-    """The innermost generator on the stack, whether the block at ``frame`` lies in it, and the coroutine that it lies in.
+    """The innermost generator on the stack, whether the block at ``frame`` lies in it, and its coroutine.
 
     The machinery of ``contextlib``, and generators that it runs as context managers, are looked through.
     """
