@@ -58,6 +58,10 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forked)
 
 
+class _LeftElsewhereError(AlphaContextError, ValueError):
+    """Also what ``contextvars`` raises, for those who expect that."""
+
+
 class _Thread:
     """One thread; unlike an identifier it is never another's."""
 
@@ -157,7 +161,7 @@ class Scope:
                         _ENTERED.reset(entry.token)
                 except ValueError as error:
                     entry.lost = True
-                    raise AlphaContextError(
+                    raise _LeftElsewhereError(
                         "an alpha context is left in another contextvars context than it was entered in, so that the "
                         "calls between may have run without it; enter and leave it in one function"
                     ) from error
