@@ -620,6 +620,28 @@ def test_two_alphas_in_one_checkpointed_backward_are_right_or_refused(split_llam
     torch.testing.assert_close(backward(), expected)
 
 
+def test_activations_of_another_pass_are_recomputed_under_its_alpha(split_llama, tokens):
+    """A hook keeps what a layer made under one alpha, and one backward goes through it and a pass under another."""
+
+    def gradient() -> torch.Tensor:
+        split_llama.zero_grad()
+        kept: list[torch.Tensor] = []
+        layer = split_llama.model.layers[0]
+        handle = layer.mlp.register_forward_hook(lambda _, __, output: void(kept.append(output)))
+        for value in (0.5, 1.0):
+            with libortho.alpha(split_llama, value):
+                loss = split_llama(tokens, labels=tokens).loss
+        handle.remove()
+        (kept[0].square().sum() + loss).backward()
+        return layer.mlp.up_proj.weight.grad.clone()
+
+    split_llama.train()
+    split_llama.enable_input_require_grads()
+    expected = gradient()
+    split_llama.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.testing.assert_close(gradient(), expected)
+
+
 def test_a_checkpointed_submodule_called_alone_raises_in_backward(split_llama, tokens):
     split_llama.train()
     split_llama.gradient_checkpointing_enable({"use_reentrant": False})

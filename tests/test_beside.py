@@ -48,6 +48,18 @@ def sharded(_sharded: Path, tmp_path: Path) -> Path:
     return tmp_path / "sharded"
 
 
+@pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation", "experts_implementation"])
+@pytest.mark.parametrize("value", ["kernels-community/evil", {"": "someone/else:layer"}])
+def test_a_configuration_that_names_code_of_the_hub_is_refused(
+    source: Path, tmp_path: Path, key: str, value: Any
+) -> None:
+    edit(source / "config.json", lambda c: c.update({key: value}))
+    listed(source, "config.json")
+    for call in (lambda: load(source), lambda: detach(source, tmp_path / "base")):
+        with pytest.raises(CheckpointError, match="names a repository"):
+            call()
+
+
 # -- files beside a checkpoint -----------------------------------------------------------------------------------------
 
 READ = [

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     DynamicCache,
     EncoderDecoderCache,
     LlamaForSequenceClassification,
@@ -294,6 +296,25 @@ def test_a_cache_for_encoder_and_decoder_is_looked_into(split_llama, tokens):
     pair = EncoderDecoderCache(*halves)
     with pytest.raises(AlphaContextError):
         run(split_llama, tokens[:, 4:], 0.0, **{name: pair})
+
+
+def test_states_of_an_encoder_keep_their_alpha():
+    config = BartConfig(
+        vocab_size=128, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=64, decoder_ffn_dim=64,
+        encoder_attention_heads=4, decoder_attention_heads=4, init_std=0.3, pad_token_id=0, max_position_embeddings=32,
+    )  # fmt: skip
+    model: Any = split(BartForConditionalGeneration(config), "fc2")
+    ids = torch.randint(3, 128, (2, 5))
+    with torch.no_grad(), libortho.alpha(model, 1.0):
+        encoded = model.get_encoder()(ids)
+        whole = model(ids, decoder_input_ids=ids)
+    for states in (encoded, (whole.encoder_last_hidden_state,)):
+        with pytest.raises(AlphaContextError, match="one request, one alpha"):
+            run(model, None, 0.0, encoder_outputs=states, decoder_input_ids=ids)
+        again = run(model, None, 1.0, encoder_outputs=states, decoder_input_ids=ids)
+        torch.testing.assert_close(again.logits, whole.logits)
+    with torch.no_grad(), libortho.alpha(model, 0.0):
+        assert model.generate(ids, max_new_tokens=3).shape[0] == 2
 
 
 def test_recurrent_states_take_a_value_per_sequence(tokens):

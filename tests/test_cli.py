@@ -227,12 +227,12 @@ def test_generate_says_which_alpha_was_saved(checkpoint, base, tmp_path, split_l
     def told(directory: Path, *options: Any) -> str:
         return call("generate", directory, "Hello", "--max-new-tokens", "2", *options).stderr.splitlines()[-1]
 
-    assert told(checkpoint) == "alpha: hr=0 (as saved; --alpha 1 turns it on)"
+    assert told(checkpoint) == "alpha: hr=0 (as loaded; --alpha 1 turns it on)"
     assert told(base) == "alpha: 0 (there is no stream beside this base)"
     assert "alpha:" not in told(checkpoint, "--alpha", "0") + told(checkpoint, "--stream", "hr=0")
     split_llama.resize_token_embeddings(len(tokenizer))
     libortho.save(split_llama, tokenizer, tmp_path / "split")
-    assert told(tmp_path / "split") == "alpha: default=1 (as saved)"
+    assert told(tmp_path / "split") == "alpha: default=1 (as loaded)"
 
 
 def test_generate_follows_named_streams(checkpoint):

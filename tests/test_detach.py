@@ -549,7 +549,7 @@ def test_the_command_line(source: Path, out: Path) -> None:
     result = call("detach", source, "--out", out, "--stream", "hr", "--json")
     assert json.loads(result.stdout)["kept"] == ["default"], result.output
     assert json.loads(call("verify", out, "--json").stdout)["kept"] == ["default"]
-    assert "is what the certificate says" in " ".join(call("verify", out).stdout.split())
+    assert "holds what the certificate says" in " ".join(call("verify", out).stdout.split())
     assert json.loads(call("attach", out, source / "ortho/hr", "--name", "hr2", "--json").stdout)["stream"] == "hr2"
     assert isinstance(call("verify", out).exception, CheckpointError)
     assert call("card", out).exit_code == 0

@@ -473,3 +473,16 @@ def test_a_thread_that_sets_the_value_knows_it(probe):
     go.set()
     thread.join(timeout=30)
     assert found == [before, 0.5]
+
+
+def test_a_block_that_an_interrupt_kept_from_being_left_is_over_for_copies_too(probe):
+    context = libortho.alpha(probe.model, 1.0)
+    context.__enter__()
+    del context  # what is left when nothing of __exit__ has run
+
+    async def main() -> tuple[Any, Any]:
+        return probe(), await asyncio.to_thread(probe)
+
+    assert probe() == persistent(probe)
+    assert asyncio.run(main()) == (persistent(probe), persistent(probe))
+    assert in_thread(lambda: contextvars.copy_context().run(probe)) in (persistent(probe), unknown(probe))

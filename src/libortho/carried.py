@@ -19,6 +19,8 @@ from libortho.errors import AlphaContextError
 
 NAMES = frozenset({"past_key_values", "cache", "cache_params", "state", "mems", "past_buckets_states", "layer_past"})
 """What releases and families of transformers call it, among the arguments and the outputs of a model."""
+_ENCODED = "encoder_outputs"
+_STATES = ("last_hidden_state", "encoder_last_hidden_state")
 _NO_STATE = frozenset({"inputs_embeds", "attention_mask", "position_ids", "labels", "loss", "logits"})
 _STAMP = "_libortho_alpha"
 _PLAIN = (bool, int, float, str, Tensor, type(None))
@@ -62,16 +64,25 @@ def given(parameters: Sequence[str], names: frozenset[str], args: tuple[Any, ...
             continue
         if name in names:
             found.extend(_leaves(value))
+        elif name == _ENCODED:
+            found.extend(leaf for leaf in _leaves(value) if _stamp(leaf) is not None)
         elif not isinstance(value, _PLAIN) and hasattr(value, _STAMP):
             found.append(value)
     return found
 
 
-def returned(parameters: Iterable[str], output: Any) -> tuple[frozenset[str], list[Any]]:
-    """The carried objects among the outputs of a forward pass, and the names of those with names."""
+def returned(parameters: Iterable[str], output: Any, encodes: bool = False) -> tuple[frozenset[str], list[Any]]:
+    """The carried objects among the outputs of a forward pass, and the names of those with names.
+
+    Args:
+        parameters: Names of the parameters of ``forward``.
+        output: What it returned.
+        encodes: Whether the model has an encoder, whose states its decoder takes.
+    """
     if isinstance(output, Mapping):
         taken = {n for n in output if n in NAMES or (n in parameters and n not in _NO_STATE)}
-        return frozenset(taken), [leaf for n in taken for leaf in _leaves(output[n])]
+        states = _STATES if encodes else ()
+        return frozenset(taken), [leaf for n in (*taken, *states) for leaf in _leaves(output.get(n))]
     if isinstance(output, tuple | list):
         nested = [v for v in output if not isinstance(v, _PLAIN)]
         return frozenset(), [leaf for v in nested for leaf in _leaves(v)]
@@ -111,8 +122,8 @@ def proceed(state: AlphaState, carried: Any) -> tuple[AlphaState, bool]:
         if _blank(carried):
             return state, False
         raise AlphaContextError(
-            "the KV cache or state was not computed by this split model, so its alpha is unknown; start the request "
-            "without it"
+            "the KV cache or state was not computed by this split model (or inside a compiled graph that was not given "
+            "use_cache=True), so its alpha is unknown; start the request without it"
         )
     own = stamp.size is None or _own_layers(carried, stamp.state)
     if own and stamp.state is state and state.batch is None and not stamp.grown(carried):

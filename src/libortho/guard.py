@@ -36,6 +36,7 @@ class Guard:
         own: A ``forward`` that the instance had already, such as that of an offloading hook; None for its class's.
         parameters: Names of the parameters of ``forward``.
         whole: Whether it is a whole transformers model, and not one of its layers.
+        encodes: Whether it belongs to an encoder and a decoder.
         names: Those under which the model takes what it carries, as far as known.
     """
 
@@ -47,6 +48,7 @@ class Guard:
         self.parameters = tuple(self.__signature__.parameters)
         self.names = carried.NAMES
         self.whole = isinstance(model, PreTrainedModel)
+        self.encodes = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_model": self._model()}

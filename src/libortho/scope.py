@@ -222,6 +222,8 @@ class Scope:
         while entry is not None:
             if entry.lost or (entry.stuck and entry.flow is _flow()):
                 pass
+            elif entry.stuck:  # copied in its block or after it: nobody knows
+                return _lower(entry.state, persistent)
             elif entry.forks != _forks or entry.generator is not None:
                 if entry.ended or entry.forks != _forks or entry.flow is not _flow():
                     certain = entry.forks == _forks and not entry.ended and _runs(entry.generator)

@@ -31,6 +31,11 @@ from libortho.guard import Guard, Keeper, carries, check_layout, family, guard, 
 from libortho.models import allow_stock_save
 from libortho.scope import Entry, Scope
 
+_NOTE = "_libortho_pass"
+_TWO = (
+    "a layer is recomputed during the backward of forward passes under more than one alpha, so its own is unknown; "
+    "call backward once per alpha, or turn gradient checkpointing off"
+)
 _KEEPS_STATE = frozenset({"recurrent_gemma"})
 """Families that keep their recurrent state in the model itself, where it belongs to nobody's request."""
 
@@ -208,10 +213,7 @@ class Switch:
             )
         recorded = self._recompute[task]
         if recorded is None:
-            raise AlphaContextError(
-                "a layer is recomputed during the backward of forward passes under more than one alpha, so its own "
-                "is unknown; call backward once per alpha, or turn gradient checkpointing off"
-            )
+            raise AlphaContextError(_TWO)
         return recorded
 
     # -- around a forward pass ----------------------------------------------------------------------------------------
@@ -243,8 +245,10 @@ class Switch:
         running = _RUNNING.get()
         around = running.get(self)
         outer = around.state if around is not None and around.runs else None
-        state = self._resolve() if outer is None else outer
         again = torch._C._current_graph_task_id() != -1  # recomputed: what is carried was looked at the first time
+        state = outer
+        if state is None:
+            state = (self._noted(args) if again else None) or self._resolve()
         given = [] if again else carried.given(guarded.parameters, guarded.names, args, kwargs)
         live = False
         if outer is not None:
@@ -256,6 +260,8 @@ class Switch:
             state = self._fitted(state, guarded.model, args[0] if args else kwargs.get("input_ids"), kwargs, live)
         for value in given:
             carried.mark(value, state, finished=False)
+        if not again and not guarded.whole and torch.is_grad_enabled():
+            self._note(args, state)
         now = _Pass(state)
         try:
             try:
@@ -268,7 +274,7 @@ class Switch:
             _RUNNING.set(running)  # once more: an interrupt may have cut the line above off
         if again:
             return output
-        names, made = carried.returned(guarded.parameters, output)
+        names, made = carried.returned(guarded.parameters, output, guarded.encodes)
         guarded.names |= names
         for value in {id(v): v for v in (*given, *made)}.values():
             if outer is None or not carried.watched(value, outer):
@@ -298,6 +304,24 @@ class Switch:
                     "another alpha; start the request again, or pass use_cache=False"
                 )
             self._kept = state
+        return state
+
+    def _note(self, args: tuple[Any, ...], state: AlphaState) -> None:
+        """Note the alpha of a layer on its input, which gradient checkpointing gives it again."""
+        if args and isinstance(args[0], torch.Tensor):
+            known = getattr(args[0], _NOTE, {}).get(self.number, state)
+            setattr(args[0], _NOTE, {self.number: state if known == state else None})
+
+    def _noted(self, args: tuple[Any, ...]) -> AlphaState | None:
+        """The alpha under which a layer saw its input before; None if nobody noted it.
+
+        Raises:
+            AlphaContextError: if it saw it under more than one.
+        """
+        found = getattr(args[0], _NOTE, {}) if args and isinstance(args[0], torch.Tensor) else {}
+        if found.get(self.number, self) is None:
+            raise AlphaContextError(_TWO)
+        state: AlphaState | None = found.get(self.number)
         return state
 
     def _remember(self, state: AlphaState) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from libortho.errors import CheckpointError
 _COUNTS = frozenset({"num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"})
 _REDIRECT = "transformers_weights"
 """Key under which transformers looks for the weights in another file."""
+_CODE = re.compile("implementation|kernels?_")
 _BUFFERS = 2**27  # causal masks of older models
 LOAD_ERRORS = (
     OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError, RuntimeError,
@@ -45,7 +48,7 @@ def described(root: Path, tensors: int, dtype: torch.dtype | None = None) -> Pre
     stored = read_json(path)
     if _REDIRECT in stored:
         raise CheckpointError(f"{path} names other weights ({_REDIRECT}), which no saved model does; {AGAIN}")
-    check_counts(stored, tensors, path)
+    check_configuration(stored, tensors, path)
     try:
         config = AutoConfig.from_pretrained(root, trust_remote_code=False, local_files_only=True)
         if getattr(config, "quantization_config", None) is not None:
@@ -71,8 +74,8 @@ def check_loading(info: Mapping[str, Any]) -> None:
         raise CheckpointError(f"the weights do not fit the model of config.json: {kind} {names[:3]}; {AGAIN}")
 
 
-def check_counts(config: Any, tensors: int, where: Any) -> None:
-    """Refuse a config.json with more layers than there are tensors, before a loop over them begins.
+def check_configuration(config: Any, tensors: int, where: Any) -> None:
+    """Refuse a config.json with more layers than there are tensors, or that names code of the hub to run.
 
     Raises:
         CheckpointError: then.
@@ -85,6 +88,11 @@ def check_counts(config: Any, tensors: int, where: Any) -> None:
                 todo.append(value)
             elif isinstance(value, int) and key in _COUNTS and value > tensors:
                 raise CheckpointError(f"{where}: {key} is {value}, but only {tensors} tensors are stored; {AGAIN}")
+            if _CODE.search(key) and "/" in json.dumps(value):
+                raise CheckpointError(
+                    f"{where}: {key} is {value!r:.80}, which names a repository whose code would run; expected one of "
+                    "transformers' own, such as sdpa"
+                )
 
 
 def check_size(skeleton: Any, stored: int, where: Any) -> None:

@@ -45,8 +45,9 @@ def verify(directory: Checkpoint, as_json: Json = False) -> None:
     if as_json:
         emit(result.to_dict())
     else:
+        note("What the certificate says, of what is gone in its author's words:")
         tables.show_certificate(result, Terminal())
-        note(f"{directory} is what the certificate says.")
+        note(f"{directory} holds what the certificate says.")
 
 
 def attach(

@@ -96,7 +96,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             "--alpha",
-            help="A number, or NAME=NUMBER;... (others off); a column each; repeat. Default: as it was saved.",
+            help="A number, or NAME=NUMBER;... (others off); a column each; repeat. Default: as loaded.",
         ),
     ] = None,
     original: Annotated[str | None, typer.Option(help="Hub id or path of a dense model, as one more column.")] = None,
@@ -160,7 +160,7 @@ def generate(
     directory: Annotated[Path, typer.Argument(help="Checkpoint made by split or isolate.")],
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     value: Annotated[
-        float | None, typer.Option("--alpha", help="Alpha of every stream; as it was saved if nothing is given.")
+        float | None, typer.Option("--alpha", help="Alpha of every stream; as loaded if nothing is given.")
     ] = None,
     stream: Annotated[
         list[str] | None, typer.Option("--stream", help="NAME=ALPHA; streams not named are off. Repeatable.")
@@ -173,7 +173,7 @@ def generate(
 ) -> None:
     """Continue a prompt under a chosen alpha, as a stream of text.
 
-    Without --alpha and --stream it is the alpha that was saved (0 after isolate), which is told on standard error.
+    Without --alpha and --stream each stream stands as its manifest says (0 after isolate); standard error tells which.
     """
     from transformers import TextStreamer
 
@@ -252,5 +252,5 @@ def _told(standing: Mapping[str, float]) -> str:
         return "0 (there is no stream beside this base)"
     values = ", ".join(f"{n}={v:g}" for n, v in standing.items())
     if all(standing.values()):
-        return f"{values} (as saved)"
-    return f"{values} (as saved; --alpha 1 turns {'it' if len(standing) == 1 else 'all'} on)"
+        return f"{values} (as loaded)"
+    return f"{values} (as loaded; --alpha 1 turns {'it' if len(standing) == 1 else 'all'} on)"

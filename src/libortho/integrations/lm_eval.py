@@ -52,7 +52,7 @@ class LibOrthoLM(HFLM):
 
     Args:
         pretrained: The checkpoint's directory.
-        alpha: A number for all streams, or ``hr=1;legal=0``; streams not named are off. Default: what was saved, which
+        alpha: A number for all streams, or ``hr=1;legal=0``; streams not named are off. Default: as loaded, which
             is 0 for streams of ``isolate``.
         streams: ``all``, ``none``, or the names of those to read, such as ``hr;legal``.
         device: Default: cuda where there is one, as in the harness.
