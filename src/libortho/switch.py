@@ -235,6 +235,15 @@ class Switch:
         for module in model.modules():
             unguard(module)
 
+    def passes(self, args: tuple[Any, ...]) -> bool:
+        """True for a layer inside a running pass of its model, which looks at what is carried and stamps it."""
+        around = _RUNNING.get().get(self)
+        if around is None or not around.runs:
+            return False
+        if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
+            self._note(args, around.state)
+        return True
+
     def run(self, guarded: Guard, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One forward pass of a guarded model, nested ones included.
 
