@@ -23,7 +23,8 @@ _ENCODED = "encoder_outputs"
 _STATES = ("last_hidden_state", "encoder_last_hidden_state")
 _NO_STATE = frozenset({"inputs_embeds", "attention_mask", "position_ids", "labels", "loss", "logits"})
 _STAMP = "_libortho_alpha"
-_PLAIN = (bool, int, float, str, Tensor, type(None))
+_SIMPLE = (int, float, str, type(None))  # bool is an int
+_PLAIN = (*_SIMPLE, Tensor)
 _HALVES = ("self_attention_cache", "cross_attention_cache")
 _MANY = 100_000  # objects in a cache; one with more is not looked through
 
@@ -171,7 +172,7 @@ def _leaves(value: Any) -> Iterator[Any]:
     if isinstance(value, list | tuple):
         for item in value:
             yield from _leaves(item)
-    elif not isinstance(value, bool | int | float | str | type(None)):
+    elif not isinstance(value, _SIMPLE):
         yield value
         if not isinstance(value, Tensor):
             for half in _HALVES:
@@ -276,7 +277,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         elif not isinstance(item, type | _Stamp | AlphaState):
             slots = [n for kind in type(item).__mro__ for n in getattr(kind, "__slots__", ())]
             inner = [*getattr(item, "__dict__", {}).values(), *(getattr(item, n, None) for n in slots)]
-        fresh = [i for i in inner if i is not None and not isinstance(i, int | float | str) and id(i) not in seen]
+        fresh = [i for i in inner if not isinstance(i, _SIMPLE) and id(i) not in seen]
         seen.update(map(id, fresh))
         waiting.extend(fresh)
         if len(seen) > _MANY:

@@ -111,12 +111,12 @@ class Guard:
         Raises:
             DataError: if the model does not take an empty batch, and is given one.
         """
-        if is_compiling() and not self._carries(args, kwargs):
+        if is_compiling():
+            if self._carries(args, kwargs):
+                return _eagerly(self.switch, self, args, kwargs)
             model = self._model()
             assert model is not None
             return type(model).forward(model, *args, **kwargs) if self.own is None else self.own(*args, **kwargs)
-        if is_compiling():
-            return _eagerly(self.switch, self, args, kwargs)
         copied = getattr(_CALLED, "module", None)
         if copied is not None:
             _CALLED.module = None
