@@ -18,6 +18,7 @@ from transformers import (
 
 import libortho
 import tiny
+from probe import Probe
 
 VOCABULARY = 128
 
@@ -168,3 +169,10 @@ def checkpoint(_planted, tokenizer, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("isolated") / "out"
     libortho.save(model, tokenizer, out)
     return out
+
+
+@pytest.fixture(params=[1.0, 0.0], ids=["on", "off"])
+def probe(request: pytest.FixtureRequest) -> Probe:
+    made = Probe()
+    libortho.set_alpha(made.model, request.param)
+    return made

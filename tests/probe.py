@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import libortho
+from libortho.alpha import get_switch
 from libortho.errors import AlphaContextError
 from libortho.layer import ortho_layers
 
@@ -57,3 +58,12 @@ def in_thread(call: Callable[[], Any]) -> Any:
     thread.start()
     thread.join(timeout=30)
     return found[0]
+
+
+def persistent(probe: Probe) -> float:
+    return get_switch(probe.model).persistent["default"]  # type: ignore[return-value]
+
+
+def unknown(probe: Probe) -> float | str:
+    """What a call whose alpha is not known does: it is never on."""
+    return RAISED if persistent(probe) else 0.0

@@ -15,26 +15,8 @@ import pytest
 from torch import nn
 
 import libortho
-from libortho.alpha import get_switch
 from libortho.errors import AlphaContextError
-from probe import RAISED, VALUES, Probe, in_thread
-
-
-@pytest.fixture(params=[1.0, 0.0], ids=["on", "off"])
-def probe(request: pytest.FixtureRequest) -> Probe:
-    made = Probe()
-    libortho.set_alpha(made.model, request.param)
-    return made
-
-
-def persistent(probe: Probe) -> float:
-    return get_switch(probe.model).persistent["default"]  # type: ignore[return-value]
-
-
-def unknown(probe: Probe) -> float | str:
-    """What a call whose alpha is not known does: it is never on."""
-    return RAISED if persistent(probe) else 0.0
-
+from probe import VALUES, in_thread, persistent, unknown
 
 # -- generators -------------------------------------------------------------------------------------------------------
 

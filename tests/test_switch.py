@@ -19,19 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import libortho
 from libortho.alpha import get_switch
 from libortho.errors import AlphaContextError, AlphaError
-from probe import VALUES, Probe
-
-
-@pytest.fixture(params=[1.0, 0.0], ids=["on", "off"])
-def probe(request: pytest.FixtureRequest) -> Probe:
-    made = Probe()
-    libortho.set_alpha(made.model, request.param)
-    return made
-
-
-def persistent(probe: Probe) -> float:
-    return get_switch(probe.model).persistent["default"]  # type: ignore[return-value]
-
+from probe import VALUES, Probe, persistent
 
 # -- interrupts, copies, tracers --------------------------------------------------------------------------------------
 
