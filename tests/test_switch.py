@@ -19,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import libortho
 from libortho.alpha import get_switch
 from libortho.errors import AlphaContextError, AlphaError
+from libortho.guard import Guard
 from probe import VALUES, Probe, persistent
 
 # -- interrupts, copies, tracers --------------------------------------------------------------------------------------
@@ -93,6 +94,7 @@ def test_a_shallow_copy_runs_its_own_modules(probe):
 def test_a_forward_that_was_put_back_is_guarded_again(probe):
     del probe.model.forward  # as an offloading hook that was there before the split does when it goes
     assert probe() == persistent(probe)
+    assert isinstance(probe.model.__dict__["forward"], Guard)
     with libortho.alpha(probe.model, [0.0, 1.0, 1.0]), pytest.raises(AlphaError, match="names 3 sequences"):
         probe.model(probe.x)
 
