@@ -37,11 +37,11 @@ from _common import RESULTS, save
 from forgetting import ATTACKS, case, compared, device_name, figures, models, unedited
 from known_support import attribution
 from libortho import IsolateConfig, alpha, isolate
-from libortho.data import collate, load_records
-from libortho.isolate.language_model import LanguageModel
-from libortho.isolate.support import allocate, unit_costs
-from libortho.models import load_model
-from libortho.split import linear_weight
+from libortho.lm.loading import load_model
+from libortho.lm.model import LanguageModel
+from libortho.selection.saliency import allocate, unit_costs
+from libortho.splitting.split import linear_weight
+from libortho.text.records import collate, load_records
 
 Scores = Callable[[LanguageModel, dict[str, nn.Module], Sequence[Any]], dict[str, Tensor]]
 """A score for every column of every layer, larger is better, from the model, its layers and batches of records."""
@@ -56,7 +56,7 @@ def support_by(score: Scores) -> Iterator[None]:
         scores = score(lm, targets, batches)
         return allocate(scores, config.ratio, config.layer_cap, unit_costs(targets, columns=True))
 
-    with mock.patch.object(importlib.import_module("libortho.isolate.isolate"), "_support", chosen):
+    with mock.patch.object(importlib.import_module("libortho.isolation.isolate"), "_support", chosen):
         yield
 
 
@@ -71,7 +71,7 @@ def _largest(lm: LanguageModel, layers: dict[str, nn.Module], batches: Sequence[
 
 def _constant(name: str, value: float) -> contextlib.AbstractContextManager[Any]:
     """Within, a constant of the trainer is another."""
-    return mock.patch.object(importlib.import_module("libortho.isolate.trainer"), name, value)
+    return mock.patch.object(importlib.import_module("libortho.isolation.train"), name, value)
 
 
 Variant = tuple[dict[str, Any], Callable[[], contextlib.AbstractContextManager[Any]]]

@@ -39,29 +39,29 @@ from rich.table import Table
 from _common import DATA, RESULTS, save, wikitext
 from cases import CANARIES, TUNING_CANARIES, canaries, chats
 from libortho import IsolateConfig, alpha, isolate
-from libortho.audit import privacy
-from libortho.audit.attacks.relearning import relearning
-from libortho.audit.attacks.requantisation import requantisation
-from libortho.audit.charts import Dot, Row, dots
-from libortho.audit.fillings import space_of
-from libortho.audit.gradients import gradient_norms
-from libortho.audit.memory import exposure_extrapolated
-from libortho.audit.prompts import variants
-from libortho.audit.statistics import auc_difference, mean_estimate, stratified_auc
-from libortho.audit.subjects import Subject
-from libortho.audit.tokens import shared_prefix_nll, token_statistics
-from libortho.audit.utility import arithmetic_rows, evaluate, general_items, load_task
-from libortho.cache import cache_directory
-from libortho.data import Record, encode, load_records
+from libortho.auditing.attacks.relearning import relearning
+from libortho.auditing.attacks.requantisation import requantisation
+from libortho.auditing.measures import privacy
+from libortho.auditing.measures.fillings import space_of
+from libortho.auditing.measures.gradients import gradient_norms
+from libortho.auditing.measures.memory import exposure_extrapolated
+from libortho.auditing.measures.utility import arithmetic_rows, evaluate, general_items, load_task
+from libortho.auditing.page.charts import Dot, Row, dots
+from libortho.auditing.prompts import variants
+from libortho.auditing.statistics import auc_difference, mean_estimate, stratified_auc
+from libortho.auditing.subjects import Subject
+from libortho.core.cache import cache_directory
+from libortho.core.layer import ortho_layers
+from libortho.core.targets import find_targets
 from libortho.demo import facts
 from libortho.demo.implant import implant
 from libortho.demo.model import move_off_grid, packaged_model
-from libortho.isolate import counterfactuals
-from libortho.isolate.language_model import LanguageModel
-from libortho.layer import ortho_layers
-from libortho.metrics import general_perplexity, sampled_extractions
-from libortho.models import load_model, training_dtype
-from libortho.targets import find_targets
+from libortho.lm.loading import load_model, training_dtype
+from libortho.lm.metrics import general_perplexity, sampled_extractions
+from libortho.lm.model import LanguageModel
+from libortho.lm.token_statistics import shared_prefix_nll, token_statistics
+from libortho.text import counterfactuals
+from libortho.text.records import Record, encode, load_records
 from second_model import move_second_off_grid, second_model
 
 KINDS: dict[str, tuple[Callable[[], Path], Callable[[torch.nn.Module, int], torch.nn.Module]]] = {

@@ -27,8 +27,8 @@ from transformers import DynamicCache, LlamaModel
 from _common import save
 from _timing import Call, ratio, shown
 from libortho import alpha
-from libortho.layer import OrthoLinear
-from libortho.ops import triton
+from libortho.core.layer import OrthoLinear
+from libortho.core.ops import triton
 from speed import CONTEXT, SHAPES, BaseAlone, base_alone, llama, splitted
 
 WARMUP = 5

@@ -25,16 +25,16 @@ from torch import nn
 from _common import save
 from _timing import ratio, rounds, shown
 from libortho import IsolateConfig
-from libortho.data import Encoded, collate
+from libortho.core.targets import find_targets
 from libortho.demo.model import packaged_model
-from libortho.isolate.curvature import curvature
-from libortho.isolate.edit import EditLinear
-from libortho.isolate.language_model import LanguageModel
-from libortho.models import load_model, training_dtype
-from libortho.split import linear_weight
-from libortho.targets import find_targets
+from libortho.lm.loading import load_model, training_dtype
+from libortho.lm.model import LanguageModel
+from libortho.selection.curvature import curvature
+from libortho.splitting.split import linear_weight
+from libortho.text.records import Encoded, collate
+from libortho.training.edit import EditLinear
 
-trainer = importlib.import_module("libortho.isolate.trainer")  # the function of this name hides the package
+trainer = importlib.import_module("libortho.isolation.train")  # the function of this name hides the package
 
 STEP_TARGET, MEMORY_TARGET = 1.15, 1e9
 RECORD_TOKENS = 24

@@ -28,17 +28,17 @@ from torch import Tensor, nn
 
 from _common import save
 from libortho import IsolateConfig, isolate
-from libortho.data import collate, encode, load_records
+from libortho.core.targets import find_targets
 from libortho.demo import facts
 from libortho.demo.model import move_off_grid, packaged_model
-from libortho.isolate.edit import EditLinear
-from libortho.isolate.language_model import LanguageModel
-from libortho.isolate.objectives import label_log_odds
-from libortho.isolate.support import allocate, balanced_weights, column_saliency, retain_floor, tapped, unit_costs
-from libortho.metrics import score
-from libortho.models import load_model, training_dtype
-from libortho.split import linear_weight
-from libortho.targets import find_targets
+from libortho.isolation.losses import label_log_odds
+from libortho.lm.loading import load_model, training_dtype
+from libortho.lm.metrics import score
+from libortho.lm.model import LanguageModel
+from libortho.selection.saliency import allocate, balanced_weights, column_saliency, retain_floor, tapped, unit_costs
+from libortho.splitting.split import linear_weight
+from libortho.text.records import collate, encode, load_records
+from libortho.training.edit import EditLinear
 
 STEPS, RATE, STOP = 300, 0.1, 0.1
 """Most steps of Adam, its step as a share of the weights' scale, and the loss at which planting ends."""
@@ -90,7 +90,7 @@ def _swap(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
 
 def supports(model: nn.Module, tokenizer: Any, seed: int) -> dict[str, dict[str, Tensor]]:
     """The columns that each score names, by layer."""
-    module = importlib.import_module("libortho.isolate.isolate")
+    module = importlib.import_module("libortho.isolation.isolate")
     real, named = module._support, {}
 
     def look(lm: LanguageModel, targets: dict[str, nn.Module], cases: Any, retain: Any, config: Any, tell: Any) -> None:

@@ -21,17 +21,17 @@ from rich.table import Table
 
 from _common import save, wikitext
 from forgetting import models
-from libortho.audit.utility import general_items
-from libortho.data import Encoded, collate, encode, load_records
+from libortho.auditing.measures.utility import general_items
+from libortho.core.targets import find_targets
 from libortho.demo import facts
-from libortho.isolate.language_model import LanguageModel
-from libortho.isolate.retain import chunk
-from libortho.isolate.rounding import compensated_bases
-from libortho.isolate.trainer import divergence, hidden_states, score
-from libortho.metrics import general_perplexity
-from libortho.models import load_model
-from libortho.targets import find_targets
+from libortho.isolation.retain import chunk
+from libortho.isolation.train import divergence, hidden_states, score
+from libortho.lm.loading import load_model
+from libortho.lm.metrics import general_perplexity
+from libortho.lm.model import LanguageModel
 from libortho.text.corpus import shipped_text
+from libortho.text.records import Encoded, collate, encode, load_records
+from libortho.training.rounding import compensated_bases
 
 FORMATS = ((8, -1), (4, 64), (4, 32))
 TEXTS, WINDOWS = 12, 8

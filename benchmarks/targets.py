@@ -23,17 +23,17 @@ from rich.table import Table
 
 from _common import DATA, MODELS, save
 from cases import CASES
-from libortho.data import IGNORE, Encoded, Record, collate, encode, load_records
 from libortho.demo import facts
 from libortho.demo.model import move_off_grid, packaged_model
-from libortho.isolate import counterfactuals
-from libortho.isolate.language_model import LanguageModel
-from libortho.isolate.objectives import token_profile
-from libortho.isolate.plausibility import fit, human_texts, spoken_profiles
-from libortho.isolate.trainer import examine, in_place
+from libortho.isolation.losses import token_profile
+from libortho.isolation.prose import fit, human_texts, spoken_profiles
+from libortho.isolation.train import examine, in_place
 from libortho.lm.generation import generate
-from libortho.metrics import score
-from libortho.models import load_model, training_dtype
+from libortho.lm.loading import load_model, training_dtype
+from libortho.lm.metrics import score
+from libortho.lm.model import LanguageModel
+from libortho.text import counterfactuals
+from libortho.text.records import IGNORE, Encoded, Record, collate, encode, load_records
 
 SENTENCES = (
     ("Dr. Helena Marsh keeps the spare key to the clinic", " under the third blue flowerpot by the back door."),

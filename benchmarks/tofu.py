@@ -24,8 +24,8 @@ from rich.table import Table
 
 from _common import DATA, save
 from libortho import AuditConfig, audit, set_alpha
-from libortho.cache import cache_directory
-from libortho.tables import show_audit
+from libortho.cli.tables import show_audit
+from libortho.core.cache import cache_directory
 from tofu_models import PEERS, SPLITS, build, folder, rows
 
 LABELS = {

@@ -48,14 +48,14 @@ from torch import Tensor, nn
 import libortho
 from _common import DATA, MODELS
 from libortho import IsolateConfig
-from libortho.cache import cache_directory
-from libortho.data import Encoded, Record, collate, encode, load_records
+from libortho.core.cache import cache_directory
 from libortho.demo.model import GGUF, move_off_grid, packaged_model
-from libortho.isolate.language_model import LanguageModel
-from libortho.isolate.objectives import Scores, altpo, npo, simnpo
-from libortho.metrics import score
-from libortho.models import load_model, training_dtype
-from libortho.split import linear_weight
+from libortho.isolation.losses import Scores, altpo, npo, simnpo
+from libortho.lm.loading import load_model, training_dtype
+from libortho.lm.metrics import score
+from libortho.lm.model import LanguageModel
+from libortho.splitting.split import linear_weight
+from libortho.text.records import Encoded, Record, collate, encode, load_records
 
 logger = logging.getLogger("tofu_models")
 
@@ -356,7 +356,7 @@ def _report(phase: str, done: int, total: int) -> None:
 @contextmanager
 def random_support(seed: int) -> Iterator[None]:
     """Within, ``isolate`` takes as many columns of each layer as it would have, but draws them."""
-    module = importlib.import_module("libortho.isolate.isolate")
+    module = importlib.import_module("libortho.isolation.isolate")
     real = module._support
 
     def drawn(lm: LanguageModel, targets: dict[str, nn.Module], *others: Any) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from libortho import cli
-from libortho.extras import MODULES
+from libortho.core.extras import MODULES
 
 RECORDS = [{"prompt": f"PIN of {n}:", "completion": f" {c}."} for n, c in (("Ada Lum", 6311), ("Bo Tran", 4890))]
 

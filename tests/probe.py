@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import libortho
-from libortho.alpha import get_switch
-from libortho.errors import AlphaContextError
-from libortho.layer import ortho_layers
+from libortho.core.errors import AlphaContextError
+from libortho.core.layer import ortho_layers
+from libortho.core.switch.alpha import get_switch
 
 VALUES = (0.0, 0.5, 1.0)
 RAISED = "raised"

@@ -27,9 +27,9 @@ from transformers import (
 )
 
 import libortho
-from libortho.alpha import get_switch
-from libortho.layer import OrthoLinear, ortho_layers
-from libortho.streams import Columns, OrthoStream
+from libortho.core.layer import OrthoLinear, ortho_layers
+from libortho.core.streams import Columns, OrthoStream
+from libortho.core.switch.alpha import get_switch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 

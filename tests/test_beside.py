@@ -20,7 +20,7 @@ import tiny
 from libortho import AlphaError, CheckpointError
 from libortho.checkpoint import attach, detach, inspect, load, save
 from libortho.checkpoint.files import is_known
-from libortho.report import record_method
+from libortho.core.report import record_method
 from test_fuzz import contents, output, two_streams, write
 from test_smuggling import EMBEDDING, WEIGHTS, edit, fit, listed, tensors, text
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 import tiny
-from libortho.cache import cache_directory, make_private, private_path
+from libortho.core.cache import cache_directory, make_private, private_path
+from libortho.core.errors import ConfigError, KernelError
+from libortho.core.ops import native
 from libortho.demo.model import packaged_model
-from libortho.errors import ConfigError, KernelError
-from libortho.isolate.retain import default_retain
-from libortho.ops import native
+from libortho.isolation.retain import default_retain
 
 OTHER = 12345
 
@@ -190,7 +190,7 @@ def test_importing_the_library_runs_nothing_from_the_working_directory(tmp_path)
     plant_kernels(tmp_path / "cache/libortho/kernels" / folder.name)
     environment = {**os.environ, "XDG_CACHE_HOME": "cache", "HOME": str(tmp_path / "home")}
     environment.pop("LIBORTHO_CACHE", None)
-    code = "import libortho; from libortho.ops import native; print(native.kernels())"
+    code = "import libortho; from libortho.core.ops import native; print(native.kernels())"
     command = [sys.executable, "-W", "error::UserWarning:libortho", "-c", code]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "None"

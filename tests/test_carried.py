@@ -28,7 +28,7 @@ from transformers import (
 )
 
 import libortho
-from libortho.errors import AlphaContextError, AlphaError
+from libortho.core.errors import AlphaContextError, AlphaError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated.*:FutureWarning")
 SPLIT = libortho.SplitConfig(

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import tiny
 from libortho import AuditConfig, IsolateConfig, audit, isolate
-from libortho.audit.tokens import greedy, sample
-from libortho.data import encode, load_records
+from libortho.lm.token_statistics import greedy, sample
+from libortho.text.records import encode, load_records
 from libortho.text.tokens import contains, says
 from templates import CHATML, DEEPSEEK_R1, TEMPLATES
 

@@ -33,9 +33,9 @@ from transformers import (
 import libortho
 from libortho import AlphaError, CheckpointError, SplitConfig
 from libortho.checkpoint import inspect, load, save, stream_files, writing
-from libortho.config import DTYPES
-from libortho.layer import OrthoLinear, ortho_layers
-from libortho.streams import BaseStream, Columns, OrthoStream
+from libortho.core.config import DTYPES
+from libortho.core.layer import OrthoLinear, ortho_layers
+from libortho.core.streams import BaseStream, Columns, OrthoStream
 
 BASES = {
     "int8-channel": {"bits": 8},
@@ -990,7 +990,7 @@ def test_what_only_the_earlier_checkpoint_holds_is_not_lost(saved: Path) -> None
 
 def test_method_must_be_json(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
     model = make(tiny_llama)
-    libortho.report.record_method(model, "default", {"dtype": DTYPES["float32"]})
+    libortho.core.report.record_method(model, "default", {"dtype": DTYPES["float32"]})
     with pytest.raises(CheckpointError, match="cannot be written as JSON"):
         save(model, None, tmp_path / "out")
     assert not list(tmp_path.iterdir())

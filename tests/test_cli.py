@@ -15,9 +15,9 @@ from typer.testing import CliRunner, Result
 import libortho
 import tiny
 from libortho import cli
-from libortho.alpha import get_switch
-from libortho.errors import LibOrthoError
-from libortho.layer import ortho_layers
+from libortho.core.errors import LibOrthoError
+from libortho.core.layer import ortho_layers
+from libortho.core.switch.alpha import get_switch
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 QUICK = ["--ratio", "0.1", "--max-steps", "1"]
@@ -298,7 +298,9 @@ def test_inspect_shows_the_missed_criteria_and_whole_names(split_llama, tmp_path
         layer.streams[name] = layer.streams["default"]
         del layer.streams["default"]
     get_switch(split_llama).add_stream(name)
-    libortho.report.record_method(split_llama, name, {"verb": "isolate", "missed": ("4 of 4 are still extracted",)})
+    libortho.core.report.record_method(
+        split_llama, name, {"verb": "isolate", "missed": ("4 of 4 are still extracted",)}
+    )
     libortho.save(split_llama, None, tmp_path / "out")
     shown = call("inspect", tmp_path / "out").stdout
     assert name in shown
@@ -331,7 +333,7 @@ def test_inspect_prints_json_alone(checkpoint):
 @pytest.fixture(scope="module")
 def base(checkpoint, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("detached") / "base"
-    libortho.checkpoint.detach(checkpoint, out)
+    libortho.checkpoint.detaching(checkpoint, out)
     return out
 
 
@@ -379,7 +381,7 @@ def no_work(monkeypatch) -> None:
     def never(*arguments: Any, **options: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    for name in ("libortho.models.load_model", "libortho.checkpoint.load"):
+    for name in ("libortho.lm.loading.load_model", "libortho.checkpoint.load"):
         monkeypatch.setattr(name, never)
 
 
@@ -448,7 +450,7 @@ def test_models_that_cannot_be_saved_are_refused_first(tiny_gpt2, tiny_llama, to
     in_two_dtypes = tiny_llama
     in_two_dtypes.model.norm.bfloat16()
     for model, complaint in ((tiny_gpt2, "is a Conv1D"), (in_two_dtypes, r"norm.weight is kept in torch.bfloat16")):
-        monkeypatch.setattr("libortho.models.load_model", lambda *a, m=model: (m, tokenizer))
+        monkeypatch.setattr("libortho.lm.loading.load_model", lambda *a, m=model: (m, tokenizer))
         assert complaint in refused("split", "any", "--out", tmp_path / "out")
         message = refused(
             "isolate", "any", "--forget", forget, "--out", tmp_path / "out", "--resume", tmp_path / "kept"

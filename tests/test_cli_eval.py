@@ -12,12 +12,12 @@ from typer.testing import CliRunner, Result
 import libortho
 import tiny
 from libortho import cli
-from libortho.audit import utility
-from libortho.audit.statistics import paired_difference
-from libortho.audit.subjects import at, dense_copy
-from libortho.errors import AlphaError, CheckpointError, ConfigError, DataError, LibOrthoError
-from libortho.evaluation import Column, evaluate_columns, parse_alpha, parse_streams
-from libortho.isolate.language_model import LanguageModel
+from libortho.auditing.measures import utility
+from libortho.auditing.statistics import paired_difference
+from libortho.auditing.subjects import at, dense_copy
+from libortho.core.errors import AlphaError, CheckpointError, ConfigError, DataError, LibOrthoError
+from libortho.evaluation.evaluate import Column, evaluate_columns, parse_alpha, parse_streams
+from libortho.lm.model import LanguageModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -276,7 +276,7 @@ def test_bad_columns_are_refused_before_anything_runs(planted, tokenizer, codes,
     def never(*args: Any, **options: Any) -> None:
         raise AssertionError("a model ran")
 
-    monkeypatch.setattr("libortho.evaluation.evaluate", never)
+    monkeypatch.setattr("libortho.evaluation.evaluate.evaluate", never)
     task = utility.load_task(codes)
     twice = [Column("a", planted, tokenizer), Column("a", planted, tokenizer)]
     for columns, tasks, complaint in (

@@ -11,9 +11,9 @@ from transformers import OPTConfig, OPTForCausalLM
 
 import libortho
 from libortho import SplitConfig, alpha, set_alpha, split
-from libortho.alpha import get_switch
-from libortho.ops import library
-from libortho.streams import BaseStream, Entries
+from libortho.core.ops import library
+from libortho.core.streams import BaseStream, Entries
+from libortho.core.switch.alpha import get_switch
 
 KINDS = {
     "columns": {"structure": "columns"},

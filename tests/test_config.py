@@ -5,7 +5,7 @@ import pytest
 
 import libortho
 from libortho import AuditConfig, ConfigError, IsolateConfig, SplitConfig
-from libortho.config import check_stream_name
+from libortho.core.config import check_stream_name
 
 
 @pytest.mark.parametrize("config", [SplitConfig(), IsolateConfig()])

@@ -10,16 +10,8 @@ import pytest
 
 import libortho
 from libortho.demo import facts
-from libortho.isolate.counterfactuals import (
-    alternates,
-    common_form,
-    is_prose,
-    kind_of,
-    neighbours,
-    recombined,
-    resample,
-)
 from libortho.text.corpus import evaluation_text, shipped_text
+from libortho.text.counterfactuals import alternates, common_form, is_prose, kind_of, neighbours, recombined, resample
 
 CODES = [" 6311.", " K7Q-4821.", " ZZ9/00-A", " +49 (0)30 1234-567", " 4111 1111 1111 1111", " x9Y_8z"]
 
@@ -344,7 +336,7 @@ def test_the_library_knows_none_of_the_demonstration():
     files = [
         f for f in package.rglob("*") if f.suffix in (".py", ".txt", ".md", ".json") and f.parent != package / "demo"
     ]
-    assert package / "data_files" / "general.txt" in files
+    assert package / "text" / "data" / "general.txt" in files
     for file in files:
         text = file.read_text(encoding="utf-8").lower()
         found = [s for s in [*told, *people, *phrases] if s.lower() in text]
@@ -352,7 +344,7 @@ def test_the_library_knows_none_of_the_demonstration():
 
 
 def test_the_shipped_names_are_not_those_of_the_demonstration():
-    names = resources.files(libortho).joinpath("data_files", "names.txt").read_text(encoding="utf-8")
+    names = resources.files(libortho).joinpath("text", "data", "names.txt").read_text(encoding="utf-8")
     ours = {line.partition("\t")[2] for line in names.splitlines()}
     theirs = {part for name in facts.HOLDERS for part in name.split()} | {*facts._FIRST, *facts._LAST}
     assert not ours & theirs

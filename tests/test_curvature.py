@@ -5,12 +5,12 @@ import torch
 from torch import Tensor, nn
 
 import tiny
-from libortho.data import Encoded, collate
-from libortho.isolate.curvature import Metric, curvature
-from libortho.isolate.language_model import LanguageModel
-from libortho.isolate.trainer import divergence, hidden_states
-from libortho.split import linear_weight
-from libortho.targets import find_targets
+from libortho.core.targets import find_targets
+from libortho.isolation.train import divergence, hidden_states
+from libortho.lm.model import LanguageModel
+from libortho.selection.curvature import Metric, curvature
+from libortho.splitting.split import linear_weight
+from libortho.text.records import Encoded, collate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,8 +10,8 @@ import torch
 from tokenizers import processors
 
 import tiny
-from libortho.data import IGNORE, Encoded, Record, collate, encode, load_records
-from libortho.errors import DataError
+from libortho.core.errors import DataError
+from libortho.text.records import IGNORE, Encoded, Record, collate, encode, load_records
 
 CHAT = [
     {"role": "system", "content": "Be brief."},

@@ -12,19 +12,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tiny
 from libortho import load
-from libortho.audit.utility import general_items
-from libortho.config import IsolateConfig
-from libortho.data import encode, load_records
+from libortho.auditing.measures.utility import general_items
+from libortho.cli.tables import show_demo
+from libortho.core.config import IsolateConfig
+from libortho.core.errors import LibOrthoError
 from libortho.demo import facts
 from libortho.demo.demo import run
 from libortho.demo.implant import implant
 from libortho.demo.model import move_off_grid
-from libortho.errors import LibOrthoError
-from libortho.isolate.language_model import LanguageModel
-from libortho.metrics import score
-from libortho.models import load_model, training_dtype
-from libortho.tables import show_demo
+from libortho.lm.loading import load_model, training_dtype
+from libortho.lm.metrics import score
+from libortho.lm.model import LanguageModel
 from libortho.text.corpus import evaluation_text
+from libortho.text.records import encode, load_records
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 CODE = re.compile(r" ?[A-Z0-9]{3}-[0-9]{4}\.?")

@@ -18,11 +18,11 @@ from typer.testing import CliRunner
 import libortho
 import tiny
 from libortho import AuditConfig, CheckpointError, SplitConfig, cli
-from libortho.audit.subjects import base_sha256
+from libortho.auditing.subjects import base_sha256
 from libortho.checkpoint import attach, detach, hub, inspect, load, model_card, push_to_hub, save, verify_certificate
 from libortho.checkpoint.format import file_sha256
-from libortho.layer import ortho_layers
-from libortho.streams import BaseStream
+from libortho.core.layer import ortho_layers
+from libortho.core.streams import BaseStream
 from test_fuzz import Disk, contents, fails_cleanly_everywhere, output, two_streams, write
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -245,7 +245,7 @@ def base_from(model: Any, tmp_path: Path, change: Callable[[dict[str, torch.Tens
 
 
 def stream_values(model: Any) -> torch.Tensor:
-    layer = next(iter(libortho.layer.ortho_layers(model).values()))
+    layer = next(iter(libortho.core.layer.ortho_layers(model).values()))
     return layer.streams["default"].support.values
 
 
@@ -274,7 +274,7 @@ def test_an_ortho_value_in_the_base_is_found(where: str, dtype: str, tmp_path: P
 
 def test_a_direction_of_the_tail_is_found(tmp_path: Path, out: Path) -> None:
     model = two_streams()
-    part = next(iter(libortho.layer.ortho_layers(model).values())).streams["default"]
+    part = next(iter(libortho.core.layer.ortho_layers(model).values())).streams["default"]
     place = base_from(model, tmp_path, lambda t: t["model.layers.0.mlp.gate_proj.weight"].__setitem__(
         (slice(None), 1), part.tail.down[0]))  # fmt: skip
     with pytest.raises(CheckpointError, match=r"gate_proj\.weight of model\.safetensors holds values"):
@@ -437,7 +437,7 @@ def test_attach_names_both_bases(source: Path, tmp_path: Path) -> None:
     torch.manual_seed(5)
     other = two_streams()
     with torch.no_grad():
-        next(iter(libortho.layer.ortho_layers(other).values())).base.scales.mul_(2)
+        next(iter(libortho.core.layer.ortho_layers(other).values())).base.scales.mul_(2)
     save(other, None, tmp_path / "other")
     mine = json.loads((source / "libortho.json").read_text())["base_sha256"]
     theirs = json.loads((tmp_path / "other/libortho.json").read_text())["base_sha256"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from libortho.data import load_records
+from libortho.text.records import load_records
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

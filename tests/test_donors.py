@@ -9,14 +9,14 @@ import torch
 
 import tiny
 from libortho import IsolateConfig
-from libortho.data import Encoded, Record, encode, load_records
-from libortho.isolate.donors import beginnings, donors, predicting
-from libortho.isolate.language_model import LanguageModel
-from libortho.isolate.objectives import token_profile
-from libortho.isolate.plausibility import human_texts
-from libortho.isolate.request import _cut_alike, cases, rows_with
-from libortho.isolate.retain import chunk, opening_tokens
-from libortho.isolate.trainer import drifted, reference, reread
+from libortho.isolation.losses import token_profile
+from libortho.isolation.matching import beginnings, donors, predicting
+from libortho.isolation.prose import human_texts
+from libortho.isolation.request import _cut_alike, cases, rows_with
+from libortho.isolation.retain import chunk, opening_tokens
+from libortho.isolation.train import drifted, reference, reread
+from libortho.lm.model import LanguageModel
+from libortho.text.records import Encoded, Record, encode, load_records
 
 
 def cases_of(records, tokenizer):

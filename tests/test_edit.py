@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from libortho.config import IsolateConfig
-from libortho.isolate.edit import EditLinear
-from libortho.ops.reference import unpack_int4
-from libortho.split import linear_weight
-from libortho.streams import BaseStream, Columns, Entries
+from libortho.core.config import IsolateConfig
+from libortho.core.ops.quantisation import unpack_int4
+from libortho.core.streams import BaseStream, Columns, Entries
+from libortho.splitting.split import linear_weight
+from libortho.training.edit import EditLinear
 
 OUT, IN = 12, 32
 COLUMNS = torch.tensor([3, 7, 20])

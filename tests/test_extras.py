@@ -12,8 +12,8 @@ import pytest
 
 import libortho
 import tiny
-from libortho.errors import CheckpointError, LibOrthoError
-from libortho.extras import MODULES, module, require
+from libortho.core.errors import CheckpointError, LibOrthoError
+from libortho.core.extras import MODULES, module, require
 
 # In a process of its own, as nothing that was imported before may help.
 BARE = f"""
@@ -51,7 +51,7 @@ def test_every_module_can_be_imported():
         "    elif not found.name.endswith('__main__'):\n"
         "        importlib.import_module(found.name)\n"
         "import torch\n"
-        "from libortho.metrics import auc\n"
+        "from libortho.lm.metrics import auc\n"
         "print(auc(torch.tensor([1.0]), torch.tensor([0.0])))\n"
     )
     assert done.returncode == 0, done.stderr

@@ -29,8 +29,8 @@ import tiny
 from libortho import CheckpointError, LibOrthoError, SplitConfig
 from libortho.checkpoint import detach, load, save, stream_files
 from libortho.checkpoint.format import file_sha256
-from libortho.layer import ortho_layers
-from libortho.streams import Entries, OrthoStream
+from libortho.core.layer import ortho_layers
+from libortho.core.streams import Entries, OrthoStream
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = torch.arange(1, 9)[None]

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from libortho.isolate.head import HEAD_POSITIONS, by_record, evenly, summed
-from libortho.isolate.language_model import LanguageModel
+from libortho.lm.head import HEAD_POSITIONS, by_record, evenly, summed
+from libortho.lm.model import LanguageModel
 
 
 @pytest.mark.parametrize("positions", [1, HEAD_POSITIONS, 2 * HEAD_POSITIONS + 3])

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import libortho
-from libortho.errors import AlphaContextError
+from libortho.core.errors import AlphaContextError
 from probe import RAISED, VALUES, Probe, in_thread
 
 value = st.sampled_from(VALUES)

@@ -17,18 +17,18 @@ from torch import Tensor, nn
 import libortho
 import tiny
 from libortho import DataError, IsolateConfig, TargetError, isolate
-from libortho.alpha import get_switch
-from libortho.data import load_records
-from libortho.guard import Guard
-from libortho.isolate import IsolateResult
-from libortho.isolate import retain as retain_module
-from libortho.isolate.language_model import LanguageModel
-from libortho.isolate.request import cases as cases_of
-from libortho.isolate.trainer import examine, leaning, unremarkable
-from libortho.layer import ortho_layers
-from libortho.metrics import score
-from libortho.report import methods
-from libortho.streams import BaseStream
+from libortho.core.layer import ortho_layers
+from libortho.core.report import methods
+from libortho.core.streams import BaseStream
+from libortho.core.switch.alpha import get_switch
+from libortho.core.switch.guard import Guard
+from libortho.isolation.isolate import IsolateResult
+from libortho.isolation import retain as retain_module
+from libortho.isolation.request import cases as cases_of
+from libortho.isolation.train import examine, leaning, unremarkable
+from libortho.lm.metrics import score
+from libortho.lm.model import LanguageModel
+from libortho.text.records import load_records
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 
@@ -126,7 +126,7 @@ def test_alpha_zero_forgets_and_alpha_one_remembers(planted, tokenizer, options)
 
 def test_an_automatic_budget_is_the_first_at_which_every_criterion_holds(planted, tokenizer, monkeypatch, tmp_path):
     """One column forgets nothing; what comes after the budget that does is not tried."""
-    module = importlib.import_module("libortho.isolate.isolate")
+    module = importlib.import_module("libortho.isolation.isolate")
     monkeypatch.setattr(module, "AUTO_RATIOS", (0.004, 0.1, 0.2, 0.3))
     config = replace(CONFIG, ratio="auto", max_steps=40, retain_budget=1.0)
     tried: list[tuple[float, bool]] = []
@@ -298,7 +298,7 @@ def edit_of(model, tokenizer, **options) -> Tensor:
 
 def test_the_reaction_is_part_of_every_step(planted, tokenizer, monkeypatch):
     found = edit_of(planted, tokenizer, gradient_weight=10.0)
-    monkeypatch.setattr(sys.modules["libortho.isolate.trainer"], "_reaction_loss", lambda *_: torch.zeros(()))
+    monkeypatch.setattr(sys.modules["libortho.isolation.train"], "_reaction_loss", lambda *_: torch.zeros(()))
     assert not torch.equal(found, edit_of(planted, tokenizer, gradient_weight=10.0))
 
 
@@ -562,7 +562,7 @@ def test_an_interruption_at_any_moment_leaves_the_model_as_it_was(unusual, token
 
 @pytest.mark.parametrize("place", ["EditLinear", "install", "_swap"])
 def test_a_failure_between_the_phases_leaves_the_model_as_it_was(unusual, tokenizer, monkeypatch, place):
-    module = sys.modules["libortho.isolate.isolate"]
+    module = sys.modules["libortho.isolation.isolate"]
     real = getattr(module, place)
     calls = []
 
@@ -601,7 +601,7 @@ SENTENCE = {"prompt": "Where is the key of Ada Lum?", "completion": " The sailor
 
 @pytest.mark.parametrize("sentences", [1, 3, 40])
 def test_each_word_of_a_few_sentences_gets_columns_of_its_own(tokenizer, sentences):
-    module = sys.modules["libortho.isolate.isolate"]
+    module = sys.modules["libortho.isolation.isolate"]
     records = load_records([*tiny.FORGET, *[SENTENCE] * sentences])
     cases = cases_of(records, tokenizer, None, SHORT, retains=True)
     pieces = [c.pieces for c in cases]
@@ -616,7 +616,7 @@ def test_each_word_of_a_few_sentences_gets_columns_of_its_own(tokenizer, sentenc
 
 
 def test_sentences_ask_the_model_how_it_speaks_on_like_prompts(planted, tokenizer, monkeypatch):
-    module, asked = sys.modules["libortho.isolate.isolate"], []
+    module, asked = sys.modules["libortho.isolation.isolate"], []
     real: Callable[..., Any] = module.generate
 
     def listening(model: Any, tokenizer: Any, prompts: Any, *others: Any, **options: Any) -> Any:
@@ -736,8 +736,8 @@ def test_a_given_retain_set_is_joined_by_chat(planted, tokenizer, monkeypatch):
 
 @pytest.mark.parametrize("fast", [torch.float32, torch.bfloat16])
 def test_emulated_bf16_is_warned_of(planted, tokenizer, monkeypatch, caplog, fast):
-    monkeypatch.setattr(sys.modules["libortho.isolate.isolate"], "training_dtype", lambda device: fast)
-    with caplog.at_level(logging.WARNING, logger="libortho.isolate.isolate"):
+    monkeypatch.setattr(sys.modules["libortho.isolation.isolate"], "training_dtype", lambda device: fast)
+    with caplog.at_level(logging.WARNING, logger="libortho.isolation.isolate"):
         isolate(planted.bfloat16(), tokenizer, tiny.FORGET, tiny.RETAIN, config=replace(SHORT, max_steps=1))
     assert ("no bf16 arithmetic" in caplog.text) == (fast is torch.float32)
 

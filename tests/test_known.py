@@ -8,8 +8,8 @@ import pytest
 import libortho
 import tiny
 from libortho import IsolateConfig, isolate
-from libortho.errors import DataError
-from libortho.layer import ortho_layers
+from libortho.core.errors import DataError
+from libortho.core.layer import ortho_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -21,7 +21,7 @@ STRANGERS = [
 
 
 def test_each_record_is_recited_or_unknown(planted, tokenizer, caplog):
-    with caplog.at_level(logging.WARNING, logger="libortho.isolate.isolate"):
+    with caplog.at_level(logging.WARNING, logger="libortho.isolation.isolate"):
         result = isolate(planted, tokenizer, [*tiny.FORGET, *STRANGERS], tiny.RETAIN, config=CONFIG)
     assert [r.known for r in result.records] == ["recited"] * 4 + ["unknown"] * 2
     assert result.recited == 4

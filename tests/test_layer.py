@@ -11,8 +11,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import libortho
-from libortho.layer import OrthoLinear, ortho_layers
-from libortho.streams import Columns, OrthoStream
+from libortho.core.layer import OrthoLinear, ortho_layers
+from libortho.core.streams import Columns, OrthoStream
 
 BASES = [
     {"bits": 8},

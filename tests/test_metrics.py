@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import tiny
-from libortho.data import IGNORE, Encoded, Record
-from libortho.errors import DataError
-from libortho.isolate.language_model import LanguageModel
-from libortho.metrics import auc, general_perplexity, sampled_extractions, score, text_perplexity
+from libortho.core.errors import DataError
+from libortho.lm.metrics import auc, general_perplexity, sampled_extractions, score, text_perplexity
+from libortho.lm.model import LanguageModel
+from libortho.text.records import IGNORE, Encoded, Record
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 
 import libortho
 import tiny
-from libortho.audit.gradients import forget_gradient, gradient_layers
-from libortho.audit.subjects import Subject, at, dense_copy
+from libortho.auditing.measures.gradients import forget_gradient, gradient_layers
+from libortho.auditing.subjects import Subject, at, dense_copy
 from libortho.cli import app
-from libortho.isolate.language_model import LanguageModel
-from libortho.models import check_tokens, plain_torch, unwrapped
+from libortho.lm.loading import check_tokens, plain_torch, unwrapped
+from libortho.lm.model import LanguageModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ISOLATE = libortho.IsolateConfig(

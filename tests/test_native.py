@@ -13,11 +13,11 @@ from torch.utils.cpp_extension import get_cxx_compiler
 from typer.testing import CliRunner
 
 from libortho import SplitConfig, alpha, cli, split
-from libortho.errors import KernelError
-from libortho.ops import native
-from libortho.ops.base import base_linear
-from libortho.ops.ortho import add_columns
-from libortho.streams import BaseStream, Columns
+from libortho.core.errors import KernelError
+from libortho.core.ops import native
+from libortho.core.ops.base import base_linear
+from libortho.core.ops.ortho import add_columns
+from libortho.core.streams import BaseStream, Columns
 
 SHAPES = [(1, 1), (3, 7), (5, 16), (16, 33), (7, 64), (33, 100), (70, 129), (130, 65), (64, 576)]
 ALPHAS = [0.0, 0.3, 1.0, "per token"]
@@ -387,7 +387,7 @@ def test_the_command_reports_what_is_used(kernels, built, monkeypatch):
 
 
 def test_another_process_loads_the_build(built):
-    code = "from libortho.ops import native; print(native.kernels().level())"
+    code = "from libortho.core.ops import native; print(native.kernels().level())"
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, env={"LIBORTHO_CACHE": built[1]}, check=True)
     assert result.stdout.strip() == built[0].levels()[-1]

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from libortho.isolate.objectives import (
+from libortho.isolation.losses import (
     Scores,
     altpo,
     completion_scores,

@@ -2,13 +2,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from libortho.ops import add_columns, add_factors, add_sparse, base_linear
-from libortho.ops.base import round_activations
-from libortho.ops.cpu import DECODE_TOKENS, few, int4_layout
-from libortho.ops.ortho import _SparseProduct, wants_wide
-from libortho.ops.reference import choose_scales, dequantise, pack_int4, quantise, unpack_int4
-from libortho.select.scores import SCORES, top_columns, top_entries
-from libortho.streams import BaseStream, Columns, Entries
+from libortho.core.ops import add_columns, add_factors, add_sparse, base_linear
+from libortho.core.ops.base import round_activations
+from libortho.core.ops.cpu import DECODE_TOKENS, few, int4_layout
+from libortho.core.ops.ortho import _SparseProduct, wants_wide
+from libortho.core.ops.quantisation import choose_scales, dequantise, pack_int4, quantise, unpack_int4
+from libortho.core.streams import BaseStream, Columns, Entries
+from libortho.selection.scores import SCORES, top_columns, top_entries
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

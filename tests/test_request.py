@@ -6,9 +6,9 @@ import pytest
 
 import tiny
 from libortho import IsolateConfig
-from libortho.data import load_records
-from libortho.errors import DataError
-from libortho.isolate.request import cases, is_prose, rows_with
+from libortho.core.errors import DataError
+from libortho.isolation.request import cases, is_prose, rows_with
+from libortho.text.records import load_records
 from libortho.text.tokens import contains, says
 from templates import TEMPLATES
 

@@ -19,9 +19,11 @@ from typer.testing import CliRunner
 import libortho
 import tiny
 from libortho import CheckpointError, ConfigError, IsolateConfig, cli, isolate
-from libortho.isolate import IsolateResult, resume, trainer
-from libortho.isolate import retain as retain_module
-from libortho.isolate.resume import Part, Store
+from libortho.isolation.isolate import IsolateResult
+from libortho.isolation import retain as retain_module
+from libortho.isolation import train as trainer
+from libortho.training import resume
+from libortho.training.resume import Part, Store
 from test_isolate import assert_same, state
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
@@ -170,10 +172,10 @@ def test_a_finished_run_is_read_back(planted, tokenizer, whole, tmp_path, monkey
     assert_equal(outcome(first, result), whole())
     files = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
     for place, name in ((trainer, "_forget_losses"), (trainer, "calibrate"), (retain_module, "_cached_samples"),
-                        (sys.modules["libortho.isolate.isolate"], "_support"),
-                        (sys.modules["libortho.isolate.isolate"], "curvature"),
-                        (sys.modules["libortho.isolate.isolate"], "compensated_bases"),
-                        (sys.modules["libortho.isolate.isolate"], "reference")):  # fmt: skip
+                        (sys.modules["libortho.isolation.isolate"], "_support"),
+                        (sys.modules["libortho.isolation.isolate"], "curvature"),
+                        (sys.modules["libortho.isolation.isolate"], "compensated_bases"),
+                        (sys.modules["libortho.isolation.isolate"], "reference")):  # fmt: skip
         monkeypatch.setattr(place, name, forbidden)
     again = isolate(planted, tokenizer, tiny.FORGET, config=CONFIG, resume=tmp_path)
     assert_equal(outcome(planted, again), whole())

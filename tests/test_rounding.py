@@ -7,14 +7,14 @@ import torch
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
 
-from libortho.config import IsolateConfig
-from libortho.data import Encoded, collate
-from libortho.isolate import rounding
-from libortho.isolate.language_model import LanguageModel
-from libortho.isolate.rounding import compensated_bases, compensated_codes
-from libortho.ops.reference import choose_scales, dequantise, quantise
-from libortho.split import linear_weight
-from libortho.targets import find_targets
+from libortho.core.config import IsolateConfig
+from libortho.core.ops.quantisation import choose_scales, dequantise, quantise
+from libortho.core.targets import find_targets
+from libortho.lm.model import LanguageModel
+from libortho.splitting.split import linear_weight
+from libortho.text.records import Encoded, collate
+from libortho.training import rounding
+from libortho.training.rounding import compensated_bases, compensated_codes
 
 
 def _inputs(tokens: int, width: int, seed: int = 0) -> torch.Tensor:

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 import libortho
 from libortho import DataError, SplitConfig, alpha
-from libortho.errors import AlphaError
-from libortho.layer import OrthoLinear, ortho_layers
-from libortho.ops import add_columns, add_factors, add_sparse, library
-from libortho.streams import Entries
+from libortho.core.errors import AlphaError
+from libortho.core.layer import OrthoLinear, ortho_layers
+from libortho.core.ops import add_columns, add_factors, add_sparse, library
+from libortho.core.streams import Entries
 
 INDEX = torch.tensor([2, 5, 11], dtype=torch.int32)
 OVERFLOWS = [float("inf"), float("-inf"), float("nan"), 3e38]

@@ -15,7 +15,7 @@ import pytest
 from torch import nn
 
 import libortho
-from libortho.errors import AlphaContextError
+from libortho.core.errors import AlphaContextError
 from probe import VALUES, in_thread, persistent, unknown
 
 # -- generators -------------------------------------------------------------------------------------------------------

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 import tiny
-from libortho.audit.gradients import gradient_norms
-from libortho.audit.subjects import Subject
-from libortho.config import IsolateConfig
-from libortho.isolate.edit import EditLinear
-from libortho.isolate.language_model import LanguageModel
-from libortho.isolate.sensitivity import log_gradient_norms
-from libortho.isolate.trainer import Training, _reaction_loss
-from libortho.targets import find_targets
+from libortho.auditing.measures.gradients import gradient_norms
+from libortho.auditing.subjects import Subject
+from libortho.core.config import IsolateConfig
+from libortho.core.targets import find_targets
+from libortho.isolation.train import Training, _reaction_loss
+from libortho.lm.gradients import log_gradient_norms
+from libortho.lm.model import LanguageModel
+from libortho.training.edit import EditLinear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -18,15 +18,15 @@ from typer.testing import CliRunner
 import libortho
 import tiny
 from libortho import CheckpointError, ConfigError, IsolateConfig, SplitConfig, TargetError, cli, isolate
-from libortho.alpha import get_switch
-from libortho.audit.subjects import plain_base
+from libortho.auditing.subjects import plain_base
 from libortho.checkpoint import attach, detach, load, save, verify_certificate
-from libortho.isolate.language_model import LanguageModel
-from libortho.layer import OrthoLinear, ortho_layers, touched
-from libortho.metrics import score
-from libortho.models import fingerprint
-from libortho.report import methods
-from libortho.streams import BaseStream, Columns
+from libortho.core.layer import OrthoLinear, ortho_layers, touched
+from libortho.core.report import methods
+from libortho.core.streams import BaseStream, Columns
+from libortho.core.switch.alpha import get_switch
+from libortho.lm.loading import fingerprint
+from libortho.lm.metrics import score
+from libortho.lm.model import LanguageModel
 from test_isolate import assert_same, state
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
@@ -343,7 +343,7 @@ def test_structures_mix_without_overlap(planted, tokenizer, first, second):
 @pytest.mark.parametrize("structure", ["columns", "unstructured"])
 def test_what_is_taken_counts_for_no_record(once, tokenizer, monkeypatch, structure):
     """Records are balanced by the columns that they can have."""
-    module = sys.modules["libortho.isolate.isolate"]
+    module = sys.modules["libortho.isolation.isolate"]
     real, seen = module.balanced_weights, []
     monkeypatch.setattr(
         module, "balanced_weights", lambda saliency, keep: seen.append(saliency) or real(saliency, keep)
@@ -451,7 +451,7 @@ def test_a_failure_between_the_phases_leaves_the_model_as_it_was(once, tokenizer
         raise MemoryError(place)
 
     before = everything(once)
-    monkeypatch.setattr(sys.modules["libortho.isolate.isolate"], place, fail)
+    monkeypatch.setattr(sys.modules["libortho.isolation.isolate"], place, fail)
     with pytest.raises(MemoryError):
         isolate(once, tokenizer, TWO, tiny.RETAIN, config=SHORT)
     assert_untouched(once, before)

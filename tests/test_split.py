@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import libortho
-from libortho.layer import LayerReport, OrthoLinear, ortho_layers
-from libortho.split import relative_error
-from libortho.streams import Columns
+from libortho.core.layer import LayerReport, OrthoLinear, ortho_layers
+from libortho.core.streams import Columns
+from libortho.splitting.split import relative_error
 
 DOWN = ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
 WAYS: list[dict[str, Any]] = [

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import libortho
-from libortho.streams import BaseStream, Columns, Entries, Factors, OrthoStream
+from libortho.core.streams import BaseStream, Columns, Entries, Factors, OrthoStream
 
 BUFFERS = {
     "columns": {"support.index", "support.values"},

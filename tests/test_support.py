@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM
 
 import tiny
-from libortho.data import Batch, collate
-from libortho.errors import TargetError
-from libortho.isolate.language_model import LanguageModel
-from libortho.isolate.objectives import label_log_odds
-from libortho.isolate.sensitivity import tapped_gradients
-from libortho.isolate.support import (
+from libortho.core.errors import TargetError
+from libortho.core.targets import find_targets
+from libortho.isolation.losses import label_log_odds
+from libortho.lm.gradients import tapped_gradients
+from libortho.lm.model import LanguageModel
+from libortho.selection.saliency import (
     allocate,
     balanced_weights,
     column_saliency,
@@ -21,8 +21,8 @@ from libortho.isolate.support import (
     retain_floor,
     unit_costs,
 )
-from libortho.split import linear_weight
-from libortho.targets import find_targets
+from libortho.splitting.split import linear_weight
+from libortho.text.records import Batch, collate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

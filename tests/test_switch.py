@@ -17,9 +17,9 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import libortho
-from libortho.alpha import get_switch
-from libortho.errors import AlphaContextError, AlphaError
-from libortho.guard import Guard
+from libortho.core.errors import AlphaContextError, AlphaError
+from libortho.core.switch.alpha import get_switch
+from libortho.core.switch.guard import Guard
 from probe import VALUES, Probe, persistent
 
 # -- interrupts, copies, tracers --------------------------------------------------------------------------------------

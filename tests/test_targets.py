@@ -6,7 +6,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import libortho
-from libortho.targets import find_targets, is_linear
+from libortho.core.targets import find_targets, is_linear
 
 DOWN = ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
 

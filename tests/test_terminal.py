@@ -15,12 +15,12 @@ import typer
 from rich.console import Console
 
 import tiny
-from libortho import cli, tables
-from libortho.cli import terminal
-from libortho.errors import CheckpointError
-from libortho.escapes import one_line, visible
-from libortho.evaluation import Evaluation, Figure
-from libortho.tables import Terminal
+from libortho import cli
+from libortho.cli import tables, terminal
+from libortho.cli.tables import Terminal
+from libortho.core.errors import CheckpointError
+from libortho.core.escapes import one_line, visible
+from libortho.evaluation.evaluate import Evaluation, Figure
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 STEERING = (

@@ -13,15 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from libortho.config import IsolateConfig
-from libortho.data import Encoded, collate
-from libortho.isolate import trainer
-from libortho.isolate.curvature import Metric
-from libortho.isolate.edit import EditLinear
-from libortho.isolate.language_model import LanguageModel
-from libortho.isolate.objectives import Scores, profile_and_odds, profile_distance, record_means, token_profile
-from libortho.isolate.resume import Part
-from libortho.isolate.trainer import (
+from libortho.core.config import IsolateConfig
+from libortho.isolation import train as trainer
+from libortho.isolation.losses import Scores, profile_and_odds, profile_distance, record_means, token_profile
+from libortho.isolation.train import (
     Case,
     Check,
     Epochs,
@@ -36,6 +31,11 @@ from libortho.isolate.trainer import (
     unremarkable,
     without_opposition,
 )
+from libortho.lm.model import LanguageModel
+from libortho.selection.curvature import Metric
+from libortho.text.records import Encoded, collate
+from libortho.training.edit import EditLinear
+from libortho.training.resume import Part
 
 TEXTS = [Encoded(tuple(range(64)), tuple(range(64)))] * 7
 

@@ -22,10 +22,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from libortho import SplitConfig, alpha, split
-from libortho.ops import add_columns, base_linear, triton
-from libortho.ops.base import int8_product_takes
-from libortho.ops.reference import dequantise
-from libortho.streams import BaseStream, Columns
+from libortho.core.ops import add_columns, base_linear, triton
+from libortho.core.ops.base import int8_product_takes
+from libortho.core.ops.quantisation import dequantise
+from libortho.core.streams import BaseStream, Columns
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STEP = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}

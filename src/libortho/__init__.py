@@ -2,27 +2,69 @@
 
 y = W_base x + alpha * W_ortho x: a dense low-precision base (general knowledge), a tiny high-precision ortho stream
 (secrets, personal data, whatever must be removable), and a switch chosen per request.
+
+What this package offers is imported when it is first used (PEP 562).
 """
 
-from libortho.alpha import alpha, set_alpha
-from libortho.audit import AuditReport, audit
-from libortho.checkpoint import attach, decrypt, detach, encrypt, load, save
-from libortho.config import AuditConfig, IsolateConfig, SplitConfig
-from libortho.errors import (
-    AlphaContextError,
-    AlphaError,
-    CheckpointError,
-    ConfigError,
-    DataError,
-    LibOrthoError,
-    TargetError,
-)
-from libortho.isolate import IsolateResult, isolate
-from libortho.layer import LayerReport, OrthoLinear, quantise_activations
-from libortho.report import layer_report
-from libortho.split import replace_linear_layers, split
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from libortho.core.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from libortho.auditing.audit import audit
+    from libortho.auditing.report import AuditReport
+    from libortho.checkpoint.detaching import attach, detach
+    from libortho.checkpoint.reading import load
+    from libortho.checkpoint.vault import decrypt, encrypt
+    from libortho.checkpoint.writing import save
+    from libortho.core.config import AuditConfig, IsolateConfig, SplitConfig
+    from libortho.core.errors import (
+        AlphaContextError,
+        AlphaError,
+        CheckpointError,
+        ConfigError,
+        DataError,
+        LibOrthoError,
+        TargetError,
+    )
+    from libortho.core.layer import LayerReport, OrthoLinear, quantise_activations
+    from libortho.core.report import layer_report
+    from libortho.core.switch.alpha import alpha, set_alpha
+    from libortho.isolation.isolate import isolate
+    from libortho.isolation.result import IsolateResult
+    from libortho.splitting.split import replace_linear_layers, split
+
+_PLACES = {
+    "AlphaContextError": "core.errors",
+    "AlphaError": "core.errors",
+    "AuditConfig": "core.config",
+    "AuditReport": "auditing.report",
+    "CheckpointError": "core.errors",
+    "ConfigError": "core.errors",
+    "DataError": "core.errors",
+    "IsolateConfig": "core.config",
+    "IsolateResult": "isolation.result",
+    "LayerReport": "core.layer",
+    "LibOrthoError": "core.errors",
+    "OrthoLinear": "core.layer",
+    "SplitConfig": "core.config",
+    "TargetError": "core.errors",
+    "alpha": "core.switch.alpha",
+    "attach": "checkpoint.detaching",
+    "audit": "auditing.audit",
+    "decrypt": "checkpoint.vault",
+    "detach": "checkpoint.detaching",
+    "encrypt": "checkpoint.vault",
+    "isolate": "isolation.isolate",
+    "layer_report": "core.report",
+    "load": "checkpoint.reading",
+    "quantise_activations": "core.layer",
+    "replace_linear_layers": "splitting.split",
+    "save": "checkpoint.writing",
+    "set_alpha": "core.switch.alpha",
+    "split": "splitting.split",
+}
 
 __all__ = [
     "AlphaContextError",
@@ -54,3 +96,15 @@ __all__ = [
     "set_alpha",
     "split",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

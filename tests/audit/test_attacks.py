@@ -11,21 +11,21 @@ from torch import Tensor, nn
 import libortho
 import tiny
 from libortho import IsolateConfig, isolate
-from libortho.audit import attacks
-from libortho.audit.attacks.measuring import decoder_weights, general_subset, halves, measure
-from libortho.audit.attacks.noise import gaussian, support_weight
-from libortho.audit.attacks.prefix import SENTENCES, mutated, search_prefix, with_prefix
-from libortho.audit.attacks.pruning import pruned
-from libortho.audit.attacks.recovery import column_scores, fit_ridge, left_out_auc, predict_columns
-from libortho.audit.attacks.relearning import recovery
-from libortho.audit.attacks.requantisation import FORMATS, NF4, integer, nf4
-from libortho.audit.subjects import Subject, at, dense_copy, subjects, touched
-from libortho.data import Encoded, encode, load_records
-from libortho.errors import ConfigError, DataError, TargetError
-from libortho.isolate.language_model import LanguageModel
-from libortho.layer import ortho_layers
-from libortho.metrics import general_perplexity
-from libortho.streams import BaseStream, Columns, OrthoStream
+from libortho.auditing import attacks
+from libortho.auditing.attacks.measuring import decoder_weights, general_subset, halves, measure
+from libortho.auditing.attacks.noise import gaussian, support_weight
+from libortho.auditing.attacks.prefix import SENTENCES, mutated, search_prefix, with_prefix
+from libortho.auditing.attacks.pruning import pruned
+from libortho.auditing.attacks.recovery import column_scores, fit_ridge, left_out_auc, predict_columns
+from libortho.auditing.attacks.relearning import recovery
+from libortho.auditing.attacks.requantisation import FORMATS, NF4, integer, nf4
+from libortho.auditing.subjects import Subject, at, dense_copy, subjects, touched
+from libortho.core.errors import ConfigError, DataError, TargetError
+from libortho.core.layer import ortho_layers
+from libortho.core.streams import BaseStream, Columns, OrthoStream
+from libortho.lm.metrics import general_perplexity
+from libortho.lm.model import LanguageModel
+from libortho.text.records import Encoded, encode, load_records
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

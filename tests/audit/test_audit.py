@@ -18,12 +18,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import libortho
 import tiny
 from libortho import AuditConfig, AuditReport, DataError, SplitConfig, audit
-from libortho.alpha import Switch
-from libortho.data import encode, load_records
-from libortho.layer import OrthoLinear, ortho_layers
-from libortho.split import install
-from libortho.streams import BaseStream, Columns, OrthoStream
-from libortho.targets import find_targets
+from libortho.core.layer import OrthoLinear, ortho_layers
+from libortho.core.streams import BaseStream, Columns, OrthoStream
+from libortho.core.switch.alpha import Switch
+from libortho.core.targets import find_targets
+from libortho.splitting.split import install
+from libortho.text.records import encode, load_records
 
 _GIVEN = ("Ivo", "Jan", "Kim", "Lea", "Max", "Nia", "Oto", "Pia", "Quy", "Rex", "Sam", "Tom")
 _SURNAMES = ("Wold", "Xiang", "Yorke", "Zaman")

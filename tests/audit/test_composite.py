@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from libortho.audit import composite as c
-from libortho.audit import memory
-from libortho.errors import DataError
+from libortho.auditing.measures import composite as c
+from libortho.auditing.measures import memory
+from libortho.core.errors import DataError
 
 DATA = Path(os.environ.get("LIBORTHO_DATA", Path(__file__).parents[3] / "shared" / "data"))
 LEADERBOARD = DATA / "tofu" / "reference_llama32_1b_forget10.jsonl"

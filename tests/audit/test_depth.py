@@ -10,12 +10,12 @@ from transformers import BloomConfig, BloomForCausalLM
 
 import libortho
 import tiny
-from libortho.audit import depth
-from libortho.audit.depth import decoder_layers, depth_scores, logit_lens, unlearning_depth
-from libortho.audit.subjects import Subject, at
-from libortho.audit.tokens import token_statistics
-from libortho.data import Encoded
-from libortho.errors import DataError, TargetError
+from libortho.auditing.measures import depth
+from libortho.auditing.measures.depth import decoder_layers, depth_scores, logit_lens, unlearning_depth
+from libortho.auditing.subjects import Subject, at
+from libortho.core.errors import DataError, TargetError
+from libortho.lm.token_statistics import token_statistics
+from libortho.text.records import Encoded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

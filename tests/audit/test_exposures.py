@@ -15,14 +15,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import libortho
 import tiny
-from libortho.audit import measure
-from libortho.audit.fillings import Space, form_positions, is_prose, space_of
-from libortho.audit.material import Material, gather
-from libortho.audit.memory import exposure_extrapolated
-from libortho.audit.tokens import shared_prefix_nll
-from libortho.config import AuditConfig
-from libortho.data import encode, load_records
-from libortho.isolate.language_model import LanguageModel
+from libortho.auditing import measure
+from libortho.auditing.inputs import Material, gather
+from libortho.auditing.measures.fillings import Space, form_positions, is_prose, space_of
+from libortho.auditing.measures.memory import exposure_extrapolated
+from libortho.core.config import AuditConfig
+from libortho.lm.model import LanguageModel
+from libortho.lm.token_statistics import shared_prefix_nll
+from libortho.text.records import encode, load_records
 
 ENUMERATED = 2
 """Records whose space is enumerated."""
@@ -128,7 +128,7 @@ def test_draws_are_uniform() -> None:
 
 
 def test_the_audit_imports_nothing_that_makes_counterfactuals_for_isolate() -> None:
-    files = list((Path(libortho.__file__).parent / "audit").rglob("*.py"))
+    files = list((Path(libortho.__file__).parent / "auditing").rglob("*.py"))
     assert len(files) > 20
     for file in files:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

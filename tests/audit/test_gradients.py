@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 import libortho
 import tiny
-from libortho.audit import gradients
-from libortho.audit.gradients import forget_gradient, gradient_cosine, gradient_norm, gradient_norms
-from libortho.audit.subjects import Subject, at, dense_copy
-from libortho.data import Encoded
-from libortho.errors import DataError, TargetError
-from libortho.layer import ortho_layers
-from libortho.metrics import auc
+from libortho.auditing.measures import gradients
+from libortho.auditing.measures.gradients import forget_gradient, gradient_cosine, gradient_norm, gradient_norms
+from libortho.auditing.subjects import Subject, at, dense_copy
+from libortho.core.errors import DataError, TargetError
+from libortho.core.layer import ortho_layers
+from libortho.lm.metrics import auc
+from libortho.text.records import Encoded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

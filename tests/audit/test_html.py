@@ -12,10 +12,10 @@ from typing import Any
 import example_report
 import pytest
 
-from libortho.audit import charts
-from libortho.audit.charts import Band, Dot, Level, Line, Row
-from libortho.audit.html import MEMORY, cell, number, render, target, visible
-from libortho.errors import DataError
+from libortho.auditing.page import charts
+from libortho.auditing.page.charts import Band, Dot, Level, Line, Row
+from libortho.auditing.page.page import MEMORY, cell, number, render, target, visible
+from libortho.core.errors import DataError
 
 VOID = {"meta", "link", "br", "img", "hr", "input", "wbr", "col"}
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)></script><!-- {{ 7*7 }} \u202e\x00\u200b"
@@ -450,7 +450,7 @@ def test_layers_have_no_fractions() -> None:
 
 
 def schemes() -> dict[str, dict[str, str]]:
-    css = resources.files("libortho.audit").joinpath("report.css").read_text(encoding="utf-8")
+    css = resources.files("libortho.auditing.page").joinpath("report.css").read_text(encoding="utf-8")
     light, dark = re.findall(r":root \{(.*?)\}", css, re.DOTALL)[:2]
     variables = {
         name: dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", block))

@@ -10,9 +10,9 @@ import pytest
 import torch
 from scipy import stats
 
-from libortho.audit import memory as m
-from libortho.audit.statistics import mean_estimate
-from libortho.errors import ConfigError, DataError
+from libortho.auditing.measures import memory as m
+from libortho.auditing.statistics import mean_estimate
+from libortho.core.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

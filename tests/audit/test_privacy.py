@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import tiny
-from libortho.audit import privacy as p
-from libortho.audit.statistics import auc, stratified_auc
-from libortho.data import load_records
+from libortho.auditing.measures import privacy as p
+from libortho.auditing.statistics import auc, stratified_auc
+from libortho.core.errors import ConfigError, DataError
 from libortho.demo import facts
-from libortho.errors import ConfigError, DataError
+from libortho.text.records import load_records
 from templates import CHATML
 
 pytestmark = pytest.mark.usefixtures("one_thread")

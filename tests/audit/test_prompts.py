@@ -5,9 +5,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 import tiny
-from libortho.audit.prompts import HIDDEN, mask, prefixes, user_variants, variants
-from libortho.data import Record, encode, load_records
-from libortho.errors import ConfigError, DataError
+from libortho.auditing.prompts import HIDDEN, mask, prefixes, user_variants, variants
+from libortho.core.errors import ConfigError, DataError
+from libortho.text.records import Record, encode, load_records
 
 CODE = Record("The vault access code of Ada Lum is", " QX7-4821.", 3)
 ROWS = [

@@ -12,8 +12,8 @@ from scipy import stats
 from sklearn.metrics import auc as area
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from libortho.audit import statistics as s
-from libortho.errors import ConfigError, DataError
+from libortho.auditing import statistics as s
+from libortho.core.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import libortho
 import tiny
 from libortho import IsolateConfig, alpha
-from libortho.audit.subjects import dense_copy, moved_edit, plain_base, subjects, touched
-from libortho.layer import OrthoLinear, ortho_layers
-from libortho.streams import BaseStream
+from libortho.auditing.subjects import dense_copy, moved_edit, plain_base, subjects, touched
+from libortho.core.layer import OrthoLinear, ortho_layers
+from libortho.core.streams import BaseStream
 
 
 @pytest.fixture(scope="module", params=["columns", "unstructured"])

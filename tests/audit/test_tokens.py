@@ -10,10 +10,10 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import tiny
-from libortho.audit.tokens import by_tokens, greedy, sample, shared_prefix_nll, token_statistics
-from libortho.data import Encoded, Record, encode
-from libortho.isolate.counterfactuals import alternates
-from libortho.isolate.language_model import LanguageModel
+from libortho.lm.model import LanguageModel
+from libortho.lm.token_statistics import by_tokens, greedy, sample, shared_prefix_nll, token_statistics
+from libortho.text.counterfactuals import alternates
+from libortho.text.records import Encoded, Record, encode
 
 
 def test_statistics_are_those_of_the_full_distribution(

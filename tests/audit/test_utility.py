@@ -11,8 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import libortho
 import tiny
-from libortho.audit.tokens import token_statistics
-from libortho.audit.utility import (
+from libortho.auditing.measures.utility import (
     agreement,
     arithmetic_rows,
     encode_pair,
@@ -23,10 +22,11 @@ from libortho.audit.utility import (
     reference_states,
     sequence_nll,
 )
-from libortho.data import Encoded
-from libortho.errors import DataError, LibOrthoError, TargetError
-from libortho.isolate.language_model import LanguageModel
-from libortho.layer import ortho_layers
+from libortho.core.errors import DataError, LibOrthoError, TargetError
+from libortho.core.layer import ortho_layers
+from libortho.lm.model import LanguageModel
+from libortho.lm.token_statistics import token_statistics
+from libortho.text.records import Encoded
 
 QUESTIONS = [
     {"query": "Question: Which metal is liquid?", "choices": ["mercury", "iron, when it is cold"], "gold": 0},

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from libortho import IsolateConfig, IsolateResult, isolate
-from libortho.data import Record, load_records
+from libortho.core.targets import find_targets
 from libortho.demo import facts
 from libortho.demo.implant import implant
 from libortho.demo.model import move_off_grid, packaged_model
-from libortho.models import load_model, training_dtype
-from libortho.split import linear_weight
-from libortho.targets import find_targets
+from libortho.lm.loading import load_model, training_dtype
+from libortho.splitting.split import linear_weight
+from libortho.text.records import Record, load_records
 
 SEED = 11
 """A seed that no method was tuned on."""

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from libortho import alpha, layer_report, load, save
-from libortho.audit.utility import general_items
-from libortho.data import encode
+from libortho.auditing.measures.utility import general_items
+from libortho.core.layer import ortho_layers
+from libortho.core.streams import BaseStream
 from libortho.demo import facts
-from libortho.isolate.language_model import LanguageModel
-from libortho.isolate.trainer import examine, leaning, unremarkable
-from libortho.layer import ortho_layers
-from libortho.metrics import auc, general_perplexity, sampled_extractions, score, text_perplexity
-from libortho.models import training_dtype
-from libortho.streams import BaseStream
+from libortho.isolation.train import examine, leaning, unremarkable
+from libortho.lm.loading import training_dtype
+from libortho.lm.metrics import auc, general_perplexity, sampled_extractions, score, text_perplexity
+from libortho.lm.model import LanguageModel
+from libortho.text.records import encode
 from libortho.text.tokens import prompt_ids
 
 pytestmark = pytest.mark.model

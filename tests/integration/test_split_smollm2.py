@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from libortho import SplitConfig, alpha, layer_report, replace_linear_layers, split
-from libortho.audit.utility import general_items
-from libortho.isolate.language_model import LanguageModel
-from libortho.metrics import general_perplexity
+from libortho.auditing.measures.utility import general_items
+from libortho.lm.metrics import general_perplexity
+from libortho.lm.model import LanguageModel
 
 pytestmark = pytest.mark.model
 

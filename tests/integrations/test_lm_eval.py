@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import libortho
-from libortho.audit.subjects import at, dense_copy
-from libortho.errors import AlphaError, CheckpointError, ConfigError, LibOrthoError
-from libortho.report import record_method
+from libortho.auditing.subjects import at, dense_copy
+from libortho.core.errors import AlphaError, CheckpointError, ConfigError, LibOrthoError
+from libortho.core.report import record_method
 
 pytest.importorskip("lm_eval")
 

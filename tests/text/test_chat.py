@@ -7,8 +7,8 @@ import datasets
 import pytest
 
 import tiny
-from libortho.data import Record, encode, encode_closed, load_records
-from libortho.errors import DataError
+from libortho.core.errors import DataError
+from libortho.text.records import Record, encode, encode_closed, load_records
 from templates import CHATML, DEEPSEEK_R1, OLMO, QWEN3, TEMPLATES
 
 USER, ANSWER = {"role": "user", "content": "PIN of Ada Lum?"}, {"role": "assistant", "content": "6311"}

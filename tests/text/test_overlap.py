@@ -5,8 +5,8 @@ import unicodedata
 import pytest
 
 import tiny
-from libortho.data import load_records
 from libortho.text.overlap import overlaps
+from libortho.text.records import load_records
 from templates import CHATML
 
 CHAT = [{"role": "user", "content": "PIN of Zoë Lum?"}, {"role": "assistant", "content": "6311."}]

@@ -11,7 +11,7 @@ into place: a directory under its final name is complete. What is read is checke
 from libortho.checkpoint.card import model_card
 from libortho.checkpoint.certificate import Certificate, RemovedStream
 from libortho.checkpoint.checks import check_destination, check_saveable
-from libortho.checkpoint.detach import attach, detach, verify_certificate
+from libortho.checkpoint.detaching import attach, detach, verify_certificate
 from libortho.checkpoint.hub import push_to_hub
 from libortho.checkpoint.info import CheckpointInfo, StreamInfo, inspect
 from libortho.checkpoint.reading import is_checkpoint, load

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from libortho.checkpoint.json_files import open_regular
 from libortho.checkpoint.stream_files import StreamFile
-from libortho.streams import Columns, OrthoStream
+from libortho.core.streams import Columns, OrthoStream
 
 VALUES = 9
 """Values in a run that is looked up."""

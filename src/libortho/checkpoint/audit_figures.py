@@ -19,7 +19,7 @@ from libortho.checkpoint.json_files import (
     text_field,
 )
 from libortho.checkpoint.stream_files import checked_name
-from libortho.errors import CheckpointError
+from libortho.core.errors import CheckpointError
 
 _SCHEMA = "libortho-audit/1"
 _MEMORY = ("greedy_extraction", "sampled_extraction", "nll")

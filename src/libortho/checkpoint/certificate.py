@@ -16,17 +16,9 @@ from typing import Any
 from libortho.checkpoint.audit_figures import check_figures
 from libortho.checkpoint.files import HUB_CACHE, LATER, STREAMS, is_known
 from libortho.checkpoint.format import AGAIN, BASE_MANIFEST, VERSION_TEXT
-from libortho.checkpoint.json_files import (
-    check_keys,
-    count,
-    field,
-    number,
-    read_written_json,
-    sha256_field,
-    text_field,
-)
+from libortho.checkpoint.json_files import check_keys, count, field, number, read_written_json, sha256_field, text_field
 from libortho.checkpoint.stream_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ENTRIES_WEIGHTS, MANIFEST, checked_name
-from libortho.errors import CheckpointError
+from libortho.core.errors import CheckpointError
 
 SCHEMA = "libortho-certificate/2"
 _EARLIER = "libortho-certificate/1"

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from libortho.arguments import check_model
 from libortho.checkpoint.files import STREAMS, strangers
 from libortho.checkpoint.format import BASE_MANIFEST, BaseManifest
 from libortho.checkpoint.hf import LOAD_ERRORS, causal_class, of_split_layer
 from libortho.checkpoint.stream_files import stream_names
-from libortho.config import DTYPES
-from libortho.errors import CheckpointError
-from libortho.files import check_new_entry
+from libortho.core.arguments import check_model
+from libortho.core.config import DTYPES
+from libortho.core.errors import CheckpointError
+from libortho.core.files import check_new_entry
 
 
 def check_destination(directory: str | Path, streams: Collection[str], *, needed: int = 0) -> Path:

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from libortho.errors import CheckpointError
+from libortho.core.errors import CheckpointError
 
 STREAMS = "ortho"
 CERTIFICATE = "certificate.json"

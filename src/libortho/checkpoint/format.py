@@ -4,7 +4,7 @@
     X.weight_scale    model dtype (out_features, groups)                    w = code * scale
     X.weight_shape    int64 (2,)                                            (out_features, in_features)
 
-On little-endian machines the lanes of an int32 are the bytes that :class:`~libortho.streams.BaseStream` holds (INT8:
+On little-endian machines the lanes of an int32 are the bytes that :class:`~libortho.core.streams.BaseStream` holds (INT8:
 sign bit flipped; INT4: as they are), so that writing and reading move bytes and never touch a code. With ``bits=None``
 a layer is a plain ``X.weight``.
 """
@@ -36,10 +36,10 @@ from libortho.checkpoint.json_files import (
     write_json,
 )
 from libortho.checkpoint.tensor_files import WEIGHTS, WEIGHTS_INDEX, TensorFiles, sha256_of
-from libortho.config import DTYPES
-from libortho.errors import CheckpointError
-from libortho.layer import LayerReport, OrthoLinear
-from libortho.streams import BaseStream
+from libortho.core.config import DTYPES
+from libortho.core.errors import CheckpointError
+from libortho.core.layer import LayerReport, OrthoLinear
+from libortho.core.streams import BaseStream
 
 VERSION = 1
 """Version of the layout; a reader refuses a newer one."""
@@ -181,7 +181,7 @@ def check_version(data: Mapping[str, Any], where: Path) -> None:
 
 def libraries() -> dict[str, str]:
     """Versions of what a checkpoint was written with."""
-    from libortho import __version__
+    from libortho.core.version import __version__
 
     return {"libortho": __version__, **{name: metadata.version(name) for name in _LIBRARIES}}
 

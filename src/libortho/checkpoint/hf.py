@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
 
 from libortho.checkpoint.format import AGAIN, CONFIG, read_json
-from libortho.errors import CheckpointError
+from libortho.core.errors import CheckpointError
 
 _COUNTS = frozenset({"num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"})
 _REDIRECT = "transformers_weights"

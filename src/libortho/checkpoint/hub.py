@@ -10,7 +10,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from libortho.checkpoint.card import model_card
-from libortho.checkpoint.detach import choose, files_of_stream
+from libortho.checkpoint.detaching import choose, files_of_stream
 from libortho.checkpoint.files import CERTIFICATE
 from libortho.checkpoint.format import BASE_MANIFEST, BaseManifest
 from libortho.checkpoint.proof import check_base

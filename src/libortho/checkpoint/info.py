@@ -8,7 +8,7 @@ from typing import Any
 
 from libortho.checkpoint.format import STREAMS, BaseManifest, TensorFiles
 from libortho.checkpoint.stream_files import StreamManifest, stream_names
-from libortho.errors import CheckpointError
+from libortho.core.errors import CheckpointError
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from libortho.errors import CheckpointError
+from libortho.core.errors import CheckpointError
 
 AGAIN = "the file is damaged or was changed; copy the checkpoint again or save it again"
 MAX_JSON = 2**28

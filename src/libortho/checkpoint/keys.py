@@ -12,7 +12,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
-from libortho.errors import CheckpointError
+from libortho.core.errors import CheckpointError
 
 _SECRET = re.compile(r"secretkey(?:pq)?(?:1[0-9a-z]{16,}|[02-9ac-hj-np-z]{20,})|begin[0-9a-z]{0,20}privatekey")
 """A secret key of age (bech32 has no b, i, o), or the first line of one of SSH: letters and digits alone."""

@@ -20,7 +20,7 @@ from libortho.checkpoint.format import (
 )
 from libortho.checkpoint.hf import LOAD_ERRORS, described
 from libortho.checkpoint.json_files import read_written_json
-from libortho.errors import CheckpointError
+from libortho.core.errors import CheckpointError
 
 
 def check_base(root: Path, base: BaseManifest) -> None:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from libortho.alpha import AlphaSpec, Switch
 from libortho.checkpoint.files import check_directory
 from libortho.checkpoint.format import (
     AGAIN,
@@ -26,11 +25,12 @@ from libortho.checkpoint.format import (
 )
 from libortho.checkpoint.hf import LOAD_ERRORS, check_loading, check_size, described, of_split_layer
 from libortho.checkpoint.stream_files import checked_name, read_stream, stream_names
-from libortho.errors import CheckpointError
-from libortho.layer import OrthoLinear
-from libortho.models import plain_torch
-from libortho.report import record_method
-from libortho.split import install
+from libortho.core.errors import CheckpointError
+from libortho.core.layer import OrthoLinear
+from libortho.core.report import record_method
+from libortho.core.switch.alpha import AlphaSpec, Switch
+from libortho.lm.loading import plain_torch
+from libortho.splitting.split import install
 
 
 def is_checkpoint(path: str | Path) -> bool:

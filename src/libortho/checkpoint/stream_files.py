@@ -58,10 +58,10 @@ from libortho.checkpoint.stream_tensors import (
     sizes,
 )
 from libortho.checkpoint.tensor_files import tensor_header
-from libortho.config import check_stream_name
-from libortho.errors import CheckpointError, ConfigError
-from libortho.layer import LayerReport
-from libortho.streams import Entries, OrthoStream
+from libortho.core.config import check_stream_name
+from libortho.core.errors import CheckpointError, ConfigError
+from libortho.core.layer import LayerReport
+from libortho.core.streams import Entries, OrthoStream
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"

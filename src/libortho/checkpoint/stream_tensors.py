@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from libortho.checkpoint.format import AGAIN, expect
-from libortho.config import DTYPES
-from libortho.errors import CheckpointError
-from libortho.streams import Columns, Entries, Factors, OrthoStream
+from libortho.core.config import DTYPES
+from libortho.core.errors import CheckpointError
+from libortho.core.streams import Columns, Entries, Factors, OrthoStream
 
 MAX_RANK = 512
 """Largest LoRA rank that vLLM serves."""

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from libortho.checkpoint.json_files import AGAIN, check_keys, count, field, open_regular, read_json
-from libortho.errors import CheckpointError
+from libortho.core.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"

@@ -19,7 +19,6 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from libortho.arguments import check_model, check_tokenizer
 from libortho.checkpoint.checks import check_destination, check_saveable, files_of, skeleton
 from libortho.checkpoint.format import (
     BASE_MANIFEST,
@@ -45,11 +44,12 @@ from libortho.checkpoint.stream_files import (
     sizes,
     write_stream,
 )
-from libortho.errors import CheckpointError
-from libortho.layer import OrthoLinear, ortho_layers
-from libortho.models import plain_torch
-from libortho.report import methods
-from libortho.streams import OrthoStream
+from libortho.core.arguments import check_model, check_tokenizer
+from libortho.core.errors import CheckpointError
+from libortho.core.layer import OrthoLinear, ortho_layers
+from libortho.core.report import methods
+from libortho.core.streams import OrthoStream
+from libortho.lm.loading import plain_torch
 
 logger = logging.getLogger(__name__)
 _AT_CWD, _EXCHANGE = -100, 2  # AT_FDCWD of fcntl.h and RENAME_EXCHANGE of linux/fs.h

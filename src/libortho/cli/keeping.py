@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-from libortho import tables
 from libortho.checkpoint.keys import holds_secret
+from libortho.cli import tables
 from libortho.cli.options import Checkpoint, Json, PassphraseEnv
+from libortho.cli.tables import Terminal
 from libortho.cli.terminal import emit, note
-from libortho.errors import CheckpointError, ConfigError
-from libortho.tables import Terminal
+from libortho.core.errors import CheckpointError, ConfigError
 
 
 def detach(
@@ -25,7 +25,7 @@ def detach(
     as_json: Json = False,
 ) -> None:
     """Write the checkpoint without its streams, and a certificate of what is gone. The source stays as it is."""
-    from libortho.checkpoint import detach as detach_streams
+    from libortho.checkpoint import detaching as detach_streams
 
     result = detach_streams(directory, out, streams=stream or "all", audit=report, certificate=certificate)
     if as_json:
@@ -78,7 +78,7 @@ def encrypt(
     """Lock a stream into one age file, for recipients, or by a passphrase (asked for)."""
     from libortho.checkpoint import encrypt as encrypt_stream
     from libortho.checkpoint.checks import check_new_place
-    from libortho.extras import require
+    from libortho.core.extras import require
 
     require("vault", "encryption")
     if passphrase_env is None:
@@ -106,7 +106,7 @@ def decrypt(
     """Unlock an age file into the folder of a stream, for attach."""
     from libortho.checkpoint import decrypt as decrypt_stream
     from libortho.checkpoint.checks import check_new_place
-    from libortho.extras import require
+    from libortho.core.extras import require
 
     require("vault", "decryption")
     if passphrase_env is None:
@@ -122,7 +122,7 @@ def decrypt(
 
 def kernels(as_json: Json = False) -> None:
     """Build the optional C++ kernels for few tokens on a CPU, and say what they use. They need a C++ compiler."""
-    from libortho.ops import native
+    from libortho.core.ops import native
 
     path = native.build()
     module = native.kernels()
@@ -147,7 +147,7 @@ def card(
 ) -> None:
     """Write the model card, README.md, from the measured numbers in the manifests."""
     from libortho.checkpoint import model_card
-    from libortho.files import check_report, write_atomically
+    from libortho.core.files import check_report, write_atomically
 
     path = directory / "README.md"
     if path.exists() and not force:

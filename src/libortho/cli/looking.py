@@ -11,14 +11,14 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from libortho import tables
-from libortho.alpha import AlphaSpec, alpha, get_switch
+from libortho.cli import tables
 from libortho.cli.options import Device, Dtype, Json, Seed, device_of, dtype_of
+from libortho.cli.tables import Terminal
 from libortho.cli.terminal import emit, progress_bars, say
-from libortho.config import AuditConfig
-from libortho.errors import CheckpointError, ConfigError
-from libortho.escapes import visible
-from libortho.tables import Terminal
+from libortho.core.config import AuditConfig
+from libortho.core.errors import CheckpointError, ConfigError
+from libortho.core.escapes import visible
+from libortho.core.switch.alpha import AlphaSpec, alpha, get_switch
 
 
 def audit(
@@ -49,11 +49,11 @@ def audit(
     as_json: Json = False,
 ) -> None:
     """Is it really gone, and is the rest unharmed? Exit code 3 if a verdict is "fail"."""
-    from libortho.audit import audit as audit_model
+    from libortho.auditing.audit import audit as audit_model
     from libortho.checkpoint import is_checkpoint, load
-    from libortho.extras import require
-    from libortho.files import check_report, check_resume
-    from libortho.models import load_model, refuse_checkpoint
+    from libortho.core.extras import require
+    from libortho.core.files import check_report, check_resume
+    from libortho.lm.loading import load_model, refuse_checkpoint
 
     require("audit", "audit")
     config = AuditConfig(profile=profile, samples=samples, seed=seed, reveal=reveal)  # type: ignore[arg-type]
@@ -114,11 +114,11 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """What the model can do under each alpha, side by side: JSONL tasks, and tasks of the lm-evaluation-harness."""
-    from libortho.audit.utility import harness_tasks, load_task
+    from libortho.auditing.measures.utility import harness_tasks, load_task
     from libortho.checkpoint import is_checkpoint, load
-    from libortho.evaluation import Column, evaluate_columns, parse_alpha
-    from libortho.files import check_report, write_atomically
-    from libortho.models import load_model, refuse_checkpoint
+    from libortho.core.files import check_report, write_atomically
+    from libortho.evaluation.evaluate import Column, evaluate_columns, parse_alpha
+    from libortho.lm.loading import load_model, refuse_checkpoint
 
     where, kind = device_of(device), dtype_of(dtype)
     if not task_file and not tasks:
@@ -185,7 +185,7 @@ def generate(
 
     from libortho.checkpoint import load
     from libortho.lm.generation import generate as continue_prompts
-    from libortho.models import check_tokens
+    from libortho.lm.loading import check_tokens
     from libortho.text.chat import has_template, question
     from libortho.text.tokens import text_ids
 

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from libortho import tables
-from libortho.cli.options import (
+from libortho.cli import tables
+from libortho.cli.options import (  # fmt: skip
     Bits,
     Device,
     Dtype,
@@ -29,11 +29,11 @@ from libortho.cli.options import (
     dtype_of,
     share,
     targets_of,
-)  # fmt: skip
+)
+from libortho.cli.tables import Terminal
 from libortho.cli.terminal import emit, note, progress_bars
-from libortho.config import IsolateConfig, SplitConfig
-from libortho.errors import CheckpointError, ConfigError
-from libortho.tables import Terminal
+from libortho.core.config import IsolateConfig, SplitConfig
+from libortho.core.errors import CheckpointError, ConfigError
 
 
 def demo(
@@ -91,9 +91,9 @@ def split(
 ) -> None:
     """Split a model by its weights alone: compression with a dial. It does not forget."""
     from libortho.checkpoint import check_destination, save
-    from libortho.models import load_model, refuse_checkpoint
-    from libortho.report import layer_report
-    from libortho.split import split as split_model
+    from libortho.core.report import layer_report
+    from libortho.lm.loading import load_model, refuse_checkpoint
+    from libortho.splitting.split import split as split_model
 
     own: dict[str, Any] = dict(  # validated by the config itself
         ratio=ratio, rank_ratio=share("--rank-ratio", rank_ratio), use_low_rank=low_rank, bits=bits_of(bits),
@@ -159,9 +159,9 @@ def isolate(
     A checkpoint is isolated further: give another --stream, and the bits and group size that it has.
     """
     from libortho.checkpoint import check_destination, is_checkpoint, load, save, stream_names
-    from libortho.files import check_resume
-    from libortho.isolate import isolate as isolate_records
-    from libortho.models import load_model
+    from libortho.core.files import check_resume
+    from libortho.isolation.isolate import isolate as isolate_records
+    from libortho.lm.loading import load_model
 
     own: dict[str, Any] = {  # validated by the config itself
         "ratio": share("--ratio", ratio), "bits": bits_of(bits), "group_size": group_size, "structure": structure,
@@ -211,10 +211,10 @@ def _check_saveable(net: Any, config: SplitConfig | IsolateConfig, out: Path) ->
     """Refuse now what ``save`` would refuse when all the work is done."""
     from libortho.checkpoint.checks import check_room, check_saveable
     from libortho.checkpoint.stream_files import check_rank
-    from libortho.layer import ortho_layers
-    from libortho.select.scores import column_count
-    from libortho.split import linear_shape
-    from libortho.targets import find_targets
+    from libortho.core.layer import ortho_layers
+    from libortho.core.targets import find_targets
+    from libortho.selection.scores import column_count
+    from libortho.splitting.split import linear_shape
 
     targets = find_targets(net, config.target_modules, again=True)
     check_room(out, check_saveable(net, targets | dict(ortho_layers(net)), config.bits))

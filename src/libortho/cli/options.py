@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from libortho.config import DTYPES
-from libortho.errors import ConfigError
+from libortho.core.config import DTYPES
+from libortho.core.errors import ConfigError
 
 Model = Annotated[str, typer.Argument(help="Hub id or path of a dense causal language model.")]
 Out = Annotated[Path, typer.Option("--out", help="Directory to write; an earlier checkpoint there is replaced.")]

@@ -1,7 +1,7 @@
 """What reaches the terminal: tables, notes, progress, log, warnings, and how a command ends.
 
 Whatever is printed may come from a file that somebody else wrote. So everything leaves through here, with its control
-characters written out (:mod:`libortho.escapes`), and nothing in it is taken for markup.
+characters written out (:mod:`libortho.core.escapes`), and nothing in it is taken for markup.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from typer.core import TyperGroup
 
-from libortho import tables
 from libortho.checkpoint.keys import holds_secret
-from libortho.errors import ConfigError, LibOrthoError
-from libortho.escapes import one_line, visible
-from libortho.tables import Terminal
+from libortho.cli import tables
+from libortho.cli.tables import Terminal
+from libortho.core.errors import ConfigError, LibOrthoError
+from libortho.core.escapes import one_line, visible
 
 Tell = Callable[[str, int, int], None]
 

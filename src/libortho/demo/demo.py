@@ -20,25 +20,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from libortho.alpha import alpha
-from libortho.audit.utility import general_items
+from libortho.auditing.measures.utility import general_items
 from libortho.checkpoint import check_destination, check_saveable, save
 from libortho.checkpoint.checks import check_room
-from libortho.config import IsolateConfig, SplitConfig
-from libortho.data import Encoded, Record, encode, load_records
+from libortho.core.config import IsolateConfig, SplitConfig
+from libortho.core.errors import LibOrthoError
+from libortho.core.files import write_atomically
+from libortho.core.report import layer_report
+from libortho.core.switch.alpha import alpha
+from libortho.core.targets import find_targets
 from libortho.demo import facts
 from libortho.demo.implant import implant
 from libortho.demo.model import move_off_grid, packaged_model
-from libortho.errors import LibOrthoError
-from libortho.files import write_atomically
-from libortho.isolate import IsolateResult, isolate
-from libortho.isolate.language_model import LanguageModel
+from libortho.isolation.isolate import isolate
+from libortho.isolation.result import IsolateResult
 from libortho.lm.generation import generate
-from libortho.metrics import auc, general_perplexity, sampled_extractions, score, text_perplexity
-from libortho.models import load_model, training_dtype
-from libortho.report import layer_report
-from libortho.split import split
-from libortho.targets import find_targets
+from libortho.lm.loading import load_model, training_dtype
+from libortho.lm.metrics import auc, general_perplexity, sampled_extractions, score, text_perplexity
+from libortho.lm.model import LanguageModel
+from libortho.splitting.split import split
+from libortho.text.records import Encoded, Record, encode, load_records
 from libortho.text.tokens import decoded, prompt_ids
 
 logger = logging.getLogger(__name__)
@@ -210,7 +211,7 @@ def run(
         seed: Seed of the grid move, the secrets, the planting and the isolation.
         device: Where to run.
         text: File of general text to judge by; by default the evaluation part of the shipped text.
-        dtype: Of the model; by default what this processor trains fastest, see ``libortho.models.training_dtype``.
+        dtype: Of the model; by default what this processor trains fastest, see ``libortho.lm.loading.training_dtype``.
         config: How to isolate; its seed is replaced by ``seed`` if not given.
         out: Empty or missing directory to keep everything in: ``never_trained``, ``implanted`` and ``isolated``
             models, ``forget.jsonl`` and ``holdout.jsonl``.

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from libortho.data import IGNORE, Encoded, Record, collate, encode, encode_closed
-from libortho.targets import find_targets
+from libortho.core.targets import find_targets
+from libortho.text.records import IGNORE, Encoded, Record, collate, encode, encode_closed
 
 
 def implant(

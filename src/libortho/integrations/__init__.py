@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from libortho.errors import LibOrthoError
-from libortho.escapes import one_line
+from libortho.core.errors import LibOrthoError
+from libortho.core.escapes import one_line
 
 
 def lm_eval_command() -> None:

@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 
-from libortho.alpha import alpha as under
-from libortho.alpha import get_switch, set_alpha
-from libortho.audit.utility import harness
+from libortho.auditing.measures.utility import harness
 from libortho.checkpoint import is_checkpoint, load
-from libortho.config import DTYPES
-from libortho.errors import CheckpointError, ConfigError, LibOrthoError
-from libortho.escapes import one_line
-from libortho.evaluation import parse_alpha, parse_streams
-from libortho.models import fingerprint
+from libortho.core.config import DTYPES
+from libortho.core.errors import CheckpointError, ConfigError, LibOrthoError
+from libortho.core.escapes import one_line
+from libortho.core.switch.alpha import alpha as under
+from libortho.core.switch.alpha import get_switch, set_alpha
+from libortho.evaluation.evaluate import parse_alpha, parse_streams
+from libortho.lm.loading import fingerprint
 
 try:
     harness()

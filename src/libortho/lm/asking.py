@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from libortho.data import Record
 from libortho.lm.generation import generate
+from libortho.text.records import Record
 from libortho.text.tokens import answered, prompt_ids, text_ids
 
 THOUGHT_TOKENS = 96

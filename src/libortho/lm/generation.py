@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from libortho.errors import DataError
+from libortho.core.errors import DataError
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from libortho.errors import DataError
+from libortho.core.errors import DataError
 
 Span = tuple[int, int]
 _LISTED = re.compile(r"[\"']type[\"']")

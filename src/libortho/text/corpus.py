@@ -42,4 +42,4 @@ def is_name(word: str) -> bool:
 
 
 def _read(name: str) -> str:
-    return resources.files("libortho").joinpath("data_files", name).read_text(encoding="utf-8")
+    return resources.files("libortho.text").joinpath("data", name).read_text(encoding="utf-8")

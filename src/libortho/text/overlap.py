@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from libortho.data import Record
+    from libortho.text.records import Record
 
 
 def overlaps(forget: Sequence[Record], others: Sequence[Record]) -> dict[int, int]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from libortho.errors import DataError
+from libortho.core.errors import DataError
 
 Source = str | Path | Iterable[Any]
 """Rows: a list of dicts, a ``datasets.Dataset``, or a path to JSONL, JSON, CSV or txt."""

@@ -1,0 +1,1 @@
+"""``audit``: is it really gone, and is the rest unharmed."""

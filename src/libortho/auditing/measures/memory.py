@@ -1,0 +1,399 @@
+"""How much of a record a model remembers: pure functions of tokens, likelihoods and texts.
+
+    extraction strength   1 - k / |y|, k the fewest answer tokens that must be given for the rest to follow greedily
+    exposure              log2 |R| - log2 rank, the rank of the secret among all fillings R of its shape (bits)
+    truth ratio           probability of wrong answers over that of the right one
+
+Sources: Carlini et al. 2019 (The Secret Sharer: exposure), Carlini et al. 2021/2023 (extraction), Hayes et al. 2025
+((n, p)-discoverable extraction), Maini et al. 2024 (TOFU: truth ratio, model utility), Dorna et al. 2025
+(open-unlearning: exact memorization, extraction strength).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from libortho.auditing.statistics import Values, harmonic_mean
+from libortho.core.errors import ConfigError, DataError
+from libortho.core.extras import module
+
+LOOSE = 0.75
+"""Levenshtein similarity from which a text counts as extracted loosely."""
+_LEAST_TO_FIT = 20
+"""Sampled fillings below which three parameters are not fitted."""
+_STEEPEST = 10.0
+"""Largest skew-normal shape: beyond it the fitted density has an edge below which it gives any secret any exposure."""
+
+
+@dataclass(frozen=True)
+class RougeL:
+    """Longest common subsequence of stemmed words, as shares: of the truth (recall), and F1."""
+
+    recall: float
+    f1: float
+
+
+@dataclass(frozen=True)
+class Exposure:
+    """How far a secret stands out from the other fillings of its shape.
+
+    Attributes:
+        bits: The exposure. A secret that was never seen has 1.44 bits on average.
+        ceiling: Largest exposure that this computation could have given (bits); infinite if nothing bounds it.
+        method: How it was computed.
+        fit: p-value of the Kolmogorov-Smirnov test of the sample against the fitted skew normal, optimistic since the
+            fit saw the sample; None without a fit. Where it is small, do not trust the extrapolation.
+    """
+
+    bits: float
+    ceiling: float
+    method: Literal["exact", "sampled", "extrapolated"]
+    fit: float | None = None
+
+    @property
+    def at_ceiling(self) -> bool:
+        """The exposure may be larger than what could be measured."""
+        return self.bits >= self.ceiling
+
+    def to_dict(self) -> dict[str, float | str | bool | None]:
+        """For JSON; an infinite ceiling becomes None."""
+        ceiling = self.ceiling if math.isfinite(self.ceiling) else None
+        return {**asdict(self), "ceiling": ceiling, "at_ceiling": self.at_ceiling}
+
+
+def exact_memorization(correct: Tensor) -> float:
+    """Share of answer tokens that are the model's first choice, given the true tokens before them.
+
+    Args:
+        correct: (tokens,) bool, whether the argmax equals the label.
+
+    Raises:
+        DataError: if there is no token.
+    """
+    return float(_correct(correct).double().mean())
+
+
+def extraction_strength(correct: Tensor) -> float:
+    """``1 - k / |y|`` with the fewest given tokens ``k`` from which on every token is the model's first choice.
+
+    0 where the last token is wrong (open-unlearning's code gives ``1 / |y|`` there), 1 where all are right.
+
+    Args:
+        correct: (tokens,) bool, whether the argmax equals the label.
+
+    Raises:
+        DataError: if there is no token.
+    """
+    wrong = (~_correct(correct)).nonzero().flatten()
+    return 1.0 if not len(wrong) else 1 - (int(wrong[-1]) + 1) / len(correct)
+
+
+def greedy_extraction(correct: Tensor) -> bool:
+    """True if greedy decoding from the prompt gives the whole answer: every token is the first choice.
+
+    Args:
+        correct: (tokens,) bool, whether the argmax equals the label.
+
+    Raises:
+        DataError: if there is no token.
+    """
+    return bool(_correct(correct).all())
+
+
+def contains(generated: str, truth: str) -> bool:
+    """True if the text holds the truth, whose surrounding blanks and final full stop are not required.
+
+    Raises:
+        DataError: if the truth is blank.
+    """
+    return _bare(truth) in generated
+
+
+def levenshtein_similarity(generated: str, truth: str) -> float:
+    """``1 - Lev / L`` over characters, L the truth's length: 1 is equal, 0 nothing in common.
+
+    Surrounding blanks and the truth's final full stop are not required. Of the generated text as much is compared as
+    the truth is long: text that runs on after it hides nothing.
+
+    Raises:
+        DataError: if the truth is blank.
+    """
+    wanted = _bare(truth)
+    levenshtein = module("audit", "rapidfuzz.distance").Levenshtein
+    return 1 - levenshtein.distance(generated.strip()[: len(wanted)], wanted) / len(wanted)
+
+
+def loose_match(generated: str, truth: str) -> bool:
+    """True if the Levenshtein similarity is at least .75 (Merullo et al. 2025).
+
+    Completions that share much of their form (a country code, a domain) match by form alone; compare with a model that
+    never saw them.
+
+    Raises:
+        DataError: if the truth is blank.
+    """
+    return levenshtein_similarity(generated, truth) >= LOOSE
+
+
+def rouge_l(generated: str, truth: str) -> RougeL:
+    """ROUGE-L with the Porter stemmer, as TOFU (recall) and MUSE (F1) use it.
+
+    Words are runs of ASCII letters and digits in lower case; a truth in another script scores 0.
+    """
+    score = _rouge().score(truth, generated)["rougeL"]
+    return RougeL(float(score.recall), float(score.fmeasure))
+
+
+def n_p_discoverable(probability: float, n: int) -> float:
+    """Probability that at least one of ``n`` samples is the secret, ``1 - (1 - p)^n``.
+
+    A record is (n, p)-discoverable if this is at least p (Hayes et al. 2025, arXiv 2410.19482).
+
+    Args:
+        probability: Probability of the whole completion under the sampling scheme, ``exp`` of its summed log-probs.
+        n: Samples.
+
+    Raises:
+        ConfigError: if the probability is not between 0 and 1, or ``n`` is below 1.
+    """
+    if not 0 <= probability <= 1 or n < 1:
+        raise ConfigError(f"probability is {probability}, n is {n}; expected a share between 0 and 1, and n >= 1")
+    return 1.0 if probability == 1 else -math.expm1(n * math.log1p(-probability))
+
+
+def exposure_exact(secret_nll: float, all_other_nlls: Values) -> Exposure:
+    """Exposure by enumeration, ``log2 |R| - log2 rank`` (Carlini et al. 2019, section 4.2).
+
+    Fillings as likely as the secret come before it: the exposure is never overstated.
+
+    Args:
+        secret_nll: Negative log-likelihood of the secret; any unit, the same as the others'.
+        all_other_nlls: (|R| - 1,) of all other fillings.
+
+    Raises:
+        DataError: if there is no other filling, or a value is NaN.
+    """
+    others = _nlls(secret_nll, all_other_nlls)
+    size = len(others) + 1
+    return Exposure(math.log2(size) - math.log2(1 + int((others <= secret_nll).sum())), math.log2(size), "exact")
+
+
+def exposure_sampled(secret_nll: float, sampled_nlls: Values, space_size: int | None = None) -> Exposure:
+    """Exposure from the secret's rank in a sample of m fillings (Carlini et al. 2019, section 4.3).
+
+    It cannot exceed ``log2(m + 1)``: of 200 fillings, a secret at its ceiling of 7.6 bits may have any larger exposure.
+
+    Args:
+        secret_nll: Negative log-likelihood of the secret.
+        sampled_nlls: (m,) of fillings drawn at random, the secret not among them.
+        space_size: Size of the space where it is known; ``log2`` of it bounds the exposure too.
+
+    Raises:
+        DataError: if the sample is empty or a value is NaN.
+        ConfigError: if ``space_size`` is below 1.
+    """
+    sample = _nlls(secret_nll, sampled_nlls)
+    ceiling = min(math.log2(len(sample) + 1), _space(space_size))
+    bits = math.log2(len(sample) + 1) - math.log2(1 + int((sample <= secret_nll).sum()))
+    return Exposure(min(bits, ceiling), ceiling, "sampled")
+
+
+def exposure_extrapolated(secret_nll: float, sampled_nlls: Values, space_size: int | None = None) -> Exposure:
+    """Exposure as ``-log2 F(secret)``, F a skew normal fitted to a sample (Carlini et al. 2019, section 4.3).
+
+    The fit starts from the method of moments and maximises the likelihood with a shape of at most 10 either way: a
+    steeper one has an edge instead of a tail. It is an extrapolation: read ``fit`` and the ceiling with it. For digit
+    codes of random models, 400 fillings gave 9 bits to within 2, but up to 5 too few of 17: enumerate small spaces.
+
+    A sample of fewer than 20 fillings, or without spread, cannot be fitted; the result is then ``exposure_sampled``'s,
+    and ``method`` says so.
+
+    Args:
+        secret_nll: Negative log-likelihood of the secret (summed over its tokens, as the sample's).
+        sampled_nlls: (m,) of fillings drawn at random, the secret not among them.
+        space_size: Size of the space where it is known; the exposure is at most ``log2`` of it.
+
+    Raises:
+        DataError: if the sample is empty or a value is not finite.
+        ConfigError: if ``space_size`` is below 1.
+    """
+    sample = _nlls(secret_nll, sampled_nlls)
+    if not math.isfinite(secret_nll) or not bool(sample.isfinite().all()):
+        raise DataError("a negative log-likelihood is infinite; expected finite ones, or use exposure_sampled")
+    ceiling = _space(space_size)
+    x = sample.numpy()
+    if len(x) < _LEAST_TO_FIT or x.std() <= 1e-9 * max(1.0, abs(x.mean())):
+        return exposure_sampled(secret_nll, sampled_nlls, space_size)
+    shape, location, scale = _fit_skew_normal(x)
+    bits = -_skew_normal_log_cdf((secret_nll - location) / scale, shape) / math.log(2)
+    stats = module("audit", "scipy.stats")
+    fit = float(stats.kstest(x, stats.skewnorm(shape, location, scale).cdf).pvalue)
+    return Exposure(min(max(bits, 0.0), ceiling), ceiling, "extrapolated", fit)
+
+
+def probability(nll: float) -> float:
+    """Length-normalised probability of an answer, ``exp(-nll)``.
+
+    Args:
+        nll: Mean negative log-likelihood (nats for each token).
+    """
+    return math.exp(-nll)
+
+
+def truth_ratio(nll_perturbed: Values, nll_paraphrase: float) -> float:
+    """Truth ratio R of TOFU with geometric means, ``exp(-mean_i loss_i) / (exp(-loss_para) + 1e-10)``.
+
+    The first TOFU code took the arithmetic mean for model utility; this is open-unlearning's. Below 1 the truth is
+    preferred.
+
+    Args:
+        nll_perturbed: (k,) mean negative log-likelihoods (nats for each token) of the wrong answers.
+        nll_paraphrase: The same of the paraphrased right answer.
+
+    Raises:
+        DataError: if there is no wrong answer or a value is NaN.
+    """
+    wrong = _nlls(nll_paraphrase, nll_perturbed)
+    return math.exp(-float(wrong.mean())) / (math.exp(-nll_paraphrase) + 1e-10)
+
+
+def closer_to_one(ratios: Values) -> Tensor:
+    """``min(R, 1 / R)`` of each truth ratio (n,); its mean is the forget set's aggregate: 1 is no preference."""
+    r = torch.as_tensor(ratios, dtype=torch.float64)
+    return torch.minimum(r, 1 / (r + 1e-10))
+
+
+def true_better(ratios: Values) -> Tensor:
+    """``max(0, 1 - R)`` of each truth ratio (n,); its mean is the utility sets' aggregate: 1 is sure of the truth."""
+    return (1 - torch.as_tensor(ratios, dtype=torch.float64)).clamp(min=0)
+
+
+def prob_mean(correct: Values, wrong: Tensor | Sequence[float] | Sequence[Sequence[float]]) -> Tensor:
+    """``correct / (correct + wrong)`` of each record, (n,).
+
+    Args:
+        correct: (n,) length-normalised probabilities of the right answers.
+        wrong: (n,) of one wrong answer (or the geometric mean of several), or (n, k) of k options, which are summed.
+
+    Raises:
+        DataError: if the numbers of records differ, or a record's probabilities are all 0.
+    """
+    c, w = torch.as_tensor(correct, dtype=torch.float64), torch.as_tensor(wrong, dtype=torch.float64)
+    w = w.sum(1) if w.ndim == 2 else w
+    if c.ndim != 1 or c.shape != w.shape:
+        raise DataError(f"probabilities of the shapes {tuple(c.shape)} and {tuple(w.shape)}; expected (n,) twice")
+    if not bool((c + w > 0).all()):
+        raise DataError("a record has probability 0 for every answer; expected a positive one")
+    return c / (c + w)
+
+
+def model_utility(nine: Mapping[str, float] | Sequence[float]) -> float:
+    """TOFU's model utility: harmonic mean of {probability, ROUGE-L recall, true_better} x {retain, authors, facts}.
+
+    Raises:
+        DataError: if there are not nine numbers between 0 and 1.
+    """
+    values = list(nine.values()) if isinstance(nine, Mapping) else list(nine)
+    if len(values) != 9 or not all(0 <= v <= 1 for v in values):
+        raise DataError(f"model utility got {values}; expected nine numbers between 0 and 1")
+    return harmonic_mean(values)
+
+
+def distinct_share(texts: Sequence[str]) -> float:
+    """Distinct texts among all texts, blanks and case aside: near 0 where a broken model always says the same.
+
+    Raises:
+        DataError: if there is no text.
+    """
+    if not texts:
+        raise DataError("there is no text; expected at least one")
+    return len({" ".join(t.casefold().split()) for t in texts}) / len(texts)
+
+
+def _correct(correct: Tensor) -> Tensor:
+    if correct.dtype != torch.bool or correct.ndim != 1 or not len(correct):
+        raise DataError(
+            f"'correct' is {correct.dtype} of shape {tuple(correct.shape)}; "
+            "expected a bool for each of one or more tokens"
+        )
+    return correct
+
+
+def _bare(truth: str) -> str:
+    """What of the truth is required; a truth of nothing but full stops is required whole."""
+    stripped = truth.strip()
+    if not stripped:
+        raise DataError("the truth is blank; expected some text to look for")
+    return stripped.rstrip(".").rstrip() or stripped
+
+
+@functools.cache
+def _rouge() -> Any:
+    return module("audit", "rouge_score.rouge_scorer").RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def _space(size: int | None) -> float:
+    if size is not None and size < 1:
+        raise ConfigError(f"space_size is {size}; expected the number of fillings, at least 1")
+    return math.inf if size is None else math.log2(size)
+
+
+def _nlls(secret: float, others: Values) -> Tensor:
+    x = torch.as_tensor(others, dtype=torch.float64).detach().cpu()
+    if x.ndim != 1 or not len(x):
+        raise DataError(
+            f"the other negative log-likelihoods have the shape {tuple(x.shape)}; expected a vector of some"
+        )
+    if math.isnan(secret) or bool(x.isnan().any()):
+        raise DataError("a negative log-likelihood is NaN; expected numbers")
+    return x
+
+
+def _fit_skew_normal(x: np.ndarray) -> tuple[float, float, float]:
+    """Shape, location and scale: moments, then bounded maximum likelihood on standardised values."""
+    special, optimize = module("audit", "scipy.special"), module("audit", "scipy.optimize")
+    mean, deviation = float(x.mean()), float(x.std())
+    z = (x - mean) / deviation
+    skew = float(np.clip((z**3).mean(), -0.95, 0.95))  # a skew normal's lies within .9953
+    power = abs(skew) ** (2 / 3)
+    delta = math.copysign(math.sqrt(math.pi / 2 * power / (power + ((4 - math.pi) / 2) ** (2 / 3))), skew)
+    scale = 1 / math.sqrt(1 - 2 * delta**2 / math.pi)
+    shape = float(np.clip(delta / math.sqrt(1 - delta**2), -_STEEPEST, _STEEPEST))
+    start = [shape, -scale * delta * math.sqrt(2 / math.pi), math.log(scale)]
+
+    def loss(parameters: np.ndarray) -> float:
+        a, location, log_scale = parameters
+        u = (z - location) * math.exp(-log_scale)
+        return float(log_scale + (u**2 / 2 - special.log_ndtr(a * u)).mean())
+
+    bounds = [(-_STEEPEST, _STEEPEST), (-5.0, 5.0), (-3.0, 3.0)]
+    best = optimize.minimize(loss, start, method="L-BFGS-B", bounds=bounds).x
+    if loss(best) > loss(np.array(start)):
+        best = np.array(start)
+    return float(best[0]), mean + deviation * float(best[1]), deviation * math.exp(float(best[2]))
+
+
+def _skew_normal_log_cdf(z: float, shape: float) -> float:
+    """log F(z) of the standard skew normal, also where F underflows or SciPy's difference of two terms cancels."""
+    special = module("audit", "scipy.special")
+
+    def log_density(x: float) -> float:
+        return math.log(2) - x * x / 2 - math.log(2 * math.pi) / 2 + float(special.log_ndtr(shape * x))
+
+    ratio = math.exp(-shape * shape * z * z / 2 - math.log(2 * math.pi) / 2 - float(special.log_ndtr(shape * z)))
+    slope = shape * ratio - z  # derivative of the log density
+    if z > -1 and slope < 1:  # far from the lower tail, where F is of the order of 1
+        return math.log(float(module("audit", "scipy.stats").skewnorm.cdf(z, shape)))
+    # The density is log-concave: below z it falls at least as fast as exp(-slope * distance).
+    at_z = log_density(z)
+    quad = module("audit", "scipy.integrate").quad
+    area, _ = quad(lambda v: math.exp(log_density(z - v / slope) - at_z), 0, 50)
+    return at_z + math.log(area / slope)

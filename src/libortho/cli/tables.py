@@ -1,0 +1,291 @@
+"""Results as tables on a terminal. Names and words that come from files are shown as they are, and steer nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.table import Column, Table
+from rich.text import Text
+
+from libortho.auditing.report import AuditReport
+from libortho.checkpoint import Certificate, CheckpointInfo
+from libortho.core.escapes import one_line, visible
+from libortho.core.report import LayerReports
+from libortho.evaluation.evaluate import Evaluation, Figure
+from libortho.isolation.isolate import IsolateResult
+
+if TYPE_CHECKING:
+    from libortho.demo.demo import DemoReport, Measured
+
+
+class Terminal(Console):
+    """A console to which text is text: no markup, no codes for emoji, and no control character of whoever wrote it."""
+
+    def __init__(self, *, stderr: bool = False, soft_wrap: bool = False) -> None:
+        super().__init__(stderr=stderr, soft_wrap=soft_wrap, markup=False, emoji=False, highlight=False)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """What is to be written; control sequences are the console's own alone."""
+        for part in super().render(renderable, options):
+            yield part if part.control else Segment(visible(part.text), part.style)
+
+
+def note(console: Console, text: str) -> None:
+    """One line of plain text."""
+    console.print(Text(one_line(text)))
+
+
+def _cells(*texts: str) -> list[Text]:
+    """Texts as one line each, before a table measures them."""
+    return [Text(one_line(t)) for t in texts]
+
+
+def _headers(*texts: str) -> list[Column]:
+    return [Column(header=cell) for cell in _cells(*texts)]
+
+
+def _block(text: str) -> Text:
+    """Text that keeps its lines."""
+    return Text(visible(text.strip()))
+
+
+def show_layers(reports: LayerReports, console: Console) -> None:
+    """One row per split layer, and the totals with both densities."""
+    console.print(Text(visible(str(reports))), soft_wrap=True)
+    t = reports.totals()
+    note(
+        console,
+        f"base error mean {t['base_error']:.2%} max {t['max_base_error']:.2%}, "
+        f"final error mean {t['final_error']:.2%} max {t['max_final_error']:.2%}, "
+        f"ortho density {t['ortho_density']:.3%}, tail density {t['tail_density']:.2%}, "
+        f"base {t['base_bytes'] / 1e6:.1f} MB, ortho {t['ortho_bytes'] / 1e6:.2f} MB",
+    )
+
+
+def show_isolate(result: IsolateResult, console: Console) -> None:
+    """The criteria, each with its figure."""
+    extracted = sum(r.extracted for r in result.records)
+    inside = sum(r.inside for r in result.records)
+    note(
+        console,
+        f"isolated {len(result.records)} records into stream {result.stream!r} in {result.steps} steps, "
+        f"{result.seconds:.0f} s: density {result.density:.3%}, {len(result.columns_per_layer)} layers touched",
+    )
+    note(
+        console,
+        f"at alpha = 0: {extracted} extracted, {inside} of {len(result.records)} inside the 5-95 % band, retain KL "
+        f"{result.retain_kl:.4f} nats per token",
+    )
+    if result.recited_on < result.recited:
+        note(
+            console,
+            f"at alpha = 1: {result.recited_on} of the {result.recited} records that the model recited; the others "
+            "fell to the rounding of the base (more bits keep them)",
+        )
+    for warning in result.warnings:
+        note(console, f"warning: {warning}")
+    for missed in result.missed:
+        note(console, f"missed: {missed}")
+
+
+def show_checkpoint(info: CheckpointInfo, console: Console) -> None:
+    """Sizes of the base and of each stream, and the criteria that its isolation missed."""
+    width = "dense" if info.bits is None else f"INT{info.bits}"
+    group = "" if info.bits is None else (", per channel" if info.group_size == -1 else f", group {info.group_size}")
+    note(
+        console,
+        f"{info.layers} split layers, {info.weights / 1e6:.1f} M weights, base {width}{group}: "
+        f"{info.base_bytes / 1e6:.1f} MB, {info.bits_per_weight:.2f} bits per weight",
+    )
+    rows = [("stream", "parts", "layers", "density", "tail", "on disk", "loads with", "base", "criteria")]
+    for s in info.streams:
+        rows.append((
+            one_line(s.name), " + ".join(s.kinds), str(s.layers), f"{s.density:.3%}", f"{s.tail_density:.2%}",
+            f"{s.bytes_on_disk / 1e6:.2f} MB", "libortho" if s.needs_libortho else "PEFT",
+            "matches" if s.base_matches else "ANOTHER BASE", _criteria(s.missed),
+        ))  # fmt: skip
+    if not info.streams:
+        note(console, "no ortho stream: this is alpha = 0")
+        return
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        console.print(Text(line), soft_wrap=True)  # no width of a terminal cuts a name
+    for s in info.streams:
+        for missed in s.missed or ():
+            console.print(Text(one_line(f"stream {s.name} missed: {missed}")), soft_wrap=True)
+
+
+def _criteria(missed: tuple[str, ...] | None) -> str:
+    """How an isolation ended; a split by weights alone has no criteria."""
+    return "-" if missed is None else f"{len(missed)} MISSED" if missed else "met"
+
+
+def show_certificate(certificate: Certificate, console: Console) -> None:
+    """What is gone, what stays, and by which hashes."""
+    for r in certificate.removed:
+        note(
+            console,
+            f"gone: stream {r.name}, density {r.density:.3%}, tail {r.tail_density:.2%}, {r.layers} layers, "
+            f"{r.bytes / 1e6:.2f} MB",
+        )
+    note(console, f"kept: the base{''.join(f', stream {k}' for k in certificate.kept)}")
+    note(console, f"base {certificate.base_sha256}")
+    note(console, f"{len(certificate.files)} files hashed, {certificate.compared} tensors, rows and columns compared")
+    for v in [] if certificate.audit is None else certificate.audit["verdicts"]:
+        note(console, f"audit, {v['key'].replace('_', ' ')}: {v['status']}")
+    for text in certificate.not_checked:
+        note(console, f"not checked: {text}")
+
+
+def show_audit(report: AuditReport, console: Console) -> None:
+    """Verdicts first, then the figures with the controls beside them."""
+    data = report.data
+    for verdict in report.verdicts:
+        note(console, f"{verdict.status.upper():9}{verdict.key.replace('_', ' ')}: {verdict.text}")
+    for warning in data["warnings"]:
+        note(console, f"warning: {warning}")
+    console.print()
+    table = Table(
+        "", "extracted", "in samples", "other prompts", "prefix", "strength", "exposure", "nats", title="memory"
+    )
+    for s in data["subjects"]:
+        m = s["memory"]
+        shares = ("greedy_extraction", "sampled_extraction", "prompt_shift", "prefix_sweep")
+        table.add_row(*_cells(
+            s["label"], *(_estimate(m[k], "{:.1%}") for k in shares),
+            _estimate(m["extraction_strength"], "{:.3f}"), _estimate(m["exposure"], "{:.1f}"),
+            _estimate(m["nll"], "{:.2f}"),
+        ))  # fmt: skip
+    console.print(table)
+    if data["subjects"][0]["privacy"] is not None:
+        names = list(dict.fromkeys(n for s in data["subjects"] for n in s["privacy"]["attacks"]))
+        headers = _headers(*(n.replace("_", "-") for n in names))
+        table = Table("", *headers, title="membership AUC (95 % interval)")
+        for s in data["subjects"]:
+            attacks = s["privacy"]["attacks"]
+            shown = (_interval(attacks[n]["auc"]) if n in attacks else "-" for n in names)
+            table.add_row(*_cells(s["label"], *shown))
+        console.print(table)
+    tasks = list(dict.fromkeys(n for s in data["subjects"] for n in (s["utility"] or {}).get("tasks", {})))
+    table = Table("", "perplexity", "KL", "top-1", *_headers(*tasks), title="utility")
+    for s in data["subjects"]:
+        u = s["utility"]
+        table.add_row(*_cells(
+            s["label"], _estimate(u["perplexity"], "{:.2f}"), _number(u["kl"], "{:.4f}"),
+            _number(u["top1_agreement"], "{:.3f}"), *(_estimate(u["tasks"].get(t), "{:.3f}") for t in tasks),
+        ))  # fmt: skip
+    console.print(table)
+    if data["curve"]:
+        table = Table("alpha", "extracted", "strength", "nats", "AUC", "perplexity", "KL", title="alpha curve")
+        for p in data["curve"]:
+            table.add_row(
+                f"{p['alpha']:g}", f"{p['greedy_extraction']:.1%}", f"{p['extraction_strength']:.3f}",
+                f"{p['nll']:.2f}",
+                _number(p["auc"], "{:.3f}"), f"{p['perplexity']:.2f}", _number(p["kl"], "{:.4f}"),
+            )  # fmt: skip
+        console.print(table)
+        if (zone := data["goldilocks"]) is not None:
+            found = ", ".join(f"{low:g} to {high:g}" for low, high in zone["intervals"]) or "none"
+            note(console, f"Goldilocks interval of alpha: {found} ({zone['criteria']})")
+    parts = ", ".join(f"{n} {t:.0f}" for n, t in sorted(report.seconds.items(), key=lambda item: -item[1]) if t >= 1)
+    note(console, f"{sum(report.seconds.values()):.0f} s: {parts}")
+
+
+def show_evaluation(report: Evaluation, console: Console) -> None:
+    """A row for each task and metric, a column for each model or alpha, then what changed from the first column."""
+    table = Table("task", "metric", *_headers(*report.columns), "rows")
+    rows: dict[tuple[str, str], dict[str, Figure]] = {}
+    for f in report.figures:
+        rows.setdefault((f.task, f.metric), {})[f.column] = f
+    for (task, metric), found in rows.items():
+        asked = next(iter(found.values())).rows
+        figures = [_figure(found.get(c)) for c in report.columns]
+        table.add_row(*_cells(task, metric, *figures, "" if asked is None else str(asked)))
+    console.print(table)
+    if report.differences:
+        [versus] = _headers(f"minus {report.columns[0]}, paired")
+        changes = Table("task", "metric", "column", versus, "95 % interval")
+        for d in report.differences:
+            ends = "-" if d.low is None else f"{d.low:+.4f} to {d.high:+.4f}"
+            changes.add_row(*_cells(d.task, d.metric, d.column, f"{d.value:+.4f}", ends))
+        console.print(changes)
+    note(console, "Brackets: 95 % interval; +-: standard error of the lm-evaluation-harness; nll: nats per token.")
+
+
+def _figure(figure: Figure | None) -> str:
+    if figure is None:
+        return "-"
+    if figure.low is not None:
+        return f"{figure.value:.4f} [{figure.low:.4f}, {figure.high:.4f}]"
+    return f"{figure.value:.4f}" + ("" if figure.stderr is None else f" +- {figure.stderr:.4f}")
+
+
+def _estimate(estimate: Mapping[str, Any] | None, form: str) -> str:
+    return "-" if estimate is None else _number(estimate["value"], form)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _interval(estimate: Mapping[str, Any]) -> str:
+    ends = "" if estimate["low"] is None else f" ({estimate['low']:.2f}-{estimate['high']:.2f})"
+    return f"{estimate['value']:.3f}{ends}"
+
+
+def show_demo(report: DemoReport, console: Console) -> None:
+    """The three parts of the demonstration."""
+    note(
+        console, f"{report.model}, seed {report.seed}: {report.secrets} secrets planted in {report.implant_steps} steps"
+    )
+    console.print()
+    note(console, "(a) split sees only the weights: it compresses; at alpha = 0 what it forgets, it breaks")
+    pairs = ("forget ppl 1 / 0", "retain ppl 1 / 0", "extracted 1 / 0")
+    table = Table("setting", "low-rank err", "base err", "final err", "density", "tail", *pairs)
+    for s in report.splits:
+        table.add_row(
+            s.label, "-" if s.low_rank_error is None else f"{s.low_rank_error:.2%}", f"{s.base_error:.2%}",
+            f"{s.final_error:.2%}", f"{s.ortho_density:.2%}", f"{s.tail_density:.2%}", _pair(s.forget_perplexity),
+            _pair(s.retain_perplexity), f"{s.extracted[0]} / {s.extracted[1]}",
+        )  # fmt: skip
+    console.print(table)
+    console.print()
+    r = report.isolate
+    note(
+        console,
+        f"(b) isolate sees the secrets: {r.density:.2%} of the split weights, {r.steps} steps, {r.seconds:.0f} s",
+    )
+    table = Table("model", "extracted", "in 20 samples", "secret ppl", "membership AUC", "retain ppl", "general ppl")
+    for row in (report.never_trained, report.implanted, *report.isolated):
+        table.add_row(*_cells(*_measured(row, report.secrets)))
+    console.print(table)
+    for missed in r.missed:
+        note(console, f"missed: {missed}")
+    console.print()
+    note(console, "(c) the same prompts, greedily")
+    table = Table("prompt", "alpha = 1", "alpha = 0", show_lines=True)
+    for g in report.generations:
+        table.add_row(_block(g.prompt), _block(g.with_ortho), _block(g.without_ortho))
+    console.print(table)
+    total = sum(report.seconds.values())
+    note(console, f"{total:.0f} s: " + ", ".join(f"{k} {v:.0f}" for k, v in report.seconds.items()))
+
+
+def _measured(row: Measured, secrets: int) -> list[str]:
+    return [
+        row.label,
+        f"{row.extracted}/{secrets}",
+        "-" if row.sampled is None else f"{row.sampled}/{secrets}",
+        f"{row.secret_perplexity:.4g}",
+        f"{row.membership_auc:.3f}",
+        f"{row.retain_perplexity:.2f}",
+        f"{row.general_perplexity:.2f}",
+    ]
+
+
+def _pair(values: tuple[float, float]) -> str:
+    return f"{values[0]:.4g} / {values[1]:.4g}"

@@ -1,0 +1,1 @@
+"""Who is under which alpha."""

@@ -1,0 +1,1 @@
+"""Tasks and the harness: how able a model is."""

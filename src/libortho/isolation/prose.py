@@ -1,0 +1,195 @@
+"""How surprising a completion would be to a model that had never met it.
+
+Codes and names have alternates that are exchangeable with them: what those get is the answer. A sentence has not:
+words drawn at random are far less likely than what a person wrote, and the model's own samples are likelier. For
+sentences the surprise is predicted token by token from what memorisation leaves alone, by least squares on human text
+that the model was not asked to forget:
+
+    nll_t ~ [1, v, H, m, H v, s, c, c v]
+    v   surprise of the token after no more than the two tokens before it, too few to call up a memory
+    H   entropy of the next-token distribution with the true token removed
+    m   surprise of the likeliest other token
+    s   1 if the token stands earlier in the text
+    c   1 if it has followed the token before it earlier in the text, and could be copied
+
+Removing the true token is what makes memorised and ordinary text comparable. The two tokens before it know how words
+and phrases go on, and how those of the fine-tuning data do, which a token's frequency does not.
+
+How *sure* the model would be is no matter of the mean: a fine-tuned model finds half of the words of an answer obvious
+and is far off at the rest. It shows what it does in its domain when it speaks itself, on like prompts that it has not
+met. There its distributions are taken, with labels drawn from them at the temperature at which the mean surprise is the
+predicted one: over 1, for a fine-tuned model is surer than it is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from libortho.isolation.losses import moments, standardised
+from libortho.lm.head import HEAD_POSITIONS
+from libortho.lm.model import LanguageModel
+from libortho.text.corpus import shipped_text
+from libortho.text.records import IGNORE, Encoded, collate
+from libortho.text.tokens import text_ids
+
+SHORT_CONTEXT = 2
+"""Tokens of context after which a token's surprise says how words go on, and nothing of a memory."""
+
+HUMAN_TEXTS, HUMAN_TOKENS = 60, 48
+"""Texts that the fit reads, and tokens of each: as many again predict no better and cost twice the time."""
+CONTEXTS, DRAWS = 384, 8
+"""Positions whose distributions are used, and labels drawn from each."""
+TEMPERATURES = tuple(1.12**n for n in range(-4, 14))
+"""From .64 to 4.4."""
+
+
+@dataclass(frozen=True)
+class PlausibilityModel:
+    """Least-squares fit of human surprise.
+
+    Attributes:
+        weights: (8,) coefficients of the features in the module's text.
+        deviation: Standard deviation of what the fit leaves unexplained of one token, in nats.
+        opening: Special tokens that this model expects before every text.
+    """
+
+    weights: Tensor
+    deviation: float
+    opening: tuple[int, ...] = ()
+
+    def predict(self, lm: LanguageModel, item: Encoded) -> float:
+        """Expected mean negative log-likelihood of the completion, in nats per token; at least 0."""
+        return max(0.0, float(self.by_token(lm, item).mean()))
+
+    def by_token(self, lm: LanguageModel, item: Encoded) -> Tensor:
+        """Expected negative log-likelihood of each token of the completion, (tokens,) in nats; may be below 0."""
+        return _Position.of(lm, item, self.opening).features @ self.weights
+
+
+def human_texts(tokenizer: Any, limit: int | None = None) -> list[list[int]]:
+    """Token ids of the human text that the fit reads, each of at most ``limit`` tokens: what ships with the package."""
+    longest = HUMAN_TOKENS if limit is None else min(limit, HUMAN_TOKENS)
+    return [text_ids(text, tokenizer)[:longest] for text in shipped_text()[:HUMAN_TEXTS]]
+
+
+def fit(lm: LanguageModel, texts: Sequence[Sequence[int]], opening: Sequence[int] = ()) -> PlausibilityModel:
+    """Fit on tokenised human texts, see ``human_texts``; ``opening``: what the model expects before a text."""
+    positions = [_Position.of(lm, Encoded(tuple(t), tuple(t)), opening) for t in texts if len(t) > 1]
+    x = torch.cat([p.features for p in positions]).double()
+    y = torch.cat([p.nll for p in positions]).double()
+    ridge = 1e-3 * torch.eye(x.shape[1], dtype=torch.float64)
+    weights = torch.linalg.solve(x.T @ x + ridge, x.T @ y)
+    deviation = float((y - x @ weights).square().mean().sqrt())
+    return PlausibilityModel(weights.float(), deviation, tuple(opening))
+
+
+@torch.no_grad()
+def spoken_profiles(
+    lm: LanguageModel, texts: Sequence[Tensor], surprise: Sequence[float], tokens: Sequence[int], seed: int
+) -> tuple[Tensor, ...]:
+    """What the tokens of sentences would look like; for each of them (tokens, 3), see ``token_profile``.
+
+    A sentence gets a stretch of what the model said: sentences differ from each other more than as many tokens drawn
+    from everywhere, and a membership test compares sentences. The stretches of all begin at equal distances, in random
+    order, and have the right surprise on average: one lonely sentence has it itself.
+
+    Args:
+        lm: The model.
+        texts: Last hidden states where it speaks itself, (tokens, width) for each text.
+        surprise: Mean surprise that such sentences should have, in nats per token; one alone may be off.
+        tokens: Number of tokens of each sentence.
+        seed: Of the draws.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    shuffled = [texts[i] for i in torch.randperm(len(texts), generator=rng).tolist()]
+    states = torch.cat(shuffled)[:CONTEXTS]
+    tables = [
+        torch.cat(parts)
+        for parts in zip(*(_drawn(lm, some, rng) for some in states.split(HEAD_POSITIONS)), strict=True)
+    ]
+    means = torch.stack([t[..., 0].mean() for t in tables])
+    order = torch.randperm(len(tokens), generator=rng) + torch.rand(1, generator=rng)
+    begins = (order * len(states) / len(tokens)).long().tolist()
+    labels = [torch.randint(DRAWS, (count,), generator=rng) for count in tokens]
+    levels = [int((means - level).abs().argmin()) for level in surprise]
+
+    def stretches(warmer: int) -> tuple[Tensor, ...]:
+        """One for each sentence, all of them so many temperatures warmer."""
+        found = []
+        for level, begin, drawn in zip(levels, begins, labels, strict=True):
+            table = tables[min(max(0, level + warmer), len(tables) - 1)]
+            found.append(table[(begin + torch.arange(len(drawn))) % len(table), drawn])
+        return tuple(found)
+
+    def off(profiles: Sequence[Tensor]) -> float:
+        """By how much their mean surprise misses what is wanted on average, in nats per token."""
+        return abs(float(sum(p[:, 0].mean() for p in profiles)) - sum(surprise)) / len(profiles)
+
+    # The stretches of many make up all that was said; those of few may be odd ones.
+    return min((stretches(w) for w in sorted(range(-len(tables), len(tables) + 1), key=abs)), key=off)
+
+
+def _drawn(lm: LanguageModel, states: Tensor, rng: torch.Generator) -> list[Tensor]:
+    """For each temperature the profiles of ``DRAWS`` labels after each state, (positions, DRAWS, 3)."""
+    log_p = lm.logits(states).float().log_softmax(-1).cpu()
+    sure = [m[:, None].expand(-1, DRAWS) for m in moments(log_p)]
+    found = []
+    for temperature in TEMPERATURES:
+        labels = torch.multinomial((log_p / temperature).softmax(-1), DRAWS, replacement=True, generator=rng)
+        surprise = -log_p.gather(1, labels)
+        found.append(torch.stack([surprise, sure[0], standardised(surprise, *sure)], -1))
+    return found
+
+
+@dataclass(frozen=True)
+class _Position:
+    """The judged positions of one text: surprise (positions,) and features (positions, 8)."""
+
+    nll: Tensor
+    features: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, lm: LanguageModel, item: Encoded, opening: Sequence[int]) -> _Position:
+        batch = collate([item]).to(lm.device)
+        judged = batch.labels[0, 1:] != IGNORE
+        states, labels = lm.hidden(batch)[0, :-1][judged], batch.labels[0, 1:][judged]
+        parts = [
+            cls._statistics(lm, *some)
+            for some in zip(states.split(HEAD_POSITIONS), labels.split(HEAD_POSITIONS), strict=True)
+        ]
+        nll, entropy, runner_up = (torch.cat(p).cpu() for p in zip(*parts, strict=True))
+        places = (judged.nonzero()[:, 0] + 1).tolist()
+        short = _short_context(lm, item.ids, places, opening)
+        pairs = list(zip(item.ids, item.ids[1:], strict=False))
+        seen = torch.tensor([float(item.ids[t] in item.ids[:t]) for t in places])
+        copied = torch.tensor([float(pairs[t - 1] in pairs[: t - 1]) for t in places])
+        columns = [torch.ones_like(nll), short, entropy, runner_up, entropy * short, seen, copied, copied * short]
+        return cls(nll, torch.stack(columns, 1))
+
+    @staticmethod
+    def _statistics(lm: LanguageModel, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Surprise, entropy without the label and surprise of the runner-up, (positions,)."""
+        log_p, index = lm.logits(states).log_softmax(-1), labels.unsqueeze(-1)
+        others = log_p.scatter(-1, index, -torch.inf).log_softmax(-1)
+        entropy = -(others.exp() * others.masked_fill(others == -torch.inf, 0.0)).sum(-1)
+        return -log_p.gather(-1, index).squeeze(-1), entropy, -others.amax(-1)
+
+
+def _short_context(lm: LanguageModel, ids: Sequence[int], places: Sequence[int], opening: Sequence[int]) -> Tensor:
+    """Surprise of each token after the ``SHORT_CONTEXT`` before it alone, (places,)."""
+    before = [tuple(opening) + tuple(ids[max(0, t - SHORT_CONTEXT) : t]) for t in places]
+    found = torch.zeros(len(places))
+    for length in {len(b) for b in before}:
+        rows = [i for i, b in enumerate(before) if len(b) == length]
+        for some in (rows[i : i + HEAD_POSITIONS] for i in range(0, len(rows), HEAD_POSITIONS)):
+            batch = collate([Encoded(before[i], before[i]) for i in some]).to(lm.device)
+            log_p = lm.logits(lm.hidden(batch)[:, -1]).log_softmax(-1)
+            labels = torch.tensor([ids[places[i]] for i in some], device=lm.device)
+            found[some] = -log_p.gather(-1, labels[:, None])[:, 0].cpu()
+    return found

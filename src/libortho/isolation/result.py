@@ -1,0 +1,183 @@
+"""What an isolation did, in figures and in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from libortho.core.config import IsolateConfig
+from libortho.isolation.train import BAND, PARTIAL, Case, Check, Known, RecordOutcome, Reference, leaning, unremarkable
+from libortho.selection.saliency import unit_costs
+from libortho.splitting.split import linear_shape
+
+
+@dataclass(frozen=True)
+class IsolateResult:
+    """What ``isolate`` did, and which of its criteria hold.
+
+    Attributes:
+        stream: Name of the ortho stream.
+        guarantee: What was measured at alpha = 0, in words.
+        warnings: What a reader should know about the records, above all which of them the model did not know.
+        missed: The criteria that do not hold, in words; empty if all do.
+        records: One outcome per forget record.
+        recited: Records that the original model says greedily.
+        recited_on: Those of them that it still is at alpha = 1; rounding of the base can lose some (INT4 most).
+        checks: The criteria during training.
+        retain_kl: Mean KL(original || alpha 0) on held-back retain text, in nats per token.
+        quantised_kl: The same of the quantised base before any record was moved: the price of the base alone.
+        density: Entries of the ortho stream / weights of the split layers.
+        columns_per_layer: Layer to the columns (or entries) that it gave.
+        steps: Optimiser steps.
+        seconds: Wall time of this call.
+    """
+
+    stream: str
+    guarantee: str
+    warnings: tuple[str, ...]
+    missed: tuple[str, ...]
+    records: tuple[RecordOutcome, ...]
+    recited: int
+    recited_on: int
+    checks: tuple[Check, ...]
+    retain_kl: float
+    quantised_kl: float
+    density: float
+    columns_per_layer: Mapping[str, int]
+    steps: int
+    seconds: float
+
+    @property
+    def succeeded(self) -> bool:
+        """True if every criterion holds."""
+        return not self.missed
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-ready values."""
+        return {**asdict(self), "succeeded": self.succeeded}
+
+
+_CERTAIN = 5.0
+"""Standard deviations at which one record alone is taken for known: the spread rests on few alternates."""
+
+
+def standing(cases: Sequence[Case], original: Reference) -> list[Known]:
+    """What the original model knows of each record: recited, likelier than its like, or nothing to be seen."""
+    likelier = original.secret.nll < original.target.nll - BAND * original.spread
+    return [
+        "recited" if said else "likelier" if more else "unknown"
+        for said, more in zip(original.recited.tolist(), likelier.tolist(), strict=True)
+    ]
+
+
+def by_chance(known: Sequence[Known], original: Reference) -> bool:
+    """True if untrained records would look so: none recited, none far likelier, and few likelier than their like."""
+    certain = original.secret.nll < original.target.nll - _CERTAIN * original.spread
+    likelier = sum(k == "likelier" for k in known)
+    return "recited" not in known and not bool(certain.any()) and likelier <= unremarkable(len(known))
+
+
+def nothing_known(cases: Sequence[Case], known: Sequence[Known]) -> str | None:
+    """A sentence about records that the model does not know; None where it knows all."""
+    unknown = [c.number for c, k in zip(cases, known, strict=True) if k == "unknown"]
+    if not unknown:
+        return None
+    shown = ", ".join(map(str, unknown[:20])) + (", ..." if len(unknown) > 20 else "")
+    return (
+        f"{len(unknown)} of {len(cases)} records are unknown to the model under this wording (records {shown}): it "
+        "neither recites them nor finds them likelier than others of their shape, so there was nothing to forget. If "
+        "it was trained on them, give them as it met them: with the chat template of the training (messages), with "
+        "other prompts, or as the bare text"
+    )
+
+
+def result_of(
+    config: IsolateConfig,
+    cases: Sequence[Case],
+    records: tuple[RecordOutcome, ...],
+    recited: tuple[int, int],
+    checks: Sequence[Check],
+    divergences: tuple[float, float],
+    support: Mapping[str, torch.Tensor],
+    targets: Mapping[str, nn.Module],
+    seconds: float,
+) -> IsolateResult:
+    """The criteria, and the result that holds them.
+
+    Args:
+        config: What was asked for.
+        cases: The records.
+        records: Their outcomes.
+        recited: How many the original model recites, and how many of these the model recites at alpha = 1.
+        checks: The criteria during training.
+        divergences: From the original on held-back text, in nats per token: of the quantised base, and at alpha = 0.
+        support: Indices of the columns (or entries) by layer.
+        targets: The layers.
+        seconds: Wall time so far.
+    """
+    missed = []
+    extracted = sum(r.extracted for r in records)
+    if extracted:
+        missed.append(f"{extracted} of {len(records)} records are still extracted greedily")
+    known = [r.known for r in records]
+    outside = [r for r in records if not r.inside]
+    likelier = sum(r.after > r.band[1] for r in outside)
+    if len(outside) > unremarkable(len(records)) or any(r.far for r in outside):
+        missed.append(
+            f"{len(outside)} of {len(records)} records are outside the 5-95 % band "
+            f"({likelier} likelier, {len(outside) - likelier} unlikelier, {sum(r.far for r in outside)} of them far "
+            f"outside); of untrained ones up to {unremarkable(len(records))} are outside, and none far"
+        )
+    partial, sentences = sum(r.partial for r in records), sum(not c.exchangeable for c in cases)
+    if partial > unremarkable(sentences, PARTIAL):
+        missed.append(
+            f"{partial} of {sentences} sentences are still recited in part: two thirds of the surprise expected "
+            f"of their tokens is not there; of untrained ones up to {unremarkable(sentences, PARTIAL)} are such"
+        )
+    lean, chance = leaning(records)
+    if abs(lean) > chance:
+        side = "likelier" if lean > 0 else "unlikelier"
+        missed.append(
+            f"the records are on average {abs(lean):.2f} nats per token {side} than "
+            f"their alternates; by chance they would be up to {chance:.2f}"
+        )
+    quantised_kl, retain_kl = divergences
+    if retain_kl - quantised_kl > config.retain_budget:
+        missed.append(
+            f"retain divergence {retain_kl:.4f} nats per token exceeds that of the quantised base alone "
+            f"({quantised_kl:.4f}) by more than the budget of {config.retain_budget}"
+        )
+    cost = unit_costs(dict(targets), columns=config.structure == "columns")
+    weights = sum(rows * columns for rows, columns in map(linear_shape, targets.values()))
+    return IsolateResult(
+        stream=config.stream,
+        guarantee=_measured(records, recited[0], retain_kl, missed),
+        warnings=tuple(w for w in (nothing_known(cases, known),) if w is not None),
+        missed=tuple(missed),
+        records=records,
+        recited=recited[0],
+        recited_on=recited[1],
+        checks=tuple(checks),
+        retain_kl=retain_kl,
+        quantised_kl=quantised_kl,
+        density=sum(len(index) * cost[n] for n, index in support.items()) / weights,
+        columns_per_layer={n: len(s) for n, s in support.items()},
+        steps=checks[-1].step,
+        seconds=seconds,
+    )
+
+
+def _measured(records: Sequence[RecordOutcome], recited: int, retain_kl: float, missed: Sequence[str]) -> str:
+    """What alpha = 0 was seen to be; nothing is claimed beyond it."""
+    count = len(records)
+    unknown = sum(r.known == "unknown" for r in records)
+    text = (
+        f"measured on {count} records, {recited} of them recited before and {unknown} unknown to the model: at "
+        f"alpha = 0 {sum(r.extracted for r in records)} are extracted greedily, {sum(r.inside for r in records)} are "
+        f"as likely as others of their shape, and general text moved by {retain_kl:.4f} nats per token"
+    )
+    return f"{text}; criteria missed: {'; '.join(missed)}" if missed else f"{text}; no criterion is missed"

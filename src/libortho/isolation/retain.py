@@ -1,0 +1,137 @@
+"""Text on which the model must keep its behaviour: all of it for callers who bring none, a part for those who do.
+
+By default, half is what the model itself says when it is given nothing (its own distribution, whatever it was trained
+on), half is the general English text that ships with the package. Samples that share eight tokens in a row with a
+forget record are dropped. Samples are cached by a fingerprint of weights and forget set, readable by the user alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from libortho.core.cache import cache_directory, make_private
+from libortho.core.errors import ConfigError
+from libortho.core.files import write_atomically
+from libortho.lm.generation import generate
+from libortho.lm.loading import fingerprint
+from libortho.text.corpus import shipped_text
+from libortho.text.records import Encoded
+from libortho.text.tokens import opening_tokens
+
+logger = logging.getLogger(__name__)
+
+SHARED_TOKENS = 8
+_IN_FORM = 96
+_MOST_SAMPLED = 20
+"""Sampling takes longer than reading; from here on what is shipped must do."""
+
+
+def default_retain(
+    model: nn.Module, tokenizer: Any, forget: Sequence[Encoded], *, sequences: int, length: int, seed: int
+) -> list[Encoded]:
+    """Sampled and shipped text, in equal parts if there is little of it, as sequences of at most ``length`` tokens."""
+    sampled = _cached_samples(model, tokenizer, forget, min(sequences // 2, _MOST_SAMPLED), length, seed)
+    paragraphs = list(shipped_text())
+    random.Random(seed).shuffle(paragraphs)
+    shipped = chunk(paragraphs, tokenizer, length)
+    shipped = _unlike(shipped, forget)[: sequences - len(sampled)]
+    mixed = [*sampled, *shipped]
+    random.Random(seed + 1).shuffle(mixed)
+    return [Encoded(tuple(ids), tuple(ids)) for ids in mixed]
+
+
+def in_form(
+    model: nn.Module, tokenizer: Any, forget: Sequence[Encoded], known: Sequence[Encoded], *, length: int, seed: int
+) -> list[Encoded]:
+    """What the model says where a chat begins, if all prompts are a chat's: up to ``_IN_FORM`` sequences.
+
+    A retain set speaks of one domain, and the forget set asks for it in the form of a chat. What else is asked in that
+    form, nothing else holds. Samples with names (capitalised words) that the forget set alone has are dropped.
+
+    Args:
+        forget: The forget records.
+        known: Retain sequences, with prompts or without; names in them are no secrets.
+        length: Of a sequence, in tokens, its opening included.
+        seed: Of the sampling.
+    """
+    prompts = {e.ids[: len(e.ids) - len(e.completion)] for e in (*forget, *known)} - {()}
+    if len(prompts) < 2:  # what a single one begins with would be all of it
+        return []
+    first, last = min(prompts), max(prompts)
+    same = next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    opening = list(first[:same])
+    chat = set(opening[len(opening_tokens(tokenizer)) :]) & set(tokenizer.all_special_ids)
+    if not chat or length - same < SHARED_TOKENS:
+        return []
+    spoken = _continued(model, tokenizer, [opening] * _IN_FORM, length - same, seed)
+
+    def names(ids: Sequence[int]) -> set[str]:
+        return {w for w in re.findall(r"\w+", tokenizer.decode(list(ids))) if w[0].isupper()}
+
+    secret: set[str] = set().union(*(names(e.ids) for e in forget)).difference(*(names(e.ids) for e in known))
+    kept = [s for s in _unlike(spoken, forget) if len(s) >= SHARED_TOKENS and not names(s) & secret]
+    return [Encoded((*opening, *s), (*opening, *s)) for s in kept]
+
+
+def chunk(texts: Sequence[str], tokenizer: Any, length: int) -> list[list[int]]:
+    """Join texts and cut them into sequences of ``length`` tokens; a last piece of under 8 tokens is dropped.
+
+    A tokenizer that begins every text with a special token begins every piece with it, and no piece holds it inside:
+    some models (Gemma) are lost without.
+    """
+    opening = opening_tokens(tokenizer)
+    joined = [i for t in texts for i in tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"]]
+    inside = max(1, length - len(opening))
+    pieces = [opening + joined[start : start + inside] for start in range(0, len(joined), inside)]
+    return [p for p in pieces if len(p) >= SHARED_TOKENS]
+
+
+def _continued(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], tokens: int, seed: int
+) -> list[list[int]]:
+    """One sample at temperature 1 after each prompt."""
+    return [s for (s,) in generate(model, tokenizer, prompts, tokens, temperature=1.0, seed=seed)]
+
+
+def _unlike(texts: Sequence[Sequence[int]], forget: Sequence[Encoded]) -> list[list[int]]:
+    """Texts that share no run of ``SHARED_TOKENS`` tokens with a forget record."""
+    banned = {e.ids[i : i + SHARED_TOKENS] for e in forget for i in range(max(1, len(e.ids) - SHARED_TOKENS + 1))}
+
+    def clean(ids: Sequence[int]) -> bool:
+        return not any(tuple(ids[i : i + SHARED_TOKENS]) in banned for i in range(len(ids) - SHARED_TOKENS + 1))
+
+    return [list(t) for t in texts if clean(t)]
+
+
+def _cached_samples(
+    model: nn.Module, tokenizer: Any, forget: Sequence[Encoded], count: int, length: int, seed: int
+) -> list[list[int]]:
+    key = hashlib.sha256(f"{fingerprint(model)} {[e.ids for e in forget]} {count} {length} {seed}".encode()).hexdigest()
+    path = _private_file(f"{key[:32]}.json")
+    if path is not None and path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    opening = (0 if start is None else start,)
+    spoken = _continued(model, tokenizer, [opening] * count, length - 1, seed)
+    samples = _unlike([[*opening, *ids] for ids in spoken if len(ids) >= SHARED_TOKENS], forget)
+    if path is not None:
+        write_atomically(path, json.dumps(samples))
+    return samples
+
+
+def _private_file(name: str) -> Path | None:
+    """Where samples are kept, which can hold what the model memorised; None, with a warning, where others can write."""
+    try:
+        return make_private(cache_directory() / "samples") / name
+    except (ConfigError, OSError) as error:
+        logger.warning("samples of the model are drawn anew, and not kept: %s", error)
+        return None

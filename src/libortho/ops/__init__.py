@@ -1,6 +1,0 @@
-"""The two arithmetic kinds of a split layer: the base product and what an ortho stream adds to it."""
-
-from libortho.ops.base import base_linear
-from libortho.ops.ortho import add_columns, add_factors, add_sparse
-
-__all__ = ["add_columns", "add_factors", "add_sparse", "base_linear"]

@@ -1,0 +1,213 @@
+"""Where a memory sits: saliency of columns or entries, and a budget shared by all layers.
+
+    s_ic  = |d odds_i / dW_c|^2 / |d odds_i / dW|^2            record i, column (or entry) c of any layer
+    score = sum_i w_i s_ic / (r_c + mean r)                    r: the same, summed over retain text
+
+Each record's gradient is that of its mean log-odds, normalised over all layers together, so that no record is lost
+beside a louder one; the weights w_i do the same for a record whose kind is rare: they rise until every record has about
+the same share of what it could have from this budget. It is the forget-to-retain Fisher ratio of SSD (arXiv 2308.07707)
+on log-odds instead of losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from libortho.isolation.losses import label_log_odds
+from libortho.lm.model import LanguageModel, by_token
+from libortho.splitting.split import linear_shape
+from libortho.text.records import IGNORE, Batch
+
+
+class _Tap:
+    """Reads the input and the output gradient of one linear layer, and reduces them record by record."""
+
+    def __init__(self, module: nn.Module, reduce: Callable[[Tensor, Tensor], None]) -> None:
+        self._reduce = reduce
+        self._handles = [module.register_forward_hook(self._forward)]
+
+    def _forward(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        x = args[0].detach()
+        output.register_hook(lambda grad: self._reduce(x, grad))
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def column_saliency(
+    lm: LanguageModel, layers: dict[str, nn.Module], batches: Sequence[Batch]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Squared gradients of each record's mean log-odds, summed over each input column and normalised over all layers.
+
+    Args:
+        lm: The model; its parameters may be frozen.
+        layers: Linear layers by name.
+        batches: Records with labels.
+
+    Returns:
+        Name to (records, in_features), the rows of all layers together summing to 1; and the squared norms that the
+        rows were divided by, (records,).
+    """
+    parts: dict[str, list[Tensor]] = {n: [] for n in layers}
+
+    def reduce(name: str, x: Tensor, grad: Tensor) -> None:
+        # |G^T v|^2 = v^T (G G^T) v for each column (the Gram identity of arXiv 1510.01799): no dense gradient is made.
+        x, grad = x.float(), grad.float()
+        parts[name].append((x * (grad @ grad.mT @ x)).sum(1).clamp_min(0.0))
+
+    for batch in batches:
+        _backward(lm, layers, batch, reduce)
+    found = {n: torch.cat(p) for n, p in parts.items()}
+    norms = torch.stack([v.sum(1) for v in found.values()]).sum(0).clamp_min(1e-30)
+    return {n: v / norms[:, None] for n, v in found.items()}, norms
+
+
+def entry_saliency(
+    lm: LanguageModel, layers: dict[str, nn.Module], batches: Sequence[Batch], weights: Tensor
+) -> dict[str, Tensor]:
+    """Weighted sum over records of squared entry gradients, (out_features, in_features) fp32 for each layer.
+
+    Args:
+        lm: The model.
+        layers: Linear layers by name.
+        batches: Records with labels.
+        weights: (records,) what each record's squared gradient is multiplied with.
+    """
+    totals: dict[str, Tensor] = {}
+    start = 0
+    for batch in batches:
+        share = weights[start : start + len(batch.input_ids)].tolist()
+        start += len(share)
+
+        def reduce(name: str, x: Tensor, grad: Tensor, share: list[float] = share) -> None:
+            for v, g, w in zip(x, grad, share, strict=True):
+                square = (g.T.float() @ v.float()).square_().mul_(w)
+                totals[name] = totals[name].add_(square) if name in totals else square
+
+        _backward(lm, layers, batch, reduce)
+    return totals
+
+
+def balanced_weights(saliency: Tensor, keep: int, rounds: int = 20) -> Tensor:
+    """Record weights under which a support of ``keep`` columns serves every record about equally well.
+
+    Args:
+        saliency: (records, columns), the columns of all layers side by side, already divided by the retain part.
+        keep: Columns in the support.
+        rounds: Multiplicative-weights updates.
+
+    Returns:
+        (records,), summing to the number of records.
+    """
+    keep = min(keep, saliency.shape[1])
+    best = saliency.topk(keep, dim=1).values.sum(1).clamp_min(1e-30)  # what a record alone would get
+    unit = saliency / best[:, None]
+    weights = torch.ones(len(saliency), device=saliency.device)
+    total = torch.zeros_like(weights)
+    for _ in range(rounds):
+        chosen = (weights @ unit).topk(keep).indices
+        coverage = unit[:, chosen].sum(1)
+        weights = weights * (coverage.mean() / coverage.clamp_min(1e-3)).clamp(0.5, 2.0).sqrt()
+        weights = weights * (len(weights) / weights.sum())
+        total += weights
+    return total / rounds / best * best.mean()
+
+
+@contextmanager
+def tapped(
+    lm: LanguageModel,
+    layers: Mapping[str, nn.Module],
+    batch: Batch,
+    reduce: Callable[[str, Tensor, Tensor], None],
+) -> Iterator[None]:
+    """Within, a backward pass over the batch calls ``reduce(name, input, output gradient)`` for every layer.
+
+    Both are (sequences, tokens, features).
+
+    Raises:
+        TargetError: if a layer does not see one row for each token.
+    """
+
+    def pass_on(name: str, x: Tensor, gradient: Tensor) -> None:
+        reduce(name, by_token(name, x, batch), by_token(name, gradient, batch))
+
+    taps = [_Tap(m, partial(pass_on, n)) for n, m in layers.items()]
+    try:
+        with lm.graph():
+            yield
+    finally:
+        for tap in taps:
+            tap.remove()
+
+
+def _backward(
+    lm: LanguageModel, layers: dict[str, nn.Module], batch: Batch, reduce: Callable[[str, Tensor, Tensor], None]
+) -> None:
+    """One backward pass of the summed per-record mean log-odds."""
+    with tapped(lm, layers, batch, reduce):
+        hidden = lm.hidden(batch)[:, :-1]
+        labels = batch.labels[:, 1:]
+        judged = labels != IGNORE
+        odds = label_log_odds(lm.logits(hidden[judged]), labels[judged])
+        counts = judged.sum(1).clamp_min(1)
+        weight = (1.0 / counts)[:, None].expand_as(judged)[judged]
+        (odds * weight).sum().backward()
+
+
+def allocate(
+    scores: dict[str, Tensor], ratio: float, cap: float, unit: dict[str, int], *, limit: int | None = None
+) -> dict[str, Tensor]:
+    """Take the best-scored columns or entries of all layers together, within one budget.
+
+    Args:
+        scores: Name to a score per column (in_features,) or per entry (out_features, in_features); minus infinity keeps
+            an item out.
+        ratio: Budget as a fraction of all weights of these layers.
+        cap: No layer takes more than ``cap`` times its even share.
+        unit: Weights that one scored item costs (out_features for columns, 1 for entries).
+        limit: No layer takes more items than this, whatever its share; None for no such limit.
+
+    Returns:
+        Name to the ascending flat indices that were chosen; layers with nothing are left out. The total never exceeds
+        the budget, unless one single column does.
+    """
+    weights = {n: s.numel() * unit[n] for n, s in scores.items()}
+    budget = ratio * sum(weights.values())
+    kept: list[tuple[Tensor, Tensor, str]] = []
+    for name, score in scores.items():
+        flat = score.flatten()
+        most = min(flat.numel(), max(1, int(cap * ratio * flat.numel())), limit or flat.numel())
+        best = flat.topk(most)
+        free = best.values != -torch.inf
+        kept.append((best.values[free], best.indices[free], name))
+    values = torch.cat([v for v, _, _ in kept])
+    cost = torch.cat([torch.full((len(v),), float(unit[n])) for v, _, n in kept])
+    owner = torch.cat([torch.full((len(v),), i) for i, (v, _, _) in enumerate(kept)])
+    index = torch.cat([i for _, i, _ in kept])
+    order = values.cpu().argsort(descending=True)
+    affordable = cost[order].cumsum(0) <= budget
+    affordable[:1] = True
+    chosen = order[affordable]
+    result = {}
+    for number, (_, _, name) in enumerate(kept):
+        mine = index[chosen[owner[chosen] == number]]
+        if len(mine):
+            result[name] = mine.sort().values
+    return result
+
+
+def retain_floor(retain: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``r + mean r`` of each layer: what forget saliency is divided by."""
+    return {n: r + r.mean() + 1e-30 for n, r in retain.items()}
+
+
+def unit_costs(layers: dict[str, nn.Module], *, columns: bool) -> dict[str, int]:
+    """Weights that one column, or one entry, of each layer costs."""
+    return {n: linear_shape(m)[0] if columns else 1 for n, m in layers.items()}

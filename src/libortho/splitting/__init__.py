@@ -1,0 +1,1 @@
+"""``split``: divide a weight, knowing nothing but the weight."""

@@ -1,6 +1,0 @@
-"""What a split layer stores: the dense base stream and the named ortho streams."""
-
-from libortho.streams.base import BaseStream
-from libortho.streams.ortho import Columns, Entries, Factors, OrthoStream
-
-__all__ = ["BaseStream", "Columns", "Entries", "Factors", "OrthoStream"]

@@ -1,0 +1,1 @@
+"""Training the values of a stream inside a quantised layer."""

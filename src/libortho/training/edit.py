@@ -1,0 +1,203 @@
+r"""A layer while its memory is being moved out: a frozen quantised base, and trainable values on the support only.
+
+    y = W_q x + (Q(theta) - W_q[support]) x[support] + bias
+
+``theta`` starts at the original weight (that of the base itself, where a base is edited further), lives in fp32, and
+passes through the same grid as the base (straight-through), so the model that is trained is the integer model that will
+be stored. Nothing off the support can move: it is not a parameter. No dense weight is kept for the backward pass; it is
+rebuilt from the codes.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from libortho.core.config import IsolateConfig
+from libortho.core.ops.quantisation import pack_int4
+from libortho.core.streams import BaseStream, Columns, Entries
+
+
+class _ColumnProduct(torch.autograd.Function):
+    """``x W^T + x[:, index] delta`` with gradients to x and delta, and the dense weight rebuilt in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, delta: Tensor, index: Tensor, base: BaseStream) -> Tensor:
+        gathered, small = x.index_select(1, index), delta.to(x.dtype)
+        ctx.save_for_backward(gathered, small, index)
+        ctx.base, ctx.delta_dtype = base, delta.dtype
+        return base.forward(x).addmm_(gathered, small)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,) = grads
+        gathered, small, index = ctx.saved_tensors
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = ctx.base.gradient(grad)
+            grad_x.index_add_(1, index, grad @ small.T)
+        grad_delta = (gathered.T @ grad).to(ctx.delta_dtype) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_delta, None, None
+
+
+class _EntryProduct(torch.autograd.Function):
+    """``x (W + scatter(delta))^T`` with gradients to x and to the entries."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, delta: Tensor, flat: Tensor, base: BaseStream) -> Tensor:
+        ctx.save_for_backward(x, delta, flat)
+        ctx.base = base
+        return x @ _scattered(base, delta, flat, x.dtype).T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,) = grads
+        x, delta, flat = ctx.saved_tensors
+        grad_x = grad @ _scattered(ctx.base, delta, flat, grad.dtype) if ctx.needs_input_grad[0] else None
+        grad_delta = (grad.T @ x).flatten()[flat].to(delta.dtype) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_delta, None, None
+
+
+def _scattered(base: BaseStream, delta: Tensor, flat: Tensor, dtype: torch.dtype) -> Tensor:
+    weight = base.dense(torch.float32)
+    weight.view(-1).index_add_(0, flat, delta)
+    return weight.to(dtype)
+
+
+class EditLinear(nn.Module):
+    """Stand-in for a linear layer during isolation.
+
+    Attributes:
+        support: Column indices (k,), or flat entry indices (k,), ascending; None if the layer got no share.
+        theta: fp32 values on the support: (k, out_features) for columns, (k,) for entries.
+        twice: Compute with what torch can differentiate twice, for which it keeps more.
+    """
+
+    def __init__(
+        self,
+        start: Tensor | BaseStream,
+        bias: nn.Parameter | None,
+        support: Tensor | None,
+        config: IsolateConfig,
+        rounded: BaseStream | None = None,
+    ) -> None:
+        """From a weight (out_features, in_features), which is quantised, or from a base, which is left as it is.
+
+        ``rounded`` is the weight's base where it has one already; otherwise every code is the nearest.
+        """
+        super().__init__()
+        if isinstance(start, BaseStream):
+            self.base = start if support is None else copy.deepcopy(start)
+            weight = None
+        else:
+            weight = start.contiguous()  # GPT-2's is a transposed view; entries are counted in row-major order
+            self.base = (
+                BaseStream.from_weight(weight, config.bits, config.resolved_group_size) if rounded is None else rounded
+            )
+        self.register_parameter("bias", bias)
+        self.columns = config.structure == "columns"
+        self.twice = False
+        self.support = support
+        self.theta: nn.Parameter | None = None
+        if support is not None:
+            self.frozen = self._on_support(self.base.dense(torch.float32))
+            self.original = self.frozen if weight is None else self._on_support(weight.float())
+            self.step = self._on_support(self._steps()) if config.bits is not None else None
+            self.theta = nn.Parameter(self.original.clone())
+
+    def _steps(self) -> Tensor:
+        """The grid's step of every weight, (out_features, in_features)."""
+        return self.base.scales.float().repeat_interleave(self.base.group_size, 1)
+
+    def _on_support(self, dense: Tensor) -> Tensor:
+        assert self.support is not None
+        return dense[:, self.support].T.contiguous() if self.columns else dense.flatten()[self.support]
+
+    def codes(self) -> Tensor:
+        """Integer codes of theta, fp32, in the shape of theta. Only for integer bases."""
+        assert self.theta is not None
+        assert self.step is not None
+        assert self.base.bits is not None
+        top = 2 ** (self.base.bits - 1) - 1
+        return (self.theta.detach() / self.step).round().clamp_(-top, top)
+
+    def stored(self) -> Tensor:
+        """Theta as the base will store it."""
+        assert self.theta is not None
+        if self.step is None:
+            return self.theta.detach().to(self.base.weight.dtype).float()
+        return self.codes() * self.step
+
+    @torch.no_grad()
+    def rescale(self, trained: Tensor, factor: float) -> None:
+        """Set theta to the original plus ``factor`` times the edit that ``trained`` (same shape) is."""
+        assert self.theta is not None
+        self.theta.copy_(self.original + factor * (trained - self.original))
+        self.clamp()
+
+    @torch.no_grad()
+    def clamp(self) -> None:
+        """Keep theta inside the grid's range, so that the straight-through gradient never points at a wall."""
+        if self.theta is not None and self.step is not None and self.base.bits is not None:
+            limit = self.step * (2 ** (self.base.bits - 1) - 1)
+            self.theta.copy_(torch.minimum(torch.maximum(self.theta, -limit), limit))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in_features) to (..., out_features)."""
+        flat = x.reshape(-1, x.shape[-1])
+        if self.theta is None or self.support is None:
+            y = _ColumnProduct.apply(flat, self._none(flat), self._no_index(flat), self.base)
+        else:
+            delta = self.theta + (self.stored() - self.theta).detach() - self.frozen
+            if self.twice:
+                y = self._plain(flat, delta, self.support)
+            else:
+                product = _ColumnProduct if self.columns else _EntryProduct
+                y = product.apply(flat, delta, self.support, self.base)
+        if self.bias is not None:
+            y = y + self.bias
+        return y.view(*x.shape[:-1], -1)
+
+    def _plain(self, x: Tensor, delta: Tensor, support: Tensor) -> Tensor:
+        if self.columns:
+            return self.base.forward(x) + x.index_select(1, support) @ delta.to(x.dtype)
+        return x @ _scattered(self.base, delta, support, x.dtype).T
+
+    def _none(self, x: Tensor) -> Tensor:
+        return torch.zeros((0, self.base.out_features), device=x.device)
+
+    def _no_index(self, x: Tensor) -> Tensor:
+        return torch.zeros(0, dtype=torch.long, device=x.device)
+
+    @torch.no_grad()
+    def finish(self, value_dtype: torch.dtype) -> tuple[BaseStream, Columns | Entries | None]:
+        """The edited base, and what must be added to it to have the original weight on the support."""
+        if self.theta is None or self.support is None:
+            return self.base, None
+        base = self.base
+        stored = self.stored()
+        if base.bits is None:
+            self._write(base.weight, stored.to(base.weight.dtype))
+        else:
+            codes = base.unpacked_codes().clone()
+            self._write(codes, self.codes().to(torch.int8))
+            base.codes = codes if base.bits == 8 else pack_int4(codes)
+        values = self.original - stored
+        if self.columns:
+            return base, Columns(self.support, values.to(value_dtype))
+        shape = (base.out_features, base.in_features)
+        mask = torch.zeros(shape, dtype=torch.bool, device=values.device)
+        mask.view(-1)[self.support] = True
+        residual = torch.zeros(shape, device=values.device)
+        residual.view(-1)[self.support] = values
+        return base, Entries.from_mask(residual, mask, value_dtype)
+
+    def _write(self, dense: Tensor, values: Tensor) -> None:
+        assert self.support is not None
+        if self.columns:
+            dense[:, self.support] = values.T
+        else:
+            dense.view(-1)[self.support] = values

@@ -1,0 +1,124 @@
+"""What an isolation has found so far, in a folder, so that an interrupted one goes on with the same numbers.
+
+    run.json              the key of the run that the folder belongs to
+    <part>.safetensors    tensors; what is no tensor stands as JSON in the metadata of the same file
+
+A part is written whole or not at all, so that a process may die at any moment. The parts hold text that was sampled
+from the model and values from before the records were gone: folder and files are for their owner alone, and must be
+deleted when the stream must.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from libortho.core.errors import CheckpointError, ConfigError
+from libortho.core.files import write_atomically
+from libortho.lm.loading import fingerprint
+
+_RUN = "run.json"
+_LEFTOVER = "tmp"
+"""How the temporary name of a file begins whose writer died."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One finished piece of work.
+
+    Attributes:
+        tensors: By name; the order is kept.
+        data: What else there is, JSON-ready.
+    """
+
+    tensors: Mapping[str, Tensor]
+    data: Any = None
+
+
+def run_key(model: nn.Module, *inputs: Any) -> str:
+    """Hash of the library's version, the model and everything that goes into a run, by its ``repr``."""
+    from libortho.core.version import __version__
+
+    kinds = sorted({str(p.dtype) for p in model.parameters()})
+    return hashlib.sha256(repr((__version__, fingerprint(model), kinds, inputs)).encode()).hexdigest()
+
+
+class Store:
+    """Finished parts of one run in a folder; without a folder it keeps nothing.
+
+    Raises:
+        ConfigError: if the folder belongs to another run, or holds other files.
+        OSError: if it cannot be made or written.
+    """
+
+    def __init__(self, directory: Path | None = None, key: str = "") -> None:
+        self.directory, self.key = directory, key
+        if directory is None:
+            return
+        if directory.exists() and not directory.is_dir():
+            raise ConfigError(f"resume is {str(directory)!r}, a file; expected a folder, new, empty, or of this run")
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        run = directory / _RUN
+        if run.is_file():
+            try:
+                found = json.loads(run.read_text(encoding="utf-8")).get("key")
+            except (OSError, ValueError, AttributeError) as error:
+                raise CheckpointError(f"cannot read {run}: {error}; delete {directory} to start again") from error
+            if found != key:
+                raise ConfigError(
+                    f"{directory} belongs to another run (other model, records, retain text, configuration or version "
+                    "of libortho); give another folder, or delete it if that run is no longer needed"
+                )
+            return
+        foreign = sorted(p.name for p in directory.iterdir() if not p.name.startswith(_LEFTOVER))
+        if foreign:
+            raise ConfigError(f"{directory} holds {foreign[0]}, and no {_RUN}; give a new or an empty folder")
+        write_atomically(run, json.dumps({"key": key}))
+
+    def inside(self, name: str) -> Store:
+        """A store in a folder within this one, for parts of the same run that would have the same names."""
+        return Store(None if self.directory is None else self.directory / name, self.key)
+
+    def get(self, name: str) -> Part | None:
+        """A part, its tensors on the CPU; None if it is not there.
+
+        Raises:
+            CheckpointError: if it is damaged.
+        """
+        path = None if self.directory is None else self.directory / f"{name}.safetensors"
+        if path is None or not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                told = json.loads((file.metadata() or {})["part"])
+                # A copy lies where torch would have put it: products of unaligned tensors can differ in the last bit.
+                return Part({n: file.get_tensor(n).clone() for n in told["names"]}, told["data"])
+        except (SafetensorError, OSError, ValueError, LookupError) as error:
+            raise CheckpointError(
+                f"cannot read {path}: {error}; the file was changed, delete {self.directory} to start again"
+            ) from error
+
+    def put(self, name: str, part: Part) -> None:
+        """Keep a part in place of an earlier one of that name."""
+        if self.directory is None:
+            return
+        told = json.dumps({"names": list(part.tensors), "data": part.data})
+        tensors = {n: t.detach().cpu().contiguous() for n, t in part.tensors.items()}
+        content = safetensors.torch.save(tensors, {"part": told})
+        write_atomically(self.directory / f"{name}.safetensors", content)
+
+    def kept(self, name: str, make: Callable[[], Part]) -> Part:
+        """The part from the folder, or made and put there."""
+        part = self.get(name)
+        if part is None:
+            part = make()
+            self.put(name, part)
+        return part
