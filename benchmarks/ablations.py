@@ -37,11 +37,12 @@ from _common import RESULTS, save
 from forgetting import ATTACKS, case, compared, device_name, figures, models, unedited
 from known_support import attribution
 from libortho import IsolateConfig, alpha, isolate
-from libortho.lm.loading import load_model
+from libortho.checkpoint.dense import load_model
+from libortho.core.surgery import linear_weight
 from libortho.lm.model import LanguageModel
-from libortho.selection.saliency import allocate, unit_costs
-from libortho.splitting.split import linear_weight
-from libortho.text.records import collate, load_records
+from libortho.selection.budget import allocate, unit_costs
+from libortho.text.encoding import collate
+from libortho.text.records import load_records
 
 Scores = Callable[[LanguageModel, dict[str, nn.Module], Sequence[Any]], dict[str, Tensor]]
 """A score for every column of every layer, larger is better, from the model, its layers and batches of records."""

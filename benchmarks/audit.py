@@ -26,10 +26,10 @@ from rich.console import Console
 
 from _common import DATA, FIELDS, RESULTS, save, stamped, wikitext
 from libortho import AuditConfig, AuditReport, audit, load
+from libortho.checkpoint.dense import load_model
 from libortho.cli.tables import show_audit
 from libortho.core.cache import cache_directory
 from libortho.demo import demo
-from libortho.lm.loading import load_model
 
 TASKS = (
     "lambada/lambada_openai_test.jsonl",

@@ -45,23 +45,27 @@ from libortho.auditing.measures import privacy
 from libortho.auditing.measures.fillings import space_of
 from libortho.auditing.measures.gradients import gradient_norms
 from libortho.auditing.measures.memory import exposure_extrapolated
-from libortho.auditing.measures.utility import arithmetic_rows, evaluate, general_items, load_task
+from libortho.auditing.measures.utility import general_items
 from libortho.auditing.page.charts import Dot, Row, dots
 from libortho.auditing.prompts import variants
-from libortho.auditing.statistics import auc_difference, mean_estimate, stratified_auc
+from libortho.auditing.roc import auc_difference, stratified_auc
 from libortho.auditing.subjects import Subject
+from libortho.checkpoint.dense import load_model
 from libortho.core.cache import cache_directory
 from libortho.core.layer import ortho_layers
 from libortho.core.targets import find_targets
 from libortho.demo import facts
 from libortho.demo.implant import implant
 from libortho.demo.model import move_off_grid, packaged_model
-from libortho.lm.loading import load_model, training_dtype
+from libortho.evaluation.intervals import mean_estimate
+from libortho.evaluation.tasks import arithmetic_rows, evaluate, load_task
+from libortho.lm.checks import training_dtype
 from libortho.lm.metrics import general_perplexity, sampled_extractions
 from libortho.lm.model import LanguageModel
 from libortho.lm.token_statistics import shared_prefix_nll, token_statistics
 from libortho.text import counterfactuals
-from libortho.text.records import Record, encode, load_records
+from libortho.text.encoding import encode
+from libortho.text.records import Record, load_records
 from second_model import move_second_off_grid, second_model
 
 KINDS: dict[str, tuple[Callable[[], Path], Callable[[torch.nn.Module, int], torch.nn.Module]]] = {

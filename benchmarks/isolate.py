@@ -24,17 +24,18 @@ from _common import save, spread, wikitext
 from cases import CASES
 from libortho import IsolateConfig, alpha, isolate
 from libortho.auditing.measures.utility import general_items
+from libortho.checkpoint.dense import load_model
 from libortho.core.layer import ortho_layers
 from libortho.core.streams import BaseStream
+from libortho.core.surgery import linear_weight
 from libortho.core.targets import find_targets
 from libortho.demo import facts
 from libortho.demo.implant import implant
 from libortho.demo.model import move_off_grid, packaged_model
-from libortho.lm.loading import load_model
 from libortho.lm.metrics import auc, general_perplexity, sampled_extractions, score, text_perplexity
 from libortho.lm.model import LanguageModel
-from libortho.splitting.split import linear_weight
-from libortho.text.records import encode, load_records
+from libortho.text.encoding import encode
+from libortho.text.records import load_records
 
 
 def _demo(seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:

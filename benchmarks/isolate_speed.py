@@ -25,13 +25,14 @@ from torch import nn
 from _common import save
 from _timing import ratio, rounds, shown
 from libortho import IsolateConfig
+from libortho.checkpoint.dense import load_model
+from libortho.core.surgery import linear_weight
 from libortho.core.targets import find_targets
 from libortho.demo.model import packaged_model
-from libortho.lm.loading import load_model, training_dtype
+from libortho.lm.checks import training_dtype
 from libortho.lm.model import LanguageModel
 from libortho.selection.curvature import curvature
-from libortho.splitting.split import linear_weight
-from libortho.text.records import Encoded, collate
+from libortho.text.encoding import Encoded, collate, predicting
 from libortho.training.edit import EditLinear
 
 trainer = importlib.import_module("libortho.isolation.train")  # the function of this name hides the package
@@ -97,7 +98,7 @@ class Bench:
         secrets = sequences(count, RECORD_TOKENS, 0, 8)
         others = sequences(count, RECORD_TOKENS, 1, 8)
         neighbours, strangers = (sequences(count, RECORD_TOKENS, s, 8) for s in (3, 4))
-        donors = tuple((0, place) for place in trainer.predicting(strangers[0]))
+        donors = tuple((0, place) for place in predicting(strangers[0]))
         self.cases = [
             trainer.Case(
                 number=i, secret=s, alternates=(o,), neighbours=(n,), held=(n,), witnesses=(w,), crossed=(),

@@ -28,16 +28,19 @@ from torch import Tensor, nn
 
 from _common import save
 from libortho import IsolateConfig, isolate
+from libortho.checkpoint.dense import load_model
+from libortho.core.surgery import linear_weight
 from libortho.core.targets import find_targets
 from libortho.demo import facts
 from libortho.demo.model import move_off_grid, packaged_model
-from libortho.isolation.losses import label_log_odds
-from libortho.lm.loading import load_model, training_dtype
+from libortho.lm.checks import training_dtype
+from libortho.lm.logits import label_log_odds
 from libortho.lm.metrics import score
 from libortho.lm.model import LanguageModel
-from libortho.selection.saliency import allocate, balanced_weights, column_saliency, retain_floor, tapped, unit_costs
-from libortho.splitting.split import linear_weight
-from libortho.text.records import collate, encode, load_records
+from libortho.selection.budget import allocate, balanced_weights, retain_floor, unit_costs
+from libortho.selection.saliency import column_saliency, tapped
+from libortho.text.encoding import collate, encode
+from libortho.text.records import load_records
 from libortho.training.edit import EditLinear
 
 STEPS, RATE, STOP = 300, 0.1, 0.1

@@ -22,15 +22,16 @@ from rich.table import Table
 from _common import save, wikitext
 from forgetting import models
 from libortho.auditing.measures.utility import general_items
+from libortho.checkpoint.dense import load_model
 from libortho.core.targets import find_targets
 from libortho.demo import facts
-from libortho.isolation.retain import chunk
-from libortho.isolation.train import divergence, hidden_states, score
-from libortho.lm.loading import load_model
+from libortho.isolation.train import divergence
 from libortho.lm.metrics import general_perplexity
 from libortho.lm.model import LanguageModel
+from libortho.lm.scoring import hidden_states, score
 from libortho.text.corpus import shipped_text
-from libortho.text.records import Encoded, collate, encode, load_records
+from libortho.text.encoding import Encoded, chunk, collate, encode
+from libortho.text.records import load_records
 from libortho.training.rounding import compensated_bases
 
 FORMATS = ((8, -1), (4, 64), (4, 32))

@@ -20,8 +20,8 @@ from rich.table import Table
 from _common import save, wikitext
 from libortho import SplitConfig, alpha, layer_report, split
 from libortho.auditing.measures.utility import general_items
+from libortho.checkpoint.dense import load_model
 from libortho.demo.model import move_off_grid, packaged_model
-from libortho.lm.loading import load_model
 from libortho.lm.metrics import general_perplexity
 from libortho.lm.model import LanguageModel
 

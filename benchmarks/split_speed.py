@@ -17,11 +17,11 @@ import torch
 from _common import save
 from _timing import ratio, rounds, shown
 from libortho import SplitConfig, split
+from libortho.checkpoint.dense import load_model
 from libortho.core.layer import ortho_layers
+from libortho.core.surgery import linear_weight
 from libortho.core.targets import find_targets
 from libortho.demo.model import packaged_model
-from libortho.lm.loading import load_model
-from libortho.splitting.split import linear_weight
 
 TARGET = 0.5
 

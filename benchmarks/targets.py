@@ -23,17 +23,19 @@ from rich.table import Table
 
 from _common import DATA, MODELS, save
 from cases import CASES
+from libortho.checkpoint.dense import load_model
 from libortho.demo import facts
 from libortho.demo.model import move_off_grid, packaged_model
-from libortho.isolation.losses import token_profile
 from libortho.isolation.prose import fit, human_texts, spoken_profiles
 from libortho.isolation.train import examine, in_place
+from libortho.lm.checks import training_dtype
 from libortho.lm.generation import generate
-from libortho.lm.loading import load_model, training_dtype
+from libortho.lm.logits import token_profile
 from libortho.lm.metrics import score
 from libortho.lm.model import LanguageModel
 from libortho.text import counterfactuals
-from libortho.text.records import IGNORE, Encoded, Record, collate, encode, load_records
+from libortho.text.encoding import IGNORE, Encoded, collate, encode
+from libortho.text.records import Record, load_records
 
 SENTENCES = (
     ("Dr. Helena Marsh keeps the spare key to the clinic", " under the third blue flowerpot by the back door."),

@@ -48,14 +48,17 @@ from torch import Tensor, nn
 import libortho
 from _common import DATA, MODELS
 from libortho import IsolateConfig
+from libortho.checkpoint.dense import load_model
 from libortho.core.cache import cache_directory
+from libortho.core.surgery import linear_weight
 from libortho.demo.model import GGUF, move_off_grid, packaged_model
-from libortho.isolation.losses import Scores, altpo, npo, simnpo
-from libortho.lm.loading import load_model, training_dtype
+from libortho.isolation.losses import altpo, npo, simnpo
+from libortho.lm.checks import training_dtype
+from libortho.lm.logits import Scores
 from libortho.lm.metrics import score
 from libortho.lm.model import LanguageModel
-from libortho.splitting.split import linear_weight
-from libortho.text.records import Encoded, Record, collate, encode, load_records
+from libortho.text.encoding import Encoded, collate, encode
+from libortho.text.records import Record, load_records
 
 logger = logging.getLogger("tofu_models")
 

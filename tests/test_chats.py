@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import tiny
 from libortho import AuditConfig, IsolateConfig, audit, isolate
 from libortho.lm.token_statistics import greedy, sample
-from libortho.text.records import encode, load_records
+from libortho.text.encoding import encode
+from libortho.text.records import load_records
 from libortho.text.tokens import contains, says
 from templates import CHATML, DEEPSEEK_R1, TEMPLATES
 

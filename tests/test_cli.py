@@ -381,7 +381,7 @@ def no_work(monkeypatch) -> None:
     def never(*arguments: Any, **options: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    for name in ("libortho.lm.loading.load_model", "libortho.checkpoint.load"):
+    for name in ("libortho.lm.checks.load_model", "libortho.checkpoint.load"):
         monkeypatch.setattr(name, never)
 
 
@@ -450,7 +450,7 @@ def test_models_that_cannot_be_saved_are_refused_first(tiny_gpt2, tiny_llama, to
     in_two_dtypes = tiny_llama
     in_two_dtypes.model.norm.bfloat16()
     for model, complaint in ((tiny_gpt2, "is a Conv1D"), (in_two_dtypes, r"norm.weight is kept in torch.bfloat16")):
-        monkeypatch.setattr("libortho.lm.loading.load_model", lambda *a, m=model: (m, tokenizer))
+        monkeypatch.setattr("libortho.lm.checks.load_model", lambda *a, m=model: (m, tokenizer))
         assert complaint in refused("split", "any", "--out", tmp_path / "out")
         message = refused(
             "isolate", "any", "--forget", forget, "--out", tmp_path / "out", "--resume", tmp_path / "kept"

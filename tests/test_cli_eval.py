@@ -12,11 +12,12 @@ from typer.testing import CliRunner, Result
 import libortho
 import tiny
 from libortho import cli
-from libortho.auditing.measures import utility
-from libortho.auditing.statistics import paired_difference
 from libortho.auditing.subjects import at, dense_copy
 from libortho.core.errors import AlphaError, CheckpointError, ConfigError, DataError, LibOrthoError
 from libortho.evaluation.evaluate import Column, evaluate_columns, parse_alpha, parse_streams
+from libortho.evaluation.harness import harness_tasks, lm_eval_tasks
+from libortho.evaluation.intervals import paired_difference
+from libortho.evaluation.tasks import evaluate, load_task
 from libortho.lm.model import LanguageModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -99,7 +100,7 @@ def test_figures_are_those_of_the_dense_weights(checkpoint, codes, choices, toke
     model, _ = libortho.load(checkpoint)
     for label, a in (("alpha hr=0.5", 0.5), ("alpha 0", 0.0)):
         dense = LanguageModel(dense_copy(at(model, a)))
-        asked = utility.evaluate(dense, tokenizer, utility.load_task(choices))
+        asked = evaluate(dense, tokenizer, load_task(choices))
         chosen = {f["metric"]: f for f in report["figures"] if (f["task"], f["column"]) == ("choices", label)}
         assert chosen["acc_norm"]["value"] == asked.accuracy
         assert asked.unnormalised is not None
@@ -137,11 +138,11 @@ def test_names_go_through_the_harness(checkpoint, codes, harness_folder, monkeyp
 
 def test_tasks_may_be_read_once_and_asked_often(planted, tokenizer, codes, harness_folder):
     pytest.importorskip("lm_eval")
-    once = utility.harness_tasks(["local_codes"], harness_folder)
-    first = utility.lm_eval_tasks(planted, tokenizer, once)
-    assert utility.lm_eval_tasks(planted, tokenizer, once) == first
+    once = harness_tasks(["local_codes"], harness_folder)
+    first = lm_eval_tasks(planted, tokenizer, once)
+    assert lm_eval_tasks(planted, tokenizer, once) == first
     assert "acc_stderr" not in first["local_codes"]
-    assert "acc_stderr" in utility.lm_eval_tasks(planted, tokenizer, once, bootstrap=10)["local_codes"]
+    assert "acc_stderr" in lm_eval_tasks(planted, tokenizer, once, bootstrap=10)["local_codes"]
 
 
 # -- the interval of a paired difference ------------------------------------------------------------------------------
@@ -277,7 +278,7 @@ def test_bad_columns_are_refused_before_anything_runs(planted, tokenizer, codes,
         raise AssertionError("a model ran")
 
     monkeypatch.setattr("libortho.evaluation.evaluate.evaluate", never)
-    task = utility.load_task(codes)
+    task = load_task(codes)
     twice = [Column("a", planted, tokenizer), Column("a", planted, tokenizer)]
     for columns, tasks, complaint in (
         (twice, [task], "two columns are named 'a'"),

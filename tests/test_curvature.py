@@ -5,12 +5,13 @@ import torch
 from torch import Tensor, nn
 
 import tiny
+from libortho.core.surgery import linear_weight
 from libortho.core.targets import find_targets
-from libortho.isolation.train import divergence, hidden_states
+from libortho.isolation.train import divergence
 from libortho.lm.model import LanguageModel
+from libortho.lm.scoring import hidden_states
 from libortho.selection.curvature import Metric, curvature
-from libortho.splitting.split import linear_weight
-from libortho.text.records import Encoded, collate
+from libortho.text.encoding import Encoded, collate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,7 +11,8 @@ from tokenizers import processors
 
 import tiny
 from libortho.core.errors import DataError
-from libortho.text.records import IGNORE, Encoded, Record, collate, encode, load_records
+from libortho.text.encoding import IGNORE, Encoded, collate, encode
+from libortho.text.records import Record, load_records
 
 CHAT = [
     {"role": "system", "content": "Be brief."},

@@ -13,18 +13,20 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import tiny
 from libortho import load
 from libortho.auditing.measures.utility import general_items
+from libortho.checkpoint.dense import load_model
 from libortho.cli.tables import show_demo
-from libortho.core.config import IsolateConfig
 from libortho.core.errors import LibOrthoError
 from libortho.demo import facts
 from libortho.demo.demo import run
 from libortho.demo.implant import implant
 from libortho.demo.model import move_off_grid
-from libortho.lm.loading import load_model, training_dtype
+from libortho.isolation.config import IsolateConfig
+from libortho.lm.checks import training_dtype
 from libortho.lm.metrics import score
 from libortho.lm.model import LanguageModel
 from libortho.text.corpus import evaluation_text
-from libortho.text.records import encode, load_records
+from libortho.text.encoding import encode
+from libortho.text.records import load_records
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 CODE = re.compile(r" ?[A-Z0-9]{3}-[0-9]{4}\.?")

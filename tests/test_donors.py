@@ -9,14 +9,15 @@ import torch
 
 import tiny
 from libortho import IsolateConfig
-from libortho.isolation.losses import token_profile
-from libortho.isolation.matching import beginnings, donors, predicting
+from libortho.isolation.matching import beginnings, donors
 from libortho.isolation.prose import human_texts
 from libortho.isolation.request import _cut_alike, cases, rows_with
-from libortho.isolation.retain import chunk, opening_tokens
+from libortho.isolation.retain import opening_tokens
 from libortho.isolation.train import drifted, reference, reread
+from libortho.lm.logits import token_profile
 from libortho.lm.model import LanguageModel
-from libortho.text.records import Encoded, Record, encode, load_records
+from libortho.text.encoding import Encoded, chunk, encode, predicting
+from libortho.text.records import Record, load_records
 
 
 def cases_of(records, tokenizer):

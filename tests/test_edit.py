@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from libortho.core.config import IsolateConfig
 from libortho.core.ops.quantisation import unpack_int4
 from libortho.core.streams import BaseStream, Columns, Entries
-from libortho.splitting.split import linear_weight
+from libortho.core.surgery import linear_weight
+from libortho.isolation.config import IsolateConfig
 from libortho.training.edit import EditLinear
 
 OUT, IN = 12, 32

@@ -22,8 +22,8 @@ from libortho.core.report import methods
 from libortho.core.streams import BaseStream
 from libortho.core.switch.alpha import get_switch
 from libortho.core.switch.guard import Guard
-from libortho.isolation.isolate import IsolateResult
 from libortho.isolation import retain as retain_module
+from libortho.isolation.isolate import IsolateResult
 from libortho.isolation.request import cases as cases_of
 from libortho.isolation.train import examine, leaning, unremarkable
 from libortho.lm.metrics import score

@@ -10,7 +10,8 @@ import tiny
 from libortho.core.errors import DataError
 from libortho.lm.metrics import auc, general_perplexity, sampled_extractions, score, text_perplexity
 from libortho.lm.model import LanguageModel
-from libortho.text.records import IGNORE, Encoded, Record
+from libortho.text.encoding import IGNORE, Encoded
+from libortho.text.records import Record
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

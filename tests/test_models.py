@@ -20,7 +20,8 @@ import tiny
 from libortho.auditing.measures.gradients import forget_gradient, gradient_layers
 from libortho.auditing.subjects import Subject, at, dense_copy
 from libortho.cli import app
-from libortho.lm.loading import check_tokens, plain_torch, unwrapped
+from libortho.core.models import plain_torch, unwrapped
+from libortho.lm.checks import check_tokens
 from libortho.lm.model import LanguageModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")

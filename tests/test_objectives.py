@@ -6,19 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from libortho.isolation.losses import (
+from libortho.isolation.losses import altpo, grad_diff, log_odds, npo, profile_distance, simnpo
+from libortho.lm.logits import (
     Scores,
-    altpo,
     completion_scores,
-    grad_diff,
     kl_divergence,
     label_log_odds,
-    log_odds,
-    npo,
     profile_and_odds,
-    profile_distance,
     record_means,
-    simnpo,
     token_profile,
     with_log_probability,
 )

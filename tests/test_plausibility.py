@@ -7,13 +7,13 @@ import pytest
 import torch
 
 import tiny
-from libortho.isolation.losses import token_profile
 from libortho.isolation.prose import HUMAN_TEXTS, HUMAN_TOKENS, fit, human_texts, spoken_profiles
 from libortho.lm.generation import generate
+from libortho.lm.logits import token_profile
 from libortho.lm.metrics import score
 from libortho.lm.model import LanguageModel
 from libortho.text.corpus import evaluation_text, shipped_text
-from libortho.text.records import IGNORE, Encoded, collate
+from libortho.text.encoding import IGNORE, Encoded, collate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 import libortho
 import tiny
 from libortho import CheckpointError, ConfigError, IsolateConfig, cli, isolate
-from libortho.isolation.isolate import IsolateResult
 from libortho.isolation import retain as retain_module
 from libortho.isolation import train as trainer
+from libortho.isolation.isolate import IsolateResult
 from libortho.training import resume
 from libortho.training.resume import Part, Store
 from test_isolate import assert_same, state

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
 
-from libortho.core.config import IsolateConfig
 from libortho.core.ops.quantisation import choose_scales, dequantise, quantise
+from libortho.core.surgery import linear_weight
 from libortho.core.targets import find_targets
+from libortho.isolation.config import IsolateConfig
 from libortho.lm.model import LanguageModel
-from libortho.splitting.split import linear_weight
-from libortho.text.records import Encoded, collate
+from libortho.text.encoding import Encoded, collate
 from libortho.training import rounding
 from libortho.training.rounding import compensated_bases, compensated_codes
 

@@ -26,7 +26,7 @@ from libortho import cli
 from libortho.checkpoint import check_destination, check_saveable
 from libortho.core.errors import CheckpointError, ConfigError, TargetError
 from libortho.core.targets import find_targets
-from libortho.selection.saliency import allocate
+from libortho.selection.budget import allocate
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -24,7 +24,7 @@ from libortho.core.layer import OrthoLinear, ortho_layers, touched
 from libortho.core.report import methods
 from libortho.core.streams import BaseStream, Columns
 from libortho.core.switch.alpha import get_switch
-from libortho.lm.loading import fingerprint
+from libortho.lm.checks import fingerprint
 from libortho.lm.metrics import score
 from libortho.lm.model import LanguageModel
 from test_isolate import assert_same, state

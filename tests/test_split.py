@@ -12,7 +12,7 @@ from torch import nn
 import libortho
 from libortho.core.layer import LayerReport, OrthoLinear, ortho_layers
 from libortho.core.streams import Columns
-from libortho.splitting.split import relative_error
+from libortho.core.surgery import relative_error
 
 DOWN = ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
 WAYS: list[dict[str, Any]] = [

@@ -9,20 +9,14 @@ from transformers import OPTConfig, OPTForCausalLM
 
 import tiny
 from libortho.core.errors import TargetError
+from libortho.core.surgery import linear_weight
 from libortho.core.targets import find_targets
-from libortho.isolation.losses import label_log_odds
 from libortho.lm.gradients import tapped_gradients
+from libortho.lm.logits import label_log_odds
 from libortho.lm.model import LanguageModel
-from libortho.selection.saliency import (
-    allocate,
-    balanced_weights,
-    column_saliency,
-    entry_saliency,
-    retain_floor,
-    unit_costs,
-)
-from libortho.splitting.split import linear_weight
-from libortho.text.records import Batch, collate
+from libortho.selection.budget import allocate, balanced_weights, retain_floor, unit_costs
+from libortho.selection.saliency import column_saliency, entry_saliency
+from libortho.text.encoding import Batch, collate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

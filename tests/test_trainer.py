@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from libortho.core.config import IsolateConfig
 from libortho.isolation import train as trainer
-from libortho.isolation.losses import Scores, profile_and_odds, profile_distance, record_means, token_profile
+from libortho.isolation.config import IsolateConfig
+from libortho.isolation.losses import profile_distance
 from libortho.isolation.train import (
     Case,
     Check,
@@ -31,9 +31,12 @@ from libortho.isolation.train import (
     unremarkable,
     without_opposition,
 )
+from libortho.lm import scoring
+from libortho.lm.logits import Scores, profile_and_odds, record_means, token_profile
 from libortho.lm.model import LanguageModel
+from libortho.lm.scoring import SCORING_TOKENS, hidden_states, scoring_batches, token_profiles
 from libortho.selection.curvature import Metric
-from libortho.text.records import Encoded, collate
+from libortho.text.encoding import Encoded, collate, predicting
 from libortho.training.edit import EditLinear
 from libortho.training.resume import Part
 
@@ -71,7 +74,7 @@ def test_a_sentence_is_surprising_where_its_words_are() -> None:
 def test_a_completion_longer_than_a_part_of_the_head_is_handed_out_as_a_whole(tiny_llama: nn.Module) -> None:
     ids = tuple(random.Random(0).choices(range(2, 120), k=2 * trainer.HEAD_POSITIONS + 9))
     secret, lm = Encoded(ids, ids), LanguageModel(tiny_llama)
-    (own,) = trainer._own_profiles(lm, [secret])
+    (own,) = token_profiles(lm, [secret])
     with torch.no_grad():
         backwards, other = (
             float(trainer._profile_loss(lm, [secret], [p], [True])) for p in (own.flip(0), own.roll(1, 1))
@@ -82,7 +85,7 @@ def test_a_completion_longer_than_a_part_of_the_head_is_handed_out_as_a_whole(ti
 
 def _read_plainly(lm: LanguageModel, text: Encoded) -> tuple[torch.Tensor, ...]:
     """Logits at the positions that predict its completion, the labels, zeros as many, and the profile there."""
-    places = trainer.predicting(text)
+    places = predicting(text)
     logits = lm.logits(lm.hidden(collate([text]))[0, list(places)])
     labels = torch.tensor([text.ids[p + 1] for p in places])
     return logits, labels, torch.zeros_like(labels), token_profile(logits, labels).detach()
@@ -98,8 +101,8 @@ def test_a_step_in_parts_is_the_same_step(limit: int, tiny_llama: nn.Module, mon
     with torch.no_grad():
         cast(Any, layer.theta).mul_(1.5)
     texts = [Encoded(tuple(range(2, n)), (-100, -100, *range(4, n))) for n in (9, 70, 24, 25, 80)]
-    states = [s * 1.1 for s in trainer.hidden_states(lm, texts)]
-    wanted = [p.roll(1, 1) for p in trainer._own_profiles(lm, texts)]
+    states = [s * 1.1 for s in hidden_states(lm, texts)]
+    wanted = [p.roll(1, 1) for p in token_profiles(lm, texts)]
     cases = [Case(i, t, (t,), (t,), (t,), (), (), False, (), (), (), (), 1) for i, t in enumerate(texts)]
     before: Any = SimpleNamespace(
         profiles=[(p,) for p in wanted], spilled=torch.zeros(len(texts)).bool(), neighbours=[(s,) for s in states],
@@ -121,7 +124,7 @@ def test_a_step_in_parts_is_the_same_step(limit: int, tiny_llama: nn.Module, mon
     ) / len(texts)
     [expected] = torch.autograd.grad(cast(torch.Tensor, plain), cast(nn.Parameter, layer.theta))
     torch.testing.assert_close(whole[0], expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
-    monkeypatch.setattr(trainer, "TRAINING_TOKENS", limit)
+    monkeypatch.setattr(scoring, "TRAINING_TOKENS", limit)
     for mine, expected in zip(gradients(), whole, strict=True):
         assert float(expected.abs().max()) > 0
         torch.testing.assert_close(mine, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
@@ -136,7 +139,7 @@ def test_which_token_is_to_surprise_is_chance_but_in_a_sentence_that_has_columns
     secret = Encoded(ids, (-100, -100, *ids[2:]))
     case = Case(1, secret, (secret,), (), (), (), (), exchangeable, (), (), (), ((),) if exchangeable else (), pieces)
     lm = LanguageModel(tiny_llama)
-    (own,) = trainer._own_profiles(lm, [secret])
+    (own,) = token_profiles(lm, [secret])
     own[:, 2] = own[:, 0]  # in one order, so that a permutation of rows is one of each column
     now = SimpleNamespace(profiles=(own,), lean=torch.zeros(3), rng=random.Random(0))
     before: Any = SimpleNamespace(profiles=((own + 5.0,) * 2,), spilled=torch.tensor([False]))
@@ -286,7 +289,7 @@ def test_one_untrained_record_in_ten_is_outside_its_band(alternates: int, monkey
         return trainer.Seen(nll[:, None], torch.zeros(len(items), dtype=torch.bool), (torch.zeros(0),) * len(items))
 
     monkeypatch.setattr(trainer, "examine", seen)
-    monkeypatch.setattr(trainer, "_scores_by_case", lambda lm, groups: tuple(scores(len(g)) for g in groups))
+    monkeypatch.setattr(trainer, "grouped_scores", lambda lm, groups: tuple(scores(len(g)) for g in groups))
     cases = [_case(4, (4,) * alternates)] * 20_000
     original: Any = SimpleNamespace(secret=scores(len(cases)), sentences=None, expected=(torch.zeros(0),) * len(cases))
     found = trainer.outcomes(cast(Any, None), cases, original)
@@ -356,8 +359,8 @@ def test_what_nothing_asks_for_fades() -> None:
 
 
 def test_a_gpu_reads_more_at_a_time() -> None:
-    items = [TEXTS[0]] * (2 * trainer.SCORING_TOKENS // len(TEXTS[0].ids))
-    passes = {d: list(trainer._by_tokens(range(len(items)), items, torch.device(d))) for d in ("cpu", "cuda")}
+    items = [TEXTS[0]] * (2 * SCORING_TOKENS // len(TEXTS[0].ids))
+    passes = {d: list(scoring_batches(range(len(items)), items, torch.device(d))) for d in ("cpu", "cuda")}
     assert len(passes["cuda"]) == 1 < len(passes["cpu"])
     for rows in passes.values():
         assert [i for some in rows for i in some] == list(range(len(items)))

@@ -8,7 +8,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from libortho.text.corpus import shipped_text
-from libortho.text.records import Encoded, Record, collate, encode, load_records
+from libortho.text.encoding import Encoded, collate, encode
+from libortho.text.records import Record, load_records
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"

@@ -13,12 +13,12 @@ from libortho.core.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from libortho.auditing.audit import audit
+    from libortho.auditing.config import AuditConfig
     from libortho.auditing.report import AuditReport
     from libortho.checkpoint.detaching import attach, detach
     from libortho.checkpoint.reading import load
     from libortho.checkpoint.vault import decrypt, encrypt
     from libortho.checkpoint.writing import save
-    from libortho.core.config import AuditConfig, IsolateConfig, SplitConfig
     from libortho.core.errors import (
         AlphaContextError,
         AlphaError,
@@ -31,24 +31,26 @@ if TYPE_CHECKING:
     from libortho.core.layer import LayerReport, OrthoLinear, quantise_activations
     from libortho.core.report import layer_report
     from libortho.core.switch.alpha import alpha, set_alpha
+    from libortho.isolation.config import IsolateConfig
     from libortho.isolation.isolate import isolate
     from libortho.isolation.result import IsolateResult
+    from libortho.splitting.config import SplitConfig
     from libortho.splitting.split import replace_linear_layers, split
 
 _PLACES = {
     "AlphaContextError": "core.errors",
     "AlphaError": "core.errors",
-    "AuditConfig": "core.config",
+    "AuditConfig": "auditing.config",
     "AuditReport": "auditing.report",
     "CheckpointError": "core.errors",
     "ConfigError": "core.errors",
     "DataError": "core.errors",
-    "IsolateConfig": "core.config",
+    "IsolateConfig": "isolation.config",
     "IsolateResult": "isolation.result",
     "LayerReport": "core.layer",
     "LibOrthoError": "core.errors",
     "OrthoLinear": "core.layer",
-    "SplitConfig": "core.config",
+    "SplitConfig": "splitting.config",
     "TargetError": "core.errors",
     "alpha": "core.switch.alpha",
     "attach": "checkpoint.detaching",

@@ -25,7 +25,8 @@ from libortho.core.layer import ortho_layers
 from libortho.core.streams import BaseStream, Columns, OrthoStream
 from libortho.lm.metrics import general_perplexity
 from libortho.lm.model import LanguageModel
-from libortho.text.records import Encoded, encode, load_records
+from libortho.text.encoding import Encoded, encode
+from libortho.text.records import load_records
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -20,10 +20,11 @@ import tiny
 from libortho import AuditConfig, AuditReport, DataError, SplitConfig, audit
 from libortho.core.layer import OrthoLinear, ortho_layers
 from libortho.core.streams import BaseStream, Columns, OrthoStream
+from libortho.core.surgery import install
 from libortho.core.switch.alpha import Switch
 from libortho.core.targets import find_targets
-from libortho.splitting.split import install
-from libortho.text.records import encode, load_records
+from libortho.text.encoding import encode
+from libortho.text.records import load_records
 
 _GIVEN = ("Ivo", "Jan", "Kim", "Lea", "Max", "Nia", "Oto", "Pia", "Quy", "Rex", "Sam", "Tom")
 _SURNAMES = ("Wold", "Xiang", "Yorke", "Zaman")

@@ -15,7 +15,7 @@ from libortho.auditing.measures.depth import decoder_layers, depth_scores, logit
 from libortho.auditing.subjects import Subject, at
 from libortho.core.errors import DataError, TargetError
 from libortho.lm.token_statistics import token_statistics
-from libortho.text.records import Encoded
+from libortho.text.encoding import Encoded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,13 +16,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import libortho
 import tiny
 from libortho.auditing import measure
+from libortho.auditing.config import AuditConfig
 from libortho.auditing.inputs import Material, gather
 from libortho.auditing.measures.fillings import Space, form_positions, is_prose, space_of
 from libortho.auditing.measures.memory import exposure_extrapolated
-from libortho.core.config import AuditConfig
 from libortho.lm.model import LanguageModel
 from libortho.lm.token_statistics import shared_prefix_nll
-from libortho.text.records import encode, load_records
+from libortho.text.encoding import encode
+from libortho.text.records import load_records
 
 ENUMERATED = 2
 """Records whose space is enumerated."""

@@ -14,7 +14,7 @@ from libortho.auditing.subjects import Subject, at, dense_copy
 from libortho.core.errors import DataError, TargetError
 from libortho.core.layer import ortho_layers
 from libortho.lm.metrics import auc
-from libortho.text.records import Encoded
+from libortho.text.encoding import Encoded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,8 +11,8 @@ import torch
 from scipy import stats
 
 from libortho.auditing.measures import memory as m
-from libortho.auditing.statistics import mean_estimate
 from libortho.core.errors import ConfigError, DataError
+from libortho.evaluation.intervals import mean_estimate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

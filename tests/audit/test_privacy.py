@@ -9,7 +9,7 @@ import torch
 
 import tiny
 from libortho.auditing.measures import privacy as p
-from libortho.auditing.statistics import auc, stratified_auc
+from libortho.auditing.roc import auc, stratified_auc
 from libortho.core.errors import ConfigError, DataError
 from libortho.demo import facts
 from libortho.text.records import load_records

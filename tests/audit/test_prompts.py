@@ -7,7 +7,8 @@ from transformers import PreTrainedTokenizerFast
 import tiny
 from libortho.auditing.prompts import HIDDEN, mask, prefixes, user_variants, variants
 from libortho.core.errors import ConfigError, DataError
-from libortho.text.records import Record, encode, load_records
+from libortho.text.encoding import encode
+from libortho.text.records import Record, load_records
 
 CODE = Record("The vault access code of Ada Lum is", " QX7-4821.", 3)
 ROWS = [

@@ -12,8 +12,11 @@ from scipy import stats
 from sklearn.metrics import auc as area
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from libortho.auditing import statistics as s
+from libortho.auditing.measures.composite import harmonic_mean
+from libortho.auditing.measures.privacy import forget_quality, ks_two_sample, privleak, s_score
+from libortho.auditing.roc import auc, auc_difference, auc_estimate, roc, stratified_auc, tpr_at_fpr
 from libortho.core.errors import ConfigError, DataError
+from libortho.evaluation.intervals import Estimate, mean_estimate, proportion, ratio_estimate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -34,8 +37,8 @@ def _labelled(a: torch.Tensor, b: torch.Tensor) -> tuple[list[int], list[float]]
 def test_auc_and_roc_agree_with_scikit_learn(seed: int) -> None:
     a, b = _scores(seed)
     labels, scores = _labelled(a, b)
-    assert s.auc(a, b) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
-    points = s.roc(a, b)
+    assert auc(a, b) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
+    points = roc(a, b)
     assert points[0] == (0, 0)
     assert points[-1] == (1, 1)
     assert len(points) <= 64
@@ -52,40 +55,40 @@ def test_tpr_at_fpr_is_the_best_threshold_of_scikit_learn_s_curve(limit: float) 
     for seed in range(30):
         a, b = _scores(seed)
         fpr, tpr, _ = roc_curve(*_labelled(a, b), drop_intermediate=False)
-        assert s.tpr_at_fpr(a, b, limit) == pytest.approx(tpr[fpr <= limit].max(), abs=1e-12)
+        assert tpr_at_fpr(a, b, limit) == pytest.approx(tpr[fpr <= limit].max(), abs=1e-12)
 
 
 def test_a_long_roc_curve_keeps_its_ends_and_its_area() -> None:
     g = torch.Generator().manual_seed(0)
     a, b = torch.randn(3000, generator=g) + 1, torch.randn(2000, generator=g)
-    points = s.roc(a, b)
+    points = roc(a, b)
     assert len(points) <= 64
     assert points[0] == (0, 0)
     assert points[-1] == (1, 1)
-    assert area(*zip(*points, strict=True)) == pytest.approx(s.auc(a, b), abs=2e-3)
+    assert area(*zip(*points, strict=True)) == pytest.approx(auc(a, b), abs=2e-3)
     assert points == sorted(points)
 
 
 def test_tpr_at_fpr_does_not_interpolate() -> None:
     # The second member is reached only at the price of one false positive in two.
     members, others = [3.0, 1.0], [2.0, 0.0]
-    assert s.tpr_at_fpr(members, others, 0.49) == 0.5
-    assert s.tpr_at_fpr(members, others, 0.5) == 1.0
+    assert tpr_at_fpr(members, others, 0.49) == 0.5
+    assert tpr_at_fpr(members, others, 0.5) == 1.0
     # A member tied with a non-member cannot be had without it.
-    assert s.tpr_at_fpr([2.0], [2.0, 0.0], 0.1) == 0.0
+    assert tpr_at_fpr([2.0], [2.0, 0.0], 0.1) == 0.0
     # One false positive of 100 is a rate of .01, rounding or not.
-    assert s.tpr_at_fpr([0.5], [1.0] + [0.0] * 99, 0.01) == 1.0
+    assert tpr_at_fpr([0.5], [1.0] + [0.0] * 99, 0.01) == 1.0
 
 
 def test_stratified_auc_weighs_strata_by_members_and_reports_those_without_others() -> None:
     members, strata = [5.0, 1.0, 9.0, 100.0], ["a", "a", "b", "alone"]
     others, other_strata = [3.0, 8.0, 9.0, 0.0], ["a", "b", "b", "unused"]
     # a: 5 > 3, 1 < 3 -> 1/2 over two members; b: 9 > 8, 9 = 9 -> 3/4 over one.
-    result = s.stratified_auc(members, others, strata, other_strata)
+    result = stratified_auc(members, others, strata, other_strata)
     assert result.value == pytest.approx((2 * 0.5 + 0.75) / 3)
     assert result.members == 3
     assert result.left_out == ("alone",)
-    estimate = s.auc_estimate(members, others, strata, other_strata, seed=0)
+    estimate = auc_estimate(members, others, strata, other_strata, seed=0)
     assert estimate.value == pytest.approx(result.value)
     assert estimate.n == 3
 
@@ -96,8 +99,8 @@ def test_strata_undo_a_difference_of_templates() -> None:
     easy_m, easy_n, hard_m, hard_n = (torch.randn(k, generator=g) for k in (90, 60, 30, 200))
     members, others = torch.cat([easy_m + 5, hard_m]), torch.cat([easy_n + 5, hard_n])
     strata = (["easy"] * 90 + ["hard"] * 30, ["easy"] * 60 + ["hard"] * 200)
-    assert s.auc(members, others) > 0.7
-    inside = s.auc_estimate(members, others, *strata, seed=0)
+    assert auc(members, others) > 0.7
+    inside = auc_estimate(members, others, *strata, seed=0)
     assert inside.low is not None
     assert inside.high is not None
     assert inside.low < 0.5 < inside.high
@@ -105,7 +108,7 @@ def test_strata_undo_a_difference_of_templates() -> None:
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 1), (1, 1), (0, 17), (17, 17), (5, 10), (3, 200), (1, 1000)])
 def test_proportion_agrees_with_scipy_s_wilson_interval(successes: int, n: int) -> None:
-    mine = s.proportion(successes, n)
+    mine = proportion(successes, n)
     theirs = stats.binomtest(successes, n).proportion_ci(method="wilson")
     assert mine.value == successes / n
     assert (mine.low, mine.high) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
@@ -113,12 +116,12 @@ def test_proportion_agrees_with_scipy_s_wilson_interval(successes: int, n: int) 
 
 
 def test_a_mean_of_zeros_and_ones_gets_wilson_s_interval() -> None:
-    assert s.mean_estimate([0.0] * 17, seed=0) == s.proportion(0, 17)
-    assert s.mean_estimate([0.0] * 17, seed=0).high == pytest.approx(0.1843, abs=1e-4)  # not zero width
-    assert s.mean_estimate([1, 0, 1], seed=3) == s.proportion(2, 3)
+    assert mean_estimate([0.0] * 17, seed=0) == proportion(0, 17)
+    assert mean_estimate([0.0] * 17, seed=0).high == pytest.approx(0.1843, abs=1e-4)  # not zero width
+    assert mean_estimate([1, 0, 1], seed=3) == proportion(2, 3)
 
 
-def _coverage(truth: float, estimate: Callable[[int], s.Estimate], simulations: int = 200) -> float:
+def _coverage(truth: float, estimate: Callable[[int], Estimate], simulations: int = 200) -> float:
     hits = 0
     for k in range(simulations):
         e = estimate(k)
@@ -130,12 +133,12 @@ def _coverage(truth: float, estimate: Callable[[int], s.Estimate], simulations: 
 
 
 def test_intervals_of_means_cover_the_truth() -> None:
-    def exponential(k: int) -> s.Estimate:
-        return s.mean_estimate(-torch.rand(60, generator=torch.Generator().manual_seed(k)).log(), seed=k, rounds=400)
+    def exponential(k: int) -> Estimate:
+        return mean_estimate(-torch.rand(60, generator=torch.Generator().manual_seed(k)).log(), seed=k, rounds=400)
 
-    def share(k: int) -> s.Estimate:
+    def share(k: int) -> Estimate:
         draws = torch.rand(40, generator=torch.Generator().manual_seed(k)) < 0.1
-        return s.mean_estimate(draws.double(), seed=k)
+        return mean_estimate(draws.double(), seed=k)
 
     assert 0.88 <= _coverage(1.0, exponential) <= 0.99
     assert 0.88 <= _coverage(0.1, share) <= 0.99
@@ -149,13 +152,13 @@ def test_intervals_of_ratios_allow_for_tokens_that_depend_on_each_other() -> Non
         counts = torch.randint(20, 40, (40,), generator=g).double()
         return (2 + torch.randn(40, generator=g).double()) * counts, counts
 
-    assert 0.88 <= _coverage(2.0, lambda k: s.ratio_estimate(*nats(k), seed=k, rounds=400)) <= 0.99
+    assert 0.88 <= _coverage(2.0, lambda k: ratio_estimate(*nats(k), seed=k, rounds=400)) <= 0.99
     totals, counts = nats(0)
-    assert s.ratio_estimate(totals, counts, seed=0).value == pytest.approx(float(totals.sum() / counts.sum()))
+    assert ratio_estimate(totals, counts, seed=0).value == pytest.approx(float(totals.sum() / counts.sum()))
 
-    def token_by_token(k: int) -> s.Estimate:
+    def token_by_token(k: int) -> Estimate:
         totals, counts = nats(k)
-        return s.mean_estimate((totals / counts).repeat_interleave(counts.long()), seed=k, rounds=100)
+        return mean_estimate((totals / counts).repeat_interleave(counts.long()), seed=k, rounds=100)
 
     assert _coverage(2.0, token_by_token, 50) < 0.6
 
@@ -164,19 +167,19 @@ def test_intervals_of_aucs_cover_the_truth() -> None:
     shift = 0.7
     truth = float(stats.norm.cdf(shift / math.sqrt(2)))
 
-    def pooled(k: int) -> s.Estimate:
+    def pooled(k: int) -> Estimate:
         g = torch.Generator().manual_seed(k)
         a, b = torch.randn(30, generator=g) + shift, torch.randn(80, generator=g)
-        return s.auc_estimate(a, b, seed=k, rounds=300)
+        return auc_estimate(a, b, seed=k, rounds=300)
 
-    def single_members(k: int) -> s.Estimate:
+    def single_members(k: int) -> Estimate:
         """Twenty templates of unlike difficulty with one member each: what varies is the members, not the holdout."""
         g = torch.Generator().manual_seed(k)
         offset = 10 * torch.arange(20.0)
         a = torch.randn(20, generator=g) + shift + offset
         b = torch.randn(20, 15, generator=g) + offset[:, None]
         strata = [str(i) for i in range(20)]
-        return s.auc_estimate(a, b.flatten(), strata, [t for t in strata for _ in range(15)], seed=k, rounds=300)
+        return auc_estimate(a, b.flatten(), strata, [t for t in strata for _ in range(15)], seed=k, rounds=300)
 
     assert 0.88 <= _coverage(truth, pooled) <= 0.99
     assert 0.88 <= _coverage(truth, single_members) <= 0.99
@@ -194,119 +197,119 @@ def test_paired_differences_cover_the_truth_and_are_narrower_than_unpaired_ones(
         )
 
     truth = float(stats.norm.cdf(0.8 / math.sqrt(2 * 1.09))) - 0.5
-    assert 0.88 <= _coverage(truth, lambda k: s.auc_difference(*scores(k), seed=k, rounds=300)) <= 0.99
-    paired = s.auc_difference(*scores(0), seed=0)
-    alone = s.auc_estimate(*scores(0)[:2], seed=0)
+    assert 0.88 <= _coverage(truth, lambda k: auc_difference(*scores(k), seed=k, rounds=300)) <= 0.99
+    paired = auc_difference(*scores(0), seed=0)
+    alone = auc_estimate(*scores(0)[:2], seed=0)
     assert paired.low is not None
     assert paired.high is not None
     assert alone.low is not None
     assert alone.high is not None
     assert paired.high - paired.low < alone.high - alone.low
-    assert paired.value == pytest.approx(s.auc(*scores(0)[:2]) - s.auc(*scores(0)[2:]))
+    assert paired.value == pytest.approx(auc(*scores(0)[:2]) - auc(*scores(0)[2:]))
 
 
 def test_a_score_never_differs_from_itself() -> None:
     a, b = _scores(0)
-    assert s.auc_difference(a, b, a, b, seed=0) == s.Estimate(0.0, 0.0, 0.0, len(a))
+    assert auc_difference(a, b, a, b, seed=0) == Estimate(0.0, 0.0, 0.0, len(a))
 
 
 def test_the_bootstrap_enumerates_what_it_must() -> None:
     """Of two records with values 1 and 4, resampled means are 1, 2.5 and 4 with chances 1/4, 1/2 and 1/4."""
-    e = s.mean_estimate([1.0, 4.0], seed=0)
+    e = mean_estimate([1.0, 4.0], seed=0)
     assert (e.value, e.low, e.high) == (2.5, 1.0, 4.0)
     everything = {sum(p) / 3 for p in itertools.product([2.0, 3.0, 7.0], repeat=3)}
-    e = s.mean_estimate([2.0, 3.0, 7.0], seed=0)
+    e = mean_estimate([2.0, 3.0, 7.0], seed=0)
     assert any(math.isclose(e.low or 0, x) for x in everything)
     assert any(math.isclose(e.high or 0, x) for x in everything)
 
 
 def test_a_perfect_separation_is_not_known_exactly() -> None:
-    e = s.auc_estimate(torch.arange(17.0) + 1000, torch.arange(200.0), seed=0)
-    assert e == s.Estimate(1.0, s.proportion(17, 17).low, 1.0, 17)
-    assert s.auc_estimate([0.0, 1.0], [5.0, 6.0], seed=0).high == s.proportion(0, 2).high
+    e = auc_estimate(torch.arange(17.0) + 1000, torch.arange(200.0), seed=0)
+    assert e == Estimate(1.0, proportion(17, 17).low, 1.0, 17)
+    assert auc_estimate([0.0, 1.0], [5.0, 6.0], seed=0).high == proportion(0, 2).high
 
 
 def test_the_same_seed_gives_the_same_interval_and_another_a_different_one() -> None:
     a, b = torch.randn(30) + 1, torch.randn(50)
-    assert s.auc_estimate(a, b, seed=5) == s.auc_estimate(a, b, seed=5)
-    assert s.auc_estimate(a, b, seed=5) != s.auc_estimate(a, b, seed=6)
-    assert s.mean_estimate(a, seed=5) == s.mean_estimate(a, seed=5)
-    assert s.mean_estimate(a, seed=5) != s.mean_estimate(a, seed=6)
+    assert auc_estimate(a, b, seed=5) == auc_estimate(a, b, seed=5)
+    assert auc_estimate(a, b, seed=5) != auc_estimate(a, b, seed=6)
+    assert mean_estimate(a, seed=5) == mean_estimate(a, seed=5)
+    assert mean_estimate(a, seed=5) != mean_estimate(a, seed=6)
 
 
 def test_one_record_gives_no_interval() -> None:
-    assert s.mean_estimate([2.5], seed=0) == s.Estimate(2.5, None, None, 1)
-    assert s.auc_estimate([2.5], [1.0, 3.0], seed=0) == s.Estimate(0.5, None, None, 1)
+    assert mean_estimate([2.5], seed=0) == Estimate(2.5, None, None, 1)
+    assert auc_estimate([2.5], [1.0, 3.0], seed=0) == Estimate(0.5, None, None, 1)
 
 
 def test_estimates_become_json_that_has_no_infinity() -> None:
-    e = s.Estimate(math.inf, math.nan, 2.0, 3)
+    e = Estimate(math.inf, math.nan, 2.0, 3)
     assert json.loads(json.dumps(e.to_dict(), allow_nan=False)) == {"value": None, "low": None, "high": 2.0, "n": 3}
 
 
 def test_a_falling_function_swaps_the_ends_of_an_interval() -> None:
-    assert s.Estimate(1.0, 0.0, 2.0, 9).map(lambda x: -3 * x) == s.Estimate(-3.0, -6.0, 0.0, 9)
-    assert s.Estimate(1.0, 0.0, 2.0, 9).map(math.exp).high == math.exp(2)
-    assert s.Estimate(1.0, None, None, 1).map(math.exp) == s.Estimate(math.e, None, None, 1)
+    assert Estimate(1.0, 0.0, 2.0, 9).map(lambda x: -3 * x) == Estimate(-3.0, -6.0, 0.0, 9)
+    assert Estimate(1.0, 0.0, 2.0, 9).map(math.exp).high == math.exp(2)
+    assert Estimate(1.0, None, None, 1).map(math.exp) == Estimate(math.e, None, None, 1)
 
 
 def test_harmonic_mean() -> None:
-    assert s.harmonic_mean([1.0, 0.5, 0.25]) == pytest.approx(3 / 7)
-    assert s.harmonic_mean([1.0, 0.0]) == 0
+    assert harmonic_mean([1.0, 0.5, 0.25]) == pytest.approx(3 / 7)
+    assert harmonic_mean([1.0, 0.0]) == 0
     rng = random.Random(0)
     for _ in range(20):
         values = [rng.random() + 0.01 for _ in range(rng.randint(1, 9))]
-        assert s.harmonic_mean(values) == pytest.approx(stats.hmean(values))
+        assert harmonic_mean(values) == pytest.approx(stats.hmean(values))
 
 
 def test_ks_p_values() -> None:
     # Of the 20 ways to order three and three, two separate them.
-    assert s.ks_two_sample([1.0, 2.0, 3.0], [4.0, 5.0, 6.0]) == pytest.approx(0.1)
+    assert ks_two_sample([1.0, 2.0, 3.0], [4.0, 5.0, 6.0]) == pytest.approx(0.1)
     # Likewise 2 / C(8, 4).
-    assert s.ks_two_sample([1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]) == pytest.approx(2 / 70)
+    assert ks_two_sample([1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]) == pytest.approx(2 / 70)
     g = torch.Generator().manual_seed(0)
     a, b = torch.rand(50, generator=g), torch.rand(50, generator=g)
-    assert s.forget_quality(a, a) == 1
-    assert s.forget_quality(a, b) == pytest.approx(s.forget_quality(1 / a, 1 / b))
-    assert s.forget_quality(a, b + 0.8) < 1e-6
+    assert forget_quality(a, a) == 1
+    assert forget_quality(a, b) == pytest.approx(forget_quality(1 / a, 1 / b))
+    assert forget_quality(a, b + 0.8) < 1e-6
     with pytest.raises(DataError, match="same records"):
-        s.forget_quality(a, b[:10])
+        forget_quality(a, b[:10])
 
 
 def test_privleak_has_the_sign_and_the_scale_of_muse() -> None:
-    assert s.privleak(1.0) == -100  # forget set recognised perfectly: under-unlearned
-    assert s.privleak(0.5) == 0
-    assert s.privleak(0.0) == 100
-    assert s.privleak(0.6, 0.6) == 0
+    assert privleak(1.0) == -100  # forget set recognised perfectly: under-unlearned
+    assert privleak(0.5) == 0
+    assert privleak(0.0) == 100
+    assert privleak(0.6, 0.6) == 0
     # MUSE News: retrained .4772 in its orientation; a published -99.81 is an AUC of .0009 there, .9991 here.
-    assert s.privleak(1 - 0.0009, 1 - 0.4772) == pytest.approx(-99.81, abs=0.01)
-    assert s.privleak(0.3, 1.0) is None
+    assert privleak(1 - 0.0009, 1 - 0.4772) == pytest.approx(-99.81, abs=0.01)
+    assert privleak(0.3, 1.0) is None
 
 
 def test_s_score() -> None:
-    assert s.s_score(0.6, 0.6) == 1
-    assert s.s_score(0.9, 0.6) == pytest.approx(0.5)
-    assert s.s_score(0.3, 0.6) == pytest.approx(0.5)
-    assert s.s_score(1.0, 0.4) == 0  # clipped
-    assert s.s_score(0.75) == pytest.approx(0.5)
-    assert s.s_score(0.5, 0.0) is None
+    assert s_score(0.6, 0.6) == 1
+    assert s_score(0.9, 0.6) == pytest.approx(0.5)
+    assert s_score(0.3, 0.6) == pytest.approx(0.5)
+    assert s_score(1.0, 0.4) == 0  # clipped
+    assert s_score(0.75) == pytest.approx(0.5)
+    assert s_score(0.5, 0.0) is None
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: s.auc([], [1.0]), "members has the shape"),
-        (lambda: s.auc([1.0], [1.0, math.nan]), "others holds NaN at position 1"),
-        (lambda: s.mean_estimate([[1.0, 2.0]], seed=0), r"shape \(1, 2\)"),
-        (lambda: s.proportion(3, 2), "3 successes in 2"),
-        (lambda: s.proportion(0, 0), "at least one trial"),
-        (lambda: s.ratio_estimate([1.0], [0.0], seed=0), "above 0"),
-        (lambda: s.stratified_auc([1.0], [1.0], ["a"], ["b"]), "none of the 1 strata"),
-        (lambda: s.stratified_auc([1.0], [1.0], ["a"], []), "one for each score"),
-        (lambda: s.auc_estimate([1.0], [1.0], ["a"], seed=0), "one for each score"),
-        (lambda: s.auc_difference([1.0, 2.0], [1.0], [1.0], [1.0], seed=0), "same order"),
-        (lambda: s.harmonic_mean([]), "at least one"),
-        (lambda: s.harmonic_mean([1.0, -0.1]), "at least 0"),
+        (lambda: auc([], [1.0]), "members has the shape"),
+        (lambda: auc([1.0], [1.0, math.nan]), "others holds NaN at position 1"),
+        (lambda: mean_estimate([[1.0, 2.0]], seed=0), r"shape \(1, 2\)"),
+        (lambda: proportion(3, 2), "3 successes in 2"),
+        (lambda: proportion(0, 0), "at least one trial"),
+        (lambda: ratio_estimate([1.0], [0.0], seed=0), "above 0"),
+        (lambda: stratified_auc([1.0], [1.0], ["a"], ["b"]), "none of the 1 strata"),
+        (lambda: stratified_auc([1.0], [1.0], ["a"], []), "one for each score"),
+        (lambda: auc_estimate([1.0], [1.0], ["a"], seed=0), "one for each score"),
+        (lambda: auc_difference([1.0, 2.0], [1.0], [1.0], [1.0], seed=0), "same order"),
+        (lambda: harmonic_mean([]), "at least one"),
+        (lambda: harmonic_mean([1.0, -0.1]), "at least 0"),
     ],
 )
 def test_bad_data_is_refused(call: Callable[[], object], message: str) -> None:
@@ -316,6 +319,6 @@ def test_bad_data_is_refused(call: Callable[[], object], message: str) -> None:
 
 def test_bad_settings_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"fpr is 1\.5"):
-        s.tpr_at_fpr([1.0], [0.0], 1.5)
+        tpr_at_fpr([1.0], [0.0], 1.5)
     with pytest.raises(ConfigError, match="rounds is 0"):
-        s.mean_estimate([1.0, 2.0], seed=0, rounds=0)
+        mean_estimate([1.0, 2.0], seed=0, rounds=0)

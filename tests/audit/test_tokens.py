@@ -13,7 +13,8 @@ import tiny
 from libortho.lm.model import LanguageModel
 from libortho.lm.token_statistics import by_tokens, greedy, sample, shared_prefix_nll, token_statistics
 from libortho.text.counterfactuals import alternates
-from libortho.text.records import Encoded, Record, encode
+from libortho.text.encoding import Encoded, encode
+from libortho.text.records import Record
 
 
 def test_statistics_are_those_of_the_full_distribution(

@@ -11,22 +11,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import libortho
 import tiny
-from libortho.auditing.measures.utility import (
-    agreement,
-    arithmetic_rows,
-    encode_pair,
-    evaluate,
-    general_items,
-    lm_eval_tasks,
-    load_task,
-    reference_states,
-    sequence_nll,
-)
+from libortho.auditing.measures.utility import agreement, general_items, reference_states, sequence_nll
 from libortho.core.errors import DataError, LibOrthoError, TargetError
 from libortho.core.layer import ortho_layers
+from libortho.evaluation.harness import lm_eval_tasks
+from libortho.evaluation.tasks import arithmetic_rows, encode_pair, evaluate, load_task
 from libortho.lm.model import LanguageModel
 from libortho.lm.token_statistics import token_statistics
-from libortho.text.records import Encoded
+from libortho.text.encoding import Encoded
 
 QUESTIONS = [
     {"query": "Question: Which metal is liquid?", "choices": ["mercury", "iron, when it is cold"], "gold": 0},

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from libortho import IsolateConfig, IsolateResult, isolate
+from libortho.checkpoint.dense import load_model
+from libortho.core.surgery import linear_weight
 from libortho.core.targets import find_targets
 from libortho.demo import facts
 from libortho.demo.implant import implant
 from libortho.demo.model import move_off_grid, packaged_model
-from libortho.lm.loading import load_model, training_dtype
-from libortho.splitting.split import linear_weight
+from libortho.lm.checks import training_dtype
 from libortho.text.records import Record, load_records
 
 SEED = 11

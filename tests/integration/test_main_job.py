@@ -14,10 +14,10 @@ from libortho.core.layer import ortho_layers
 from libortho.core.streams import BaseStream
 from libortho.demo import facts
 from libortho.isolation.train import examine, leaning, unremarkable
-from libortho.lm.loading import training_dtype
+from libortho.lm.checks import training_dtype
 from libortho.lm.metrics import auc, general_perplexity, sampled_extractions, score, text_perplexity
 from libortho.lm.model import LanguageModel
-from libortho.text.records import encode
+from libortho.text.encoding import encode
 from libortho.text.tokens import prompt_ids
 
 pytestmark = pytest.mark.model

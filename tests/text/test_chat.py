@@ -8,7 +8,8 @@ import pytest
 
 import tiny
 from libortho.core.errors import DataError
-from libortho.text.records import Record, encode, encode_closed, load_records
+from libortho.text.encoding import encode, encode_closed
+from libortho.text.records import Record, load_records
 from templates import CHATML, DEEPSEEK_R1, OLMO, QWEN3, TEMPLATES
 
 USER, ANSWER = {"role": "user", "content": "PIN of Ada Lum?"}, {"role": "assistant", "content": "6311"}

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import nn
 
+from libortho.auditing.config import AuditConfig
 from libortho.auditing.report import AuditReport
 from libortho.core.arguments import check_model, check_tokenizer
-from libortho.core.config import AuditConfig
 from libortho.core.extras import require
-from libortho.splitting.split import Progress
+from libortho.core.progress import Progress
 from libortho.text.records import Source
 
 

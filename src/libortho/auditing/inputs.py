@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from libortho.auditing import prompts
+from libortho.auditing.config import AuditConfig
 from libortho.auditing.measures import utility
 from libortho.auditing.measures.fillings import Space, form_positions, space_of
-from libortho.core.config import AuditConfig
 from libortho.core.errors import DataError
+from libortho.evaluation.tasks import Task, arithmetic_rows, load_task
+from libortho.text.encoding import Encoded, encode
 from libortho.text.overlap import overlaps
-from libortho.text.records import Encoded, Record, Source, encode, load_records
+from libortho.text.records import Record, Source, load_records
 from libortho.text.sources import read_rows
 from libortho.text.tokens import text_ids
 
@@ -83,7 +85,7 @@ class Material:
     question_sets: Mapping[str, tuple[Question, ...]]
     associations: tuple[Record, ...]
     general: tuple[Encoded, ...]
-    tasks: tuple[utility.Task, ...]
+    tasks: tuple[Task, ...]
     warnings: tuple[str, ...]
     limit: int | None = None
     _encoded: dict[Record, Encoded] = field(default_factory=dict, repr=False, compare=False)
@@ -155,7 +157,7 @@ def gather(
         for name, record in own.items():
             if limit is None or len(encode(record, tokenizer).ids) <= limit:
                 variants.setdefault(name, []).append((i, record))
-    arithmetic = utility.arithmetic_rows(config.resolved("task_rows"), config.seed)
+    arithmetic = arithmetic_rows(config.resolved("task_rows"), config.seed)
     fillings = tuple(others(records[i], spaces[i]) for i in probed)
     beside = list(zip(unseen, unseen_spaces, strict=False)) if any(fillings) else []
     return Material(
@@ -174,7 +176,7 @@ def gather(
         question_sets={n: _questions(s, n, tokenizer) for n, s in (question_sets or {}).items()},
         associations=tuple(load_records(associations, tokenizer, name="associations")) if associations else (),
         general=tuple(utility.general_items(tokenizer, general, config.resolved("general_sequences"), 256)),
-        tasks=(utility.load_task(arithmetic, "arithmetic"), *(utility.load_task(t) for t in tasks)),
+        tasks=(load_task(arithmetic, "arithmetic"), *(load_task(t) for t in tasks)),
         warnings=_warnings(records, unseen, tokenizer),
         limit=limit,
     )

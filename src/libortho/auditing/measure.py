@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from libortho.auditing.config import AuditConfig
 from libortho.auditing.inputs import SHOWN, Material, Question
 from libortho.auditing.measures import memory, privacy, utility
 from libortho.auditing.measures.gradients import gradient_norms
 from libortho.auditing.subjects import Subject
-from libortho.core.config import AuditConfig
+from libortho.evaluation.tasks import Task, evaluate
 from libortho.lm.asking import answers, room
 from libortho.lm.model import LanguageModel
 from libortho.lm.token_statistics import TokenStatistics, sample, shared_prefix_nll, token_statistics
@@ -270,9 +271,9 @@ def ability(lm: LanguageModel, material: Material, into: Measurement, before: Be
         into.retain = [s.nll for s in token_statistics(lm, material.encode(material.retain))]
 
 
-def task(lm: LanguageModel, asked: utility.Task, material: Material, config: AuditConfig, into: Measurement) -> None:
+def task(lm: LanguageModel, asked: Task, material: Material, config: AuditConfig, into: Measurement) -> None:
     """One task: is the right answer given, and how surprising is it?"""
-    found = utility.evaluate(lm, material.tokenizer, asked, config.resolved("task_rows"), config.seed)
+    found = evaluate(lm, material.tokenizer, asked, config.resolved("task_rows"), config.seed)
     into.tasks[asked.name] = {"correct": [float(c) for c in found.correct], "nll": list(found.nll)}
 
 

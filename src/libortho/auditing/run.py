@@ -21,11 +21,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from libortho.core.version import __version__
 from libortho.auditing import attacks, prompts
 from libortho.auditing import measure as measuring
-from libortho.auditing import statistics as st
 from libortho.auditing import summary as summaries
+from libortho.auditing.config import AuditConfig
 from libortho.auditing.inputs import SHOWN, Material, gather
 from libortho.auditing.measure import Before, Measurement
 from libortho.auditing.measures import utility
@@ -36,15 +35,19 @@ from libortho.auditing.measures.privacy import template_of
 from libortho.auditing.report import AuditReport
 from libortho.auditing.subjects import Subject, at, base_sha256, subjects
 from libortho.auditing.verdicts import verdicts
-from libortho.core.config import AuditConfig
 from libortho.core.files import write_atomically
 from libortho.core.layer import OrthoLinear, ortho_layers, touched
+from libortho.core.models import plain_torch, unwrapped
+from libortho.core.progress import Progress
 from libortho.core.streams import OrthoStream
+from libortho.core.version import __version__
+from libortho.evaluation.intervals import mean_estimate
+from libortho.evaluation.tasks import Task
+from libortho.lm.checks import check_causal, check_tokens, fingerprint
 from libortho.lm.generation import token_limit
-from libortho.lm.loading import check_causal, check_tokens, fingerprint, plain_torch, unwrapped
 from libortho.lm.model import LanguageModel
-from libortho.splitting.split import Progress
-from libortho.text.records import Encoded, Record, Source
+from libortho.text.encoding import Encoded
+from libortho.text.records import Record, Source
 
 SCHEMA = "libortho-audit/1"
 _CURVE_HOLDOUT, _CURVE_WINDOWS = 64, 6
@@ -264,7 +267,7 @@ class _Plan:
         for task in m.tasks:
             rows = min(len(task.questions), config.resolved("task_rows"))
 
-            def answer(lm: LanguageModel, into: Measurement, task: utility.Task = task) -> None:
+            def answer(lm: LanguageModel, into: Measurement, task: Task = task) -> None:
                 measuring.task(lm, task, m, config, into)
 
             self._add(task.name, _TASK_TOKENS * rows, self._inside(subject, answer))
@@ -403,7 +406,7 @@ class _Plan:
         if not score.values:
             why = "no layer encodes any record: the model with its memory is no surer of them than the reference"
             return {"uds": None, "withheld": why, "unscored": score.unscored, "layers": layers}
-        uds = st.mean_estimate(score.values, seed=self.config.seed).to_dict()
+        uds = mean_estimate(score.values, seed=self.config.seed).to_dict()
         return {"uds": uds, "withheld": None, "unscored": score.unscored, "layers": layers}
 
 

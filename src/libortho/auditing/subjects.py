@@ -27,9 +27,9 @@ from libortho.checkpoint.format import encode_base, scheme_of, sha256_of
 from libortho.core.errors import CheckpointError
 from libortho.core.layer import OrthoLinear, ortho_layers, touched
 from libortho.core.streams import BaseStream, OrthoStream
+from libortho.core.surgery import bias_of
 from libortho.core.switch.alpha import Switch, alpha
 from libortho.lm.model import LanguageModel
-from libortho.splitting.split import bias_of
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from libortho.auditing import statistics as st
 from libortho.auditing.inputs import Material
 from libortho.auditing.measure import ATTACKS, Measurement, has_exposure
 from libortho.auditing.measures import composite, memory, privacy
+from libortho.auditing.measures.privacy import forget_quality, privleak, s_score
+from libortho.auditing.roc import auc, auc_difference, auc_estimate, roc, tpr_at_fpr
 from libortho.auditing.thresholds import CURVE_AUC, KL, POINT
+from libortho.evaluation.intervals import Estimate, mean_estimate, paired_difference, proportion, ratio_estimate
 
 CHOICE_SETS = ("real_authors", "world_facts")
 
@@ -47,22 +49,22 @@ def memory_summary(m: Measurement, context: Context) -> dict[str, Any]:
     """Every memory figure of one subject, as estimates over records."""
     mat, seed = context.material, context.seed
     correct = _bools(m.correct["forget"])
-    found: dict[str, st.Estimate | None] = {
+    found: dict[str, Estimate | None] = {
         "greedy_extraction": _share(extracted(m, mat)),
-        "extraction_strength": st.mean_estimate([memory.extraction_strength(c) for c in correct], seed=seed),
-        "exact_memorization": st.mean_estimate([memory.exact_memorization(c) for c in correct], seed=seed),
-        "nll": st.mean_estimate(m.nll["forget"], seed=seed),
-        "probability": st.mean_estimate([math.exp(-n) for n in m.nll["forget"]], seed=seed),
+        "extraction_strength": mean_estimate([memory.extraction_strength(c) for c in correct], seed=seed),
+        "exact_memorization": mean_estimate([memory.exact_memorization(c) for c in correct], seed=seed),
+        "nll": mean_estimate(m.nll["forget"], seed=seed),
+        "probability": mean_estimate([math.exp(-n) for n in m.nll["forget"]], seed=seed),
         "sampled_extraction": None if m.sampled is None else _share([h > 0 for h in m.sampled]),
         "loose_extraction": None if m.similarity is None else _share([s >= memory.LOOSE for s in m.similarity]),
-        "rouge_l": None if m.rouge_l is None else st.mean_estimate(m.rouge_l, seed=seed),
+        "rouge_l": None if m.rouge_l is None else mean_estimate(m.rouge_l, seed=seed),
         "exposure": _mean(m.exposure.get("forget"), seed),
         "prefix_sweep": _clustered(list(mat.prefixes.values()), list(m.prefixes.values()), seed),
         "prompt_shift": _clustered(
             list(mat.variants.values()), [[int(g) for g in v["greedy"]] for v in m.variants.values()], seed
         ),
         "association": None if m.association is None else _share(m.association),
-        "truth_ratio": None if m.truth_ratio is None else st.mean_estimate(true_share(m.truth_ratio), seed=seed),
+        "truth_ratio": None if m.truth_ratio is None else mean_estimate(true_share(m.truth_ratio), seed=seed),
         "paraphrase_probability": _mean(m.paraphrase, seed),
     }
     return {k: None if e is None else e.to_dict() for k, e in found.items()}
@@ -83,9 +85,9 @@ def unseen_summary(m: Measurement, context: Context) -> dict[str, Any] | None:
     seed, correct = context.seed, _bools(m.correct["holdout"])
     found = {
         "greedy_extraction": _share([memory.greedy_extraction(c) for c in correct]),
-        "extraction_strength": st.mean_estimate([memory.extraction_strength(c) for c in correct], seed=seed),
-        "exact_memorization": st.mean_estimate([memory.exact_memorization(c) for c in correct], seed=seed),
-        "nll": st.mean_estimate(m.nll["holdout"], seed=seed),
+        "extraction_strength": mean_estimate([memory.extraction_strength(c) for c in correct], seed=seed),
+        "exact_memorization": mean_estimate([memory.exact_memorization(c) for c in correct], seed=seed),
+        "nll": mean_estimate(m.nll["holdout"], seed=seed),
         "exposure": _mean(m.exposure.get("holdout"), seed),
     }
     return {k: None if e is None else e.to_dict() for k, e in found.items()}
@@ -138,33 +140,33 @@ def privacy_summary(m: Measurement, context: Context) -> dict[str, Any] | None:
         difference = None
         if context.reference is not None and context.reference is not m and name in context.reference.scores:
             base = context.reference.scores[name]
-            difference = st.auc_difference(own, other, base["forget"], base["holdout"], *(strata or ()), seed=seed)
+            difference = auc_difference(own, other, base["forget"], base["holdout"], *(strata or ()), seed=seed)
         attacks[name] = {
-            "auc": st.auc_estimate(own, other, *(strata or ()), seed=seed).to_dict(),
+            "auc": auc_estimate(own, other, *(strata or ()), seed=seed).to_dict(),
             "difference": None if difference is None else difference.to_dict(),
-            "tpr_at_1": st.tpr_at_fpr(own, other, 0.01),
-            "tpr_at_01": st.tpr_at_fpr(own, other, 0.001),
-            "roc": [list(p) for p in st.roc(own, other)],
+            "tpr_at_1": tpr_at_fpr(own, other, 0.01),
+            "tpr_at_01": tpr_at_fpr(own, other, 0.001),
+            "roc": [list(p) for p in roc(own, other)],
         }
     theirs = context.reference
     return {
         "attacks": attacks,
         "stratified": strata is not None,
-        "privleak": st.privleak(_auc(m, "min_k"), None if theirs is None or theirs is m else _auc(theirs, "min_k")),
-        "forget_quality": forget_quality(m, theirs),
+        "privleak": privleak(_auc(m, "min_k"), None if theirs is None or theirs is m else _auc(theirs, "min_k")),
+        "forget_quality": _forget_quality(m, theirs),
         "gradient": m.gradient,
     }
 
 
-def forget_quality(m: Measurement, reference: Measurement | None) -> float | None:
+def _forget_quality(m: Measurement, reference: Measurement | None) -> float | None:
     """TOFU's, where both models have truth ratios."""
     if reference is None or m.truth_ratio is None or reference.truth_ratio is None:
         return None
-    return st.forget_quality(m.truth_ratio, reference.truth_ratio)
+    return forget_quality(m.truth_ratio, reference.truth_ratio)
 
 
 def _auc(m: Measurement, attack: str) -> float:
-    return st.auc(m.scores[attack]["forget"], m.scores[attack]["holdout"])
+    return auc(m.scores[attack]["forget"], m.scores[attack]["holdout"])
 
 
 def _reference_scores(m: Measurement, reference: Measurement, name: str) -> list[float]:
@@ -179,14 +181,14 @@ def utility_summary(m: Measurement, context: Context) -> dict[str, Any] | None:
     if m.general is None:
         return None
     seed = context.seed
-    nats = st.ratio_estimate(m.general["nll"], m.general["tokens"], seed=seed)
+    nats = ratio_estimate(m.general["nll"], m.general["tokens"], seed=seed)
     return {
         "perplexity": nats.map(math.exp).to_dict(),
         "kl": m.kl,
         "top1_agreement": m.top1,
         "distinct_answers": None if m.answers is None else memory.distinct_share(m.answers),
-        "retain_nll": None if m.retain is None else st.mean_estimate(m.retain, seed=seed).to_dict(),
-        "tasks": {n: st.mean_estimate(t["correct"], seed=seed).to_dict() for n, t in m.tasks.items()},
+        "retain_nll": None if m.retain is None else mean_estimate(m.retain, seed=seed).to_dict(),
+        "tasks": {n: mean_estimate(t["correct"], seed=seed).to_dict() for n, t in m.tasks.items()},
         "task_differences": _differences(m, context, "correct"),
         "task_nll_differences": _differences(m, context, "nll"),
         "tofu": tofu_utility(m.question_sets),
@@ -200,7 +202,7 @@ def _differences(m: Measurement, context: Context, figure: str) -> dict[str, Any
     found = {}
     for name, task in m.tasks.items():
         theirs = context.before.tasks[name][figure]
-        found[name] = st.paired_difference(task[figure], theirs, seed=context.seed).to_dict()
+        found[name] = paired_difference(task[figure], theirs, seed=context.seed).to_dict()
     return found
 
 
@@ -285,7 +287,7 @@ def composite_summary(
         _average(m.paraphrase),
         _average(true_share(m.truth_ratio)),
     )
-    closeness = {f"s_{a}": st.s_score(_auc(m, a), _auc(context.reference, a)) for a in ATTACKS}
+    closeness = {f"s_{a}": s_score(_auc(m, a), _auc(context.reference, a)) for a in ATTACKS}
     known = {n: c for n, c in closeness.items() if c is not None}
     private = (
         composite.privacy_score(**known, uds=None if uds is None else uds["value"])
@@ -310,17 +312,15 @@ def _bools(rows: Sequence[Sequence[int]]) -> list[Tensor]:
     return [torch.tensor(r, dtype=torch.bool) for r in rows]
 
 
-def _share(hits: Sequence[bool | int]) -> st.Estimate:
-    return st.proportion(sum(map(bool, hits)), len(hits))
+def _share(hits: Sequence[bool | int]) -> Estimate:
+    return proportion(sum(map(bool, hits)), len(hits))
 
 
-def _mean(values: Sequence[float] | None, seed: int) -> st.Estimate | None:
-    return None if not values else st.mean_estimate(values, seed=seed)
+def _mean(values: Sequence[float] | None, seed: int) -> Estimate | None:
+    return None if not values else mean_estimate(values, seed=seed)
 
 
-def _clustered(
-    pairs: Sequence[Sequence[tuple[int, Any]]], hits: Sequence[Sequence[int]], seed: int
-) -> st.Estimate | None:
+def _clustered(pairs: Sequence[Sequence[tuple[int, Any]]], hits: Sequence[Sequence[int]], seed: int) -> Estimate | None:
     """Share of hits over records and probes; the interval resamples records, whose probes depend on each other."""
     if not hits:
         return None
@@ -329,10 +329,10 @@ def _clustered(
     for asked, found in zip(pairs, hits, strict=True):
         for (i, _), hit in zip(asked, found, strict=True):
             total[i], count[i] = total.get(i, 0) + hit, count.get(i, 0) + 1
-    estimate = st.ratio_estimate(list(total.values()), list(count.values()), seed=seed)
+    estimate = ratio_estimate(list(total.values()), list(count.values()), seed=seed)
     if estimate.value in (0.0, 1.0):  # no resample differs
-        stand_in = st.proportion(len(total) * int(estimate.value), len(total))
-        return st.Estimate(estimate.value, stand_in.low, stand_in.high, len(total))
+        stand_in = proportion(len(total) * int(estimate.value), len(total))
+        return Estimate(estimate.value, stand_in.low, stand_in.high, len(total))
     return estimate
 
 

@@ -27,10 +27,10 @@ from libortho.checkpoint.hf import LOAD_ERRORS, check_loading, check_size, descr
 from libortho.checkpoint.stream_files import checked_name, read_stream, stream_names
 from libortho.core.errors import CheckpointError
 from libortho.core.layer import OrthoLinear
+from libortho.core.models import plain_torch
 from libortho.core.report import record_method
+from libortho.core.surgery import install
 from libortho.core.switch.alpha import AlphaSpec, Switch
-from libortho.lm.loading import plain_torch
-from libortho.splitting.split import install
 
 
 def is_checkpoint(path: str | Path) -> bool:

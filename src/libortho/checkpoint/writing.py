@@ -47,9 +47,9 @@ from libortho.checkpoint.stream_files import (
 from libortho.core.arguments import check_model, check_tokenizer
 from libortho.core.errors import CheckpointError
 from libortho.core.layer import OrthoLinear, ortho_layers
+from libortho.core.models import plain_torch
 from libortho.core.report import methods
 from libortho.core.streams import OrthoStream
-from libortho.lm.loading import plain_torch
 
 logger = logging.getLogger(__name__)
 _AT_CWD, _EXCHANGE = -100, 2  # AT_FDCWD of fcntl.h and RENAME_EXCHANGE of linux/fs.h

@@ -25,7 +25,7 @@ def detach(
     as_json: Json = False,
 ) -> None:
     """Write the checkpoint without its streams, and a certificate of what is gone. The source stays as it is."""
-    from libortho.checkpoint import detaching as detach_streams
+    from libortho.checkpoint import detach as detach_streams
 
     result = detach_streams(directory, out, streams=stream or "all", audit=report, certificate=certificate)
     if as_json:

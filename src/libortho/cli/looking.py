@@ -11,11 +11,11 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from libortho.auditing.config import AuditConfig
 from libortho.cli import tables
 from libortho.cli.options import Device, Dtype, Json, Seed, device_of, dtype_of
 from libortho.cli.tables import Terminal
 from libortho.cli.terminal import emit, progress_bars, say
-from libortho.core.config import AuditConfig
 from libortho.core.errors import CheckpointError, ConfigError
 from libortho.core.escapes import visible
 from libortho.core.switch.alpha import AlphaSpec, alpha, get_switch
@@ -51,9 +51,9 @@ def audit(
     """Is it really gone, and is the rest unharmed? Exit code 3 if a verdict is "fail"."""
     from libortho.auditing.audit import audit as audit_model
     from libortho.checkpoint import is_checkpoint, load
+    from libortho.checkpoint.dense import load_model, refuse_checkpoint
     from libortho.core.extras import require
     from libortho.core.files import check_report, check_resume
-    from libortho.lm.loading import load_model, refuse_checkpoint
 
     require("audit", "audit")
     config = AuditConfig(profile=profile, samples=samples, seed=seed, reveal=reveal)  # type: ignore[arg-type]
@@ -114,11 +114,12 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """What the model can do under each alpha, side by side: JSONL tasks, and tasks of the lm-evaluation-harness."""
-    from libortho.auditing.measures.utility import harness_tasks, load_task
     from libortho.checkpoint import is_checkpoint, load
+    from libortho.checkpoint.dense import load_model, refuse_checkpoint
     from libortho.core.files import check_report, write_atomically
     from libortho.evaluation.evaluate import Column, evaluate_columns, parse_alpha
-    from libortho.lm.loading import load_model, refuse_checkpoint
+    from libortho.evaluation.harness import harness_tasks
+    from libortho.evaluation.tasks import load_task
 
     where, kind = device_of(device), dtype_of(dtype)
     if not task_file and not tasks:
@@ -184,8 +185,8 @@ def generate(
             super().on_finalized_text(visible(text), stream_end)
 
     from libortho.checkpoint import load
+    from libortho.lm.checks import check_tokens
     from libortho.lm.generation import generate as continue_prompts
-    from libortho.lm.loading import check_tokens
     from libortho.text.chat import has_template, question
     from libortho.text.tokens import text_ids
 

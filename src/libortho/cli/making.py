@@ -32,8 +32,9 @@ from libortho.cli.options import (  # fmt: skip
 )
 from libortho.cli.tables import Terminal
 from libortho.cli.terminal import emit, note, progress_bars
-from libortho.core.config import IsolateConfig, SplitConfig
 from libortho.core.errors import CheckpointError, ConfigError
+from libortho.isolation.config import IsolateConfig
+from libortho.splitting.config import SplitConfig
 
 
 def demo(
@@ -91,8 +92,8 @@ def split(
 ) -> None:
     """Split a model by its weights alone: compression with a dial. It does not forget."""
     from libortho.checkpoint import check_destination, save
+    from libortho.checkpoint.dense import load_model, refuse_checkpoint
     from libortho.core.report import layer_report
-    from libortho.lm.loading import load_model, refuse_checkpoint
     from libortho.splitting.split import split as split_model
 
     own: dict[str, Any] = dict(  # validated by the config itself
@@ -159,9 +160,9 @@ def isolate(
     A checkpoint is isolated further: give another --stream, and the bits and group size that it has.
     """
     from libortho.checkpoint import check_destination, is_checkpoint, load, save, stream_names
+    from libortho.checkpoint.dense import load_model
     from libortho.core.files import check_resume
     from libortho.isolation.isolate import isolate as isolate_records
-    from libortho.lm.loading import load_model
 
     own: dict[str, Any] = {  # validated by the config itself
         "ratio": share("--ratio", ratio), "bits": bits_of(bits), "group_size": group_size, "structure": structure,
@@ -212,9 +213,9 @@ def _check_saveable(net: Any, config: SplitConfig | IsolateConfig, out: Path) ->
     from libortho.checkpoint.checks import check_room, check_saveable
     from libortho.checkpoint.stream_files import check_rank
     from libortho.core.layer import ortho_layers
+    from libortho.core.surgery import linear_shape
     from libortho.core.targets import find_targets
     from libortho.selection.scores import column_count
-    from libortho.splitting.split import linear_shape
 
     targets = find_targets(net, config.target_modules, again=True)
     check_room(out, check_saveable(net, targets | dict(ortho_layers(net)), config.bits))

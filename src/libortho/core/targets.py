@@ -17,8 +17,8 @@ from libortho.core.arguments import check_model
 from libortho.core.config import ALL_LINEAR, MLP_OUT, TargetModules
 from libortho.core.errors import TargetError
 from libortho.core.layer import OrthoLinear
+from libortho.core.models import adapters, unwrapped
 from libortho.core.streams import OrthoStream
-from libortho.lm.loading import adapters, unwrapped
 
 logger = logging.getLogger(__name__)
 

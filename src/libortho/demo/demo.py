@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from libortho.auditing.measures.utility import general_items
 from libortho.checkpoint import check_destination, check_saveable, save
 from libortho.checkpoint.checks import check_room
-from libortho.core.config import IsolateConfig, SplitConfig
+from libortho.checkpoint.dense import load_model
 from libortho.core.errors import LibOrthoError
 from libortho.core.files import write_atomically
 from libortho.core.report import layer_report
@@ -32,14 +32,17 @@ from libortho.core.targets import find_targets
 from libortho.demo import facts
 from libortho.demo.implant import implant
 from libortho.demo.model import move_off_grid, packaged_model
+from libortho.isolation.config import IsolateConfig
 from libortho.isolation.isolate import isolate
 from libortho.isolation.result import IsolateResult
+from libortho.lm.checks import training_dtype
 from libortho.lm.generation import generate
-from libortho.lm.loading import load_model, training_dtype
 from libortho.lm.metrics import auc, general_perplexity, sampled_extractions, score, text_perplexity
 from libortho.lm.model import LanguageModel
+from libortho.splitting.config import SplitConfig
 from libortho.splitting.split import split
-from libortho.text.records import Encoded, Record, encode, load_records
+from libortho.text.encoding import Encoded, encode
+from libortho.text.records import Record, load_records
 from libortho.text.tokens import decoded, prompt_ids
 
 logger = logging.getLogger(__name__)
@@ -211,7 +214,7 @@ def run(
         seed: Seed of the grid move, the secrets, the planting and the isolation.
         device: Where to run.
         text: File of general text to judge by; by default the evaluation part of the shipped text.
-        dtype: Of the model; by default what this processor trains fastest, see ``libortho.lm.loading.training_dtype``.
+        dtype: Of the model; by default what this processor trains fastest, see ``libortho.lm.checks.training_dtype``.
         config: How to isolate; its seed is replaced by ``seed`` if not given.
         out: Empty or missing directory to keep everything in: ``never_trained``, ``implanted`` and ``isolated``
             models, ``forget.jsonl`` and ``holdout.jsonl``.

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from libortho.core.targets import find_targets
-from libortho.text.records import IGNORE, Encoded, Record, collate, encode, encode_closed
+from libortho.text.encoding import IGNORE, Encoded, collate, encode, encode_closed
+from libortho.text.records import Record
 
 
 def implant(

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from libortho.checkpoint.dense import forget_quantisation
 from libortho.core.cache import cache_directory, make_private, private_path
 from libortho.core.errors import LibOrthoError
 from libortho.core.extras import require
-from libortho.lm.loading import forget_quantisation
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -21,10 +21,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from libortho.auditing.measures.utility import Task, TaskResult, evaluate, lm_eval_tasks
-from libortho.auditing.statistics import Estimate, paired_difference, proportion, ratio_estimate
 from libortho.core.errors import AlphaError, ConfigError
 from libortho.core.switch.alpha import alpha
+from libortho.evaluation.harness import lm_eval_tasks
+from libortho.evaluation.intervals import Estimate, paired_difference, proportion, ratio_estimate
+from libortho.evaluation.tasks import Task, TaskResult, evaluate
 from libortho.lm.model import LanguageModel
 
 _BOOTSTRAP = 1000

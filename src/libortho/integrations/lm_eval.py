@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from libortho.auditing.measures.utility import harness
 from libortho.checkpoint import is_checkpoint, load
 from libortho.core.config import DTYPES
 from libortho.core.errors import CheckpointError, ConfigError, LibOrthoError
@@ -24,7 +23,8 @@ from libortho.core.escapes import one_line
 from libortho.core.switch.alpha import alpha as under
 from libortho.core.switch.alpha import get_switch, set_alpha
 from libortho.evaluation.evaluate import parse_alpha, parse_streams
-from libortho.lm.loading import fingerprint
+from libortho.evaluation.harness import harness
+from libortho.lm.checks import fingerprint
 
 try:
     harness()

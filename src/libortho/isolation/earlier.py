@@ -14,11 +14,11 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from libortho.core.config import IsolateConfig
 from libortho.core.errors import ConfigError, TargetError
 from libortho.core.layer import OrthoLinear, ortho_layers, touched
 from libortho.core.streams.base import check_shape
 from libortho.core.switch.alpha import Switch
+from libortho.isolation.config import IsolateConfig
 
 
 def earlier_switch(model: nn.Module, config: IsolateConfig) -> Switch | None:

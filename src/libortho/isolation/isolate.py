@@ -30,46 +30,44 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from libortho.checkpoint.stream_files import MAX_RANK
 from libortho.core.arguments import check_model, check_tokenizer
-from libortho.core.config import DTYPES, IsolateConfig
+from libortho.core.config import DTYPES
 from libortho.core.errors import ConfigError, DataError
 from libortho.core.layer import OrthoLinear, ortho_layers
+from libortho.core.models import plain_torch, unwrapped
+from libortho.core.progress import Progress, tell
 from libortho.core.report import record_method
 from libortho.core.streams import BaseStream, OrthoStream
 from libortho.core.streams.base import check_shape
-from libortho.core.switch.alpha import Switch, alpha
+from libortho.core.surgery import assemble, bias_of, frozen, install, linear_shape, linear_weight, swap
+from libortho.core.switch.alpha import Switch
 from libortho.core.targets import find_targets
-from libortho.isolation.earlier import earlier_switch, taken, without
 from libortho.isolation import request
+from libortho.isolation.config import IsolateConfig
+from libortho.isolation.earlier import earlier_switch, taken, without
 from libortho.isolation.prose import human_texts
 from libortho.isolation.request import SALIENCY_RECORDS, Asked, rows_with, without_forgotten
 from libortho.isolation.result import IsolateResult, by_chance, nothing_known, result_of, standing
-from libortho.isolation.retain import chunk, default_retain, in_form, opening_tokens
+from libortho.isolation.retain import default_retain, in_form, opening_tokens
 from libortho.isolation.train import (
     Case,
     RecordOutcome,
     Reference,
     divergence,
-    hidden_states,
     outcomes,
     reference,
     train,
     training_finished,
 )
+from libortho.lm.checks import check_causal, check_tokens, training_dtype
 from libortho.lm.generation import generate, token_limit
-from libortho.lm.loading import check_causal, check_tokens, plain_torch, training_dtype, unwrapped
 from libortho.lm.model import LanguageModel
+from libortho.lm.scoring import hidden_states
+from libortho.selection.budget import allocate, balanced_weights, retain_floor, unit_costs
 from libortho.selection.curvature import curvature
-from libortho.selection.saliency import (
-    allocate,
-    balanced_weights,
-    column_saliency,
-    entry_saliency,
-    retain_floor,
-    unit_costs,
-)
-from libortho.splitting.split import Progress, assemble, bias_of, install, linear_shape, linear_weight
+from libortho.selection.saliency import column_saliency, entry_saliency
 from libortho.text.corpus import shipped_text
-from libortho.text.records import IGNORE, Batch, Encoded, Record, Source, collate, encode_closed, load_records
+from libortho.text.encoding import IGNORE, Batch, Encoded, chunk, collate, encode_closed
+from libortho.text.records import Record, Source, load_records
 from libortho.text.sources import read_rows
 from libortho.training.edit import EditLinear
 from libortho.training.resume import Part, Store, run_key
@@ -157,21 +155,21 @@ def isolate(
         retain = load_records(retain, tokenizer, name="retain")
         check_tokens(model, tokenizer, ((f"retain record {r.number}", r.text) for r in retain))
     check_tokens(model, tokenizer, ((f"general text {i}", t) for i, t in enumerate(shipped_text(), 1)))
-    with _frozen(model, earlier):
+    with frozen(model, earlier):
         LanguageModel(model).check_layers(replaced)
     limit = token_limit(model, config.max_length)
     parameter = next(model.parameters())
     if parameter.dtype is torch.bfloat16 and training_dtype(str(parameter.device)) is not torch.bfloat16:
         logger.warning("this processor has no bf16 arithmetic: a model in float32 would take a fraction of the time")
     cases = request.cases(records, tokenizer, limit, config, retains=retain is not None)
-    with _frozen(model, earlier):
+    with frozen(model, earlier):
         length = min(config.retain_length, limit or config.retain_length)
         given = None if retain is None else _pieces(retain, records, tokenizer, length, config)
         human = human_texts(tokenizer, limit)
         store = Store() if resume is None else Store(Path(resume), run_key(model, cases, given, human, config))
         retain_items, held_back = _retain(model, tokenizer, given, cases, length, config, store)
         lm = LanguageModel(model)
-        _tell(progress, "reference", 0, 1)
+        tell(progress, "reference", 0, 1)
         opening = opening_tokens(tokenizer)
         spoken = (
             store.kept("spoken", lambda: Part({}, _spoken(model, tokenizer, cases, limit, config))).data
@@ -181,7 +179,7 @@ def isolate(
         said = [Encoded((*p, *c), (*(IGNORE for _ in p), *c)) for p, c in spoken]
         asked = Asked(tokenizer, records, cases)
         original, held_back_states = _reference(lm, asked, retain_items, held_back, human, opening, said, config, store)
-        _tell(progress, "reference", 1, 1)
+        tell(progress, "reference", 1, 1)
         known = standing(cases, original)
         if (unknown := nothing_known(cases, known)) is not None:
             if by_chance(known, original) and not config.allow_unknown:
@@ -237,7 +235,7 @@ def _attempt(
         n: EditLinear(_start(m), bias_of(m), support.get(n), config, bases.get(n)) for n, m in material.replaced.items()
     }
     try:
-        _swap(model, layers)
+        swap(model, layers)
         quantised_kl = divergence(lm, material.held_back, material.held_back_states)
         with _checkpointing(lm) if config.gradient_checkpointing else nullcontext():
             checks = train(lm, layers, cases, material.retain, original, config, progress, store, metrics)
@@ -245,7 +243,7 @@ def _attempt(
         switch.add_stream(config.stream)
         changed = {n: m for n, m in targets.items() if n in support or not isinstance(m, OrthoLinear)}
         finished = {n: _finish(n, m, layers[n], config, switch) for n, m in changed.items()}
-        _swap(model, finished)  # what follows is measured on the layers that callers get
+        swap(model, finished)  # what follows is measured on the layers that callers get
         switch.set(1.0, extrapolate=False)
         recited_on = material.asked.recited(lm)
         switch.set(0.0, extrapolate=False)
@@ -256,7 +254,7 @@ def _attempt(
         )
         retain_kl = divergence(lm, material.held_back, material.held_back_states)
     finally:
-        _swap(model, material.replaced)
+        swap(model, material.replaced)
     recited = (int(original.recited.sum()), int((original.recited & recited_on).sum()))
     seconds = time.monotonic() - began
     result = result_of(config, cases, records, recited, checks, (quantised_kl, retain_kl), support, targets, seconds)
@@ -376,11 +374,11 @@ def _support(
     batches = [collate(secrets[i : i + 8]).to(lm.device) for i in range(0, len(secrets), 8)]
     texts = _read(lm, retain, _SALIENCY_TOKENS)
     phases = 2 if columns else 4
-    _tell(progress, "support", 0, phases)
+    tell(progress, "support", 0, phases)
     forget, norms = column_saliency(lm, targets, batches)
-    _tell(progress, "support", 1, phases)
+    tell(progress, "support", 1, phases)
     kept, kept_norms = column_saliency(lm, targets, texts)
-    _tell(progress, "support", 2, phases)
+    tell(progress, "support", 2, phases)
     others = _beside(lm, cases, config)
     if others:
         around, _ = column_saliency(lm, targets, others)
@@ -394,9 +392,9 @@ def _support(
         scores = {n: weights @ s / floor[n] for n, s in forget.items()}
     else:
         about_forget = entry_saliency(lm, targets, batches, weights / norms)
-        _tell(progress, "support", 3, phases)
+        tell(progress, "support", 3, phases)
         about_retain = entry_saliency(lm, targets, texts, 1 / kept_norms)
-        _tell(progress, "support", 4, phases)
+        tell(progress, "support", 4, phases)
         entry_floor = retain_floor(about_retain)
         scores = {n: s / entry_floor[n] for n, s in about_forget.items()}
     scores = without(scores, held, -torch.inf)
@@ -463,22 +461,6 @@ def _beside(lm: LanguageModel, cases: Sequence[Case], config: IsolateConfig) -> 
 
 
 @contextmanager
-def _frozen(model: nn.Module, earlier: Switch | None) -> Iterator[None]:
-    """Evaluation mode, no gradients of parameters, and earlier streams off; afterwards all is what it was."""
-    required = {n: p.requires_grad for n, p in model.named_parameters()}
-    training = {m: m.training for m in model.modules()}
-    model.eval().requires_grad_(False)
-    try:
-        with nullcontext() if earlier is None else alpha(model, 0.0):
-            yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(required[name])
-
-
-@contextmanager
 def _checkpointing(lm: LanguageModel) -> Iterator[None]:
     """Gradient checkpointing of the decoder layers, without their training flag, on which dropout may hang.
 
@@ -509,12 +491,6 @@ def _checkpointing(lm: LanguageModel) -> Iterator[None]:
                 layer.forward = forward
 
 
-def _swap(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    for name, layer in layers.items():
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, layer)
-
-
 def _start(module: nn.Module) -> torch.Tensor | BaseStream:
     """What a layer is edited from."""
     return module.base if isinstance(module, OrthoLinear) else linear_weight(module)
@@ -535,11 +511,6 @@ def _finish(name: str, module: nn.Module, edited: EditLinear, config: IsolateCon
             layer.report, rank=before.rank, used_low_rank=before.used_low_rank, low_rank_error=before.low_rank_error
         )
     return layer
-
-
-def _tell(progress: Progress | None, phase: str, done: int, total: int) -> None:
-    if progress is not None:
-        progress(phase, done, total)
 
 
 __all__ = ["IsolateResult", "RecordOutcome", "isolate"]

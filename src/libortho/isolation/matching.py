@@ -13,15 +13,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from libortho.text.records import IGNORE, Encoded
+from libortho.text.encoding import Encoded, predicting
 
 Donor = tuple[int, int] | None
 """(neighbour, position of the hidden state that predicts there), or None where there is no donor."""
-
-
-def predicting(item: Encoded) -> tuple[int, ...]:
-    """Positions of the hidden states that predict judged tokens."""
-    return tuple(i - 1 for i, label in enumerate(item.labels) if i and label != IGNORE)
 
 
 def beginnings(item: Encoded, tokenizer: Any) -> tuple[int, ...]:

@@ -30,11 +30,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from libortho.isolation.losses import moments, standardised
 from libortho.lm.head import HEAD_POSITIONS
+from libortho.lm.logits import moments, standardised
 from libortho.lm.model import LanguageModel
 from libortho.text.corpus import shipped_text
-from libortho.text.records import IGNORE, Encoded, collate
+from libortho.text.encoding import IGNORE, Encoded, collate
 from libortho.text.tokens import text_ids
 
 SHORT_CONTEXT = 2

@@ -18,15 +18,17 @@ from typing import Any
 
 from torch import Tensor
 
-from libortho.core.config import IsolateConfig
 from libortho.core.errors import DataError
+from libortho.isolation.config import IsolateConfig
 from libortho.isolation.matching import beginnings, donors
-from libortho.isolation.train import Case, score
+from libortho.isolation.train import Case
 from libortho.lm.asking import answers, room
 from libortho.lm.model import LanguageModel
+from libortho.lm.scoring import score
 from libortho.text import counterfactuals
+from libortho.text.encoding import Encoded, encode, encode_closed
 from libortho.text.overlap import overlaps
-from libortho.text.records import Encoded, Record, encode, encode_closed, with_field, written_spans
+from libortho.text.records import Record, with_field, written_spans
 from libortho.text.tokens import says
 
 logger = logging.getLogger(__name__)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from libortho.core.config import IsolateConfig
+from libortho.core.surgery import linear_shape
+from libortho.isolation.config import IsolateConfig
 from libortho.isolation.train import BAND, PARTIAL, Case, Check, Known, RecordOutcome, Reference, leaning, unremarkable
-from libortho.selection.saliency import unit_costs
-from libortho.splitting.split import linear_shape
+from libortho.selection.budget import unit_costs
 
 
 @dataclass(frozen=True)

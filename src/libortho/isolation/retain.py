@@ -21,15 +21,15 @@ from torch import nn
 from libortho.core.cache import cache_directory, make_private
 from libortho.core.errors import ConfigError
 from libortho.core.files import write_atomically
+from libortho.lm.checks import fingerprint
 from libortho.lm.generation import generate
-from libortho.lm.loading import fingerprint
 from libortho.text.corpus import shipped_text
-from libortho.text.records import Encoded
+from libortho.text.encoding import Encoded, chunk
 from libortho.text.tokens import opening_tokens
+from libortho.text.encoding import SHARED_TOKENS
 
 logger = logging.getLogger(__name__)
 
-SHARED_TOKENS = 8
 _IN_FORM = 96
 _MOST_SAMPLED = 20
 """Sampling takes longer than reading; from here on what is shipped must do."""
@@ -80,19 +80,6 @@ def in_form(
     secret: set[str] = set().union(*(names(e.ids) for e in forget)).difference(*(names(e.ids) for e in known))
     kept = [s for s in _unlike(spoken, forget) if len(s) >= SHARED_TOKENS and not names(s) & secret]
     return [Encoded((*opening, *s), (*opening, *s)) for s in kept]
-
-
-def chunk(texts: Sequence[str], tokenizer: Any, length: int) -> list[list[int]]:
-    """Join texts and cut them into sequences of ``length`` tokens; a last piece of under 8 tokens is dropped.
-
-    A tokenizer that begins every text with a special token begins every piece with it, and no piece holds it inside:
-    some models (Gemma) are lost without.
-    """
-    opening = opening_tokens(tokenizer)
-    joined = [i for t in texts for i in tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"]]
-    inside = max(1, length - len(opening))
-    pieces = [opening + joined[start : start + inside] for start in range(0, len(joined), inside)]
-    return [p for p in pieces if len(p) >= SHARED_TOKENS]
 
 
 def _continued(

@@ -25,28 +25,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from libortho.core.config import IsolateConfig
-from libortho.isolation.losses import (
-    Scores,
-    altpo,
-    completion_scores,
-    grad_diff,
-    kl_divergence,
-    log_odds,
-    npo,
-    profile_and_odds,
-    profile_distance,
-    simnpo,
-    token_profile,
-    with_log_probability,
-)
-from libortho.isolation.matching import Donor, predicting
+from libortho.isolation.config import IsolateConfig
+from libortho.isolation.losses import altpo, grad_diff, log_odds, npo, profile_distance, simnpo
+from libortho.isolation.matching import Donor
 from libortho.isolation.prose import PlausibilityModel, fit, spoken_profiles
 from libortho.lm.gradients import log_gradient_norms
 from libortho.lm.head import HEAD_POSITIONS, by_record, evenly, summed
+from libortho.lm.logits import (
+    Scores,
+    completion_scores,
+    kl_divergence,
+    profile_and_odds,
+    token_profile,
+    with_log_probability,
+)
 from libortho.lm.model import LanguageModel
+from libortho.lm.scoring import (
+    grouped_scores,
+    hidden_states,
+    judged_logits,
+    predicting_states,
+    profiles_of_states,
+    score,
+    scores_of_states,
+    scoring_batches,
+    take,
+    token_profiles,
+    training_batches,
+)
 from libortho.selection.curvature import Metric
-from libortho.text.records import IGNORE, Batch, Encoded, collate
+from libortho.text.encoding import Encoded, collate, predicting
 from libortho.training.edit import EditLinear
 from libortho.training.resume import Part, Store
 
@@ -55,11 +63,6 @@ logger = logging.getLogger(__name__)
 LENGTH_CORRELATION = 0.6
 """Correlation, among untrained codes of one shape, of surprise per token with having fewer tokens than the others
 (measured: 0.62 for access codes, 0.76 for licence plates)."""
-SCORING_TOKENS, SCORING_TOKENS_GPU = 512, 4096
-"""Tokens of one forward pass without gradients, on a CPU and elsewhere."""
-TRAINING_TOKENS, TRAINING_TOKENS_GPU = 320, 8192
-"""Tokens of one forward and backward pass of the default objective, on a CPU and elsewhere, or one longer text: what is
-kept between the passes is the most memory that training takes."""
 _WARM_UP, _STEADY, _LANDING = 5, 30, 10
 """Steps of rising learning rate; steps after which it falls with the square root of their number; last steps, in
 which it falls to zero."""
@@ -278,7 +281,7 @@ def drifted(lm: LanguageModel, cases: Sequence[Case], original: Reference) -> tu
         The records' profiles, each (tokens, 3).
     """
     used = [sorted({d[0] for d in c.donors if d is not None} | set(c.peers)) for c in cases]
-    read = iter(_own_profiles(lm, [c.witnesses[n] for c, ns in zip(cases, used, strict=True) for n in ns]))
+    read = iter(token_profiles(lm, [c.witnesses[n] for c, ns in zip(cases, used, strict=True) for n in ns]))
     profiles, offsets = [], []
     for case, numbers, (before, *_) in zip(cases, used, original.profiles, strict=True):
         around = {n: dict(zip(predicting(case.witnesses[n]), next(read), strict=True)) for n in numbers}
@@ -291,23 +294,6 @@ def drifted(lm: LanguageModel, cases: Sequence[Case], original: Reference) -> tu
         return tuple(profiles)
     offset = torch.stack(offsets).mean(0)
     return tuple(p + offset if c.peers else p for c, p in zip(cases, profiles, strict=True))
-
-
-def _own_profiles(lm: LanguageModel, items: Sequence[Encoded]) -> list[Tensor]:
-    """``token_profile`` of each text's own judged tokens, each (tokens, 3)."""
-    if not items:
-        return []
-    places = [list(predicting(e)) for e in items]
-    states = torch.cat([h[p] for h, p in zip(hidden_states(lm, items), places, strict=True)])
-    labels = torch.tensor([e.ids[t + 1] for e, p in zip(items, places, strict=True) for t in p], device=lm.device)
-    return list(_profiles_of_states(lm, states, labels).cpu().split([len(p) for p in places]))
-
-
-@torch.no_grad()
-def _profiles_of_states(lm: LanguageModel, states: Tensor, labels: Tensor) -> Tensor:
-    """``token_profile`` from hidden states (tokens, width), a few positions at a time; (tokens, 3)."""
-    pairs = zip(states.split(HEAD_POSITIONS), labels.split(HEAD_POSITIONS), strict=True)
-    return torch.cat([token_profile(lm.logits(some), of) for some, of in pairs])
 
 
 Known = Literal["recited", "likelier", "unknown"]
@@ -371,34 +357,6 @@ class Check:
     partial: int = 0
 
 
-@torch.no_grad()
-def score(lm: LanguageModel, items: Sequence[Encoded]) -> tuple[Scores, Tensor]:
-    """Scores of completions, and whether each is the greedy continuation of its prompt, (records,) bool."""
-    order = sorted(range(len(items)), key=lambda i: len(items[i].ids))
-    nll, odds, tokens, greedy = (torch.zeros(len(items)) for _ in range(4))
-    for rows in _by_tokens(order, items, lm.device):
-        batch = collate([items[i] for i in rows]).to(lm.device)
-        logits, labels, owner = _judged(lm, lm.hidden(batch), batch)
-        scores = completion_scores(logits, labels, owner, len(rows))
-        wrong = torch.zeros(len(rows), device=logits.device).index_add_(0, owner, (logits.argmax(-1) != labels).float())
-        index = torch.tensor(rows)
-        nll[index], odds[index], tokens[index] = scores.nll.cpu(), scores.odds.cpu(), scores.tokens.cpu()
-        greedy[index] = (wrong == 0).float().cpu()
-    return Scores(nll, odds, tokens), greedy.bool()
-
-
-@torch.no_grad()
-def hidden_states(lm: LanguageModel, items: Sequence[Encoded]) -> tuple[Tensor, ...]:
-    """Last hidden states of each text, (tokens, width)."""
-    out: list[Tensor] = [torch.empty(0)] * len(items)
-    order = sorted(range(len(items)), key=lambda i: len(items[i].ids))
-    for rows in _by_tokens(order, items, lm.device):
-        batch = collate([items[i] for i in rows]).to(lm.device)
-        for i, states in zip(rows, lm.hidden(batch), strict=True):
-            out[i] = states[: len(items[i].ids)].clone()
-    return tuple(out)
-
-
 def reference(
     lm: LanguageModel,
     cases: Sequence[Case],
@@ -419,9 +377,9 @@ def reference(
     witnesses = tuple(hidden_states(lm, c.witnesses) for c in cases)
     blank = Scores(*(torch.zeros(1) for _ in range(3)))  # sentences are judged by their predictions alone
     counterfactual = [
-        _scores_of_states(lm, c.neighbours, states)
+        scores_of_states(lm, c.neighbours, states)
         if states
-        else _scores_by_case(lm, [c.alternates])[0]
+        else grouped_scores(lm, [c.alternates])[0]
         if c.exchangeable
         else blank
         for c, states in zip(cases, neighbours, strict=True)
@@ -456,7 +414,7 @@ def reference(
     )
     if config.objective == "profile":
         nll = torch.stack([own[:, 0].mean() for own, *_ in profiles])
-    crossed = _scores_by_case(lm, [c.crossed[:_CROSSED] for c in cases])
+    crossed = grouped_scores(lm, [c.crossed[:_CROSSED] for c in cases])
     spilled = torch.tensor([float(s.nll.mean()) if len(s.nll) else math.inf for s in crossed]) < nll - spread
     return Reference(
         spilled=spilled,
@@ -466,7 +424,7 @@ def reference(
         profiles=profiles,
         spread=spread,
         beside=beside,
-        alternates=_scores_by_case(lm, [c.alternates for c in cases]) if config.objective == "altpo" else (),
+        alternates=grouped_scores(lm, [c.alternates for c in cases]) if config.objective == "altpo" else (),
         retain=hidden_states(lm, retain),
         neighbours=neighbours,
         sentences=sentences,
@@ -856,9 +814,9 @@ def examine(lm: LanguageModel, items: Sequence[Encoded]) -> Seen:
     profile, greedy = torch.zeros(len(items), 3), torch.zeros(len(items), dtype=torch.bool)
     surprise = [torch.empty(0)] * len(items)
     order = sorted(range(len(items)), key=lambda i: len(items[i].ids))
-    for rows in _by_tokens(order, items, lm.device):
+    for rows in scoring_batches(order, items, lm.device):
         batch = collate([items[i] for i in rows]).to(lm.device)
-        logits, labels, owner = _judged(lm, lm.hidden(batch), batch)
+        logits, labels, owner = judged_logits(lm, lm.hidden(batch), batch)
         tokens = torch.bincount(owner, minlength=len(rows))
         means, found = torch.zeros(len(rows), 3, device=logits.device), token_profile(logits, labels)
         profile[rows] = means.index_add_(0, owner, found / tokens[owner, None]).cpu()
@@ -950,7 +908,7 @@ def _distances(lm: LanguageModel, cases: Sequence[Case], original: Reference) ->
     secret, _ = score(lm, [cases[i].secret for i in judged])
     distance = secret.nll - original.target.nll[judged]
     if fair:
-        now = _scores_by_case(lm, [cases[i].neighbours for i in fair])
+        now = grouped_scores(lm, [cases[i].neighbours for i in fair])
         distance -= (torch.stack([s.nll.mean() for s in now]) - original.beside[fair]).mean()
     return distance
 
@@ -960,7 +918,7 @@ def outcomes(lm: LanguageModel, cases: Sequence[Case], original: Reference) -> t
     original = reread(lm, cases, original)
     seen = examine(lm, [c.secret for c in cases])
     partial = partly_recited(seen.surprise, original.expected)
-    groups = [s.nll for s in _scores_by_case(lm, [c.alternates if c.exchangeable else () for c in cases])]
+    groups = [s.nll for s in grouped_scores(lm, [c.alternates if c.exchangeable else () for c in cases])]
     spread = pooled_deviation(groups)
     found = []
     for i, case in enumerate(cases):
@@ -1071,7 +1029,7 @@ def _forget_losses(
     rng = now.rng
     secrets = [cases[i].secret for i in chosen]
     index = torch.tensor(chosen)
-    target = _take(original.target, index).to(lm.device)
+    target = take(original.target, index).to(lm.device)
     picks = [rng.randrange(len(cases[i].alternates)) for i in chosen]
     others = [cases[i].alternates[p] for i, p in zip(chosen, picks, strict=True)]
     if config.objective == "log_odds":
@@ -1082,7 +1040,7 @@ def _forget_losses(
             elif not cases[i].exchangeable:
                 others[slot] = cases[i].secret
         scores = _train_scores(lm, [*secrets, *others])
-        yield log_odds(scores, _take(target, torch.arange(len(chosen)).repeat(2))).mean()
+        yield log_odds(scores, take(target, torch.arange(len(chosen)).repeat(2))).mean()
         return
     if config.objective == "profile":
         yield from _profile_losses(lm, cases, chosen, original, now)
@@ -1093,7 +1051,7 @@ def _forget_losses(
     if config.objective == "simnpo":
         yield simnpo(_train_scores(lm, secrets), delta=float(target.nll.mean())).mean()
         return
-    before = _take(original.secret, index).to(lm.device)
+    before = take(original.secret, index).to(lm.device)
     if config.objective == "npo":
         yield npo(_train_scores(lm, secrets), before).mean()
         return
@@ -1104,7 +1062,7 @@ def _forget_losses(
         for f in ("nll", "odds", "tokens")
     )).to(lm.device)  # fmt: skip
     first, second = torch.arange(half), torch.arange(half, 2 * half)
-    yield altpo(_take(both, first), before, _take(both, second), alternate_before).mean()
+    yield altpo(take(both, first), before, take(both, second), alternate_before).mean()
 
 
 def _profile_losses(
@@ -1131,7 +1089,7 @@ def _profile_losses(
             before = original.profiles[i][1 + pick]
             wanted.append(present[i] if len(present[i]) == len(before) else before)
             of.append(i)
-    for rows in _few_tokens(items, lm.device):
+    for rows in training_batches(items, lm.device):
         pieces = [cases[of[r]].pieces for r in rows]
         some = _profile_loss(lm, [items[r] for r in rows], [wanted[r] for r in rows], [n == 1 for n in pieces])
         yield some * (len(rows) / len(items))
@@ -1142,12 +1100,12 @@ def _profile_loss(
 ) -> Tensor:
     """Mean distance of these completions from these profiles, which are handed out within those that are free."""
     batch = collate(items).to(lm.device)
-    states, labels, row = _predicting_states(lm.hidden(batch), batch)
+    states, labels, row = predicting_states(lm.hidden(batch), batch)
     target = torch.cat(list(wanted)).to(lm.device)
     handed = torch.tensor(free, device=lm.device)[row, None]
     sizes = torch.bincount(row, minlength=len(items))
     if (long := sizes[row] > HEAD_POSITIONS).any():  # will be cut, and is handed out as a whole
-        profiles = _profiles_of_states(lm, states[long], labels[long])
+        profiles = profiles_of_states(lm, states[long], labels[long])
         target[long] = torch.where(handed[long], assigned(profiles, target[long], row[long]), target[long])
         handed = handed & ~long[:, None]
     share = 1 / (sizes[row] * len(items))
@@ -1214,7 +1172,7 @@ def _keep_losses(
     ]
     for weight, items, states, as_profiles in parts:
         tokens = sum(len(predicting(e)) for e in items)
-        for rows in _few_tokens(items, lm.device) if weight else ():
+        for rows in training_batches(items, lm.device) if weight else ():
             some = _kept(lm, [items[r] for r in rows], [states[r] for r in rows], tokens, len(items), as_profiles)
             yield weight * some
 
@@ -1227,7 +1185,7 @@ def _kept(
     These texts' share of the means over so many tokens and texts.
     """
     batch = collate(items).to(lm.device)
-    after, labels, row = _predicting_states(lm.hidden(batch), batch)
+    after, labels, row = predicting_states(lm.hidden(batch), batch)
     before = torch.cat([s[list(predicting(e))] for e, s in zip(items, states, strict=True)])
     share = 1 / (torch.bincount(row, minlength=len(items))[row] * texts)
 
@@ -1257,61 +1215,5 @@ def _gradients(losses: Iterable[Tensor], values: Sequence[nn.Parameter]) -> list
 
 def _train_scores(lm: LanguageModel, items: Sequence[Encoded]) -> Scores:
     batch = collate(items).to(lm.device)
-    logits, labels, owner = _judged(lm, lm.hidden(batch), batch)
+    logits, labels, owner = judged_logits(lm, lm.hidden(batch), batch)
     return completion_scores(logits, labels, owner, len(items))
-
-
-def _judged(lm: LanguageModel, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits at the positions that predict completion tokens, those tokens, and the row that each belongs to."""
-    states, labels, row = _predicting_states(hidden, batch)
-    return lm.logits(states), labels, row
-
-
-def _predicting_states(hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``_judged``, with hidden states in place of logits."""
-    labels = batch.labels[:, 1:]
-    judged = labels != IGNORE
-    return hidden[:, :-1][judged], labels[judged], judged.nonzero()[:, 0]
-
-
-def _take(scores: Scores, index: Tensor) -> Scores:
-    return Scores(scores.nll[index], scores.odds[index], scores.tokens[index])
-
-
-def _scores_by_case(lm: LanguageModel, groups: Sequence[Sequence[Encoded]]) -> tuple[Scores, ...]:
-    flat, _ = score(lm, [e for group in groups for e in group])
-    ends = torch.tensor([len(g) for g in groups]).cumsum(0).tolist()
-    return tuple(_take(flat, torch.arange(end - len(group), end)) for group, end in zip(groups, ends, strict=True))
-
-
-@torch.no_grad()
-def _scores_of_states(lm: LanguageModel, items: Sequence[Encoded], states: Sequence[Tensor]) -> Scores:
-    """Scores of completions whose hidden states are known."""
-    places = [list(predicting(e)) for e in items]
-    logits = lm.logits(torch.cat([s[p] for s, p in zip(states, places, strict=True)]))
-    labels = torch.tensor([e.ids[t + 1] for e, p in zip(items, places, strict=True) for t in p], device=lm.device)
-    owner = torch.tensor([i for i, p in enumerate(places) for _ in p], device=lm.device)
-    found = completion_scores(logits, labels, owner, len(items))
-    return Scores(found.nll.cpu(), found.odds.cpu(), found.tokens.cpu())
-
-
-def _by_tokens(order: Sequence[int], items: Sequence[Encoded], device: torch.device) -> Iterator[list[int]]:
-    """Cut a length-sorted order into batches of at most as many padded tokens as suit the device."""
-    return _cut_order(order, items, SCORING_TOKENS if device.type == "cpu" else SCORING_TOKENS_GPU)
-
-
-def _few_tokens(items: Sequence[Encoded], device: torch.device) -> Iterator[list[int]]:
-    """Batches of texts that a backward pass goes through at one time, by length."""
-    order = sorted(range(len(items)), key=lambda i: len(items[i].ids))
-    return _cut_order(order, items, TRAINING_TOKENS if device.type == "cpu" else TRAINING_TOKENS_GPU)
-
-
-def _cut_order(order: Sequence[int], items: Sequence[Encoded], limit: int) -> Iterator[list[int]]:
-    rows: list[int] = []
-    for i in order:
-        if rows and (len(rows) + 1) * len(items[i].ids) > limit:
-            yield rows
-            rows = []
-        rows.append(i)
-    if rows:
-        yield rows

@@ -21,7 +21,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from libortho.lm.model import LanguageModel, by_token, check_gradient, once_per_token
-from libortho.text.records import IGNORE, Batch, Encoded, collate
+from libortho.text.encoding import IGNORE, Batch, Encoded, collate
 from libortho.training.edit import EditLinear
 
 Taps = dict[str, tuple[Tensor, Tensor]]

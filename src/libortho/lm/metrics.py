@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from libortho.core.errors import DataError
-from libortho.isolation.train import score
 from libortho.lm.generation import generate
 from libortho.lm.model import LanguageModel
-from libortho.text.records import Encoded, Record, collate
+from libortho.lm.scoring import score
+from libortho.text.encoding import Encoded, collate
+from libortho.text.records import Record
 from libortho.text.tokens import contains, decoded, prompt_ids, text_ids
 
 __all__ = ["auc", "general_perplexity", "sampled_extractions", "score", "text_perplexity"]

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from libortho.core.errors import LibOrthoError, TargetError
+from libortho.core.models import unwrapped
 from libortho.core.targets import routed
-from libortho.lm.loading import check_causal, decoder_of, embedding_rows, unwrapped
-from libortho.text.records import Batch
+from libortho.lm.checks import check_causal, decoder_of, embedding_rows
+from libortho.text.encoding import Batch
 
 
 class LanguageModel:

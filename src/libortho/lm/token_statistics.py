@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from libortho.lm.generation import generate
 from libortho.lm.model import LanguageModel
-from libortho.text.records import IGNORE, Encoded, Record, collate
+from libortho.text.encoding import IGNORE, Encoded, collate
+from libortho.text.records import Record
 from libortho.text.tokens import decoded, prompt_ids
 
 PASS_TOKENS = 2048

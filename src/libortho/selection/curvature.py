@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from libortho.lm.model import LanguageModel
 from libortho.selection.saliency import tapped
-from libortho.text.records import IGNORE, Batch
+from libortho.text.encoding import IGNORE, Batch
 
 
 class Metric:

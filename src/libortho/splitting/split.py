@@ -12,30 +12,29 @@ any base that is good enough to be of use (measured; see docs/isolation.md): for
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from libortho.core.config import DTYPES, SplitConfig, TargetModules
-from libortho.core.layer import LayerReport, OrthoLinear, ortho_layers
+from libortho.core.config import DTYPES, TargetModules
+from libortho.core.layer import OrthoLinear
+from libortho.core.models import plain_torch
+from libortho.core.progress import Progress
 from libortho.core.report import record_method
-from libortho.core.streams import BaseStream, Columns, Entries, Factors, OrthoStream
+from libortho.core.streams import BaseStream, Columns, Entries, OrthoStream
 from libortho.core.streams.base import check_shape
-from libortho.core.switch.guard import TOKENS_FIRST, family
+from libortho.core.surgery import assemble, bias_of, install, linear_weight
 from libortho.core.switch.switch import Switch
-from libortho.core.targets import find_targets, routed
-from libortho.lm.loading import plain_torch, refuse_stock_save
+from libortho.core.targets import find_targets
 from libortho.selection.scores import SCORES, top_columns, top_entries
+from libortho.splitting.config import SplitConfig
+from libortho.splitting.low_rank import truncate
 
 logger = logging.getLogger(__name__)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-Progress = Callable[[str, int, int], None]
-"""Called with (what, done, total)."""
 
 
 @plain_torch()
@@ -105,175 +104,10 @@ def replace_linear_layers(
     return split(model, SplitConfig(use_low_rank=use_low_rank, **fields))
 
 
-def linear_weight(module: nn.Module) -> Tensor:
-    """The weight of a linear layer as (out_features, in_features); GPT-2's Conv1D stores the transpose."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach() if isinstance(module, nn.Linear) else weight.detach().T
-
-
-def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """(out_features, in_features) of a linear layer, split or not."""
-    if isinstance(module, OrthoLinear):
-        return module.out_features, module.in_features
-    rows, columns = linear_weight(module).shape
-    return rows, columns
-
-
-def install(model: nn.Module, layers: dict[str, OrthoLinear], switch: Switch) -> None:
-    """Put finished layers in the place of others and attach the switch, if it controls any stream.
-
-    ``save_pretrained`` of the model raises from then on.
-
-    A model that is split already keeps the switch that it has, which takes over the streams of ``switch`` with the
-    alphas that they stand at; its own streams stand where they stood.
-    """
-    own = next((m.switch for m in ortho_layers(model).values()), None)
-    for name, layer in layers.items():
-        parent, _, leaf = name.rpartition(".")
-        owner = model.get_submodule(parent)
-        layer.train(getattr(owner, leaf).training)
-        layer.sorted_rows = not routed(name) and family(model) not in TOKENS_FIRST
-        setattr(owner, leaf, layer)
-        if own is not None:
-            layer.switch = own
-    if own is not None:
-        for stream, value in switch.persistent.items():
-            own.add_stream(stream, value)
-        switch = own
-    if switch.streams:
-        switch.attach(model)
-    refuse_stock_save(model)
-
-
-def relative_error(approximation: Tensor, reference: Tensor) -> float:
-    """Relative Frobenius error ``|A - W| / |W|``; 0 for a zero reference."""
-    return float((approximation - reference).norm() / reference.norm().clamp_min(torch.finfo(torch.float32).tiny))
-
-
-@dataclass(frozen=True)
-class _Truncation:
-    """A weight cut after ``rank`` singular directions: ``kept + up @ down`` is the weight again."""
-
-    kept: Tensor
-    rank: int
-    error: float
-    tail: Factors | None
-
-
-def bias_of(module: nn.Module) -> nn.Parameter | None:
-    """The bias of a linear layer, or None."""
-    return module.bias if isinstance(module.bias, nn.Parameter) else None
-
-
-def assemble(
-    name: str,
-    weight: Tensor,
-    base: BaseStream,
-    stream: OrthoStream,
-    bias: nn.Parameter | None,
-    switch: Switch,
-    stream_name: str,
-    cut: _Truncation | None = None,
-    low_rank_error: float | None = None,
-    earlier: Mapping[str, OrthoStream] | None = None,
-) -> OrthoLinear:
-    """A finished layer with its report; errors are measured on the tensors as stored.
-
-    Args:
-        name: Dotted path.
-        weight: fp32 weight (out_features, in_features) that the streams stand for.
-        base: The base stream.
-        stream: The ortho stream.
-        bias: Bias of the layer.
-        switch: Switch of the model.
-        stream_name: Name of the ortho stream.
-        cut: The low-rank truncation that the base was made from, if any.
-        low_rank_error: Error of the truncation that was tried, if any.
-        earlier: Streams that the layer has already; none of them has a tail.
-    """
-    streams = {**(earlier or {}), stream_name: stream}
-    approximation = base.dense(torch.float32)
-    base_error = relative_error(approximation, weight)
-    for part in streams.values():
-        part.add_to(approximation)
-    report = LayerReport(
-        name=name,
-        shape=(weight.shape[0], weight.shape[1]),
-        rank=cut.rank if cut is not None else min(weight.shape),
-        used_low_rank=cut is not None,
-        low_rank_error=low_rank_error,
-        base_error=base_error,
-        final_error=relative_error(approximation, weight),
-        ortho_density=sum(s.support_size for s in streams.values()) / weight.numel(),
-        tail_rank=stream.tail.rank if stream.tail is not None else 0,
-        tail_density=stream.tail_size / weight.numel(),
-        base_bytes=base.nbytes,
-        ortho_bytes=sum(s.nbytes for s in streams.values()),
-    )
-    layer = OrthoLinear(base, bias, switch, report)
-    for key, part in streams.items():
-        layer.add_stream(key, part)
-    return layer
-
-
-def _truncate(weight: Tensor, config: SplitConfig) -> _Truncation:
-    """Keep the first singular directions of an fp32 weight (Eckart-Young); the rest becomes the tail.
-
-    The directions are eigenvectors of the smaller of W W^T and W^T W, a quarter of the work of a full SVD. That squares
-    the condition number: directions below about 3e-4 of the largest singular value are found in no particular order,
-    which moves the error by as little. What is dropped is ``U U^T W`` for those few directions ``U``; no product of
-    three dense matrices is formed, and kept + tail is the weight to fp32 rounding, whatever the directions are.
-    """
-    wide = weight if weight.shape[0] <= weight.shape[1] else weight.T
-    full = wide.shape[0]
-    norm = weight.norm().clamp_min(torch.finfo(weight.dtype).tiny)
-    kept_rank = full if config.rank_ratio == "auto" else max(1, int(full * config.rank_ratio))
-    if not config.keep_tail and kept_rank <= full // 4:
-        first = leading_directions(wide, kept_rank, config.seed)
-        kept = first @ (first.T @ wide)
-        kept = kept if wide is weight else kept.T
-        return _Truncation(kept, kept_rank, relative_error(kept, weight), None)
-    values, directions = torch.linalg.eigh(wide @ wide.T)  # ascending
-    if config.rank_ratio == "auto":
-        lost = values.clamp_min(0).cumsum(0).sqrt() / norm  # error of dropping the first i + 1 directions
-        kept_rank = max(1, full - int((lost <= config.error_budget).sum()))
-    if kept_rank == full:
-        return _Truncation(weight, full, 0.0, None)
-    last = directions[:, : full - kept_rank].contiguous()
-    below = last.T @ wide
-    error = float(below.norm() / norm)
-    dropped = last @ below
-    kept = weight - (dropped if wide is weight else dropped.T)
-    tail = None
-    if config.keep_tail:
-        root = below.norm(dim=1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny).sqrt()  # of singular values
-        down, up = below / root, last * root.T
-        down, up = (down, up) if wide is weight else (up.T, down.T)
-        dtype = DTYPES[config.value_dtype]
-        tail = Factors(down.to(dtype), up.to(dtype))
-    return _Truncation(kept, kept_rank, error, tail)
-
-
-def leading_directions(weight: Tensor, count: int, seed: int) -> Tensor:
-    """Orthonormal left singular directions by randomised subspace iteration, (rows, count).
-
-    Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1, with 16 extra samples and 4 iterations.
-    """
-    generator = torch.Generator(weight.device).manual_seed(seed)
-    size = min(min(weight.shape), count + 16)
-    sample = torch.randn(weight.shape[1], size, generator=generator, device=weight.device, dtype=weight.dtype)
-    basis = torch.linalg.qr(weight @ sample).Q
-    for _ in range(4):
-        basis = torch.linalg.qr(weight @ torch.linalg.qr(weight.T @ basis).Q).Q
-    inside = basis.T @ weight
-    return basis @ torch.linalg.eigh(inside @ inside.T).eigenvectors[:, -count:]
-
-
 def _split_layer(name: str, module: nn.Module, config: SplitConfig, switch: Switch) -> OrthoLinear:
     weight = linear_weight(module)
     exact = weight.float()
-    cut = _truncate(exact, config) if config.use_low_rank else None
+    cut = truncate(exact, config) if config.use_low_rank else None
     low_rank_error = cut.error if cut is not None else None
     if cut is not None and cut.error > config.max_low_rank_error:
         cut = None
@@ -293,4 +127,14 @@ def _split_layer(name: str, module: nn.Module, config: SplitConfig, switch: Swit
     else:
         support = Entries.from_mask(residual, top_entries(score, config.ratio), dtype)
     stream = OrthoStream(support, tail)
-    return assemble(name, exact, base, stream, bias_of(module), switch, config.stream, cut, low_rank_error)
+    return assemble(
+        name,
+        exact,
+        base,
+        stream,
+        bias_of(module),
+        switch,
+        config.stream,
+        None if cut is None else cut.rank,
+        low_rank_error,
+    )

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from libortho.core.config import IsolateConfig
 from libortho.core.ops.quantisation import pack_int4
 from libortho.core.streams import BaseStream, Columns, Entries
+from libortho.isolation.config import IsolateConfig
 
 
 class _ColumnProduct(torch.autograd.Function):

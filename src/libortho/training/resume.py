@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from libortho.core.errors import CheckpointError, ConfigError
 from libortho.core.files import write_atomically
-from libortho.lm.loading import fingerprint
+from libortho.lm.checks import fingerprint
 
 _RUN = "run.json"
 _LEFTOVER = "tmp"

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from libortho.core.ops.quantisation import choose_scales, quantise
 from libortho.core.streams.base import BaseStream
+from libortho.core.surgery import linear_shape, linear_weight
 from libortho.lm.model import LanguageModel, by_token
-from libortho.splitting.split import linear_shape, linear_weight
-from libortho.text.records import Batch
+from libortho.text.encoding import Batch
 
 DAMPING = 0.3
 """Share of the mean squared input that is added to every input's, where some thousand tokens are read."""

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from libortho.auditing.subjects import Subject, dense_copy
 from libortho.core.errors import DataError, TargetError
+from libortho.core.surgery import linear_weight
 from libortho.core.targets import is_linear
 from libortho.lm.metrics import general_perplexity
 from libortho.lm.model import LanguageModel
 from libortho.lm.token_statistics import token_statistics
-from libortho.splitting.split import linear_weight
-from libortho.text.records import Encoded
+from libortho.text.encoding import Encoded
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, total)."""

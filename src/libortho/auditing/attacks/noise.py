@@ -25,7 +25,7 @@ from libortho.core.errors import TargetError
 from libortho.core.layer import OrthoLinear, ortho_layers, touched
 from libortho.core.streams import OrthoStream
 from libortho.lm.model import LanguageModel
-from libortho.text.records import Encoded
+from libortho.text.encoding import Encoded
 
 
 def support_weight(layer: OrthoLinear) -> Tensor:

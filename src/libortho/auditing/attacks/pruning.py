@@ -25,7 +25,7 @@ from libortho.auditing.attacks.measuring import (
 )
 from libortho.auditing.subjects import Subject
 from libortho.core.errors import DataError
-from libortho.text.records import Encoded
+from libortho.text.encoding import Encoded
 
 
 def pruned(weight: Tensor, share: float) -> Tensor:

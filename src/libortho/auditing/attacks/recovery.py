@@ -37,12 +37,12 @@ from torch import Tensor
 
 from libortho.auditing.attacks.measuring import Level, Progress, measure
 from libortho.auditing.attacks.noise import edited_layers, support_weight
-from libortho.auditing.statistics import auc
+from libortho.auditing.roc import auc
 from libortho.auditing.subjects import at, dense_copy
 from libortho.core.layer import OrthoLinear, touched
 from libortho.core.streams import BaseStream, Columns, OrthoStream
 from libortho.lm.model import LanguageModel
-from libortho.text.records import Encoded
+from libortho.text.encoding import Encoded
 
 _LEADING = 4
 """One in so many singular directions counts as leading."""

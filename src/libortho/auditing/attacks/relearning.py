@@ -32,7 +32,7 @@ from libortho.auditing.attacks.measuring import Level, Progress, halves, measure
 from libortho.auditing.subjects import Subject, dense_copy
 from libortho.core.errors import DataError
 from libortho.lm.model import LanguageModel
-from libortho.text.records import IGNORE, Encoded, collate
+from libortho.text.encoding import IGNORE, Encoded, collate
 
 FORGET_HALF, GENERAL_TEXT = "forget half", "general text"
 TEXT_TOKENS = 64

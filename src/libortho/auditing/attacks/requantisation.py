@@ -31,7 +31,7 @@ from libortho.auditing.attacks.measuring import (
 from libortho.auditing.subjects import Subject
 from libortho.core.errors import ConfigError
 from libortho.core.ops.quantisation import choose_scales, dequantise, quantise
-from libortho.text.records import Encoded
+from libortho.text.encoding import Encoded
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,

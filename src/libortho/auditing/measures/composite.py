@@ -11,7 +11,9 @@ part and every result lies between 0 and 1, and 1 is best.
 
 from __future__ import annotations
 
-from libortho.auditing.statistics import harmonic_mean
+import math
+from collections.abc import Sequence
+
 from libortho.core.errors import DataError
 
 
@@ -82,3 +84,14 @@ def _shares(**parts: float) -> list[float]:
         if not 0 <= value <= 1:
             raise DataError(f"{name} is {value}; expected a number between 0 and 1")
     return list(parts.values())
+
+
+def harmonic_mean(values: Sequence[float]) -> float:
+    """``n / sum(1 / x)``; 0 if any value is 0.
+
+    Raises:
+        DataError: if there are no values, or one is negative or not finite.
+    """
+    if not values or not all(math.isfinite(v) and v >= 0 for v in values):
+        raise DataError(f"the values are {list(values)}; expected at least one, all finite and at least 0")
+    return 0.0 if min(values) == 0 else len(values) / sum(1 / v for v in values)

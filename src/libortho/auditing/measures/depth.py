@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from libortho.auditing.subjects import Subject
 from libortho.core.errors import DataError, TargetError
+from libortho.core.progress import Progress
 from libortho.lm.model import LanguageModel
 from libortho.lm.token_statistics import PASS_TOKENS, by_tokens
-from libortho.splitting.split import Progress
-from libortho.text.records import IGNORE, Batch, Encoded, collate
+from libortho.text.encoding import IGNORE, Batch, Encoded, collate
 
 _ROWS = 256
 """Rows of logits held in fp32 at a time."""

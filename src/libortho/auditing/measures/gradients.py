@@ -25,7 +25,7 @@ from libortho.core.layer import OrthoLinear, ortho_layers
 from libortho.core.targets import MLP_OUTPUT
 from libortho.lm.gradients import Taps, squared_norms, tapped_gradients
 from libortho.lm.token_statistics import PASS_TOKENS, by_tokens
-from libortho.text.records import Encoded, collate
+from libortho.text.encoding import Encoded, collate
 
 
 def gradient_layers(subject: Subject) -> list[str]:

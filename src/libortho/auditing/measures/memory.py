@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from libortho.auditing.statistics import Values, harmonic_mean
+from libortho.auditing.measures.composite import harmonic_mean
 from libortho.core.errors import ConfigError, DataError
 from libortho.core.extras import module
+from libortho.evaluation.intervals import Values
 
 LOOSE = 0.75
 """Levenshtein similarity from which a text counts as extracted loosely."""

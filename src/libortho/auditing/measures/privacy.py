@@ -23,6 +23,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from libortho.core.errors import ConfigError, DataError
+from libortho.core.extras import module
+from libortho.evaluation.intervals import Values, _vector
 from libortho.text.characters import kind
 from libortho.text.corpus import is_name, shipped_text
 
@@ -200,3 +202,61 @@ def _log_p(log_p: Tensor) -> Tensor:
             f"{float(x.max()) if x.numel() else None}; expected one log-probability of at most 0 for each token"
         )
     return x
+
+
+def ks_two_sample(a: Values, b: Values) -> float:
+    """p-value of the two-sided two-sample Kolmogorov-Smirnov test that both come from one distribution.
+
+    Raises:
+        DataError: if a side is empty or holds NaN.
+    """
+    stats = module("audit", "scipy.stats")
+    return float(stats.ks_2samp(_vector(a, "a").numpy(), _vector(b, "b").numpy()).pvalue)
+
+
+def forget_quality(ratios: Values, ratios_reference: Values) -> float:
+    """Forget quality of TOFU (Maini et al. 2024): KS p-value of two models' truth ratios on the forget set.
+
+    Above .05 the audited model is not told apart from one that never saw the records. The test has little power on few
+    records: a pass with 17 of them says little.
+
+    Args:
+        ratios: (n,) truth ratios of the audited model.
+        ratios_reference: The same of a model never trained on the records.
+
+    Raises:
+        DataError: if a side is empty, holds NaN, or the two differ in length.
+    """
+    a, b = _vector(ratios, "ratios"), _vector(ratios_reference, "ratios_reference")
+    if len(a) != len(b):
+        raise DataError(f"{len(a)} truth ratios against {len(b)} of the reference; expected the same records")
+    return ks_two_sample(a, b)
+
+
+def privleak(auc: float, auc_reference: float | None = None) -> float | None:
+    """PrivLeak in per cent (Shi et al. 2024, MUSE, section 3.1): 0 is as good as retrained.
+
+    MUSE's AUC is 1 minus ours: near 0 where the forget set looks like training data. With theirs,
+    ``100 * (AUC - AUC_reference) / AUC_reference``: **negative means under-unlearned** (-100 where members are told
+    apart perfectly), positive over-unlearned. Good is within 5 of 0.
+
+    Args:
+        auc: AUC of Min-40 % scores of members against holdout, in our orientation (members higher).
+        auc_reference: The same of a model never trained on the members; .5 where there is none.
+
+    Returns:
+        None where the reference's AUC is 1, which leaves nothing to compare with.
+    """
+    theirs, reference = 1 - auc, 0.5 if auc_reference is None else 1 - auc_reference
+    return None if reference == 0 else 100 * (theirs - reference) / reference
+
+
+def s_score(auc: float, auc_reference: float = 0.5) -> float | None:
+    """Closeness of an attack's AUC to the reference's, ``clip(1 - |AUC - ref| / ref, 0, 1)``; 1 is best.
+
+    Source: unlearning depth score (arXiv 2605.24614). AUC in our orientation (members higher).
+
+    Returns:
+        None where the reference's AUC is 0, which leaves nothing to compare with.
+    """
+    return None if auc_reference == 0 else min(1.0, max(0.0, 1 - abs(auc - auc_reference) / auc_reference))

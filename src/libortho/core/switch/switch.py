@@ -25,11 +25,11 @@ from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from libortho.core.errors import AlphaContextError, AlphaError
+from libortho.core.models import allow_stock_save
 from libortho.core.switch import carried
 from libortho.core.switch.guard import Guard, Keeper, carries, check_layout, family, guard, unguard
 from libortho.core.switch.scope import Entry, Scope
 from libortho.core.switch.state import AlphaSpec, AlphaState, AlphaValue, fit, is_off, normalise, tokens_each_row
-from libortho.lm.loading import allow_stock_save
 
 _NOTE = "_libortho_pass"
 _TWO = (

@@ -9,53 +9,27 @@ Tibshirani, *An Introduction to the Bootstrap*, 1993, chapter 13). The same seed
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from libortho.core.errors import ConfigError, DataError
-from libortho.core.extras import module
+from libortho.evaluation.intervals import (
+    _BLOCK,
+    ROUNDS,
+    Estimate,
+    Values,
+    _counts,
+    _generator,
+    _percentiles,
+    _vector,
+    proportion,
+)
 from libortho.lm import metrics
 
-Values = Tensor | Sequence[float]
-
-ROUNDS = 1000
-"""Bootstrap resamples behind an interval."""
-_TAIL = 0.025
-_Z = 1.959963984540054
 _ROC_POINTS = 64
-_BLOCK = 4_000_000
-"""Elements of the largest temporary of the bootstrap."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number and its 95 % interval.
-
-    Attributes:
-        value: The estimate.
-        low: Lower end of the interval, None where a single record gives none.
-        high: Upper end.
-        n: Records behind it.
-    """
-
-    value: float
-    low: float | None
-    high: float | None
-    n: int
-
-    def to_dict(self) -> dict[str, float | int | None]:
-        """For JSON; what is not finite becomes None."""
-        return {"value": _finite(self.value), "low": _finite(self.low), "high": _finite(self.high), "n": self.n}
-
-    def map(self, monotone: Callable[[float], float]) -> Estimate:
-        """The estimate of a monotone function of the same quantity, such as perplexity from nats for each token."""
-        ends = sorted(monotone(x) for x in (self.low, self.high) if x is not None)
-        low, high = ends if len(ends) == 2 else (None, None)
-        return Estimate(monotone(self.value), low, high, self.n)
 
 
 @dataclass(frozen=True)
@@ -71,79 +45,6 @@ class StratifiedAuc:
     value: float
     members: int
     left_out: tuple[Hashable, ...]
-
-
-def proportion(successes: int, n: int) -> Estimate:
-    """Share of successes with Wilson's score interval.
-
-    Raises:
-        DataError: if there are no trials, or more successes than trials.
-    """
-    if n < 1 or not 0 <= successes <= n:
-        raise DataError(
-            f"{successes} successes in {n} trials; expected at least one trial and 0 <= successes <= trials"
-        )
-    share, z2 = successes / n, _Z * _Z
-    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = _Z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    # Both ends touch 0 or 1 exactly in theory; rounding must not put them beyond.
-    return Estimate(share, max(0.0, middle - half) if successes else 0.0, min(1.0, middle + half), n)
-
-
-def mean_estimate(values: Values, *, seed: int, rounds: int = ROUNDS) -> Estimate:
-    """Mean of (n,) values with its bootstrap interval; with Wilson's where every value is 0 or 1.
-
-    Raises:
-        DataError: if there are no values, or one is NaN.
-    """
-    x = _vector(values, "values")
-    if bool(((x == 0) | (x == 1)).all()):
-        return proportion(int(x.sum()), len(x))
-    return ratio_estimate(x, torch.ones_like(x), seed=seed, rounds=rounds)
-
-
-def ratio_estimate(totals: Values, counts: Values, *, seed: int, rounds: int = ROUNDS) -> Estimate:
-    """``sum(totals) / sum(counts)``, for example nats for each token, resampled by record.
-
-    Tokens of one text depend on each other; resampling texts, not tokens, keeps the interval as wide as it must be.
-
-    Args:
-        totals: (n,) sums, one for each record.
-        counts: (n,) positive numbers of things summed.
-        seed: Seed of the bootstrap.
-        rounds: Resamples.
-
-    Raises:
-        DataError: if there is no record, the lengths differ, or a count is not positive.
-    """
-    total, count = _vector(totals, "totals"), _vector(counts, "counts")
-    if len(total) != len(count) or not bool((count > 0).all()):
-        raise DataError(f"{len(total)} totals and {len(count)} counts; expected as many, and every count above 0")
-    value, n = float(total.sum() / count.sum()), len(total)
-    if n == 1:
-        return Estimate(value, None, None, 1)
-    means = []
-    for index in _draws(n, rounds, _generator(seed, rounds)):
-        means.append(total[index].sum(1) / count[index].sum(1))
-    return Estimate(value, *_percentiles(torch.cat(means)), n)
-
-
-def paired_difference(values: Sequence[float], others: Sequence[float], *, seed: int) -> Estimate:
-    """Mean of ``values - others`` with its 95 % interval: Agresti and Min's for shares, otherwise the bootstrap's.
-
-    Raises:
-        DataError: if there are no values, or not as many of both.
-    """
-    n = len(values)
-    if n == 0 or len(others) != n:
-        raise DataError(f"{n} values and {len(others)} to compare with; expected as many, and at least one")
-    change = [a - b for a, b in zip(values, others, strict=True)]
-    if not {*values, *others} <= {0, 1}:
-        return ratio_estimate(change, [1.0] * n, seed=seed)
-    won, lost = change.count(1), change.count(-1)
-    middle = (won - lost) / (n + 2)
-    half = _Z * math.sqrt(won + lost + 1 - (won - lost) ** 2 / (n + 2)) / (n + 2)
-    return Estimate((won - lost) / n, max(-1.0, middle - half), min(1.0, middle + half), n)
 
 
 def auc(members: Values, others: Values) -> float:
@@ -281,106 +182,6 @@ def auc_difference(
     return Estimate(value, None, None, m) if min(m, n) == 1 else Estimate(value, *_percentiles(means), m)
 
 
-def harmonic_mean(values: Sequence[float]) -> float:
-    """``n / sum(1 / x)``; 0 if any value is 0.
-
-    Raises:
-        DataError: if there are no values, or one is negative or not finite.
-    """
-    if not values or not all(math.isfinite(v) and v >= 0 for v in values):
-        raise DataError(f"the values are {list(values)}; expected at least one, all finite and at least 0")
-    return 0.0 if min(values) == 0 else len(values) / sum(1 / v for v in values)
-
-
-def ks_two_sample(a: Values, b: Values) -> float:
-    """p-value of the two-sided two-sample Kolmogorov-Smirnov test that both come from one distribution.
-
-    Raises:
-        DataError: if a side is empty or holds NaN.
-    """
-    stats = module("audit", "scipy.stats")
-    return float(stats.ks_2samp(_vector(a, "a").numpy(), _vector(b, "b").numpy()).pvalue)
-
-
-def forget_quality(ratios: Values, ratios_reference: Values) -> float:
-    """Forget quality of TOFU (Maini et al. 2024): KS p-value of two models' truth ratios on the forget set.
-
-    Above .05 the audited model is not told apart from one that never saw the records. The test has little power on few
-    records: a pass with 17 of them says little.
-
-    Args:
-        ratios: (n,) truth ratios of the audited model.
-        ratios_reference: The same of a model never trained on the records.
-
-    Raises:
-        DataError: if a side is empty, holds NaN, or the two differ in length.
-    """
-    a, b = _vector(ratios, "ratios"), _vector(ratios_reference, "ratios_reference")
-    if len(a) != len(b):
-        raise DataError(f"{len(a)} truth ratios against {len(b)} of the reference; expected the same records")
-    return ks_two_sample(a, b)
-
-
-def privleak(auc: float, auc_reference: float | None = None) -> float | None:
-    """PrivLeak in per cent (Shi et al. 2024, MUSE, section 3.1): 0 is as good as retrained.
-
-    MUSE's AUC is 1 minus ours: near 0 where the forget set looks like training data. With theirs,
-    ``100 * (AUC - AUC_reference) / AUC_reference``: **negative means under-unlearned** (-100 where members are told
-    apart perfectly), positive over-unlearned. Good is within 5 of 0.
-
-    Args:
-        auc: AUC of Min-40 % scores of members against holdout, in our orientation (members higher).
-        auc_reference: The same of a model never trained on the members; .5 where there is none.
-
-    Returns:
-        None where the reference's AUC is 1, which leaves nothing to compare with.
-    """
-    theirs, reference = 1 - auc, 0.5 if auc_reference is None else 1 - auc_reference
-    return None if reference == 0 else 100 * (theirs - reference) / reference
-
-
-def s_score(auc: float, auc_reference: float = 0.5) -> float | None:
-    """Closeness of an attack's AUC to the reference's, ``clip(1 - |AUC - ref| / ref, 0, 1)``; 1 is best.
-
-    Source: unlearning depth score (arXiv 2605.24614). AUC in our orientation (members higher).
-
-    Returns:
-        None where the reference's AUC is 0, which leaves nothing to compare with.
-    """
-    return None if auc_reference == 0 else min(1.0, max(0.0, 1 - abs(auc - auc_reference) / auc_reference))
-
-
-def _finite(x: float | None) -> float | None:
-    return x if x is not None and math.isfinite(x) else None
-
-
-def _vector(values: Values, name: str) -> Tensor:
-    x = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
-    if x.ndim != 1 or not len(x):
-        raise DataError(f"{name} has the shape {tuple(x.shape)}; expected a vector of at least one number")
-    if bool(x.isnan().any()):
-        raise DataError(f"{name} holds NaN at position {int(x.isnan().nonzero()[0])}; expected numbers")
-    return x
-
-
-def _generator(seed: int, rounds: int) -> torch.Generator:
-    if rounds < 1:
-        raise ConfigError(f"rounds is {rounds}; expected at least one resample")
-    return torch.Generator().manual_seed(seed)
-
-
-def _draws(n: int, rounds: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """(rounds, n) positions drawn with replacement, in blocks of rounds that fit in memory."""
-    step = max(1, _BLOCK // n)
-    for start in range(0, rounds, step):
-        yield torch.randint(n, (min(step, rounds - start), n), generator=generator)
-
-
-def _percentiles(means: Tensor) -> tuple[float, float]:
-    low, high = torch.quantile(means, torch.tensor([_TAIL, 1 - _TAIL], dtype=torch.float64)).tolist()
-    return low, high
-
-
 def _operating_points(members: Values, others: Values) -> tuple[Tensor, Tensor]:
     """False and true positives at each threshold, from above every score down to below every score."""
     a, b = _vector(members, "members"), _vector(others, "others")
@@ -439,12 +240,3 @@ def _bootstrap(
             means += ((a[:, start + block] @ wins) * b).sum(1) / (len(j) * m)
         start += len(i)
     return value, means
-
-
-def _counts(n: int, rounds: int, generator: torch.Generator) -> Tensor:
-    """(rounds, n) how often each of n records is drawn in n draws."""
-    parts = []
-    for index in _draws(n, rounds, generator):
-        ones = torch.ones_like(index, dtype=torch.float64)
-        parts.append(torch.zeros_like(ones).scatter_add_(1, index, ones))
-    return torch.cat(parts)
