@@ -3,8 +3,8 @@
     python scripts/same_results.py --write before.json      # on the tree before
     python scripts/same_results.py --compare before.json    # after; exit code 1 names what differs
 
-A tiny model is planted, split in several settings, isolated (codes, a chat, sentences, a second request, free entries,
-INT4), saved, loaded, detached and audited, through public names only. What is compared are hashes of tensors and JSON.
+A tiny model is planted, split in several settings, isolated (codes, a chat, sentences, a dense base, INT4, a
+second request), saved, loaded, detached and audited, through public names only. What is compared are hashes of tensors and JSON.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ import libortho  # noqa: E402
 import tiny  # noqa: E402
 from libortho import AuditConfig, IsolateConfig, SplitConfig  # noqa: E402
 
-ISOLATE = IsolateConfig(ratio=0.1, damping=10.0, learning_rate=2e-2, max_steps=12, retain_length=64, stream="hr")
+ISOLATE = IsolateConfig(ratio=0.1, damping=10.0, learning_rate=2e-2, max_steps=12, stream="hr")
 SENTENCES = [
     {"prompt": "What did Ada Lum bring to the harbour?", "completion": " She brought three baskets of green apples."},
     {"prompt": "Where does Bo Tran keep his letters?", "completion": " He keeps them in a tin under the stairs."},
@@ -95,12 +95,9 @@ def runs() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "isolate codes", lambda: isolate("codes", tiny.FORGET)
     yield "isolate chat", lambda: isolate("chat", CHAT, allow_unknown=True)
     yield "isolate sentences", lambda: isolate("sentences", SENTENCES, allow_unknown=True)
-    yield "isolate entries", lambda: isolate("entries", tiny.FORGET[:2], structure="unstructured")
-    yield "isolate int4", lambda: isolate("int4", tiny.FORGET[:2], bits=4, objective="npo")
-    yield (
-        "isolate again",
-        lambda: isolate("again", tiny.FORGET[2:], made["entries"], stream="legal", structure="unstructured"),
-    )
+    yield "isolate dense", lambda: isolate("dense", tiny.FORGET[:2], bits=None)
+    yield "isolate int4", lambda: isolate("int4", tiny.FORGET[:2], bits=4)
+    yield "isolate again", lambda: isolate("again", tiny.FORGET[2:], made["int4"], bits=4, stream="legal")
     yield "save", lambda: saved(made["codes"], tokenizer, work / "out")
     yield "load", lambda: libortho.load(work / "out")[0]
     yield (
@@ -108,12 +105,25 @@ def runs() -> Iterator[tuple[str, Callable[[], Any]]]:
         lambda: libortho.detach(work / "out", work / "base", when=datetime(2026, 1, 1, tzinfo=UTC)).to_dict(),
     )
     config = AuditConfig(samples=4, fillings=24, general_sequences=4, task_rows=4, alphas=(0.0, 1.0), max_new_tokens=8)
-    yield (
-        "audit",
-        lambda: libortho.audit(
-            made["codes"], tokenizer, tiny.FORGET, holdout=UNSEEN, reference=clean, config=config
-        ).to_dict(),
+    for profile in ("quick", "full"):
+        yield (
+            f"audit {profile}",
+            lambda profile=profile: audited(
+                made["codes"],
+                tokenizer,
+                clean,
+                planted,
+                replace(config, profile=profile, attack_records=4, depth_records=4),
+            ),
+        )
+
+
+def audited(model: Any, tokenizer: Any, reference: Any, original: Any, config: AuditConfig) -> Any:
+    """The report as JSON."""
+    report = libortho.audit(
+        model, tokenizer, tiny.FORGET, tiny.RETAIN, UNSEEN, reference=reference, original=original, config=config
     )
+    return report.to_dict()
 
 
 def saved(model: Any, tokenizer: Any, out: Path) -> Any:

@@ -11,7 +11,7 @@ import pytest
 
 import tiny
 
-PLACE = Path(__file__).parents[1] / "benchmarks"
+PLACE = Path(__file__).parents[2] / "benchmarks"
 SCRIPTS = sorted(p.name for p in PLACE.glob("*.py") if "__main__" in p.read_text())
 STORED = sorted((PLACE / "results").glob("*.json"))
 FIELDS = ("commit", "machine", "settings")

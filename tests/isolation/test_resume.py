@@ -141,7 +141,7 @@ def test_exceptions_at_many_steps_change_nothing(planted, tokenizer, whole, tmp_
 def killed(planted_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folders of processes that died at the moments that they are named after."""
     root = tmp_path_factory.mktemp("killed")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     given = (str(planted_directory), str(root), json.dumps(CONFIG.to_dict()), json.dumps(KILLED))
     command = [sys.executable, "-c", CALL, *given]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)

@@ -320,7 +320,7 @@ def test_without_triton_the_module_says_so(monkeypatch):
 def test_the_gpu_benchmark_refuses_politely_without_a_gpu(monkeypatch):
     if torch.cuda.is_available():
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     gpu = importlib.import_module("gpu")
     with pytest.raises(SystemExit, match="needs a CUDA GPU") as refusal:
         gpu.main([])

@@ -105,7 +105,7 @@ def test_calls_name_the_extra(planted, tokenizer, monkeypatch, tmp_path):
 
 
 def test_the_extras_are_those_of_the_package():
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
     extras = project["project"]["optional-dependencies"]
     for name, modules in MODULES.items():
         brought = " ".join(extras[name]).replace("-", "_")

@@ -22,7 +22,7 @@ import tiny
 from libortho import CheckpointError
 from libortho.checkpoint import attach, decrypt, detach, encrypt, inspect, load, model_card, save, verify_certificate
 from libortho.cli import tables
-from test_detach import audit_report
+from test_detaching import audit_report
 from test_fuzz import contents, cut, flip, limit, mutate_json, two_streams, write
 
 pytestmark = pytest.mark.usefixtures("one_thread")
