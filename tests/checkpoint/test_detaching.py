@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_fuzz import Disk, contents, fails_cleanly_everywhere, output, two_streams, write
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -23,7 +24,6 @@ from libortho.checkpoint import attach, detach, hub, inspect, load, model_card, 
 from libortho.checkpoint.format import file_sha256
 from libortho.core.layer import ortho_layers
 from libortho.core.streams import BaseStream
-from test_fuzz import Disk, contents, fails_cleanly_everywhere, output, two_streams, write
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

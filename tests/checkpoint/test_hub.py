@@ -17,11 +17,11 @@ import pytest
 import torch
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from test_fuzz import contents, output, two_streams, write
 
 import tiny
 from libortho import CheckpointError
 from libortho.checkpoint import load, push_to_hub, save
-from test_fuzz import contents, output, two_streams, write
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKEN = "hf_right"

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_fuzz import contents, two_streams, write
 
 import tiny
 from libortho import CheckpointError
 from libortho.checkpoint import attach, detach, save, verify_certificate
 from libortho.checkpoint.format import BaseManifest, TensorFiles, file_sha256
-from test_fuzz import contents, two_streams, write
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EMBEDDING = "model.embed_tokens.weight"

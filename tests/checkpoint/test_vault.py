@@ -18,11 +18,11 @@ from typing import Any
 
 import pytest
 import torch
+from test_fuzz import Disk, contents, fails_cleanly_everywhere, output, two_streams, write
 from typer.testing import CliRunner
 
 from libortho import CheckpointError, ConfigError, LibOrthoError, cli
 from libortho.checkpoint import attach, decrypt, detach, encrypt, load, save
-from test_fuzz import Disk, contents, fails_cleanly_everywhere, output, two_streams, write
 
 pyrage = pytest.importorskip("pyrage")
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -17,13 +17,13 @@ from typing import Any
 import pyrage
 import pytest
 from rich.console import Console
+from test_detaching import audit_report
+from test_fuzz import contents, cut, flip, limit, mutate_json, two_streams, write
 
 import tiny
 from libortho import CheckpointError
 from libortho.checkpoint import attach, decrypt, detach, encrypt, inspect, load, model_card, save, verify_certificate
 from libortho.cli import tables
-from test_detaching import audit_report
-from test_fuzz import contents, cut, flip, limit, mutate_json, two_streams, write
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MUTATIONS = int(os.environ.get("LIBORTHO_FUZZ", "280"))

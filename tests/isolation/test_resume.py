@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_isolate import assert_same, state
 from torch import nn
 from typer.testing import CliRunner
 
@@ -24,7 +25,6 @@ from libortho.isolation import train as trainer
 from libortho.isolation.isolate import IsolateResult
 from libortho.training import resume
 from libortho.training.resume import Part, Store
-from test_isolate import assert_same, state
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from test_isolate import assert_same, state
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -27,7 +28,6 @@ from libortho.core.switch.alpha import get_switch
 from libortho.lm.checks import fingerprint
 from libortho.lm.metrics import score
 from libortho.lm.model import LanguageModel
-from test_isolate import assert_same, state
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 

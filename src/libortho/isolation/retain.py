@@ -24,9 +24,8 @@ from libortho.core.files import write_atomically
 from libortho.lm.checks import fingerprint
 from libortho.lm.generation import generate
 from libortho.text.corpus import shipped_text
-from libortho.text.encoding import Encoded, chunk
+from libortho.text.encoding import SHARED_TOKENS, Encoded, chunk
 from libortho.text.tokens import opening_tokens
-from libortho.text.encoding import SHARED_TOKENS
 
 logger = logging.getLogger(__name__)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,26 +11,14 @@ import torch
 from torch import Tensor
 
 from libortho.core.errors import DataError
-from libortho.text.records import Record, logger
+from libortho.text.records import Record
 from libortho.text.tokens import opening_tokens, opens, template_tokens, text_ids
-import hashlib
-import json
-import logging
-import random
-import re
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-from torch import nn
-from libortho.core.cache import cache_directory, make_private
-from libortho.core.errors import ConfigError
-from libortho.core.files import write_atomically
-from libortho.lm.checks import fingerprint
-from libortho.lm.generation import generate
-from libortho.text.corpus import shipped_text
-from libortho.text.tokens import opening_tokens
+
+logger = logging.getLogger(__name__)
 
 IGNORE = -100
+SHARED_TOKENS = 8
+"""Tokens of the shortest piece that ``chunk`` keeps."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +138,3 @@ def chunk(texts: Sequence[str], tokenizer: Any, length: int) -> list[list[int]]:
 def predicting(item: Encoded) -> tuple[int, ...]:
     """Positions of the hidden states that predict judged tokens."""
     return tuple(i - 1 for i, label in enumerate(item.labels) if i and label != IGNORE)
-
-
-SHARED_TOKENS = 8

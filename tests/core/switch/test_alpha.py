@@ -215,7 +215,7 @@ BAD = [
     b"\x01",
     None,
     1j,
-    object(),
+    object,
     [],
     [0.5, math.nan, 0.5],
     [0.5, True, 0.5],

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_fuzz import contents, output, two_streams, write
+from test_smuggling import EMBEDDING, WEIGHTS, edit, fit, listed, tensors, text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import libortho
@@ -21,8 +23,6 @@ from libortho import AlphaError, CheckpointError
 from libortho.checkpoint import attach, detach, inspect, load, save
 from libortho.checkpoint.files import is_known
 from libortho.core.report import record_method
-from test_fuzz import contents, output, two_streams, write
-from test_smuggling import EMBEDDING, WEIGHTS, edit, fit, listed, tensors, text
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
