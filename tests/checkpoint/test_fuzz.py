@@ -345,7 +345,7 @@ torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[2])
 from test_fuzz import contents, two_streams, write
 from libortho.checkpoint import load, save
-from libortho.layer import ortho_layers
+from libortho.core.layer import ortho_layers
 
 place = Path(sys.argv[1])
 model = two_streams()
@@ -407,7 +407,7 @@ print(kinds["old"], kinds["new"], calls)
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux exchanges two names in one step")
 def test_kill_9_during_save_leaves_the_old_or_the_new_directory(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", KILLED, str(tmp_path), str(Path(__file__).parents[1])]
+    command = [sys.executable, "-c", KILLED, str(tmp_path), str(Path(__file__).parent)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     old, new, _ = map(int, done.stdout.split())

@@ -333,7 +333,7 @@ def test_inspect_prints_json_alone(checkpoint):
 @pytest.fixture(scope="module")
 def base(checkpoint, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("detached") / "base"
-    libortho.checkpoint.detaching(checkpoint, out)
+    libortho.checkpoint.detach(checkpoint, out)
     return out
 
 
@@ -381,7 +381,7 @@ def no_work(monkeypatch) -> None:
     def never(*arguments: Any, **options: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    for name in ("libortho.lm.checks.load_model", "libortho.checkpoint.load"):
+    for name in ("libortho.checkpoint.dense.load_model", "libortho.checkpoint.load"):
         monkeypatch.setattr(name, never)
 
 
@@ -441,8 +441,8 @@ def no_split(monkeypatch) -> None:
     def never(*arguments: Any, **options: Any) -> None:
         raise AssertionError("the work began")
 
-    for verb in ("split", "isolate"):
-        monkeypatch.setattr(sys.modules[f"libortho.{verb}"], verb, never)
+    for place in ("libortho.splitting.split.split", "libortho.isolation.isolate.isolate"):
+        monkeypatch.setattr(place, never)
 
 
 @pytest.mark.usefixtures("no_split")
@@ -450,7 +450,7 @@ def test_models_that_cannot_be_saved_are_refused_first(tiny_gpt2, tiny_llama, to
     in_two_dtypes = tiny_llama
     in_two_dtypes.model.norm.bfloat16()
     for model, complaint in ((tiny_gpt2, "is a Conv1D"), (in_two_dtypes, r"norm.weight is kept in torch.bfloat16")):
-        monkeypatch.setattr("libortho.lm.checks.load_model", lambda *a, m=model: (m, tokenizer))
+        monkeypatch.setattr("libortho.checkpoint.dense.load_model", lambda *a, m=model: (m, tokenizer))
         assert complaint in refused("split", "any", "--out", tmp_path / "out")
         message = refused(
             "isolate", "any", "--forget", forget, "--out", tmp_path / "out", "--resume", tmp_path / "kept"

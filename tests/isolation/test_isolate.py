@@ -560,7 +560,7 @@ def test_an_interruption_at_any_moment_leaves_the_model_as_it_was(unusual, token
     assert result.steps == 3
 
 
-@pytest.mark.parametrize("place", ["EditLinear", "install", "_swap"])
+@pytest.mark.parametrize("place", ["EditLinear", "install", "swap"])
 def test_a_failure_between_the_phases_leaves_the_model_as_it_was(unusual, tokenizer, monkeypatch, place):
     module = sys.modules["libortho.isolation.isolate"]
     real = getattr(module, place)
@@ -569,7 +569,7 @@ def test_a_failure_between_the_phases_leaves_the_model_as_it_was(unusual, tokeni
     def fail_once(*args: Any, **options: Any) -> Any:
         calls.append(place)
         if len(calls) == 1:
-            if place == "_swap":  # half of the layers are in
+            if place == "swap":  # half of the layers are in
                 name = next(iter(args[1]))
                 real(args[0], {name: args[1][name]})
             raise MemoryError(place)

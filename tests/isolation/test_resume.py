@@ -17,9 +17,9 @@ from test_isolate import assert_same, state
 from torch import nn
 from typer.testing import CliRunner
 
-import libortho
 import tiny
 from libortho import CheckpointError, ConfigError, IsolateConfig, cli, isolate
+from libortho.core import version
 from libortho.isolation import retain as retain_module
 from libortho.isolation import train as trainer
 from libortho.isolation.isolate import IsolateResult
@@ -226,7 +226,7 @@ def test_a_folder_of_another_run_is_refused(planted, clean, tokenizer, finished,
 def test_another_version_of_the_library_is_another_run(planted, monkeypatch):
     key = resume.run_key(planted, 1)
     assert resume.run_key(planted, 1) == key
-    monkeypatch.setattr(libortho, "__version__", "0.0.0")
+    monkeypatch.setattr(version, "__version__", "0.0.0")
     assert resume.run_key(planted, 1) != key
 
 
