@@ -8,6 +8,8 @@ import dataclasses
 import functools
 import io
 import math
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -519,12 +521,29 @@ def test_a_thread_started_inside_a_context_may_enter_its_own(split_llama, tokens
     assert torch.equal(outcome["value"], logits(split_llama, tokens, 0.5))
 
 
-def test_threads_outside_any_context_use_the_persistent_value(split_llama, tokens):
-    libortho.set_alpha(split_llama, 0.5)
-    with libortho.alpha(split_llama, 0.0):
-        pass
-    outcome = outcome_in_thread(lambda: logits(split_llama, tokens))
-    assert torch.equal(outcome["value"], logits(split_llama, tokens, 0.5))
+ALONE = """
+import threading
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+import libortho
+config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+model = libortho.split(LlamaForCausalLM(config).eval(), libortho.SplitConfig(bits=4, ratio=0.1, structure="columns"))
+libortho.set_alpha(model, 0.5)
+with libortho.alpha(model, 0.0):
+    pass
+found = []
+thread = threading.Thread(target=lambda: found.append(model(torch.tensor([[1, 2, 3]])).logits))
+thread.start()
+thread.join()
+with libortho.alpha(model, 0.5):
+    assert torch.equal(found[0], model(torch.tensor([[1, 2, 3]])).logits)
+"""
+
+
+def test_threads_outside_any_context_use_the_persistent_value():
+    # A process of its own: a thread of the test runner that lived during the context could have been handed its work.
+    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 class _Tokenizer:
