@@ -52,7 +52,7 @@ def audit(
         associations: Questions that ask for the secrets the other way round or over one step.
         question_sets: "retain", "real_authors" and "world_facts" as TOFU's perturbed files: model utility.
         general: Text file for perplexity; by default the general text of the package that isolate never sees.
-        tasks: JSONL files of tasks; see :mod:`libortho.auditing.measures.utility`. Arithmetic is always measured.
+        tasks: JSONL files of tasks; see :mod:`libortho.evaluation.tasks`. Arithmetic is always measured.
         name: What the report calls the model.
         config: See :class:`~libortho.core.config.AuditConfig`.
         resume: Directory where finished parts are kept; a second audit of the same models with the same data and

@@ -1,6 +1,6 @@
 """How able is a model under each alpha: figures of tasks side by side, and what changed, row by row.
 
-    JSONL files     scored here, offline (``libortho.auditing.measures.utility``); the same rows for every column, so that the
+    JSONL files     scored here, offline (:mod:`libortho.evaluation.tasks`); the same rows for every column, so that the
                     difference between two columns is paired: mean over rows of x_column - x_first
     task names      scored by EleutherAI's lm-evaluation-harness (extra ``eval``), with its own standard errors
 
@@ -183,8 +183,8 @@ def evaluate_columns(
 
     Args:
         columns: Models under their settings; differences are taken from the first.
-        tasks: JSONL tasks, as ``libortho.auditing.measures.utility.load_task`` reads them.
-        harness_tasks: As ``libortho.auditing.measures.utility.harness_tasks`` reads them.
+        tasks: JSONL tasks, as ``libortho.evaluation.tasks.load_task`` reads them.
+        harness_tasks: As ``libortho.evaluation.harness.harness_tasks`` reads them.
         limit: At most so many rows of each task: drawn by the seed from a JSONL task, the first ones of the harness's.
         batch_size: Rows of one of the harness's forward passes.
         seed: Of the rows, of the bootstrap, and of the harness's few-shot examples.

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from libortho.auditing.measures.utility import _judged
 from libortho.core.errors import DataError
 from libortho.lm.model import LanguageModel
 from libortho.lm.token_statistics import shared_prefix_nll, token_statistics
-from libortho.text.encoding import IGNORE, Encoded
+from libortho.text.encoding import IGNORE, Encoded, predicting
 from libortho.text.tokens import text_ids
 
 _SHAPES = "context+continuation, context+answer, query+choices+gold, ctx+endings+label"
@@ -196,7 +195,7 @@ def evaluate(lm: LanguageModel, tokenizer: Any, task: Task, limit: int | None = 
     for row, choices in zip(rows, items, strict=True):
         question = task.questions[row]
         means = shared_prefix_nll(lm, choices).double()
-        log_p = -means * torch.tensor([len(_judged(e)) for e in choices])
+        log_p = -means * torch.tensor([len(predicting(e)) for e in choices])
         normalised.append(int(best_choice(log_p, question.characters) == question.gold))
         plain.append(int(best_choice(log_p) == question.gold))
         nll.append(float(means[question.gold]))

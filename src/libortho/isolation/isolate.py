@@ -15,23 +15,20 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from libortho.checkpoint.stream_files import MAX_RANK
 from libortho.core.arguments import check_model, check_tokenizer
 from libortho.core.config import DTYPES
-from libortho.core.errors import ConfigError, DataError
+from libortho.core.errors import DataError
 from libortho.core.layer import OrthoLinear, ortho_layers
 from libortho.core.models import plain_torch, unwrapped
 from libortho.core.progress import Progress, tell
@@ -60,7 +57,7 @@ from libortho.isolation.train import (
 )
 from libortho.lm.checks import check_causal, check_tokens, training_dtype
 from libortho.lm.generation import generate, token_limit
-from libortho.lm.model import LanguageModel
+from libortho.lm.model import LanguageModel, gradient_checkpointing
 from libortho.lm.scoring import hidden_states
 from libortho.selection.budget import allocate, balanced_weights, retain_floor, unit_costs
 from libortho.selection.curvature import curvature
@@ -237,7 +234,7 @@ def _attempt(
     try:
         swap(model, layers)
         quantised_kl = divergence(lm, material.held_back, material.held_back_states)
-        with _checkpointing(lm) if config.gradient_checkpointing else nullcontext():
+        with gradient_checkpointing(lm) if config.gradient_checkpointing else nullcontext():
             checks = train(lm, layers, cases, material.retain, original, config, progress, store, metrics)
         switch = Switch()
         switch.add_stream(config.stream)
@@ -458,37 +455,6 @@ def _beside(lm: LanguageModel, cases: Sequence[Case], config: IsolateConfig) -> 
     beside = [c.neighbours[0] for c in cases if c.neighbours]
     beside = random.Random(config.seed).sample(beside, min(len(beside), SALIENCY_RECORDS))
     return [collate(beside[i : i + 8]).to(lm.device) for i in range(0, len(beside), 8)]
-
-
-@contextmanager
-def _checkpointing(lm: LanguageModel) -> Iterator[None]:
-    """Gradient checkpointing of the decoder layers, without their training flag, on which dropout may hang.
-
-    Raises:
-        ConfigError: if the model has no layers that transformers can checkpoint.
-    """
-    layers = [m for m in lm.model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    if not layers:
-        raise ConfigError(f"{type(lm.model).__name__} has no layers for gradient checkpointing; leave it off")
-    own = [m.__dict__.get("forward") for m in layers]
-
-    def twice(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if lm.checkpointing:
-            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-        return forward(*args, **kwargs)
-
-    try:
-        lm.checkpointing = True
-        for layer in layers:
-            layer.forward = partial(twice, layer.forward)
-        yield
-    finally:
-        lm.checkpointing = False
-        for layer, forward in zip(layers, own, strict=True):
-            if forward is None:
-                layer.__dict__.pop("forward", None)
-            else:
-                layer.forward = forward
 
 
 def _start(module: nn.Module) -> torch.Tensor | BaseStream:

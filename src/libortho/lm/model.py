@@ -6,15 +6,17 @@ hidden states are therefore what is kept for the divergence terms, and heads run
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from libortho.core.errors import LibOrthoError, TargetError
+from libortho.core.errors import ConfigError, LibOrthoError, TargetError
 from libortho.core.models import unwrapped
 from libortho.core.targets import routed
 from libortho.lm.checks import check_causal, decoder_of, embedding_rows
@@ -193,3 +195,34 @@ def _not_once(name: str, inputs: list[Tensor], shape: torch.Size) -> str:
         "several layers share, or one whose weight is read without calling it cannot be isolated: leave it out of "
         "target_modules"
     )
+
+
+@contextmanager
+def gradient_checkpointing(lm: LanguageModel) -> Iterator[None]:
+    """Gradient checkpointing of the decoder layers, without their training flag, on which dropout may hang.
+
+    Raises:
+        ConfigError: if the model has no layers that transformers can checkpoint.
+    """
+    layers = [m for m in lm.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise ConfigError(f"{type(lm.model).__name__} has no layers for gradient checkpointing; leave it off")
+    own = [m.__dict__.get("forward") for m in layers]
+
+    def twice(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if lm.checkpointing:
+            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return forward(*args, **kwargs)
+
+    try:
+        lm.checkpointing = True
+        for layer in layers:
+            layer.forward = partial(twice, layer.forward)
+        yield
+    finally:
+        lm.checkpointing = False
+        for layer, forward in zip(layers, own, strict=True):
+            if forward is None:
+                layer.__dict__.pop("forward", None)
+            else:
+                layer.forward = forward
