@@ -18,13 +18,10 @@ from torch import nn
 from typer.testing import CliRunner
 
 import tiny
-from libortho import CheckpointError, ConfigError, IsolateConfig, cli, isolate
-from libortho.core import version
+from libortho import ConfigError, IsolateConfig, cli, isolate
 from libortho.isolation import retain as retain_module
 from libortho.isolation import train as trainer
 from libortho.isolation.isolate import IsolateResult
-from libortho.training import resume
-from libortho.training.resume import Part, Store
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 
@@ -221,60 +218,6 @@ def test_a_folder_of_another_run_is_refused(planted, clean, tokenizer, finished,
         isolate(model, tokenizer, **given, resume=finished)
     assert_same(model, before)
     assert {p: p.read_bytes() for p in finished.iterdir()} == files
-
-
-def test_another_version_of_the_library_is_another_run(planted, monkeypatch):
-    key = resume.run_key(planted, 1)
-    assert resume.run_key(planted, 1) == key
-    monkeypatch.setattr(version, "__version__", "0.0.0")
-    assert resume.run_key(planted, 1) != key
-
-
-def test_other_folders_are_refused(tmp_path):
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(ConfigError, match="a file; expected a folder"):
-        Store(tmp_path / "file", "key")
-    with pytest.raises(ConfigError, match=r"holds file, and no run\.json"):
-        Store(tmp_path, "key")
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-    (tmp_path / "new").mkdir()
-    (tmp_path / "new/tmp7x").write_bytes(b"half")  # its writer died before anything else was there
-    Store(tmp_path / "new", "key")
-    Store(tmp_path / "new", "key")
-
-
-@pytest.mark.parametrize("name", ["run.json", "part.safetensors"])
-@pytest.mark.parametrize("damage", [b"", b"{", b"[1]", b"\xff" * 40])
-def test_a_damaged_file_is_refused(tmp_path, name, damage):
-    Store(tmp_path, "key").put("part", Part({"x": torch.ones(2)}))
-    (tmp_path / name).write_bytes(damage)
-    with pytest.raises(CheckpointError, match=f"cannot read .*{name}.* to start again"):
-        Store(tmp_path, "key").get("part")
-
-
-def test_a_part_comes_back_as_it_was(tmp_path):
-    table = torch.arange(12.0).view(3, 4)
-    tensors = {
-        "z": table.T, "b": table[1].bfloat16(), "a": torch.tensor(3), "nan": torch.tensor([float("nan"), -0.0]),
-        "m": torch.zeros(0, 2),
-    }  # fmt: skip
-    Store(tmp_path, "key").put("part", Part(tensors, {"numbers": [0.1, float("inf")], "none": None}))
-    found = Store(tmp_path, "key").get("part")
-    assert found is not None
-    assert list(found.tensors) == list(tensors)
-    for name, tensor in tensors.items():
-        assert found.tensors[name].dtype == tensor.dtype
-        assert torch.equal(found.tensors[name].nan_to_num(7), tensor.nan_to_num(7))
-        assert found.tensors[name].data_ptr() % 64 == 0 or not tensor.numel()
-    assert found.data == {"numbers": [0.1, float("inf")], "none": None}
-    assert Store(tmp_path, "key").get("other") is None
-    assert Store().get("part") is None
-
-
-def test_a_part_that_is_there_is_not_made_again(tmp_path):
-    Store(tmp_path, "key").kept("part", lambda: Part({}, 1))
-    assert Store(tmp_path, "key").kept("part", forbidden).data == 1
-    assert Store().kept("part", lambda: Part({}, 2)).data == 2
 
 
 def test_the_command_line(planted_directory, tmp_path):

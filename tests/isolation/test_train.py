@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from libortho.core.run_cache import Entry
 from libortho.isolation import train as trainer
 from libortho.isolation.config import IsolateConfig
 from libortho.isolation.losses import profile_distance
@@ -38,7 +39,6 @@ from libortho.lm.scoring import SCORING_TOKENS, hidden_states, scoring_batches, 
 from libortho.selection.curvature import Metric
 from libortho.text.encoding import Encoded, collate, predicting
 from libortho.training.edit import EditLinear
-from libortho.training.resume import Part
 
 TEXTS = [Encoded(tuple(range(64)), tuple(range(64)))] * 7
 
@@ -216,7 +216,7 @@ def test_a_training_goes_on_where_it_was_put_away() -> None:
     part = first.part()
     other = training()
     kept = {n: t.clone() for n, t in part.tensors.items()}
-    other.take_up(Part(kept, json.loads(json.dumps(part.data))))
+    other.take_up(Entry(kept, json.loads(json.dumps(part.data))))
     steps(first, 1)  # what was put away does not move with it
     assert begun + steps(other, 4) == expected
     assert all(torch.equal(a, b) for a, b in zip(whole.values, other.values, strict=True))

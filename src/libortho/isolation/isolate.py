@@ -33,6 +33,7 @@ from libortho.core.layer import OrthoLinear, ortho_layers
 from libortho.core.models import plain_torch, unwrapped
 from libortho.core.progress import Progress, tell
 from libortho.core.report import record_method
+from libortho.core.run_cache import Entry, RunCache, run_key
 from libortho.core.streams import BaseStream, OrthoStream
 from libortho.core.streams.base import check_shape
 from libortho.core.surgery import assemble, bias_of, frozen, install, linear_shape, linear_weight, swap
@@ -55,7 +56,7 @@ from libortho.isolation.train import (
     train,
     training_finished,
 )
-from libortho.lm.checks import check_causal, check_tokens, training_dtype
+from libortho.lm.checks import check_causal, check_tokens, fingerprint, training_dtype
 from libortho.lm.generation import generate, token_limit
 from libortho.lm.model import LanguageModel, gradient_checkpointing
 from libortho.lm.scoring import hidden_states
@@ -67,7 +68,6 @@ from libortho.text.encoding import IGNORE, Batch, Encoded, chunk, collate, encod
 from libortho.text.records import Record, Source, load_records
 from libortho.text.sources import read_rows
 from libortho.training.edit import EditLinear
-from libortho.training.resume import Part, Store, run_key
 from libortho.training.rounding import compensated_bases
 
 logger = logging.getLogger(__name__)
@@ -163,13 +163,18 @@ def isolate(
         length = min(config.retain_length, limit or config.retain_length)
         given = None if retain is None else _pieces(retain, records, tokenizer, length, config)
         human = human_texts(tokenizer, limit)
-        store = Store() if resume is None else Store(Path(resume), run_key(model, cases, given, human, config))
+        kinds = sorted({str(p.dtype) for p in model.parameters()})
+        store = (
+            RunCache()
+            if resume is None
+            else RunCache(Path(resume), run_key(fingerprint(model), kinds, cases, given, human, config))
+        )
         retain_items, held_back = _retain(model, tokenizer, given, cases, length, config, store)
         lm = LanguageModel(model)
         tell(progress, "reference", 0, 1)
         opening = opening_tokens(tokenizer)
         spoken = (
-            store.kept("spoken", lambda: Part({}, _spoken(model, tokenizer, cases, limit, config))).data
+            store.get_or_compute("spoken", lambda: Entry({}, _spoken(model, tokenizer, cases, limit, config))).data
             if any(c.like for c in cases)
             else []
         )
@@ -212,12 +217,14 @@ class _Material:
 
 
 def _attempt(
-    material: _Material, config: IsolateConfig, store: Store, progress: Progress | None, began: float
+    material: _Material, config: IsolateConfig, store: RunCache, progress: Progress | None, began: float
 ) -> tuple[dict[str, OrthoLinear], Switch, IsolateResult]:
     """The layers that this budget makes, their switch, and which criteria hold; the model is left as it was."""
     lm, targets, original = material.lm, material.targets, material.original
     model, cases = lm.model, material.asked.cases
-    found = store.kept("support", lambda: Part(_support(lm, targets, cases, material.retain, config, progress)))
+    found = store.get_or_compute(
+        "support", lambda: Entry(_support(lm, targets, cases, material.retain, config, progress))
+    )
     support = {n: index.to(lm.device) for n, index in found.tensors.items()}
     metrics = {} if config.structure != "columns" or training_finished(store) else curvature(
         lm,
@@ -290,28 +297,28 @@ def _retain(
     cases: Sequence[Case],
     length: int,
     config: IsolateConfig,
-    store: Store,
+    store: RunCache,
 ) -> tuple[list[Encoded], list[Encoded]]:
     """Retain sequences, and others that are held back for the criteria."""
     count = _RETAIN_SEQUENCES + _HELD_BACK_SEQUENCES
     secrets = [c.secret for c in cases]
 
-    def sample() -> Part:
+    def sample() -> Entry:
         items = default_retain(model, tokenizer, secrets, sequences=count, length=length, seed=config.seed)
-        return Part({}, [e.ids for e in items])
+        return Entry({}, [e.ids for e in items])
 
-    items = _whole(store.kept("retain", sample).data) if given is None else given
+    items = _whole(store.get_or_compute("retain", sample).data) if given is None else given
     if len(items) < 2:
         raise DataError(f"retain holds {len(items)} sequences of {length} tokens; expected at least 2")
     held = min(_HELD_BACK_SEQUENCES, max(1, len(items) // 4))
     kept, held_back = items[held:], items[:held]
     if given is not None:
 
-        def speak() -> Part:
+        def speak() -> Entry:
             said = in_form(model, tokenizer, secrets, given, length=length, seed=config.seed)
-            return Part({}, [e.ids for e in said])
+            return Entry({}, [e.ids for e in said])
 
-        kept = kept + _whole(store.kept("in_form", speak).data)
+        kept = kept + _whole(store.get_or_compute("in_form", speak).data)
         random.Random(config.seed).shuffle(kept)
     return kept, held_back
 
@@ -325,18 +332,18 @@ def _reference(
     opening: Sequence[int],
     spoken: Sequence[Encoded],
     config: IsolateConfig,
-    store: Store,
+    store: RunCache,
 ) -> tuple[Reference, tuple[torch.Tensor, ...]]:
     """What the original model says, and its hidden states on the texts that are held back."""
 
     cases = asked.cases
 
-    def make() -> Part:
+    def make() -> Entry:
         held = enumerate(hidden_states(lm, held_back))
         found = replace(reference(lm, cases, retain, human, opening, spoken, config), recited=asked.recited(lm))
-        return Part(found.tensors() | {f"held_back.{i}": t for i, t in held})
+        return Entry(found.tensors() | {f"held_back.{i}": t for i, t in held})
 
-    found = store.kept("reference", make).tensors
+    found = store.get_or_compute("reference", make).tensors
     held_back_states = tuple(found[f"held_back.{i}"].to(lm.device) for i in range(len(held_back)))
     kept = Reference.of(found, cases, len(retain), lm.device, opening, spoken, config.seed)
     return kept, held_back_states
@@ -400,7 +407,7 @@ def _support(
 
 
 def _bases(
-    material: _Material, support: Mapping[str, torch.Tensor], config: IsolateConfig, store: Store
+    material: _Material, support: Mapping[str, torch.Tensor], config: IsolateConfig, store: RunCache
 ) -> dict[str, BaseStream]:
     """The quantised weights of layers that are dense so far, exact where it matters on text to keep and the records.
 
@@ -412,15 +419,15 @@ def _bases(
     lm, cases = material.lm, material.asked.cases
     dense = {n: m for n, m in material.targets.items() if not isinstance(m, OrthoLinear)}
 
-    def make() -> Part:
+    def make() -> Entry:
         drawn = random.Random(config.seed).sample(cases, len(cases))
         groups = (material.retain, [c.secret for c in drawn], [c.neighbours[0] for c in drawn if c.neighbours])
         texts = [b for items in groups if items for b in _read(lm, items, _SALIENCY_TOKENS)]
         exact = support if config.structure == "columns" else {}
         made = compensated_bases(lm, dense, exact, texts, bits, config.resolved_group_size)
-        return Part({f"{n}.{field}": getattr(b, field) for n, b in made.items() for field in ("codes", "scales")})
+        return Entry({f"{n}.{field}": getattr(b, field) for n, b in made.items() for field in ("codes", "scales")})
 
-    found = store.kept("bases", make).tensors
+    found = store.get_or_compute("bases", make).tensors
     device = {n: linear_weight(m).device for n, m in dense.items()}
     return {
         n: BaseStream(bits, codes=found[f"{n}.codes"].to(device[n]), scales=found[f"{n}.scales"].to(device[n]))

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from libortho.core.run_cache import Entry, RunCache
 from libortho.isolation.config import IsolateConfig
 from libortho.isolation.losses import altpo, grad_diff, log_odds, npo, profile_distance, simnpo
 from libortho.isolation.matching import Donor
@@ -56,7 +57,6 @@ from libortho.lm.scoring import (
 from libortho.selection.curvature import Metric
 from libortho.text.encoding import Encoded, collate, predicting
 from libortho.training.edit import EditLinear
-from libortho.training.resume import Part, Store
 
 logger = logging.getLogger(__name__)
 
@@ -590,7 +590,7 @@ class Training:
         for value, start in zip(self.values, self.start, strict=True):
             value.lerp_(start, self.decay * rate)
 
-    def part(self) -> Part:
+    def part(self) -> Entry:
         """The state as it is now."""
         tensors = {"lean": self.lean, "missing": self.missing, "reactions": self.reactions}
         tensors |= {f"profiles.{i}": p for i, p in enumerate(self.profiles)}
@@ -607,10 +607,10 @@ class Training:
             "texts": self.texts.pool,
             "rng": self.rng.getstate(),
         }
-        return Part(tensors, data)
+        return Entry(tensors, data)
 
     @torch.no_grad()
-    def take_up(self, part: Part) -> None:
+    def take_up(self, part: Entry) -> None:
         """Go back to the state that ``part`` is."""
         moments: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)
 
@@ -656,7 +656,7 @@ def _texts_per_step(texts: Sequence[Encoded], config: IsolateConfig) -> int:
     return max(1, round(config.retain_tokens_per_step / max(1.0, mean)))
 
 
-def training_finished(store: Store) -> bool:
+def training_finished(store: RunCache) -> bool:
     """True if the store holds a training that came to its end, so that only measuring is left."""
     stored = store.get("training")
     return stored is not None and bool(stored.data["finished"])
@@ -670,7 +670,7 @@ def train(
     original: Reference,
     config: IsolateConfig,
     progress: Callable[[str, int, int], None] | None = None,
-    store: Store | None = None,
+    store: RunCache | None = None,
     metrics: Mapping[str, Metric] | None = None,
 ) -> list[Check]:
     """Optimise the supports; returns the criteria at every look, the last one describing the final values.
@@ -680,7 +680,7 @@ def train(
     that all records share, which a membership test would see. The state at every look goes to the store, and a stored
     one is where the training begins.
     """
-    store = store or Store()
+    store = store or RunCache()
     edited = {n: m.theta for n, m in layers.items() if m.theta is not None}
     metric = [(metrics or {}).get(n) for n in edited]
     now = Training(list(edited.values()), len(cases), retain, config, metric)

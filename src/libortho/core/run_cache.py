@@ -1,10 +1,10 @@
-"""What an isolation has found so far, in a folder, so that an interrupted one goes on with the same numbers.
+"""Finished work of a run in a folder, so that an interrupted run goes on with the same numbers.
 
     run.json              the key of the run that the folder belongs to
-    <part>.safetensors    tensors; what is no tensor stands as JSON in the metadata of the same file
+    <name>.safetensors    one entry: its tensors, and its other data as JSON in the metadata of the same file
 
-A part is written whole or not at all, so that a process may die at any moment. The parts hold text that was sampled
-from the model and values from before the records were gone: folder and files are for their owner alone, and must be
+An entry is written whole or not at all, so that a process may die at any moment. Entries can hold text that was sampled
+from the model and values from before records were gone: folder and files are for their owner alone, and must be
 deleted when the stream must.
 """
 
@@ -19,40 +19,37 @@ from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from libortho.core.errors import CheckpointError, ConfigError
 from libortho.core.files import write_atomically
-from libortho.lm.checks import fingerprint
+from libortho.core.version import __version__
 
 _RUN = "run.json"
 _LEFTOVER = "tmp"
-"""How the temporary name of a file begins whose writer died."""
+"""Prefix of the temporary names of ``write_atomically``, which stay behind if the process dies."""
 
 
 @dataclass(frozen=True)
-class Part:
+class Entry:
     """One finished piece of work.
 
     Attributes:
         tensors: By name; the order is kept.
-        data: What else there is, JSON-ready.
+        data: Everything else, JSON-ready.
     """
 
     tensors: Mapping[str, Tensor]
     data: Any = None
 
 
-def run_key(model: nn.Module, *inputs: Any) -> str:
-    """Hash of the library's version, the model and everything that goes into a run, by its ``repr``."""
-    from libortho.core.version import __version__
-
-    kinds = sorted({str(p.dtype) for p in model.parameters()})
-    return hashlib.sha256(repr((__version__, fingerprint(model), kinds, inputs)).encode()).hexdigest()
+def run_key(*inputs: Any) -> str:
+    """Hash of the library's version and of everything that goes into a run, by its ``repr``."""
+    return hashlib.sha256(repr((__version__, *inputs)).encode()).hexdigest()
 
 
-class Store:
-    """Finished parts of one run in a folder; without a folder it keeps nothing.
+class RunCache:
+    """Entries of one run in a folder; without a folder nothing is kept.
 
     Raises:
         ConfigError: if the folder belongs to another run, or holds other files.
@@ -83,12 +80,12 @@ class Store:
             raise ConfigError(f"{directory} holds {foreign[0]}, and no {_RUN}; give a new or an empty folder")
         write_atomically(run, json.dumps({"key": key}))
 
-    def inside(self, name: str) -> Store:
-        """A store in a folder within this one, for parts of the same run that would have the same names."""
-        return Store(None if self.directory is None else self.directory / name, self.key)
+    def inside(self, name: str) -> RunCache:
+        """A cache in a folder within this one, for entries of the same run that would have the same names."""
+        return RunCache(None if self.directory is None else self.directory / name, self.key)
 
-    def get(self, name: str) -> Part | None:
-        """A part, its tensors on the CPU; None if it is not there.
+    def get(self, name: str) -> Entry | None:
+        """An entry, its tensors on the CPU; None if it is not there.
 
         Raises:
             CheckpointError: if it is damaged.
@@ -98,27 +95,27 @@ class Store:
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                told = json.loads((file.metadata() or {})["part"])
+                told = json.loads((file.metadata() or {})["entry"])
                 # A copy lies where torch would have put it: products of unaligned tensors can differ in the last bit.
-                return Part({n: file.get_tensor(n).clone() for n in told["names"]}, told["data"])
+                return Entry({n: file.get_tensor(n).clone() for n in told["names"]}, told["data"])
         except (SafetensorError, OSError, ValueError, LookupError) as error:
             raise CheckpointError(
                 f"cannot read {path}: {error}; the file was changed, delete {self.directory} to start again"
             ) from error
 
-    def put(self, name: str, part: Part) -> None:
-        """Keep a part in place of an earlier one of that name."""
+    def put(self, name: str, entry: Entry) -> None:
+        """Keep an entry in place of an earlier one of that name."""
         if self.directory is None:
             return
-        told = json.dumps({"names": list(part.tensors), "data": part.data})
-        tensors = {n: t.detach().cpu().contiguous() for n, t in part.tensors.items()}
-        content = safetensors.torch.save(tensors, {"part": told})
+        told = json.dumps({"names": list(entry.tensors), "data": entry.data})
+        tensors = {n: t.detach().cpu().contiguous() for n, t in entry.tensors.items()}
+        content = safetensors.torch.save(tensors, {"entry": told})
         write_atomically(self.directory / f"{name}.safetensors", content)
 
-    def kept(self, name: str, make: Callable[[], Part]) -> Part:
-        """The part from the folder, or made and put there."""
-        part = self.get(name)
-        if part is None:
-            part = make()
-            self.put(name, part)
-        return part
+    def get_or_compute(self, name: str, make: Callable[[], Entry]) -> Entry:
+        """The entry from the folder, or made and put there."""
+        entry = self.get(name)
+        if entry is None:
+            entry = make()
+            self.put(name, entry)
+        return entry
