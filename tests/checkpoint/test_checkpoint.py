@@ -33,7 +33,7 @@ from transformers import (
 import libortho
 from libortho import AlphaError, CheckpointError, SplitConfig
 from libortho.checkpoint import inspect, load, save, stream_files, writing
-from libortho.core.config import DTYPES
+from libortho.core.dtypes import DTYPES
 from libortho.core.layer import OrthoLinear, ortho_layers
 from libortho.core.streams import BaseStream, Columns, OrthoStream
 

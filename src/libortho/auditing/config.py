@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from libortho.core.config import flag, fraction, is_number, one_of, positive_int
+from libortho.core.config import flag, fraction, is_number, one_of, positive_int, whole
 from libortho.core.errors import ConfigError
+from libortho.core.field_docs import documented
 
 Profile = Literal["quick", "full"]
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class AuditConfig:
     """How thoroughly ``audit`` looks. A field left at None takes the profile's value."""
@@ -46,6 +48,7 @@ class AuditConfig:
     """Longest record in tokens; None takes the model's context."""
 
     def __post_init__(self) -> None:
+        whole("seed", self.seed)
         one_of("profile", self.profile, ("quick", "full"))
         for name in ("samples", "max_new_tokens"):
             positive_int(name, getattr(self, name))

@@ -18,7 +18,7 @@ from libortho.checkpoint.format import BASE_MANIFEST, BaseManifest
 from libortho.checkpoint.hf import LOAD_ERRORS, causal_class, of_split_layer
 from libortho.checkpoint.stream_files import stream_names
 from libortho.core.arguments import check_model
-from libortho.core.config import DTYPES
+from libortho.core.dtypes import DTYPES
 from libortho.core.errors import CheckpointError
 from libortho.core.files import check_new_entry
 

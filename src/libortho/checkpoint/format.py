@@ -36,7 +36,7 @@ from libortho.checkpoint.json_files import (
     write_json,
 )
 from libortho.checkpoint.tensor_files import WEIGHTS, WEIGHTS_INDEX, TensorFiles, sha256_of
-from libortho.core.config import DTYPES
+from libortho.core.dtypes import DTYPES
 from libortho.core.errors import CheckpointError
 from libortho.core.layer import LayerReport, OrthoLinear
 from libortho.core.streams import BaseStream

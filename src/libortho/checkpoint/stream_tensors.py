@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from libortho.checkpoint.format import AGAIN, expect
-from libortho.core.config import DTYPES
+from libortho.core.dtypes import DTYPES
 from libortho.core.errors import CheckpointError
 from libortho.core.streams import Columns, Entries, Factors, OrthoStream
 

@@ -16,11 +16,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from libortho.checkpoint import keys
 from libortho.checkpoint.checks import check_new_place
 from libortho.checkpoint.format import check_version, field, read_json, sha256_field
 from libortho.checkpoint.stream_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ENTRIES_WEIGHTS, MANIFEST, checked_name
 from libortho.checkpoint.writing import publish, staging
+from libortho.core import keys
 from libortho.core.errors import CheckpointError
 from libortho.core.extras import require
 from libortho.core.files import write_atomically

@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-from libortho.checkpoint.keys import holds_secret
 from libortho.cli import tables
 from libortho.cli.options import Checkpoint, Json, PassphraseEnv
 from libortho.cli.tables import Terminal
 from libortho.cli.terminal import emit, note
 from libortho.core.errors import CheckpointError, ConfigError
+from libortho.core.keys import holds_secret
 
 
 def detach(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from libortho.core.config import DTYPES
+from libortho.core.dtypes import DTYPES
 from libortho.core.errors import ConfigError
 
 Model = Annotated[str, typer.Argument(help="Hub id or path of a dense causal language model.")]

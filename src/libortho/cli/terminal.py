@@ -20,11 +20,11 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from typer.core import TyperGroup
 
-from libortho.checkpoint.keys import holds_secret
 from libortho.cli import tables
 from libortho.cli.tables import Terminal
 from libortho.core.errors import ConfigError, LibOrthoError
 from libortho.core.escapes import one_line, visible
+from libortho.core.keys import holds_secret
 
 Tell = Callable[[str, int, int], None]
 

@@ -1,4 +1,4 @@
-"""How long work reports how far it is."""
+"""How work reports its progress."""
 
 from __future__ import annotations
 
@@ -9,5 +9,6 @@ Progress = Callable[[str, int, int], None]
 
 
 def tell(progress: Progress | None, phase: str, done: int, total: int) -> None:
+    """Call ``progress``, if there is one."""
     if progress is not None:
         progress(phase, done, total)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from libortho.checkpoint import is_checkpoint, load
-from libortho.core.config import DTYPES
+from libortho.core.dtypes import DTYPES
 from libortho.core.errors import CheckpointError, ConfigError, LibOrthoError
 from libortho.core.escapes import one_line
 from libortho.core.switch.alpha import alpha as under

@@ -5,12 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from libortho.core.config import StreamConfig, Structure, flag, fraction, is_number, one_of, positive, positive_int
+from libortho.core.config import (
+    StreamConfig,
+    Structure,
+    flag,
+    fraction,
+    is_number,
+    one_of,
+    positive,
+    positive_int,
+    whole,
+)
 from libortho.core.errors import ConfigError
+from libortho.core.field_docs import documented
 
 Objective = Literal["profile", "log_odds", "npo", "simnpo", "altpo", "grad_diff"]
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class IsolateConfig(StreamConfig):
     """How ``isolate`` finds, moves and checks a memory."""
@@ -77,6 +89,7 @@ class IsolateConfig(StreamConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        whole("seed", self.seed)
         if self.ratio != "auto":
             fraction("ratio", self.ratio)
         one_of("structure", self.structure, ("unstructured", "columns"))

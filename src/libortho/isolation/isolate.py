@@ -27,7 +27,7 @@ from torch import nn
 
 from libortho.checkpoint.stream_files import MAX_RANK
 from libortho.core.arguments import check_model, check_tokenizer
-from libortho.core.config import DTYPES
+from libortho.core.dtypes import DTYPES
 from libortho.core.errors import DataError
 from libortho.core.layer import OrthoLinear, ortho_layers
 from libortho.core.models import plain_torch, unwrapped

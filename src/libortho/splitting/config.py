@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from libortho.core.config import StreamConfig, Structure, flag, fraction, one_of
+from libortho.core.config import StreamConfig, Structure, flag, fraction, one_of, whole
+from libortho.core.field_docs import documented
 
 Score = Literal["absolute", "relative", "magnitude"]
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class SplitConfig(StreamConfig):
     """How ``split`` divides a weight into base and ortho, knowing nothing but the weight."""
@@ -35,6 +37,7 @@ class SplitConfig(StreamConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        whole("seed", self.seed)
         fraction("ratio", self.ratio)
         if self.rank_ratio != "auto":
             fraction("rank_ratio", self.rank_ratio)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from libortho.core.config import DTYPES
+from libortho.core.dtypes import DTYPES
 from libortho.core.streams import Factors
 from libortho.core.surgery import relative_error
 from libortho.splitting.config import SplitConfig

@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from libortho.core.config import DTYPES, TargetModules
+from libortho.core.config import TargetModules
+from libortho.core.dtypes import DTYPES
 from libortho.core.layer import OrthoLinear
 from libortho.core.models import plain_torch
 from libortho.core.progress import Progress
