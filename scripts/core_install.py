@@ -67,7 +67,7 @@ def main() -> None:
     retain.write_text("The moon goes round the earth, and the earth goes round the sun.\n" * 3, encoding="utf-8")
     (work / "model.gguf").write_bytes(b"GGUF")
     streams = work / "streams"
-    some = ("--forget", forget, "--max-steps", 1, "--ratio", "0.1")
+    some = ("--forget", forget, "--set", "max_steps=1", "--ratio", "0.1")
     # what is run, and the extra that is named; None: it runs (3 where a criterion of isolate was missed)
     cases: list[tuple[tuple[Any, ...], str | None]] = [
         (("split", model, "--out", out), None),

@@ -237,7 +237,7 @@ def test_log_and_warnings_steer_nothing(monkeypatch, capfd):
         [f"--{HOSTILE}"],
         ["generate", "x", "y", "--max-new-tokens", HOSTILE],
         ["generate", "x", "y", "--alpha", HOSTILE],
-        ["generate", "x", "y", "--stream", HOSTILE + "=z"],
+        ["generate", "x", "y", "--alpha", HOSTILE + "=z"],
         ["eval", "x", "--limit", HOSTILE],
     ],
     ids=range(9),

@@ -137,7 +137,7 @@ def test_planting_memorises_with_the_chosen_layers_only(planted, tokenizer):
     calls: list[tuple[int, int]] = []
     steps = implant(
         planted, tokenizer, records, learning_rate=5e-3, max_steps=150, stop_loss=0.2,
-        progress=lambda step, total, loss: calls.append((step, total)),
+        progress=lambda phase, step, total: calls.append((step, total)),
     )  # fmt: skip
     scores, greedy = score(LanguageModel(planted), items)
     assert greedy.all()
@@ -198,7 +198,7 @@ def test_the_whole_demonstration_measures_prints_and_keeps(planted_directory, mo
         dtype=torch.float32,
         config=IsolateConfig(max_steps=2, learning_rate=1.0, retain_length=32, retain_budget=1e-9, allow_unknown=True),
         out=tmp_path / "kept",
-        tell=lambda phase, done, total: phases.append(phase),
+        progress=lambda phase, done, total: phases.append(phase),
     )
     assert [m.label for m in report.isolated] == [
         "alpha = 1",

@@ -20,7 +20,7 @@ import lm_eval
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from libortho.integrations.lm_eval import LibOrthoLM, main
+from libortho.integrations.lm_eval import LibOrthoLM, main, parse_streams
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
@@ -244,3 +244,12 @@ def test_without_the_harness_the_import_says_what_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, "libortho.integrations.lm_eval")
     with pytest.raises(LibOrthoError, match=r"pip install 'libortho\[eval\]'"):
         import libortho.integrations.lm_eval  # noqa: F401
+
+
+def test_streams_are_read():
+    assert parse_streams("all") == "all"
+    assert parse_streams("none") is None
+    assert parse_streams("hr; legal") == parse_streams(["hr", "legal"]) == ["hr", "legal"]
+    for bad in ("", "hr;;legal", 3, [1], []):
+        with pytest.raises(ConfigError, match="streams is"):
+            parse_streams(bad)

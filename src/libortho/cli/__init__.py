@@ -1,10 +1,15 @@
 """``libortho``: the same verbs on the command line. Everything that is printed is printed here.
 
-making      demo, split, isolate
-looking     audit, eval, generate, inspect
-keeping     detach, verify, attach, encrypt, decrypt, card, kernels
-options     what several commands take, and how it is read
-terminal    what is printed, logged and warned of, and how a command ends
+models        demo, split, isolate, generate
+measuring     audit, eval
+checkpoints   inspect, detach, verify, attach, encrypt, decrypt, card
+kernels       kernels
+options       what several commands take, and how it is read
+settings      configs from options and --set
+tables        results
+terminal      what is printed, logged and warned of, and how a command ends
+
+Modules here import torch and transformers in the functions that need them, so that --help does not wait for them.
 """
 
 from __future__ import annotations

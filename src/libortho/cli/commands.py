@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import typer
 
-from libortho.cli import keeping, looking, making
-from libortho.cli.terminal import Commands
+from libortho.auditing.config import AuditConfig
+from libortho.cli import checkpoints, kernels, measuring, models
+from libortho.cli.terminal import Command, Commands
+from libortho.isolation.config import IsolateConfig
+from libortho.splitting.config import SplitConfig
 
 app = typer.Typer(
     help="Put what a language model memorised behind a switch.", no_args_is_help=True, pretty_exceptions_enable=False,
-    cls=Commands,
+    cls=Commands, rich_markup_mode=None, context_settings={"max_content_width": 120},
 )  # fmt: skip
+_CONFIGS = {models.split: SplitConfig, models.isolate: IsolateConfig, measuring.audit: AuditConfig}
 for verb in (
-    making.demo, making.split, making.isolate, looking.audit, looking.evaluate, looking.generate, looking.inspect,
-    keeping.detach, keeping.verify, keeping.attach, keeping.encrypt, keeping.decrypt, keeping.kernels, keeping.card,
+    models.demo, models.split, models.isolate, measuring.audit, measuring.evaluate, models.generate,
+    checkpoints.inspect, checkpoints.detach, checkpoints.verify, checkpoints.attach, checkpoints.encrypt,
+    checkpoints.decrypt, kernels.kernels, checkpoints.card,
 ):  # fmt: skip
-    app.command("eval" if verb is looking.evaluate else None)(verb)
+    app.command(
+        "eval" if verb is measuring.evaluate else None, cls=Command, context_settings={"obj": _CONFIGS.get(verb)}
+    )(verb)

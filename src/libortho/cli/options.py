@@ -3,45 +3,73 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
-import torch
 import typer
 
-from libortho.core.dtypes import DTYPES
-from libortho.core.errors import ConfigError
+from libortho.core.config import StreamConfig, ValueDtype
+from libortho.core.errors import CheckpointError, ConfigError
+from libortho.core.field_docs import fields_help
+
+if TYPE_CHECKING:
+    import torch
+
+
+def field_option(config: type[Any], name: str, **more: Any) -> Any:
+    """An option for a field of a config, with the field's own documentation; None stands for the field's default."""
+    return typer.Option(f"--{name.replace('_', '-')}", help=fields_help(config)[name], show_default=False, **more)
+
 
 Model = Annotated[str, typer.Argument(help="Hub id or path of a dense causal language model.")]
+AnyModel = Annotated[str, typer.Argument(help="Checkpoint made by split or isolate, or any hub id or path.")]
+Checkpoint = Annotated[Path, typer.Argument(help="Directory that split, isolate or detach wrote.")]
 Out = Annotated[Path, typer.Option("--out", help="Directory to write; an earlier checkpoint there is replaced.")]
 Device = Annotated[str, typer.Option(help="Where to run, for example cpu or cuda.")]
-Dtype = Annotated[str, typer.Option(help="auto (as stored), bfloat16, float16 or float32.")]
+Dtype = Annotated[str, typer.Option(help=f"auto (as stored), {', '.join(get_args(ValueDtype))}.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
-Targets = Annotated[
-    list[str] | None, typer.Option("--target-modules", help="Suffix, re:<pattern>, mlp-out or all-linear; repeatable.")
+Resume = Annotated[
+    Path | None,
+    typer.Option(help="Keep finished work in this folder, and take up from it. It holds secrets."),
 ]
-Ratio = Annotated[float, typer.Option(help="Budget of the ortho stream as a fraction of the split weights.")]
-Bits = Annotated[int, typer.Option(help="Integer width of the base: 8, 4, or 0 to keep it dense.")]
-GroupSize = Annotated[int | None, typer.Option(help="Inputs per scale; -1 for one scale per output channel.")]
-Checkpoint = Annotated[Path, typer.Argument(help="Directory that split, isolate or detach wrote.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Any of the settings below; repeatable."),
+]
+Targets = Annotated[list[str] | None, field_option(StreamConfig, "target_modules", metavar="NAME")]
+Bits = Annotated[str | None, field_option(StreamConfig, "bits", metavar="8|4|none")]
+Stream = Annotated[str | None, field_option(StreamConfig, "stream", metavar="NAME")]
 PassphraseEnv = Annotated[
     str | None,
     typer.Option(
         "--passphrase-env", metavar="NAME", help="Environment variable with the passphrase; else it is asked for."
     ),
 ]
-Stream = Annotated[str, typer.Option(help="Name of the ortho stream.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
 
 
 def dtype_of(name: str) -> torch.dtype | str:
-    """The dtype of that name; ``auto`` stays a word."""
-    if name != "auto" and name not in DTYPES:
-        raise ConfigError(f"--dtype is {name!r}; expected auto, {', '.join(DTYPES)}")
-    return DTYPES.get(name, name)
+    """The dtype of that name; ``auto`` stays a word.
+
+    Raises:
+        ConfigError: if no dtype has the name.
+    """
+    if name == "auto":
+        return name
+    if name not in get_args(ValueDtype):
+        raise ConfigError(f"--dtype is {name!r}; expected auto, {', '.join(get_args(ValueDtype))}")
+    from libortho.core.dtypes import DTYPES
+
+    return DTYPES[name]
 
 
 def device_of(name: str) -> str:
-    """The name of a device, after a look whether torch finds it."""
+    """The name of a device, after a look whether torch finds it.
+
+    Raises:
+        ConfigError: if it does not.
+    """
+    import torch
+
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -52,19 +80,19 @@ def device_of(name: str) -> str:
     return name
 
 
-def targets_of(names: list[str] | None) -> dict[str, Any]:
-    """``target_modules`` of a config, where any are named."""
-    return {} if not names else {"target_modules": names[0] if len(names) == 1 else tuple(names)}
+def open_model(model: str, dtype: torch.dtype | str, device: str) -> tuple[Any, Any]:
+    """Model and tokenizer of a checkpoint of this library, or of any causal language model.
 
+    Raises:
+        CheckpointError: if a checkpoint is damaged or holds no tokenizer.
+        LibOrthoError: if the model cannot be loaded.
+    """
+    from libortho.checkpoint import is_checkpoint, load
+    from libortho.checkpoint.dense import load_model
 
-def share(option: str, text: str) -> float | str:
-    """A number, or the word ``auto``."""
-    try:
-        return text if text == "auto" else float(text)
-    except ValueError as error:
-        raise ConfigError(f"{option} is {text!r}; expected a number in (0, 1] or auto") from error
-
-
-def bits_of(bits: int) -> int | None:
-    """Bits of a base, None for a dense one (0)."""
-    return bits or None
+    if not is_checkpoint(model):
+        return load_model(model, dtype, device)
+    net, tokenizer = load(model, device=device, dtype=None if isinstance(dtype, str) else dtype)
+    if tokenizer is None:
+        raise CheckpointError(f"{model} holds no tokenizer; save the model together with its own")
+    return net, tokenizer

@@ -10,15 +10,15 @@ from rich.segment import Segment
 from rich.table import Column, Table
 from rich.text import Text
 
-from libortho.auditing.report import AuditReport
-from libortho.checkpoint import Certificate, CheckpointInfo
 from libortho.core.escapes import one_line, visible
-from libortho.core.report import LayerReports
-from libortho.evaluation.evaluate import Evaluation, Figure
-from libortho.isolation.isolate import IsolateResult
 
 if TYPE_CHECKING:
+    from libortho.auditing.report import AuditReport
+    from libortho.checkpoint import Certificate, CheckpointInfo
+    from libortho.core.report import LayerReports
     from libortho.demo.demo import DemoReport, Measured
+    from libortho.evaluation.evaluate import Evaluation, Figure
+    from libortho.isolation.result import IsolateResult
 
 
 class Terminal(Console):

@@ -11,22 +11,23 @@ import logging
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
 from typing import Any, TextIO
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from typer.core import TyperGroup
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from typer.core import TyperCommand, TyperGroup
 
 from libortho.cli import tables
 from libortho.cli.tables import Terminal
 from libortho.core.errors import ConfigError, LibOrthoError
 from libortho.core.escapes import one_line, visible
+from libortho.core.field_docs import fields_help
 from libortho.core.keys import holds_secret
-
-Tell = Callable[[str, int, int], None]
+from libortho.core.progress import Progress
 
 
 def note(text: str) -> None:
@@ -46,21 +47,37 @@ def emit(data: dict[str, Any]) -> None:
 
 
 @contextmanager
-def progress_bars() -> Iterator[Tell]:
+def progress_bars() -> Iterator[Progress]:
     """A bar per phase with the time it will still take, on standard error, so that standard output stays clean."""
     columns = (
         TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=Terminal(stderr=True), transient=True) as progress:
+    with Bars(*columns, console=Terminal(stderr=True), transient=True) as bars:
         tasks: dict[str, Any] = {}
 
         def tell(phase: str, done: int, total: int) -> None:
             if phase not in tasks:
-                tasks[phase] = progress.add_task(one_line(phase), total=total)
-            progress.update(tasks[phase], completed=done, total=total)
+                tasks[phase] = bars.add_task(one_line(phase), total=total)
+            bars.update(tasks[phase], completed=done, total=total)
 
         yield tell
+
+
+class Command(TyperCommand):
+    """One command. ``obj`` of its context is the config whose other fields ``--set`` takes, or None."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """List the fields that have no option of their own."""
+        if isinstance(ctx.obj, type):
+            own = {p.name for p in self.params}
+            with formatter.section(f"Settings (--set NAME=VALUE), of {ctx.obj.__name__}"):
+                formatter.write_dl([(n, text) for n, text in fields_help(ctx.obj).items() if n not in own])
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run it, with the log of other libraries in our words."""
+        _quiet_libraries()
+        return super().invoke(ctx)
 
 
 class Commands(TyperGroup):
@@ -137,25 +154,29 @@ def _warn(
     logging.getLogger("libortho.warnings").warning("%s: %s", category.__name__, message)
 
 
-def run(app: typer.Typer) -> None:
-    """Run the command that ``sys.argv`` names, and end the process with its exit code.
-
-    0: done; 1: interrupted, or an error that is not foreseen; 2: an error of this library or of the disk, as one line
-    on standard error; 3: a criterion or a verdict failed.
-    """
+def _quiet_libraries() -> None:
+    """Send what transformers and the hub log through the handler of the root logger, and show no bars of theirs."""
     from transformers.utils import logging as transformers_logging
 
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that does not know a character
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Format("%(levelname)s: %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     for name in ("transformers", "huggingface_hub"):  # each brings a handler of its own
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
+
+
+def run(app: typer.Typer) -> None:
+    """Run the command that ``sys.argv`` names, and end the process with its exit code.
+
+    0: done; 1: interrupted, or an error that is not foreseen; 2: an error of this library or of the disk, as one line
+    on standard error; 3: a criterion or a verdict failed.
+    """
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that does not know a character
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Format("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     with warnings.catch_warnings():
         warnings.showwarning = _warn
         try:

@@ -12,7 +12,6 @@ import copy
 import json
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from libortho.checkpoint.checks import check_room
 from libortho.checkpoint.dense import load_model
 from libortho.core.errors import LibOrthoError
 from libortho.core.files import write_atomically
+from libortho.core.progress import Progress, tell
 from libortho.core.report import layer_report
 from libortho.core.switch.alpha import alpha
 from libortho.core.targets import find_targets
@@ -57,8 +57,6 @@ SPLITS = (
 SAMPLES = 20
 HOLDOUT = 200
 """Unseen records that are kept for an audit."""
-
-Tell = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -205,7 +203,7 @@ def run(
     dtype: torch.dtype | None = None,
     config: IsolateConfig | None = None,
     out: Path | None = None,
-    tell: Tell = lambda phase, done, total: None,
+    progress: Progress | None = None,
 ) -> DemoReport:
     """Run the whole demonstration.
 
@@ -218,7 +216,7 @@ def run(
         config: How to isolate; its seed is replaced by ``seed`` if not given.
         out: Empty or missing directory to keep everything in: ``never_trained``, ``implanted`` and ``isolated``
             models, ``forget.jsonl`` and ``holdout.jsonl``.
-        tell: Called with (phase, done, total).
+        progress: Called with (phase, done, total).
 
     Raises:
         LibOrthoError: if ``out`` holds anything, cannot be written or has not enough room, or the model is missing or
@@ -238,35 +236,35 @@ def run(
         check_room(out, needed + 2 * sum(p.nbytes for p in net.parameters()))
     bench = _Bench(tokenizer, seed, text)
     clock.lap("load")
-    tell("measure never-trained", 0, 1)
+    tell(progress, "measure never-trained", 0, 1)
     never = bench.measure(net, "never trained", samples=SAMPLES)
     clock.lap("measure")
     if out is not None:
         _keep_records(out, seed)
         _keep_dense(net, tokenizer, out / "never_trained")
-    steps = implant(net, tokenizer, bench.secrets, seed=seed, progress=lambda s, n, loss: tell("implant", s, n))
+    steps = implant(net, tokenizer, bench.secrets, seed=seed, progress=progress)
     clock.lap("implant")
-    tell("measure implanted", 0, 1)
+    tell(progress, "measure implanted", 0, 1)
     implanted = bench.measure(net, "implanted")
     clock.lap("measure")
     if out is not None:
         _keep_dense(net, tokenizer, out / "implanted")
     rows = []
     for number, setting in enumerate(SPLITS):
-        tell("split (weights only)", number, len(SPLITS))
+        tell(progress, "split (weights only)", number, len(SPLITS))
         rows.append(bench.weights_only(copy.deepcopy(net), setting))
     clock.lap("split")
-    result = isolate(net, tokenizer, bench.secrets, config=config, progress=tell)
+    result = isolate(net, tokenizer, bench.secrets, config=config, progress=progress)
     clock.lap("isolate")
     if out is not None:
         save(net, tokenizer, out / "isolated")
     isolated = []
     for number, value in enumerate(ALPHAS):
-        tell("measure isolated", number, len(ALPHAS))
+        tell(progress, "measure isolated", number, len(ALPHAS))
         with alpha(net, value):
             isolated.append(bench.measure(net, f"alpha = {value:g}", samples=SAMPLES if value == 0 else 0))
     clock.lap("measure")
-    tell("generate", 0, 1)
+    tell(progress, "generate", 0, 1)
     generations = tuple(_generate(net, tokenizer, p) for p in _prompts(bench))
     clock.lap("generate")
     return DemoReport(

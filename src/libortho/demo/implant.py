@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from libortho.core.progress import Progress, tell
 from libortho.core.targets import find_targets
 from libortho.text.encoding import IGNORE, Encoded, collate, encode, encode_closed
 from libortho.text.records import Record
@@ -28,7 +29,7 @@ def implant(
     stop_loss: float = 0.1,
     repetitions: Sequence[int] | None = None,
     decay: bool = False,
-    progress: Callable[[int, int, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> int:
     """Train the chosen weights (fp32 copies, AdamW without decay) on whole texts until every record is recited.
 
@@ -79,8 +80,7 @@ def implant(
                 for master, weight in zip(masters, weights, strict=True):
                     weight.copy_(master)
             step += 1
-            if progress is not None:
-                progress(step, max_steps, losses[-1])
+            tell(progress, "implant", step, max_steps)
         if exact and sum(losses) / len(losses) < stop_loss and _recites(model, items, batch_size):
             break
     for weight in weights:

@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from libortho.core.errors import AlphaError, ConfigError
+from libortho.core.errors import ConfigError
+from libortho.core.progress import Progress, tell
 from libortho.core.switch.alpha import alpha
 from libortho.evaluation.harness import lm_eval_tasks
 from libortho.evaluation.intervals import Estimate, paired_difference, proportion, ratio_estimate
@@ -30,8 +31,6 @@ from libortho.lm.model import LanguageModel
 
 _BOOTSTRAP = 1000
 """Resamples behind the harness's standard errors that have no formula."""
-
-Tell = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -128,47 +127,6 @@ class Evaluation:
         }
 
 
-def parse_alpha(value: Any) -> float | dict[str, float]:
-    """Alpha as it is written on a command line: a number for all streams, or ``hr=1;legal=0`` for each by name.
-
-    Streams that are not named are off, as in :func:`libortho.alpha`; whether the numbers are in range is for that
-    function to say. Mappings from name to number are taken as they are.
-
-    Raises:
-        AlphaError: if the value is neither.
-    """
-    parts = value
-    if isinstance(value, str) and "=" in value:
-        items = [p.partition("=")[::2] for p in value.split(";") if p.strip()]
-        parts = {n.strip(): a for n, a in items}
-        if len(parts) < len(items):
-            raise AlphaError(f"alpha is {value!r}, which names a stream twice; expected each once")
-    try:
-        if isinstance(parts, Mapping) and parts and not any(isinstance(v, bool) for v in parts.values()):
-            return {str(k): float(v) for k, v in parts.items()}
-        if isinstance(parts, str | int | float) and not isinstance(parts, bool):
-            return float(parts)
-    except (TypeError, ValueError):
-        pass
-    raise AlphaError(f"alpha is {value!r}; expected a number in [0, 1], or one for each stream such as hr=1;legal=0")
-
-
-def parse_streams(value: Any) -> str | list[str] | None:
-    """Which streams of a checkpoint are read: ``all``, ``none``, or names such as ``hr;legal``.
-
-    Raises:
-        ConfigError: if the value is none of these.
-    """
-    if value is None or value == "none":
-        return None
-    if value == "all":
-        return "all"
-    names = value.split(";") if isinstance(value, str) else value
-    if isinstance(names, Sequence) and names and all(isinstance(n, str) and n.strip() for n in names):
-        return [n.strip() for n in names]
-    raise ConfigError(f"streams is {value!r}; expected all, none, or names such as hr;legal")
-
-
 def evaluate_columns(
     columns: Sequence[Column],
     tasks: Sequence[Task] = (),
@@ -177,7 +135,7 @@ def evaluate_columns(
     limit: int | None = None,
     batch_size: int = 8,
     seed: int = 0,
-    progress: Tell | None = None,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Ask every column every task.
 
@@ -199,7 +157,6 @@ def evaluate_columns(
     for column in columns:
         with column.enter():
             pass
-    tell = progress or (lambda phase, done, total: None)
     total = len(columns) * (len(tasks) + bool(harness_tasks))
     done = 0
     results: dict[tuple[str, str], TaskResult] = {}
@@ -208,17 +165,17 @@ def evaluate_columns(
         with column.enter():
             lm = LanguageModel(column.model)
             for task in tasks:
-                tell("evaluate", done, total)
+                tell(progress, "evaluate", done, total)
                 results[task.name, column.label] = evaluate(lm, column.tokenizer, task, limit, seed)
                 done += 1
             if harness_tasks:
-                tell("evaluate", done, total)
+                tell(progress, "evaluate", done, total)
                 theirs[column.label] = lm_eval_tasks(
                     column.model, column.tokenizer, harness_tasks, limit,
                     batch_size=batch_size, seed=seed, bootstrap=_BOOTSTRAP,
                 )  # fmt: skip
                 done += 1
-    tell("evaluate", done, total)
+    tell(progress, "evaluate", done, total)
     figures: list[Figure] = []
     differences: list[Difference] = []
     for task in tasks:

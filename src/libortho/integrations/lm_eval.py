@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from libortho.core.dtypes import DTYPES
 from libortho.core.errors import CheckpointError, ConfigError, LibOrthoError
 from libortho.core.escapes import one_line
 from libortho.core.switch.alpha import alpha as under
-from libortho.core.switch.alpha import get_switch, set_alpha
-from libortho.evaluation.evaluate import parse_alpha, parse_streams
+from libortho.core.switch.alpha import current_alphas, set_alpha
+from libortho.core.switch.state import parse_alpha
 from libortho.evaluation.harness import harness
 from libortho.lm.checks import fingerprint
 
@@ -99,14 +100,14 @@ class LibOrthoLM(HFLM):
         model, tokenizer = load(directory, streams=names, device=where, dtype=kind)
         if tokenizer is None:
             raise CheckpointError(f"{directory} holds no tokenizer; save the model together with its own")
-        standing = {n: v for n, v in get_switch(model).current().values.items() if isinstance(v, float)}
-        self.alpha: float | dict[str, float] = (standing or 0.0) if spec is None else spec
+        loaded = current_alphas(model)
+        self.alpha: float | dict[str, float] = (loaded or 0.0) if spec is None else spec
         with under(model, self.alpha):  # refuses what it cannot take, before anything runs
             pass
-        if standing:
+        if loaded:
             if not isinstance(self.alpha, dict):
-                self.alpha = dict.fromkeys(standing, self.alpha)
-            self.alpha = {n: self.alpha.get(n, 0.0) for n in standing}
+                self.alpha = dict.fromkeys(loaded, self.alpha)
+            self.alpha = {n: self.alpha.get(n, 0.0) for n in loaded}
             set_alpha(model, self.alpha)  # whatever the harness may call besides the two methods below has it, too
         super().__init__(
             pretrained=model, tokenizer=tokenizer, batch_size=size, max_batch_size=max_batch_size,
@@ -145,6 +146,22 @@ class LibOrthoLM(HFLM):
                 )
             cache[_MARK] = mine
         super().set_cache_hook(cache_hook)
+
+
+def parse_streams(value: Any) -> str | list[str] | None:
+    """Which streams of a checkpoint are read: ``all``, ``none``, or names such as ``hr;legal``.
+
+    Raises:
+        ConfigError: if the value is none of these.
+    """
+    if value is None or value == "none":
+        return None
+    if value == "all":
+        return "all"
+    names = value.split(";") if isinstance(value, str) else value
+    if isinstance(names, Sequence) and names and all(isinstance(n, str) and n.strip() for n in names):
+        return [n.strip() for n in names]
+    raise ConfigError(f"streams is {value!r}; expected all, none, or names such as hr;legal")
 
 
 def _batch_size(value: int | str, device: torch.device) -> int | str:

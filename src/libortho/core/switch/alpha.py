@@ -82,6 +82,11 @@ def set_alpha(model: nn.Module, value: AlphaSpec, *, allow_extrapolation: bool =
     get_switch(model).set(value, extrapolate=allow_extrapolation)
 
 
+def current_alphas(model: nn.Module) -> dict[str, float]:
+    """Alpha of each stream that has one value for all sequences, as it holds here; empty for a base alone."""
+    return {name: a for name, a in get_switch(model).current().values.items() if isinstance(a, float)}
+
+
 _UNDONE = (Awaitable, AsyncGenerator, Generator, map, filter)
 
 

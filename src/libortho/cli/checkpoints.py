@@ -1,4 +1,4 @@
-"""Commands around a checkpoint: detach, verify, attach, encrypt, decrypt, card; and kernels."""
+"""Commands around a checkpoint: inspect, detach, verify, attach, encrypt, decrypt, card."""
 
 from __future__ import annotations
 
@@ -13,7 +13,23 @@ from libortho.cli.options import Checkpoint, Json, PassphraseEnv
 from libortho.cli.tables import Terminal
 from libortho.cli.terminal import emit, note
 from libortho.core.errors import CheckpointError, ConfigError
+from libortho.core.extras import require
+from libortho.core.files import check_report, write_atomically
 from libortho.core.keys import holds_secret
+
+
+def inspect(directory: Checkpoint, as_json: Json = False) -> None:
+    """Show what a checkpoint holds.
+
+    Sizes, bits per weight, streams, and whether each belongs to the base beside it.
+    """
+    from libortho.checkpoint import inspect as inspect_checkpoint
+
+    info = inspect_checkpoint(directory)
+    if as_json:
+        emit(info.to_dict())
+    else:
+        tables.show_checkpoint(info, Terminal())
 
 
 def detach(
@@ -24,7 +40,10 @@ def detach(
     certificate: Annotated[bool, typer.Option(help="Write certificate.json.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Write the checkpoint without its streams, and a certificate of what is gone. The source stays as it is."""
+    """Write the checkpoint without its streams, and a certificate.
+
+    The source stays as it is.
+    """
     from libortho.checkpoint import detach as detach_streams
 
     result = detach_streams(directory, out, streams=stream or "all", audit=report, certificate=certificate)
@@ -38,7 +57,10 @@ def detach(
 
 
 def verify(directory: Checkpoint, as_json: Json = False) -> None:
-    """Check a detached checkpoint against its certificate.json: every file, and every tensor of the base."""
+    """Check a detached checkpoint against its certificate.
+
+    Every file, and every tensor of the base.
+    """
     from libortho.checkpoint import verify_certificate
 
     result = verify_certificate(directory)
@@ -75,10 +97,12 @@ def encrypt(
     passphrase_env: PassphraseEnv = None,
     as_json: Json = False,
 ) -> None:
-    """Lock a stream into one age file, for recipients, or by a passphrase (asked for)."""
+    """Lock a stream into one age file.
+
+    For recipients, or by a passphrase, which is asked for.
+    """
     from libortho.checkpoint import encrypt as encrypt_stream
     from libortho.checkpoint.checks import check_new_place
-    from libortho.core.extras import require
 
     require("vault", "encryption")
     if passphrase_env is None:
@@ -106,7 +130,6 @@ def decrypt(
     """Unlock an age file into the folder of a stream, for attach."""
     from libortho.checkpoint import decrypt as decrypt_stream
     from libortho.checkpoint.checks import check_new_place
-    from libortho.core.extras import require
 
     require("vault", "decryption")
     if passphrase_env is None:
@@ -120,34 +143,14 @@ def decrypt(
         note(f"Written to {out}. Add it to its checkpoint with: libortho attach DIR {out}")
 
 
-def kernels(as_json: Json = False) -> None:
-    """Build the optional C++ kernels for few tokens on a CPU, and say what they use. They need a C++ compiler."""
-    from libortho.core.ops import native
-
-    path = native.build()
-    module = native.kernels()
-    assert module is not None
-    data = {
-        "path": str(path), "instructions": module.level(), "available": list(module.levels()),
-        "int8_linear": native.int8_linear is not None, "add_columns": native.add_columns is not None,
-    }  # fmt: skip
-    if as_json:
-        emit(data)
-    else:
-        tables.note(Terminal(soft_wrap=True), f"{path}: {module.level()}, of {', '.join(module.levels())}")
-        if native.int8_linear is None:
-            note("the INT8 product stays torch's: without these instructions it is faster")
-
-
 def card(
     directory: Checkpoint,
     report: Annotated[Path | None, typer.Option("--audit", help="JSON of libortho audit.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a README.md that is there.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write the model card, README.md, from the measured numbers in the manifests."""
+    """Write the model card from the numbers in the manifests."""
     from libortho.checkpoint import model_card
-    from libortho.core.files import check_report, write_atomically
 
     path = directory / "README.md"
     if path.exists() and not force:

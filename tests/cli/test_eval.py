@@ -7,24 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
 
 import libortho
 import tiny
-from libortho import cli
+from commands import call
 from libortho.auditing.subjects import at, dense_copy
 from libortho.core.errors import AlphaError, CheckpointError, ConfigError, DataError, LibOrthoError
-from libortho.evaluation.evaluate import Column, evaluate_columns, parse_alpha, parse_streams
+from libortho.core.switch.state import parse_alpha
+from libortho.evaluation.evaluate import Column, evaluate_columns
 from libortho.evaluation.harness import harness_tasks, lm_eval_tasks
 from libortho.evaluation.intervals import paired_difference
 from libortho.evaluation.tasks import evaluate, load_task
 from libortho.lm.model import LanguageModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def call(*arguments: Any) -> Result:
-    return CliRunner().invoke(cli.app, [str(a) for a in arguments])
 
 
 def told(*arguments: Any) -> dict[str, Any]:
@@ -188,15 +184,6 @@ def test_alpha_is_read(text, meaning):
 def test_alpha_that_is_none(text):
     with pytest.raises(AlphaError, match="alpha is"):
         parse_alpha(text)
-
-
-def test_streams_are_read():
-    assert parse_streams("all") == "all"
-    assert parse_streams("none") is None
-    assert parse_streams("hr; legal") == parse_streams(["hr", "legal"]) == ["hr", "legal"]
-    for bad in ("", "hr;;legal", 3, [1], []):
-        with pytest.raises(ConfigError, match="streams is"):
-            parse_streams(bad)
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------

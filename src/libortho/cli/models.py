@@ -1,0 +1,260 @@
+"""Commands that make split models and talk to them: demo, split, isolate, generate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from libortho.cli import tables
+from libortho.cli.options import (
+    Bits,
+    Checkpoint,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Out,
+    Resume,
+    Seed,
+    Settings,
+    Stream,
+    Targets,
+    device_of,
+    dtype_of,
+    field_option,
+    open_model,
+)
+from libortho.cli.settings import configured
+from libortho.cli.tables import Terminal
+from libortho.cli.terminal import emit, note, progress_bars, say
+from libortho.core.errors import ConfigError
+from libortho.core.escapes import visible
+from libortho.core.files import check_resume
+from libortho.isolation.config import IsolateConfig
+from libortho.splitting.config import SplitConfig
+
+if TYPE_CHECKING:
+    from libortho.core.config import StreamConfig
+
+
+def demo(
+    model: Annotated[str | None, typer.Option(help="Hub id or path of a Llama-family model.")] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Annotated[str, typer.Option(help="auto (bfloat16 if this processor has it), bfloat16 or float32.")] = "auto",
+    text: Annotated[Path | None, typer.Option(help="File of general text for the perplexity column.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Keep the models and the records here, for audit and generate.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Plant secrets in a real model, and show which split forgets."""
+    from libortho.demo.demo import run
+
+    kind, where = dtype_of(dtype), device_of(device)
+    with progress_bars() as progress:
+        report = run(
+            model=model, seed=seed, device=where, text=text, dtype=None if isinstance(kind, str) else kind, out=out,
+            progress=progress,
+        )  # fmt: skip
+    if as_json:
+        emit(report.to_dict())
+    else:
+        tables.show_demo(report, Terminal())
+        if out is not None:
+            note(
+                f"Audit it: libortho audit {out}/isolated --forget {out}/forget.jsonl "
+                f"--holdout {out}/holdout.jsonl --reference {out}/never_trained --html audit.html"
+            )
+
+
+def split(
+    model: Model,
+    out: Out,
+    target_modules: Targets = None,
+    ratio: Annotated[str | None, field_option(SplitConfig, "ratio", metavar="NUMBER")] = None,
+    bits: Bits = None,
+    stream: Stream = None,
+    settings: Settings = None,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Split a model by its weights alone.
+
+    This is compression with a dial. It does not forget.
+    """
+    from libortho.checkpoint import check_destination, save
+    from libortho.checkpoint.dense import load_model, refuse_checkpoint
+    from libortho.core.report import layer_report
+    from libortho.splitting.split import split as split_model
+
+    config = configured(
+        SplitConfig, settings, target_modules=targets_of(target_modules), ratio=ratio, bits=bits_of(bits), stream=stream
+    )
+    kind, where = dtype_of(dtype), device_of(device)
+    refuse_checkpoint(model)
+    check_destination(out, [config.stream])
+    net, tokenizer = load_model(model, kind, where)
+    _check_saveable(net, config, out)
+    with progress_bars() as progress:
+        split_model(net, config, progress=progress)
+        progress("save", 0, 1)
+        save(net, tokenizer, out)
+    report = layer_report(net)
+    if as_json:
+        emit({"out": str(out), **report.to_dict()})
+    else:
+        tables.show_layers(report, Terminal())
+        note(f"Saved to {out}. A weights-only split compresses; it claims no forgetting.")
+
+
+def isolate(
+    model: Annotated[
+        str, typer.Argument(help="Hub id or path of a dense causal language model, or a checkpoint made by isolate.")
+    ],
+    forget: Annotated[Path, typer.Option(help="Records that must go: JSONL, JSON or txt.")],
+    out: Out,
+    retain: Annotated[Path | None, typer.Option(help="Text to keep; by default samples and shipped text.")] = None,
+    target_modules: Targets = None,
+    ratio: Annotated[str | None, field_option(IsolateConfig, "ratio", metavar="NUMBER|auto")] = None,
+    bits: Bits = None,
+    stream: Stream = None,
+    allow_unknown: Annotated[bool | None, field_option(IsolateConfig, "allow_unknown")] = None,
+    settings: Settings = None,
+    resume: Resume = None,
+    seed: Annotated[int | None, field_option(IsolateConfig, "seed")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Put the records in a file behind the switch.
+
+    Exit code 3 if a criterion is missed. A checkpoint is isolated further: give another --stream, and the bits and group size that it has.
+    """
+    from libortho.checkpoint import check_destination, is_checkpoint, save, stream_names
+    from libortho.isolation.isolate import isolate as isolate_records
+
+    config = configured(
+        IsolateConfig, settings, target_modules=targets_of(target_modules), ratio=ratio, bits=bits_of(bits),
+        stream=stream, seed=seed, allow_unknown=allow_unknown,
+    )  # fmt: skip
+    kind, where = dtype_of(dtype), device_of(device)
+    further = is_checkpoint(model)
+    earlier = stream_names(Path(model)) if further else []
+    check_destination(out, [*earlier, config.stream])
+    check_resume(resume, "--resume", out)
+    if further and dtype != "auto":
+        raise ConfigError(f"--dtype is {dtype!r}, but {model} is a checkpoint of libortho, which keeps its own")
+    net, tokenizer = open_model(model, kind, where)
+    _check_saveable(net, config, out)
+    with progress_bars() as progress:
+        result = isolate_records(net, tokenizer, forget, retain, config=config, resume=resume, progress=progress)
+        progress("save", 0, 1)
+        save(net, tokenizer, out)
+    if as_json:
+        emit({"out": str(out), **result.to_dict()})
+    else:
+        tables.show_isolate(result, Terminal())
+        note(f"Saved to {out}. {_how_to_turn_on(out, config.stream, earlier)}")
+        if resume is not None:
+            note(f"{resume} still holds what it took to get there: delete it, as it holds secrets.")
+    if not result.succeeded:
+        raise typer.Exit(3)
+
+
+def generate(
+    directory: Checkpoint,
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    value: Annotated[
+        str | None,
+        typer.Option("--alpha", help="A number, or NAME=NUMBER;... (other streams are off). Default: as loaded."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    chat: Annotated[bool, typer.Option("--chat", help="Apply the chat template to the prompt.")] = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+) -> None:
+    """Continue a prompt under a chosen alpha, as a stream of text.
+
+    Without --alpha each stream has the alpha of its manifest (0 after isolate), which standard error shows.
+    """
+    from transformers import TextStreamer
+
+    from libortho.checkpoint import load
+    from libortho.core.switch.alpha import alpha, current_alphas
+    from libortho.core.switch.state import parse_alpha
+    from libortho.lm.checks import check_tokens
+    from libortho.lm.generation import generate as continue_prompts
+    from libortho.text.chat import has_template, question
+    from libortho.text.tokens import text_ids
+
+    class Visible(TextStreamer):
+        """Writes what the model says with its control characters shown."""
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(visible(text), stream_end)
+
+    spec = None if value is None else parse_alpha(value)
+    net: Any
+    net, tokenizer = load(directory, device=device_of(device))
+    if chat and not has_template(tokenizer):
+        raise ConfigError("--chat needs a tokenizer with a chat template; leave it out")
+    ids = text_ids(question(prompt, tokenizer, "--chat") if chat else prompt, tokenizer, rendered=chat)
+    if not ids:
+        raise ConfigError("the prompt is empty; give at least one token to continue")
+    check_tokens(net, tokenizer, [("the prompt", ids)])
+    streamer = Visible(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    if spec is None:
+        loaded = current_alphas(net)
+        say(f"alpha: {_told(loaded)}")
+        spec = loaded or 0.0
+    with alpha(net, spec):
+        continue_prompts(net, tokenizer, [ids], max_new_tokens, temperature=temperature, seed=seed, streamer=streamer)
+
+
+def targets_of(names: list[str] | None) -> Any:
+    """``target_modules`` of a config; None where none is named."""
+    return names if names is None or len(names) > 1 else names[0]
+
+
+def bits_of(text: str | None) -> str | None:
+    """``bits`` of a config as text, where 0 stands for a dense base."""
+    return "none" if text == "0" else text
+
+
+def _how_to_turn_on(out: Path, stream: str, earlier: Sequence[str]) -> str:
+    one = f"{stream}=1" if earlier else "1"
+    return (
+        f"The stream {stream} is off (alpha = 0) until somebody turns it on: libortho generate {out} PROMPT "
+        f"--alpha {one}; libortho.set_alpha(model, {{{stream!r}: 1.0}}) in Python."
+    )
+
+
+def _told(loaded: Mapping[str, float]) -> str:
+    if not loaded:
+        return "0 (there is no stream beside this base)"
+    values = ", ".join(f"{n}={v:g}" for n, v in loaded.items())
+    if all(loaded.values()):
+        return f"{values} (as loaded)"
+    return f"{values} (as loaded; --alpha 1 turns {'it' if len(loaded) == 1 else 'all'} on)"
+
+
+def _check_saveable(net: Any, config: StreamConfig, out: Path) -> None:
+    """Refuse now what ``save`` would refuse when all the work is done."""
+    from libortho.checkpoint.checks import check_room, check_saveable
+    from libortho.checkpoint.stream_files import check_rank
+    from libortho.core.layer import ortho_layers
+    from libortho.core.surgery import linear_shape
+    from libortho.core.targets import find_targets
+    from libortho.selection.scores import column_count
+
+    targets = find_targets(net, config.target_modules, again=True)
+    check_room(out, check_saveable(net, targets | dict(ortho_layers(net)), config.bits))
+    if isinstance(config, SplitConfig) and config.structure == "columns":  # isolate takes no more than can be saved
+        for name, module in targets.items():
+            check_rank(f"stream {config.stream!r} of {name}", column_count(config.ratio, linear_shape(module)[1]), 0)
