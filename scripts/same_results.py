@@ -4,7 +4,8 @@
     python scripts/same_results.py --compare before.json    # after; exit code 1 names what differs
 
 A tiny model is planted, split in several settings, isolated (codes, a chat, sentences, a dense base, INT4, a
-second request), saved, loaded, detached and audited, through public names only. What is compared are hashes of tensors and JSON.
+second request), saved, loaded, detached and audited, through public names only. What is compared are hashes of tensors
+and of JSON.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ def probes(lm: LanguageModel, material: Material, into: Measurement) -> None:
 
 
 def exposures(lm: LanguageModel, material: Material, into: Measurement, *, holdout: bool) -> None:
-    """Exposure of each probed secret, and of some holdout records, in bits; see :mod:`libortho.auditing.measures.memory`."""
+    """Exposure of each probed secret, and of some holdout records, in bits; see :mod:`.measures.memory`."""
     totals = {n: [-sum(t) for t in rows] for n, rows in into.log_p.items()}
     own = [totals["forget"][i] for i in material.probed]
     into.exposure["forget"] = _exposures(lm, material, own, material.fillings, material.spaces)

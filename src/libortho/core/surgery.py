@@ -136,6 +136,7 @@ def frozen(model: nn.Module, earlier: Switch | None) -> Iterator[None]:
 
 
 def swap(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Put each module in the place of the one with its dotted name."""
     for name, layer in layers.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer)

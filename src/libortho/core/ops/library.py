@@ -88,7 +88,7 @@ def _(x: Tensor, switch: int, stream: str, sorted_rows: bool = True) -> Tensor:
 
 @torch.library.custom_op("libortho::add_columns", mutates_args=())
 def add_columns(y: Tensor, x: Tensor, index: Tensor, values: Tensor, alpha: Tensor) -> Tensor:
-    """See :func:`libortho.core.ops.ortho.add_columns`; alpha is (sequences,), the tokens of one sequence are consecutive."""
+    """See :func:`libortho.core.ops.ortho.add_columns`; alpha is (sequences,), their tokens are consecutive."""
     return _accumulate(eager_ortho.add_columns, y, x, alpha, index, values)
 
 

@@ -3,8 +3,8 @@
     y[t, n]  = sum_k x[t, k] * code[n, k] * scale[n, k // group]        INT8 or packed INT4, no dense weight is built
     y[t, n] += alpha[t] * sum_j x[t, index[j]] * values[j, n]           in place, the gather is part of the kernel
 
-Sums are fp32; a weight with group scales is rounded to the inputs' dtype first, as :func:`libortho.core.ops.quantisation
-.dequantise` does it, and one scale per output channel is taken to the sum. Beyond :data:`MOST_TOKENS`, where a gradient
+Sums are fp32; a weight with group scales is rounded to the inputs' dtype first, as
+:func:`libortho.core.ops.quantisation.dequantise` does it, and one scale per output channel is taken to the sum. Beyond :data:`MOST_TOKENS`, where a gradient
 is wanted, and where :func:`takes` says no, torch does the same. Free entries and factors are torch's on every device.
 
 Nothing here has been timed: tiles and :data:`MOST_TOKENS` are what the shapes suggest, to be measured on a GPU with

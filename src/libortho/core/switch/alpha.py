@@ -12,9 +12,9 @@ What is not known is off, or raises; it is never on:
 
 * ``alpha = 0`` is a Python branch, not a multiplication by zero: the base stream alone runs.
 * A context is seen by the thread or task that entered it, and by what runs in a copy of its ``contextvars`` context;
-  in a generator it holds while the generator runs, whoever resumes it (:mod:`libortho.core.switch.scope`). A thread or task that
-  cannot know its alpha raises :class:`~libortho.core.errors.AlphaContextError`, unless all streams are off persistently. So
-  does a gradient-checkpoint recomputation whose forward pass is not on record.
+  in a generator it holds while the generator runs, whoever resumes it (:mod:`libortho.core.switch.scope`). A thread or
+  task that cannot know its alpha raises :class:`~libortho.core.errors.AlphaContextError`, unless all streams are off
+  persistently. So does a gradient-checkpoint recomputation whose forward pass is not on record.
 * A KV cache, or another state that is carried from one forward pass to the next, is stamped with the alpha that
   computed it. Continuing it under another alpha raises (:mod:`libortho.core.switch.carried`).
 """
