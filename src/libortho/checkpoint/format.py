@@ -5,7 +5,8 @@
     X.weight_shape    int64 (2,)                                            (out_features, in_features)
 
 On little-endian machines the lanes of an int32 are the bytes that :class:`~libortho.core.streams.BaseStream` holds
-(INT8: sign bit flipped; INT4: as they are), so that writing and reading move bytes and never touch a code. With ``bits=None``
+(INT8: sign bit flipped; INT4: as they are), so that writing and reading move bytes and never touch a code. With
+``bits=None``
 a layer is a plain ``X.weight``.
 """
 

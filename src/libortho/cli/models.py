@@ -133,7 +133,8 @@ def isolate(
 ) -> None:
     """Put the records in a file behind the switch.
 
-    Exit code 3 if a criterion is missed. A checkpoint is isolated further: give another --stream, and the bits and group size that it has.
+    Exit code 3 if a criterion is missed. A checkpoint is isolated further: give another --stream, and the bits and
+    group size that it has.
     """
     from libortho.checkpoint import check_destination, is_checkpoint, save, stream_names
     from libortho.isolation.isolate import isolate as isolate_records

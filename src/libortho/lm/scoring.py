@@ -84,10 +84,12 @@ def predicting_states(hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Ten
 
 
 def take(scores: Scores, index: Tensor) -> Scores:
+    """The scores of some records."""
     return Scores(scores.nll[index], scores.odds[index], scores.tokens[index])
 
 
 def grouped_scores(lm: LanguageModel, groups: Sequence[Sequence[Encoded]]) -> tuple[Scores, ...]:
+    """The scores of each group of texts."""
     flat, _ = score(lm, [e for group in groups for e in group])
     ends = torch.tensor([len(g) for g in groups]).cumsum(0).tolist()
     return tuple(take(flat, torch.arange(end - len(group), end)) for group, end in zip(groups, ends, strict=True))
@@ -116,6 +118,7 @@ def training_batches(items: Sequence[Encoded], device: torch.device) -> Iterator
 
 
 def cut_order(order: Sequence[int], items: Sequence[Encoded], limit: int) -> Iterator[list[int]]:
+    """Batches of at most ``limit`` padded tokens, in this order."""
     rows: list[int] = []
     for i in order:
         if rows and (len(rows) + 1) * len(items[i].ids) > limit:

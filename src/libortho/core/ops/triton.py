@@ -4,7 +4,8 @@
     y[t, n] += alpha[t] * sum_j x[t, index[j]] * values[j, n]           in place, the gather is part of the kernel
 
 Sums are fp32; a weight with group scales is rounded to the inputs' dtype first, as
-:func:`libortho.core.ops.quantisation.dequantise` does it, and one scale per output channel is taken to the sum. Beyond :data:`MOST_TOKENS`, where a gradient
+:func:`libortho.core.ops.quantisation.dequantise` does it, and one scale per output channel is taken to the sum. Beyond
+:data:`MOST_TOKENS`, where a gradient
 is wanted, and where :func:`takes` says no, torch does the same. Free entries and factors are torch's on every device.
 
 Nothing here has been timed: tiles and :data:`MOST_TOKENS` are what the shapes suggest, to be measured on a GPU with
