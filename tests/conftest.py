@@ -23,6 +23,15 @@ from probe import Probe
 VOCABULARY = 128
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep what shares a fixture in one worker (``--dist loadgroup``), and begin with the isolated real model."""
+    for item in items:
+        shared = "isolated real model" if "integration" in item.path.parts else item.path.name
+        item.add_marker(pytest.mark.xdist_group(shared))
+    items.sort(key=lambda item: "integration" not in item.path.parts)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

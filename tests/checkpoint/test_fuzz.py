@@ -165,15 +165,16 @@ def examine(directory: Path, expected: PreTrainedModel, identical: bool) -> str:
     return "loaded"
 
 
+@pytest.mark.parametrize("count", [25, pytest.param(600, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("seed", range(4))
-def test_600_mutations_load_the_same_model_or_are_refused(seed: int, bare: Path, tmp_path: Path) -> None:
+def test_mutations_load_the_same_model_or_are_refused(seed: int, count: int, bare: Path, tmp_path: Path) -> None:
     rng = random.Random(seed)
     expected, _ = load(bare, alpha=1.0)
     original = contents(bare)
     names = sorted(original)
     write(tmp_path, original)
     outcomes: Counter[str] = Counter()
-    for number in range(600):
+    for number in range(count):
         kind = rng.choice(["flip", "flip", "cut", "delete", "swap", "json", "json"])
         name = rng.choice([n for n in names if kind != "json" or n.endswith("json")])
         touched = [name]
@@ -193,13 +194,14 @@ def test_600_mutations_load_the_same_model_or_are_refused(seed: int, bare: Path,
             raise
         for n in touched:
             (tmp_path / n).write_bytes(original[n])
-    assert outcomes["CheckpointError"] > 450
-    assert sum(outcomes.values()) == 600
+    assert outcomes["CheckpointError"] > 0.7 * count
+    assert sum(outcomes.values()) == count
     assert examine(tmp_path, expected, identical=True) == "loaded"
 
 
+@pytest.mark.parametrize("count", [50, pytest.param(200, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("seed", range(2))
-def test_200_mutations_whose_hashes_were_forged(seed: int, whole: Path, tmp_path: Path) -> None:
+def test_mutations_whose_hashes_were_forged(seed: int, count: int, whole: Path, tmp_path: Path) -> None:
     """Somebody who knows the format repairs the hashes, so that every parser sees the damage."""
     rng = random.Random(100 + seed)
     expected, _ = load(whole, alpha=1.0)
@@ -207,7 +209,7 @@ def test_200_mutations_whose_hashes_were_forged(seed: int, whole: Path, tmp_path
     write(tmp_path, original)
     weights = [n for n in original if n.startswith("ortho/") and n.endswith(".safetensors")]
     hashed = [n for n, sha256 in json.loads(original["libortho.json"])["files"].items() if sha256 is not None]
-    for number in range(200):
+    for number in range(count):
         name = rng.choice([*weights, *weights, *hashed, "config.json", "config.json"])
         content = original[name]
         as_json = name.endswith(".json") and rng.random() < 0.8

@@ -366,13 +366,14 @@ def test_a_member_that_claims_more_than_there_is(source: Path, key: Any, out: Pa
         decrypt(put(bytes(content), key, tmp_path / "x.age"), out, identities=[str(key)])
 
 
+@pytest.mark.parametrize("count", [100, pytest.param(400, marks=pytest.mark.nightly)])
 def test_mutated_files_open_to_the_same_stream_or_not_at_all(
-    source: Path, locked: Path, key: Any, out: Path, tmp_path: Path
+    count: int, source: Path, locked: Path, key: Any, out: Path, tmp_path: Path
 ) -> None:
     rng, original = random.Random(0), locked.read_bytes()
     plain = tar(contents(source / "ortho/hr"))
     opened = 0
-    for number in range(400):
+    for number in range(count):
         content = bytearray(original if number % 2 else plain)
         if rng.random() < 0.3:
             del content[rng.randrange(len(content)) :]
@@ -391,7 +392,7 @@ def test_mutated_files_open_to_the_same_stream_or_not_at_all(
             assert (out / weights.name).read_bytes() == weights.read_bytes()
             shutil.rmtree(out)
         assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
-    assert opened < 150  # padding of the tar, and what attach compares
+    assert opened < 0.4 * count  # padding of the tar, and what attach compares
 
 
 def test_no_age_file_and_none_at_all(out: Path, tmp_path: Path) -> None:

@@ -168,9 +168,13 @@ def shared() -> Probe:
     return Probe()
 
 
-@settings(max_examples=500, deadline=None, derandomize=True)
-@given(steps=program, start=value)
-def test_random_interleavings_know_their_alpha_or_refuse(shared, steps, start):
-    run = Run(shared, start)
-    run.run(steps)
-    run.finish()
+@pytest.mark.parametrize("count", [100, pytest.param(500, marks=pytest.mark.nightly)])
+def test_random_interleavings_know_their_alpha_or_refuse(shared, count):
+    @settings(max_examples=count, deadline=None, derandomize=True, database=None)
+    @given(steps=program, start=value)
+    def interleaved(steps, start):
+        run = Run(shared, start)
+        run.run(steps)
+        run.finish()
+
+    interleaved()
