@@ -52,16 +52,10 @@ def _check_base(name: str, layer: OrthoLinear, config: IsolateConfig) -> None:
         )
 
 
-def taken(targets: Mapping[str, nn.Module], *, columns: bool) -> dict[str, Tensor]:
-    """Where earlier streams lie in the layers that have any.
-
-    Args:
-        targets: Linear layers by name, split or not.
-        columns: Whole columns, (in_features,) bool, any entry of which is taken; else entries (out_features,
-            in_features) bool.
-    """
+def taken(targets: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Columns, any entry of which an earlier stream has, (in_features,) bool, by layer, split or not."""
     masks = {n: touched(m) for n, m in targets.items() if isinstance(m, OrthoLinear)}
-    masks = {n: mask.any(0) if columns else mask for n, mask in masks.items()}
+    masks = {n: mask.any(0) for n, mask in masks.items()}
     return {n: mask for n, mask in masks.items() if mask.any()}
 
 

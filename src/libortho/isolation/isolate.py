@@ -2,7 +2,7 @@
 
 1. Counterfactuals: alternates of each completion, neighbours of each prompt (given, or made).
 2. Constants of the original model: what it says on retain text, on neighbours, and about other people's completions.
-3. Support: the columns (or entries) whose gradient is about the records and not about retain text.
+3. Support: the columns whose gradient is about the records and not about retain text.
 4. Values: trained on the support only, through the quantiser, in steps that text to keep hardly notices, until the
    criteria hold.
 5. Streams: base = edited codes; ortho = original - base on the support.
@@ -60,9 +60,9 @@ from libortho.lm.checks import check_causal, check_tokens, fingerprint, training
 from libortho.lm.generation import generate, token_limit
 from libortho.lm.model import LanguageModel, gradient_checkpointing
 from libortho.lm.scoring import hidden_states
-from libortho.selection.budget import allocate, balanced_weights, retain_floor, unit_costs
+from libortho.selection.budget import allocate, balanced_weights, column_costs, retain_floor
 from libortho.selection.curvature import curvature
-from libortho.selection.saliency import column_saliency, entry_saliency
+from libortho.selection.saliency import column_saliency
 from libortho.text.corpus import shipped_text
 from libortho.text.encoding import IGNORE, Batch, Encoded, chunk, collate, encode_closed
 from libortho.text.records import Record, Source, load_records
@@ -72,6 +72,10 @@ from libortho.training.rounding import compensated_bases
 
 logger = logging.getLogger(__name__)
 
+RETAIN_LENGTH = 128
+"""Tokens of one retain sequence."""
+LAYER_CAP = 4.0
+"""No layer takes more than this many times its even share of the budget."""
 AUTO_RATIOS = (0.0005, 0.001, 0.0025, 0.005)
 """Budgets that ``ratio="auto"`` tries."""
 _RETAIN_SEQUENCES = 64
@@ -154,13 +158,13 @@ def isolate(
     check_tokens(model, tokenizer, ((f"general text {i}", t) for i, t in enumerate(shipped_text(), 1)))
     with frozen(model, earlier):
         LanguageModel(model).check_layers(replaced)
-    limit = token_limit(model, config.max_length)
+    limit = token_limit(model, None)
     parameter = next(model.parameters())
     if parameter.dtype is torch.bfloat16 and training_dtype(str(parameter.device)) is not torch.bfloat16:
         logger.warning("this processor has no bf16 arithmetic: a model in float32 would take a fraction of the time")
     cases = request.cases(records, tokenizer, limit, config, retains=retain is not None)
     with frozen(model, earlier):
-        length = min(config.retain_length, limit or config.retain_length)
+        length = min(RETAIN_LENGTH, limit or RETAIN_LENGTH)
         given = None if retain is None else _pieces(retain, records, tokenizer, length, config)
         human = human_texts(tokenizer, limit)
         kinds = sorted({str(p.dtype) for p in model.parameters()})
@@ -226,7 +230,7 @@ def _attempt(
         "support", lambda: Entry(_support(lm, targets, cases, material.retain, config, progress))
     )
     support = {n: index.to(lm.device) for n, index in found.tensors.items()}
-    metrics = {} if config.structure != "columns" or training_finished(store) else curvature(
+    metrics = {} if training_finished(store) else curvature(
         lm,
         targets,
         support,
@@ -236,7 +240,8 @@ def _attempt(
     )  # fmt: skip
     bases = _bases(material, support, config, store)
     layers = {
-        n: EditLinear(_start(m), bias_of(m), support.get(n), config, bases.get(n)) for n, m in material.replaced.items()
+        n: EditLinear(_start(m), bias_of(m), support.get(n), config.bits, config.resolved_group_size, bases.get(n))
+        for n, m in material.replaced.items()
     }
     try:
         swap(model, layers)
@@ -371,39 +376,28 @@ def _support(
     config: IsolateConfig,
     progress: Progress | None,
 ) -> dict[str, torch.Tensor]:
-    columns, ratio = config.structure == "columns", float(config.ratio)
+    ratio = float(config.ratio)
     secrets = [piece for c in cases for piece in _cut_up(c.secret, c.pieces)]
     if len(secrets) > SALIENCY_RECORDS:
         secrets = random.Random(config.seed).sample(secrets, SALIENCY_RECORDS)
     batches = [collate(secrets[i : i + 8]).to(lm.device) for i in range(0, len(secrets), 8)]
     texts = _read(lm, retain, _SALIENCY_TOKENS)
-    phases = 2 if columns else 4
-    tell(progress, "support", 0, phases)
-    forget, norms = column_saliency(lm, targets, batches)
-    tell(progress, "support", 1, phases)
-    kept, kept_norms = column_saliency(lm, targets, texts)
-    tell(progress, "support", 2, phases)
+    tell(progress, "support", 0, 2)
+    forget = column_saliency(lm, targets, batches)
+    tell(progress, "support", 1, 2)
+    kept = column_saliency(lm, targets, texts)
+    tell(progress, "support", 2, 2)
     others = _beside(lm, cases, config)
     if others:
-        around, _ = column_saliency(lm, targets, others)
+        around = column_saliency(lm, targets, others)
         kept = {n: torch.cat([s / len(s), around[n] / len(around[n])]) for n, s in kept.items()}
     floor = retain_floor({n: s.sum(0) for n, s in kept.items()})
-    held = taken(targets, columns=columns)
-    forget = without(forget, {n: mask if columns else mask.all(0) for n, mask in held.items()}, 0.0)
+    held = taken(targets)
+    forget = without(forget, held, 0.0)
     side_by_side = torch.cat([s / floor[n] for n, s in forget.items()], 1)
     weights = balanced_weights(side_by_side, max(1, int(ratio * side_by_side.shape[1])))
-    if columns:
-        scores = {n: weights @ s / floor[n] for n, s in forget.items()}
-    else:
-        about_forget = entry_saliency(lm, targets, batches, weights / norms)
-        tell(progress, "support", 3, phases)
-        about_retain = entry_saliency(lm, targets, texts, 1 / kept_norms)
-        tell(progress, "support", 4, phases)
-        entry_floor = retain_floor(about_retain)
-        scores = {n: s / entry_floor[n] for n, s in about_forget.items()}
-    scores = without(scores, held, -torch.inf)
-    limit = MAX_RANK if columns else None  # a stream that can be saved
-    return allocate(scores, ratio, config.layer_cap, unit_costs(targets, columns=columns), limit=limit)
+    scores = without({n: weights @ s / floor[n] for n, s in forget.items()}, held, -torch.inf)
+    return allocate(scores, ratio, LAYER_CAP, column_costs(targets), limit=MAX_RANK)  # a stream that can be saved
 
 
 def _bases(
@@ -414,7 +408,7 @@ def _bases(
     Of records and of neighbours as many tokens are read as of retain text.
     """
     bits = config.bits
-    if bits is None or not config.compensate:
+    if bits is None:
         return {}
     lm, cases = material.lm, material.asked.cases
     dense = {n: m for n, m in material.targets.items() if not isinstance(m, OrthoLinear)}
@@ -423,8 +417,7 @@ def _bases(
         drawn = random.Random(config.seed).sample(cases, len(cases))
         groups = (material.retain, [c.secret for c in drawn], [c.neighbours[0] for c in drawn if c.neighbours])
         texts = [b for items in groups if items for b in _read(lm, items, _SALIENCY_TOKENS)]
-        exact = support if config.structure == "columns" else {}
-        made = compensated_bases(lm, dense, exact, texts, bits, config.resolved_group_size)
+        made = compensated_bases(lm, dense, support, texts, bits, config.resolved_group_size)
         return Entry({f"{n}.{field}": getattr(b, field) for n, b in made.items() for field in ("codes", "scales")})
 
     found = store.get_or_compute("bases", make).tensors

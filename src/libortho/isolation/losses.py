@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from libortho.lm.logits import SMALL, Scores
+from libortho.lm.logits import SMALL
 
 _LEAST_SURPRISE = 1e-3
 
@@ -32,36 +32,3 @@ def profile_distance(found: Tensor, odds: Tensor, target: Tensor) -> Tensor:
     surprise = target[:, 0].clamp_min(_LEAST_SURPRISE)
     excess = (odds + surprise + torch.log(-torch.expm1(-surprise))).relu()
     return distance + F.smooth_l1_loss(excess, torch.zeros_like(excess), reduction="none")
-
-
-def log_odds(secret: Scores, target: Scores) -> Tensor:
-    """Match the record to its target: neither likelier (remembering) nor unlikelier (as visible).
-
-    Huber distance of the mean negative log-likelihood, which is what a membership test sees; plus, while the record is
-    likelier than its target, Huber distance of the mean log-odds, whose gradient does not vanish as p approaches 1.
-    """
-    excess = (secret.odds - target.odds).relu()
-    return F.smooth_l1_loss(secret.nll, target.nll, reduction="none") + F.smooth_l1_loss(
-        excess, torch.zeros_like(excess), reduction="none"
-    )
-
-
-def grad_diff(secret: Scores) -> Tensor:
-    """Gradient ascent on the record (Liu et al. 2022); the retain term is added by the trainer. Unbounded below."""
-    return -secret.nll
-
-
-def npo(secret: Scores, original: Scores, beta: float = 0.1) -> Tensor:
-    """Negative preference optimisation (arXiv 2404.05868, eq. 3), on summed log-likelihoods."""
-    return -(2 / beta) * F.logsigmoid(-beta * (secret.total - original.total))
-
-
-def simnpo(secret: Scores, beta: float = 3.5, delta: float = 1.0) -> Tensor:
-    """Reference-free, length-normalised NPO (arXiv 2410.07163, eq. 4)."""
-    return -(2 / beta) * F.logsigmoid(beta * (secret.nll - delta))
-
-
-def altpo(secret: Scores, original: Scores, alternate: Scores, alternate_original: Scores, beta: float = 0.1) -> Tensor:
-    """DPO that prefers an in-domain alternate to the record (AltPO, arXiv 2409.13474)."""
-    margin = (alternate.total - alternate_original.total) - (secret.total - original.total)
-    return -(2 / beta) * F.logsigmoid(beta * margin)

@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 SALIENCY_RECORDS = 64
 """Records, or pieces of sentences, whose gradients choose the columns."""
 _MOST_COUNTERFACTUALS, _FEWEST_COUNTERFACTUALS = 400, 2
+PER_RECORD = 8
+"""Made alternates, and made neighbours, of a record that brings none; from 50 records on fewer."""
 _WITNESSES = 4
 """Witnesses of a record; of many records fewer each, as of alternates."""
 _CANDIDATES = 8
@@ -120,13 +122,13 @@ def cases(
     rng = random.Random(config.seed)
     forms = counterfactuals.common_form([r.completion for r in records])
     mixed = counterfactuals.recombined(
-        [r.prompt for r in records], _most(config.neighbours_per_record, records) // 2, rng, [r.spans for r in records]
+        [r.prompt for r in records], _most(PER_RECORD, records) // 2, rng, [r.spans for r in records]
     )
     found = []
     for i, (record, keep, recombined) in enumerate(zip(records, forms, mixed, strict=True)):
         prose = is_prose(record, tokenizer)
-        others = _alternates(record, keep, tokenizer, _most(config.alternates_per_record, records), prose, rng)
-        beside = _neighbours(record, recombined, _most(config.neighbours_per_record, records), prose and retains, rng)
+        others = _alternates(record, keep, tokenizer, _most(PER_RECORD, records), prose, rng)
+        beside = _neighbours(record, recombined, _most(PER_RECORD, records), prose and retains, rng)
         secret = encode(record, tokenizer, limit, name="forget")
         own = _fitting([record.answered(c) for c in others], tokenizer, limit) or (secret,)
         around = _fitting(_filled(record, beside, others), tokenizer, limit)

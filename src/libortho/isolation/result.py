@@ -12,7 +12,7 @@ from torch import nn
 from libortho.core.surgery import linear_shape
 from libortho.isolation.config import IsolateConfig
 from libortho.isolation.train import BAND, PARTIAL, Case, Check, Known, RecordOutcome, Reference, leaning, unremarkable
-from libortho.selection.budget import unit_costs
+from libortho.selection.budget import column_costs
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class IsolateResult:
         retain_kl: Mean KL(original || alpha 0) on held-back retain text, in nats per token.
         quantised_kl: The same of the quantised base before any record was moved: the price of the base alone.
         density: Entries of the ortho stream / weights of the split layers.
-        columns_per_layer: Layer to the columns (or entries) that it gave.
+        columns_per_layer: Layer to the columns that it gave.
         steps: Optimiser steps.
         seconds: Wall time of this call.
     """
@@ -61,6 +61,9 @@ class IsolateResult:
         return {**asdict(self), "succeeded": self.succeeded}
 
 
+RETAIN_BUDGET = 0.02
+"""Largest mean KL divergence from the original (nats per token) on held-back retain text, beyond that of the quantised
+base alone, at which the result counts as unharmed."""
 _CERTAIN = 5.0
 """Standard deviations at which one record alone is taken for known: the spread rests on few alternates."""
 
@@ -115,7 +118,7 @@ def result_of(
         recited: How many the original model recites, and how many of these the model recites at alpha = 1.
         checks: The criteria during training.
         divergences: From the original on held-back text, in nats per token: of the quantised base, and at alpha = 0.
-        support: Indices of the columns (or entries) by layer.
+        support: Indices of the columns by layer.
         targets: The layers.
         seconds: Wall time so far.
     """
@@ -146,12 +149,12 @@ def result_of(
             f"their alternates; by chance they would be up to {chance:.2f}"
         )
     quantised_kl, retain_kl = divergences
-    if retain_kl - quantised_kl > config.retain_budget:
+    if retain_kl - quantised_kl > RETAIN_BUDGET:
         missed.append(
             f"retain divergence {retain_kl:.4f} nats per token exceeds that of the quantised base alone "
-            f"({quantised_kl:.4f}) by more than the budget of {config.retain_budget}"
+            f"({quantised_kl:.4f}) by more than the budget of {RETAIN_BUDGET}"
         )
-    cost = unit_costs(dict(targets), columns=config.structure == "columns")
+    cost = column_costs(targets)
     weights = sum(rows * columns for rows, columns in map(linear_shape, targets.values()))
     return IsolateResult(
         stream=config.stream,

@@ -2,8 +2,7 @@
 
     minimise   mean_i [ surprise, entropy and standardised surprise at each token of record i  ->  its donors' ]
                + retain_weight * KL(original || edited) on retain text
-               + neighbour_weight * KL(original || edited) on neighbours
-               + gradient_weight * [ log norm of the gradient on codes  ->  that on strangers' codes ]
+               + KL(original || edited) on neighbours
 
 For codes and names a donor is a token of another completion after another prompt of the same shape, which no training
 has touched: see :mod:`libortho.isolation.matching`. For sentences see :mod:`libortho.isolation.prose`. Records are
@@ -22,19 +21,16 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from libortho.core.run_cache import Entry, RunCache
 from libortho.isolation.config import IsolateConfig
-from libortho.isolation.losses import altpo, grad_diff, log_odds, npo, profile_distance, simnpo
+from libortho.isolation.losses import profile_distance
 from libortho.isolation.matching import Donor
 from libortho.isolation.prose import PlausibilityModel, fit, spoken_profiles
-from libortho.lm.gradients import log_gradient_norms
 from libortho.lm.head import HEAD_POSITIONS, by_record, evenly, summed
 from libortho.lm.logits import (
     Scores,
-    completion_scores,
     kl_divergence,
     profile_and_odds,
     token_profile,
@@ -50,7 +46,6 @@ from libortho.lm.scoring import (
     score,
     scores_of_states,
     scoring_batches,
-    take,
     token_profiles,
     training_batches,
 )
@@ -66,9 +61,6 @@ LENGTH_CORRELATION = 0.6
 _WARM_UP, _STEADY, _LANDING = 5, 30, 10
 """Steps of rising learning rate; steps after which it falls with the square root of their number; last steps, in
 which it falls to zero."""
-REACTIONS, REACTIONS_PER_STEP, _REACTING = 48, 8, 12
-"""Records whose strangers' gradients are read at a look, records whose own are matched in a step, and texts of one
-backward pass."""
 _CROSSED = 2
 """Neighbours' prompts on which a record's completion is looked for."""
 RELATIVE_STEP, RELATIVE_TO = 0.08, 12
@@ -76,6 +68,10 @@ RELATIVE_STEP, RELATIVE_TO = 0.08, 12
 is right."""
 _STRETCH, _SECANT_STEPS, _CLOSE = (0.8, 1.25), 3, 0.05
 """Range of the factor of the finished edit, secant steps to find it, and nats per token that need none."""
+RECORDS_PER_STEP, RETAIN_TOKENS_PER_STEP = 12, 256
+"""Forget records, and retain tokens, in one optimiser step."""
+CHECK_EVERY = 5
+"""Optimiser steps between two looks at the criteria."""
 LEAST_SURPRISE = 0.01
 """Smallest surprise, in nats, that is expected of a token of a sentence."""
 STEER_FROM, STEER, STEER_MOST, STEER_AHEAD = 15, 0.3, 0.4, 2.0
@@ -162,7 +158,6 @@ class Reference:
         beside: Mean negative log-likelihood of each record's counterfactuals, in nats per token, (records,); 0 for
             sentences that have none.
         spread: Standard deviation around the target's negative log-likelihood, in nats per token, (records,).
-        alternates: Scores of the alternates, record by record; empty unless the objective compares with them.
         profiles: For each record, what its tokens should look like, (tokens, 3), and those of each alternate.
         spilled: Whether each record's completion is remembered after its neighbours' prompts too, (records,) bool.
         retain: Last hidden states of each retain sequence, (tokens, width).
@@ -176,7 +171,6 @@ class Reference:
     target: Scores
     beside: Tensor
     spread: Tensor
-    alternates: tuple[Scores, ...]
     profiles: tuple[tuple[Tensor, ...], ...]
     spilled: Tensor
     retain: tuple[Tensor, ...]
@@ -188,8 +182,7 @@ class Reference:
         """All of it by name."""
         named = {"target.nll": self.target.nll, "target.odds": self.target.odds}
         named |= {"recited": self.recited, "spilled": self.spilled, "beside": self.beside, "spread": self.spread}
-        for name, s in [("secret", self.secret), *((f"alternates.{i}", s) for i, s in enumerate(self.alternates))]:
-            named |= {f"{name}.nll": s.nll, f"{name}.odds": s.odds, f"{name}.tokens": s.tokens}
+        named |= {f"secret.{f}": getattr(self.secret, f) for f in ("nll", "odds", "tokens")}
         named |= {f"retain.{i}": states for i, states in enumerate(self.retain)}
         named |= {f"expected.{i}": e for i, e in enumerate(self.expected)}
         for name, groups in (("neighbours", self.neighbours), ("profiles", self.profiles)):
@@ -230,7 +223,6 @@ class Reference:
             target=Scores(tensors["target.nll"], tensors["target.odds"], secret.tokens),
             beside=tensors["beside"],
             spread=tensors["spread"],
-            alternates=tuple(scores(f"alternates.{i}") for i in range(len(cases)) if f"alternates.{i}.nll" in tensors),
             profiles=tuple(
                 tuple(tensors[f"profiles.{i}.{j}"] for j in range(1 + len(c.alternate_donors)))
                 for i, c in enumerate(cases)
@@ -412,8 +404,7 @@ def reference(
         else tuple(_profile(lm, c, donors, *states) for donors in (c.donors, *c.alternate_donors))
         for i, (c, *states) in enumerate(zip(cases, witnesses, predictors, expected, strict=True))
     )
-    if config.objective == "profile":
-        nll = torch.stack([own[:, 0].mean() for own, *_ in profiles])
+    nll = torch.stack([own[:, 0].mean() for own, *_ in profiles])
     crossed = grouped_scores(lm, [c.crossed[:_CROSSED] for c in cases])
     spilled = torch.tensor([float(s.nll.mean()) if len(s.nll) else math.inf for s in crossed]) < nll - spread
     return Reference(
@@ -424,7 +415,6 @@ def reference(
         profiles=profiles,
         spread=spread,
         beside=beside,
-        alternates=grouped_scores(lm, [c.alternates for c in cases]) if config.objective == "altpo" else (),
         retain=hidden_states(lm, retain),
         neighbours=neighbours,
         sentences=sentences,
@@ -550,14 +540,14 @@ class Training:
     ) -> None:
         self.values, self.metrics = values, metrics
         # theta stands at the original weights here: they say how large a step is
-        share = step_share(min(records, config.records_per_step))
+        share = step_share(min(records, RECORDS_PER_STEP))
         self.rates = [config.learning_rate or share * RELATIVE_STEP * _root_mean_square(v) for v in values]
         self.start, self.decay = [v.detach().clone() for v in values], config.decay
         # Adam moves steps, which begin at zero every time, in the metric's basis.
         self.moves = [nn.Parameter(torch.zeros_like(v)) for v in values]
         self.optimiser = torch.optim.Adam([{"params": [m]} for m in self.moves], betas=(0.9, 0.95))
         self.rng = random.Random(config.seed)
-        self.records = Epochs(records, config.records_per_step, self.rng)
+        self.records = Epochs(records, RECORDS_PER_STEP, self.rng)
         self.texts = Epochs(len(texts), _texts_per_step(texts, config), self.rng)
         self.step, self.last = 0, config.max_steps
         self.finished = False
@@ -565,7 +555,6 @@ class Training:
         self.profiles: tuple[Tensor, ...] = ()
         self.expected: tuple[Tensor, ...] = ()
         self.lean, self.missing = torch.zeros(3), torch.zeros(3)
-        self.reactions = torch.full((records,), math.nan)
 
     def wanted(self, original: Reference) -> tuple[Tensor, Tensor]:
         """Surprise that each record should have and its deviation, donors being what they are now; each (records,)."""
@@ -592,7 +581,7 @@ class Training:
 
     def part(self) -> Entry:
         """The state as it is now."""
-        tensors = {"lean": self.lean, "missing": self.missing, "reactions": self.reactions}
+        tensors = {"lean": self.lean, "missing": self.missing}
         tensors |= {f"profiles.{i}": p for i, p in enumerate(self.profiles)}
         tensors |= {f"expected.{i}": e for i, e in enumerate(self.expected)}
         tensors |= {f"theta.{i}": v.detach() for i, v in enumerate(self.values)}
@@ -620,7 +609,6 @@ class Training:
 
         self.profiles, self.expected = listed("profiles"), listed("expected")
         self.lean, self.missing = part.tensors["lean"], part.tensors["missing"]
-        self.reactions = part.tensors["reactions"]
         for name, tensor in part.tensors.items():
             kind, *rest = name.split(".")
             if kind not in ("theta", "adam"):
@@ -653,7 +641,7 @@ def _root_mean_square(value: Tensor) -> float:
 def _texts_per_step(texts: Sequence[Encoded], config: IsolateConfig) -> int:
     """As many retain sequences as have the tokens of a step together."""
     mean = sum(len(t.ids) for t in texts) / max(1, len(texts))
-    return max(1, round(config.retain_tokens_per_step / max(1.0, mean)))
+    return max(1, round(RETAIN_TOKENS_PER_STEP / max(1.0, mean)))
 
 
 def training_finished(store: RunCache) -> bool:
@@ -688,7 +676,6 @@ def train(
     if stored is None:
         start = examine(lm, [c.secret for c in cases])
         now.checks.append(judge(start, original.target.nll, original.spread, original.expected, 0))
-        listen(lm, layers, cases, config, now)
     else:
         now.take_up(stored)
         if now.expected:
@@ -699,14 +686,12 @@ def train(
         now.step += 1
         rate = min(1.0, now.step / _WARM_UP, (_STEADY / now.step) ** 0.5, (now.last - now.step + 1) / _LANDING)
         step(lm, layers, cases, retain, original, config, now, rate)
-        if now.step % config.check_every == 0 or now.step == now.last:
+        if now.step % CHECK_EVERY == 0 or now.step == now.last:
             seen = examine(lm, [c.secret for c in cases])
-            if config.objective == "profile":
-                if (now.step // config.check_every).bit_count() == 1:  # it changes fast at first, and takes its time
-                    original = reread(lm, cases, original)
-                    now.expected = original.expected
-                steer(lm, cases, original, now, seen.profile.mean(0))
-                listen(lm, layers, cases, config, now)
+            if (now.step // CHECK_EVERY).bit_count() == 1:  # it changes fast at first, and takes its time
+                original = reread(lm, cases, original)
+                now.expected = original.expected
+            steer(lm, cases, original, now, seen.profile.mean(0))
             now.checks.append(judge(seen, *now.wanted(original), original.expected, now.step))
             logger.info("%s", now.checks[-1])
             if now.last == config.max_steps and now.checks[-1].holds:
@@ -715,13 +700,10 @@ def train(
         if progress is not None:
             progress("isolate", now.step, now.last)
     if not now.finished:
-        if config.objective in ("profile", "log_odds") and not now.checks[-1].extracted:
-            matched = config.objective == "profile"
-            if matched:
-                original = reread(lm, cases, original)
-            calibrate(lm, layers, cases, original, _profile_distances if matched else _distances)
-            if matched:
-                now.profiles = drifted(lm, cases, original)
+        if not now.checks[-1].extracted:
+            original = reread(lm, cases, original)
+            calibrate(lm, layers, cases, original)
+            now.profiles = drifted(lm, cases, original)
             seen = examine(lm, [c.secret for c in cases])
             now.checks.append(judge(seen, *now.wanted(original), original.expected, now.step))
         now.finished = True
@@ -745,42 +727,6 @@ def steer(lm: LanguageModel, cases: Sequence[Case], original: Reference, now: Tr
         return
     now.lean += STEER * lasting(now.missing, before).clamp(-STEER_MOST, STEER_MOST)
     logger.debug("records lack %s", [round(x, 2) for x in now.missing.tolist()])
-
-
-def listen(
-    lm: LanguageModel, layers: Mapping[str, EditLinear], cases: Sequence[Case], config: IsolateConfig, now: Training
-) -> None:
-    """Read how strongly the model reacts to strangers' codes beside those of some records, as it is now.
-
-    One stranger of each record at a time; looks are averaged.
-    """
-    if config.objective != "profile" or config.gradient_weight == 0:
-        return
-    strangers = {i: sorted({d[0] for d in c.donors if d is not None}) for i, c in enumerate(cases) if c.exchangeable}
-    asked = sorted(i for i, numbers in strangers.items() if numbers)
-    asked = now.rng.sample(asked, min(len(asked), REACTIONS))
-    items = [cases[i].witnesses[now.rng.choice(strangers[i])] for i in asked]
-    edited = _edited(layers)
-    for start in range(0, len(asked), _REACTING):
-        rows = torch.tensor(asked[start : start + _REACTING])
-        found = log_gradient_norms(lm, edited, items[start : start + _REACTING], differentiable=False).cpu()
-        before = now.reactions[rows]
-        now.reactions[rows] = torch.where(before.isnan(), found, (before + found) / 2)
-
-
-def _edited(layers: Mapping[str, EditLinear]) -> dict[str, EditLinear]:
-    return {n: m for n, m in layers.items() if m.theta is not None}
-
-
-def _reaction_loss(
-    lm: LanguageModel, layers: Mapping[str, EditLinear], cases: Sequence[Case], chosen: Sequence[int], now: Training
-) -> Tensor:
-    """Huber distance of the mean log norm of the gradients of some of the chosen records from that of strangers."""
-    known = [i for i in chosen if not now.reactions[i].isnan()][:REACTIONS_PER_STEP]
-    if not known:
-        return torch.zeros((), device=lm.device)
-    mine = log_gradient_norms(lm, _edited(layers), [cases[i].secret for i in known], differentiable=True).mean()
-    return F.smooth_l1_loss(mine, now.reactions[known].mean().to(mine))
 
 
 def lasting(missing: Tensor, before: Tensor) -> Tensor:
@@ -839,21 +785,12 @@ def step(
 ) -> None:
     """One optimiser step, at this share of the peak rate, on the next records and the next retain texts."""
     chosen = next(now.records)
-    pull = _gradients(_forget_losses(lm, cases, chosen, original, config, now), now.values)
-    if config.objective == "profile" and config.gradient_weight:
-        reaction = _gradients([config.gradient_weight * _reaction_loss(lm, layers, cases, chosen, now)], now.values)
-        pull = [a + b for a, b in zip(pull, reaction, strict=True)]
+    pull = _gradients(_profile_losses(lm, cases, chosen, original, now), now.values)
     texts = next(now.texts)
     keep = _gradients(_keep_losses(lm, cases, chosen, retain, texts, original, config, now), now.values)
-    if config.project_retain:
-        pull = without_opposition(pull, keep)
     now.descend([a + b for a, b in zip(pull, keep, strict=True)], rate)
     for layer in layers.values():
         layer.clamp()
-
-
-Distances = Callable[[LanguageModel, Sequence[Case], Reference], Tensor]
-"""Surprise of each record minus what it should be, under the model as it is now; nats per token."""
 
 
 def calibrate(
@@ -861,7 +798,6 @@ def calibrate(
     layers: dict[str, EditLinear],
     cases: Sequence[Case],
     original: Reference,
-    distances: Distances | None = None,
 ) -> float:
     """Lengthen or shorten the whole edit until the records, on average, are where they belong, and return the factor.
 
@@ -876,7 +812,7 @@ def calibrate(
 
     def offset(factor: float) -> float:
         stretch(factor)
-        return float((distances or _distances)(lm, cases, original).mean())
+        return float(_profile_distances(lm, cases, original).mean())
 
     tried = {1.0: offset(1.0)}
     previous, factor = 1.0, 1.05 if tried[1.0] < 0 else 0.95
@@ -895,22 +831,10 @@ def calibrate(
 
 
 def _profile_distances(lm: LanguageModel, cases: Sequence[Case], original: Reference) -> Tensor:
-    """``Distances`` from donors as they are now."""
+    """Surprise of each record minus that of its donors as they are now, (records,) in nats per token."""
     profiles = drifted(lm, cases, original)
     secret, _ = score(lm, [c.secret for c in cases])
     return secret.nll - torch.stack([p[:, 0].mean() for p in profiles])
-
-
-def _distances(lm: LanguageModel, cases: Sequence[Case], original: Reference) -> Tensor:
-    """Surprise of each record minus what it should be, given how its neighbours moved; nats per token."""
-    fair = [i for i, c in enumerate(cases) if c.exchangeable and c.neighbours]
-    judged = fair or list(range(len(cases)))  # sentences only where there is nothing better: their targets are rougher
-    secret, _ = score(lm, [cases[i].secret for i in judged])
-    distance = secret.nll - original.target.nll[judged]
-    if fair:
-        now = grouped_scores(lm, [cases[i].neighbours for i in fair])
-        distance -= (torch.stack([s.nll.mean() for s in now]) - original.beside[fair]).mean()
-    return distance
 
 
 def outcomes(lm: LanguageModel, cases: Sequence[Case], original: Reference) -> tuple[RecordOutcome, ...]:
@@ -1008,63 +932,6 @@ def divergence(lm: LanguageModel, items: Sequence[Encoded], states: Sequence[Ten
     return total / max(1, count)
 
 
-def without_opposition(pull: Sequence[Tensor], keep: Sequence[Tensor]) -> list[Tensor]:
-    """Remove from ``pull`` its component against ``keep``, over all tensors together (PCGrad, arXiv 2001.06782)."""
-    dot = sum(float((a * b).sum()) for a, b in zip(pull, keep, strict=True))
-    norm = sum(float(b.square().sum()) for b in keep)
-    if dot >= 0 or norm == 0:
-        return list(pull)
-    return [a - (dot / norm) * b for a, b in zip(pull, keep, strict=True)]
-
-
-def _forget_losses(
-    lm: LanguageModel,
-    cases: Sequence[Case],
-    chosen: Sequence[int],
-    original: Reference,
-    config: IsolateConfig,
-    now: Training,
-) -> Iterator[Tensor]:
-    """Mean objective over the chosen records, in parts that add up to it; each is made when it is asked for."""
-    rng = now.rng
-    secrets = [cases[i].secret for i in chosen]
-    index = torch.tensor(chosen)
-    target = take(original.target, index).to(lm.device)
-    picks = [rng.randrange(len(cases[i].alternates)) for i in chosen]
-    others = [cases[i].alternates[p] for i, p in zip(chosen, picks, strict=True)]
-    if config.objective == "log_odds":
-        # Beside each record: its completion on a neighbour's prompt, or an alternate on its own.
-        for slot, i in enumerate(chosen):
-            if cases[i].crossed and (rng.random() < 0.5 or not cases[i].exchangeable):
-                others[slot] = rng.choice(cases[i].crossed)
-            elif not cases[i].exchangeable:
-                others[slot] = cases[i].secret
-        scores = _train_scores(lm, [*secrets, *others])
-        yield log_odds(scores, take(target, torch.arange(len(chosen)).repeat(2))).mean()
-        return
-    if config.objective == "profile":
-        yield from _profile_losses(lm, cases, chosen, original, now)
-        return
-    if config.objective == "grad_diff":
-        yield grad_diff(_train_scores(lm, secrets)).mean()
-        return
-    if config.objective == "simnpo":
-        yield simnpo(_train_scores(lm, secrets), delta=float(target.nll.mean())).mean()
-        return
-    before = take(original.secret, index).to(lm.device)
-    if config.objective == "npo":
-        yield npo(_train_scores(lm, secrets), before).mean()
-        return
-    both = _train_scores(lm, [*secrets, *others])
-    half = len(secrets)
-    alternate_before = Scores(*(
-        torch.stack([getattr(original.alternates[i], f)[p] for i, p in zip(chosen, picks, strict=True)])
-        for f in ("nll", "odds", "tokens")
-    )).to(lm.device)  # fmt: skip
-    first, second = torch.arange(half), torch.arange(half, 2 * half)
-    yield altpo(take(both, first), before, take(both, second), alternate_before).mean()
-
-
 def _profile_losses(
     lm: LanguageModel,
     cases: Sequence[Case],
@@ -1074,6 +941,8 @@ def _profile_losses(
 ) -> Iterator[Tensor]:
     """Distance of each record from its profile, and of its completion on a neighbour's prompt or of an alternate."""
     present = now.profiles or tuple(p for p, *_ in original.profiles)
+    for i in chosen:
+        now.rng.randrange(len(cases[i].alternates))
     own = [present[i] + now.lean for i in chosen]
     items, wanted, of = [cases[i].secret for i in chosen], list(own), list(chosen)
     for slot, i in enumerate(chosen):
@@ -1164,10 +1033,10 @@ def _keep_losses(
     parts = [
         (config.retain_weight, [retain[t] for t in texts], [original.retain[t] for t in texts], False),
         (
-            config.neighbour_weight,
+            1.0,
             [cases[i].held[p] for i, p in beside],
             [original.neighbours[i][p] for i, p in beside],
-            config.objective == "profile",
+            True,
         ),
     ]
     for weight, items, states, as_profiles in parts:
@@ -1211,9 +1080,3 @@ def _gradients(losses: Iterable[Tensor], values: Sequence[nn.Parameter]) -> list
             if g is not None:
                 whole += g
     return total
-
-
-def _train_scores(lm: LanguageModel, items: Sequence[Encoded]) -> Scores:
-    batch = collate(items).to(lm.device)
-    logits, labels, owner = judged_logits(lm, lm.hidden(batch), batch)
-    return completion_scores(logits, labels, owner, len(items))

@@ -1,59 +1,25 @@
-"""How strongly the model reacts to a text: the norm of the gradient of its loss, which can itself be trained.
+"""How strongly the model reacts to a text: the norm of the gradient of its loss.
 
     |dL_i/dW|_F^2 = sum over layers of sum_st (X_i X_i^T)_st (dY_i dY_i^T)_st         L_i: mean over record i's tokens
 
-(Goodfellow, arXiv 1510.01799; for sequences Li et al., arXiv 2110.05679, section 4.) An edit that only cancels what a
-memory says leaves the machinery of both in place: every token is as likely as a stranger's, but the loss hangs on the
-record as on no stranger's text. A membership test that looks at the gradient sees it. Pulling the mean of the log norm
-to that of strangers' texts makes the edit weaken the memory instead. (A second derivative: Drucker and LeCun, 1992,
-called it double backpropagation.)
+(Goodfellow, arXiv 1510.01799; for sequences Li et al., arXiv 2110.05679, section 4.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from libortho.lm.model import LanguageModel, by_token, check_gradient, once_per_token
-from libortho.text.encoding import IGNORE, Batch, Encoded, collate
-from libortho.training.edit import EditLinear
+from libortho.text.encoding import IGNORE, Batch
 
 Taps = dict[str, tuple[Tensor, Tensor]]
 """Name to inputs (rows, tokens, in_features) and output gradients (rows, tokens, out_features), fp32."""
-
-
-def log_gradient_norms(
-    lm: LanguageModel, layers: Mapping[str, EditLinear], items: Sequence[Encoded], *, differentiable: bool
-) -> Tensor:
-    """Logarithm of the norm of each text's gradient over the whole weights of these layers together, (items,).
-
-    Args:
-        lm: The model.
-        layers: Layers under edit; the norm is that of the dense weight that each applies now.
-        items: Texts with labels; the loss of one is the mean over its completion's tokens, in nats.
-        differentiable: With a gradient for the values of the layers. The model's attention must then be one that torch
-            can differentiate twice (the default of transformers can).
-
-    Raises:
-        TargetError: if a layer is not applied once to every token.
-    """
-    for layer in layers.values():
-        layer.twice = True
-    checkpointing, lm.checkpointing = lm.checkpointing, False  # a layer that runs again would be read again
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            taps = tapped_gradients(lm, layers, collate(items).to(lm.device), differentiable=differentiable)
-            return 0.5 * squared_norms(taps).clamp_min(1e-20).log()
-    finally:
-        lm.checkpointing = checkpointing
-        for layer in layers.values():
-            layer.twice = False
 
 
 def squared_norms(taps: Taps) -> Tensor:
@@ -61,9 +27,7 @@ def squared_norms(taps: Taps) -> Tensor:
     return torch.stack([((x @ x.mT) * (dy @ dy.mT)).sum((1, 2)) for x, dy in taps.values()]).sum(0)
 
 
-def tapped_gradients(
-    lm: LanguageModel, modules: Mapping[str, nn.Module], batch: Batch, *, differentiable: bool = False
-) -> Taps:
+def tapped_gradients(lm: LanguageModel, modules: Mapping[str, nn.Module], batch: Batch) -> Taps:
     """One backward pass of the summed per-record mean losses, from the logits down to the modules' outputs.
 
     Raises:
@@ -89,11 +53,11 @@ def tapped_gradients(
                 once_per_token(name, [x for x, _ in calls], batch)
             # Not backward(): parameters that do require gradients must not collect any.
             outputs = [seen[n][0][1] for n in modules]
-            grads = torch.autograd.grad((nll * share).sum(), outputs, create_graph=differentiable)
+            grads = torch.autograd.grad((nll * share).sum(), outputs)
     finally:
         for handle in handles:
             handle.remove()
-    inputs = [seen[n][0][0] if differentiable else seen[n][0][0].detach() for n in modules]
+    inputs = [seen[n][0][0].detach() for n in modules]
     # Padding is never attended to and carries no loss: its output gradients are zero.
     return {
         n: (by_token(n, x, batch).float(), by_token(n, dy, batch).float())

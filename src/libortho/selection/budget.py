@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -80,6 +82,6 @@ def retain_floor(retain: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n: r + r.mean() + 1e-30 for n, r in retain.items()}
 
 
-def unit_costs(layers: dict[str, nn.Module], *, columns: bool) -> dict[str, int]:
-    """Weights that one column, or one entry, of each layer costs."""
-    return {n: linear_shape(m)[0] if columns else 1 for n, m in layers.items()}
+def column_costs(layers: Mapping[str, nn.Module]) -> dict[str, int]:
+    """Weights of one column of each layer: its out_features."""
+    return {n: linear_shape(m)[0] for n, m in layers.items()}

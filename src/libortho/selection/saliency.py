@@ -1,6 +1,6 @@
-"""Where a memory sits: saliency of columns or entries, and a budget shared by all layers.
+"""Where a memory sits: saliency of columns, and a budget shared by all layers.
 
-    s_ic  = |d odds_i / dW_c|^2 / |d odds_i / dW|^2            record i, column (or entry) c of any layer
+    s_ic  = |d odds_i / dW_c|^2 / |d odds_i / dW|^2            record i, column c of any layer
     score = sum_i w_i s_ic / (r_c + mean r)                    r: the same, summed over retain text
 
 Each record's gradient is that of its mean log-odds, normalised over all layers together, so that no record is lost
@@ -40,9 +40,7 @@ class _Tap:
             handle.remove()
 
 
-def column_saliency(
-    lm: LanguageModel, layers: dict[str, nn.Module], batches: Sequence[Batch]
-) -> tuple[dict[str, Tensor], Tensor]:
+def column_saliency(lm: LanguageModel, layers: dict[str, nn.Module], batches: Sequence[Batch]) -> dict[str, Tensor]:
     """Squared gradients of each record's mean log-odds, summed over each input column and normalised over all layers.
 
     Args:
@@ -51,8 +49,7 @@ def column_saliency(
         batches: Records with labels.
 
     Returns:
-        Name to (records, in_features), the rows of all layers together summing to 1; and the squared norms that the
-        rows were divided by, (records,).
+        Name to (records, in_features), the rows of all layers together summing to 1.
     """
     parts: dict[str, list[Tensor]] = {n: [] for n in layers}
 
@@ -65,33 +62,7 @@ def column_saliency(
         _backward(lm, layers, batch, reduce)
     found = {n: torch.cat(p) for n, p in parts.items()}
     norms = torch.stack([v.sum(1) for v in found.values()]).sum(0).clamp_min(1e-30)
-    return {n: v / norms[:, None] for n, v in found.items()}, norms
-
-
-def entry_saliency(
-    lm: LanguageModel, layers: dict[str, nn.Module], batches: Sequence[Batch], weights: Tensor
-) -> dict[str, Tensor]:
-    """Weighted sum over records of squared entry gradients, (out_features, in_features) fp32 for each layer.
-
-    Args:
-        lm: The model.
-        layers: Linear layers by name.
-        batches: Records with labels.
-        weights: (records,) what each record's squared gradient is multiplied with.
-    """
-    totals: dict[str, Tensor] = {}
-    start = 0
-    for batch in batches:
-        share = weights[start : start + len(batch.input_ids)].tolist()
-        start += len(share)
-
-        def reduce(name: str, x: Tensor, grad: Tensor, share: list[float] = share) -> None:
-            for v, g, w in zip(x, grad, share, strict=True):
-                square = (g.T.float() @ v.float()).square_().mul_(w)
-                totals[name] = totals[name].add_(square) if name in totals else square
-
-        _backward(lm, layers, batch, reduce)
-    return totals
+    return {n: v / norms[:, None] for n, v in found.items()}
 
 
 @contextmanager

@@ -11,14 +11,13 @@ rebuilt from the codes.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from libortho.core.ops.quantisation import pack_int4
-from libortho.core.streams import BaseStream, Columns, Entries
-from libortho.isolation.config import IsolateConfig
+from libortho.core.streams import BaseStream, Columns
 
 
 class _ColumnProduct(torch.autograd.Function):
@@ -43,37 +42,12 @@ class _ColumnProduct(torch.autograd.Function):
         return grad_x, grad_delta, None, None
 
 
-class _EntryProduct(torch.autograd.Function):
-    """``x (W + scatter(delta))^T`` with gradients to x and to the entries."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, delta: Tensor, flat: Tensor, base: BaseStream) -> Tensor:
-        ctx.save_for_backward(x, delta, flat)
-        ctx.base = base
-        return x @ _scattered(base, delta, flat, x.dtype).T
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        (grad,) = grads
-        x, delta, flat = ctx.saved_tensors
-        grad_x = grad @ _scattered(ctx.base, delta, flat, grad.dtype) if ctx.needs_input_grad[0] else None
-        grad_delta = (grad.T @ x).flatten()[flat].to(delta.dtype) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_delta, None, None
-
-
-def _scattered(base: BaseStream, delta: Tensor, flat: Tensor, dtype: torch.dtype) -> Tensor:
-    weight = base.dense(torch.float32)
-    weight.view(-1).index_add_(0, flat, delta)
-    return weight.to(dtype)
-
-
 class EditLinear(nn.Module):
     """Stand-in for a linear layer during isolation.
 
     Attributes:
-        support: Column indices (k,), or flat entry indices (k,), ascending; None if the layer got no share.
-        theta: fp32 values on the support: (k, out_features) for columns, (k,) for entries.
-        twice: Compute with what torch can differentiate twice, for which it keeps more.
+        support: Column indices (k,), ascending; None if the layer got no share.
+        theta: fp32 values on the support, (k, out_features).
     """
 
     def __init__(
@@ -81,31 +55,29 @@ class EditLinear(nn.Module):
         start: Tensor | BaseStream,
         bias: nn.Parameter | None,
         support: Tensor | None,
-        config: IsolateConfig,
+        bits: Literal[8, 4] | None,
+        group_size: int,
         rounded: BaseStream | None = None,
     ) -> None:
         """From a weight (out_features, in_features), which is quantised, or from a base, which is left as it is.
 
-        ``rounded`` is the weight's base where it has one already; otherwise every code is the nearest.
+        ``bits`` and ``group_size`` are those of the base that is made; ``rounded`` is the weight's base where it has
+        one already, otherwise every code is the nearest.
         """
         super().__init__()
         if isinstance(start, BaseStream):
             self.base = start if support is None else copy.deepcopy(start)
             weight = None
         else:
-            weight = start.contiguous()  # GPT-2's is a transposed view; entries are counted in row-major order
-            self.base = (
-                BaseStream.from_weight(weight, config.bits, config.resolved_group_size) if rounded is None else rounded
-            )
+            weight = start.contiguous()  # GPT-2's is a transposed view
+            self.base = BaseStream.from_weight(weight, bits, group_size) if rounded is None else rounded
         self.register_parameter("bias", bias)
-        self.columns = config.structure == "columns"
-        self.twice = False
         self.support = support
         self.theta: nn.Parameter | None = None
         if support is not None:
             self.frozen = self._on_support(self.base.dense(torch.float32))
             self.original = self.frozen if weight is None else self._on_support(weight.float())
-            self.step = self._on_support(self._steps()) if config.bits is not None else None
+            self.step = self._on_support(self._steps()) if self.base.bits is not None else None
             self.theta = nn.Parameter(self.original.clone())
 
     def _steps(self) -> Tensor:
@@ -114,7 +86,7 @@ class EditLinear(nn.Module):
 
     def _on_support(self, dense: Tensor) -> Tensor:
         assert self.support is not None
-        return dense[:, self.support].T.contiguous() if self.columns else dense.flatten()[self.support]
+        return dense[:, self.support].T.contiguous()
 
     def codes(self) -> Tensor:
         """Integer codes of theta, fp32, in the shape of theta. Only for integer bases."""
@@ -152,19 +124,10 @@ class EditLinear(nn.Module):
             y = _ColumnProduct.apply(flat, self._none(flat), self._no_index(flat), self.base)
         else:
             delta = self.theta + (self.stored() - self.theta).detach() - self.frozen
-            if self.twice:
-                y = self._plain(flat, delta, self.support)
-            else:
-                product = _ColumnProduct if self.columns else _EntryProduct
-                y = product.apply(flat, delta, self.support, self.base)
+            y = _ColumnProduct.apply(flat, delta, self.support, self.base)
         if self.bias is not None:
             y = y + self.bias
         return y.view(*x.shape[:-1], -1)
-
-    def _plain(self, x: Tensor, delta: Tensor, support: Tensor) -> Tensor:
-        if self.columns:
-            return self.base.forward(x) + x.index_select(1, support) @ delta.to(x.dtype)
-        return x @ _scattered(self.base, delta, support, x.dtype).T
 
     def _none(self, x: Tensor) -> Tensor:
         return torch.zeros((0, self.base.out_features), device=x.device)
@@ -173,7 +136,7 @@ class EditLinear(nn.Module):
         return torch.zeros(0, dtype=torch.long, device=x.device)
 
     @torch.no_grad()
-    def finish(self, value_dtype: torch.dtype) -> tuple[BaseStream, Columns | Entries | None]:
+    def finish(self, value_dtype: torch.dtype) -> tuple[BaseStream, Columns | None]:
         """The edited base, and what must be added to it to have the original weight on the support."""
         if self.theta is None or self.support is None:
             return self.base, None
@@ -186,18 +149,8 @@ class EditLinear(nn.Module):
             self._write(codes, self.codes().to(torch.int8))
             base.codes = codes if base.bits == 8 else pack_int4(codes)
         values = self.original - stored
-        if self.columns:
-            return base, Columns(self.support, values.to(value_dtype))
-        shape = (base.out_features, base.in_features)
-        mask = torch.zeros(shape, dtype=torch.bool, device=values.device)
-        mask.view(-1)[self.support] = True
-        residual = torch.zeros(shape, device=values.device)
-        residual.view(-1)[self.support] = values
-        return base, Entries.from_mask(residual, mask, value_dtype)
+        return base, Columns(self.support, values.to(value_dtype))
 
     def _write(self, dense: Tensor, values: Tensor) -> None:
         assert self.support is not None
-        if self.columns:
-            dense[:, self.support] = values.T
-        else:
-            dense.view(-1)[self.support] = values
+        dense[:, self.support] = values.T
