@@ -13,19 +13,16 @@ AUCs are at alpha = 0 minus those of the never-trained model on the same records
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib
 import json
 import logging
 import math
 import multiprocessing
 import os
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 from rich.console import Console
@@ -39,8 +36,9 @@ from known_support import attribution
 from libortho import IsolateConfig, alpha, isolate
 from libortho.checkpoint.dense import load_model
 from libortho.core.surgery import linear_weight
+from libortho.isolation.support import LAYER_CAP, Select, select_columns
 from libortho.lm.model import LanguageModel
-from libortho.selection.budget import allocate, unit_costs
+from libortho.selection.budget import allocate, column_costs
 from libortho.text.encoding import collate
 from libortho.text.records import load_records
 
@@ -48,17 +46,12 @@ Scores = Callable[[LanguageModel, dict[str, nn.Module], Sequence[Any]], dict[str
 """A score for every column of every layer, larger is better, from the model, its layers and batches of records."""
 
 
-@contextlib.contextmanager
-def support_by(score: Scores) -> Iterator[None]:
-    """Within, `isolate` takes the columns that are best by this score, under its own budget and cap."""
-
-    def chosen(lm: LanguageModel, targets: dict[str, nn.Module], cases: Any, retain: Any, config: Any, _: Any) -> Any:
-        batches = [collate([c.secret for c in cases[i : i + 8]]).to(lm.device) for i in range(0, len(cases), 8)]
-        scores = score(lm, targets, batches)
-        return allocate(scores, config.ratio, config.layer_cap, unit_costs(targets, columns=True))
-
-    with mock.patch.object(importlib.import_module("libortho.isolation.isolate"), "_support", chosen):
-        yield
+def columns_by(
+    score: Scores, lm: LanguageModel, targets: dict[str, nn.Module], cases: Any, retain: Any, config: Any, _: Any
+) -> dict[str, Tensor]:
+    """The columns that are best by this score, under the budget and the cap of ``isolate``."""
+    batches = [collate([c.secret for c in cases[i : i + 8]]).to(lm.device) for i in range(0, len(cases), 8)]
+    return allocate(score(lm, targets, batches), config.ratio, LAYER_CAP, column_costs(targets))
 
 
 def _drawn(lm: LanguageModel, layers: dict[str, nn.Module], batches: Sequence[Any]) -> dict[str, Tensor]:
@@ -70,41 +63,22 @@ def _largest(lm: LanguageModel, layers: dict[str, nn.Module], batches: Sequence[
     return {n: linear_weight(m).float().norm(dim=0) for n, m in layers.items()}
 
 
-def _constant(name: str, value: float) -> contextlib.AbstractContextManager[Any]:
-    """Within, a constant of the trainer is another."""
-    return mock.patch.object(importlib.import_module("libortho.isolation.train"), name, value)
-
-
-Variant = tuple[dict[str, Any], Callable[[], contextlib.AbstractContextManager[Any]]]
-VARIANTS: dict[str, Variant] = {
-    "as it is": ({}, contextlib.nullcontext),
-    "base: nearest codes": ({"compensate": False}, contextlib.nullcontext),
-    "support: random columns": ({}, partial(support_by, _drawn)),
-    "support: weight times gradient": ({}, partial(support_by, attribution)),
-    "support: largest columns": ({}, partial(support_by, _largest)),
-    "support: free entries": ({"structure": "unstructured"}, contextlib.nullcontext),
-    "layers: whole MLP": ({"target_modules": ("gate_proj", "up_proj", "down_proj")}, contextlib.nullcontext),
-    "layers: all linear": ({"target_modules": "all-linear"}, contextlib.nullcontext),
-    "density 0.1 %": ({"ratio": 0.001}, contextlib.nullcontext),
-    "density 0.25 %": ({"ratio": 0.0025}, contextlib.nullcontext),
-    "density 1 %": ({"ratio": 0.01}, contextlib.nullcontext),
-    "base INT4": ({"bits": 4}, contextlib.nullcontext),
-    "no metric (Adam on the values)": ({"damping": 1e9}, contextlib.nullcontext),
-    "damping 0.1": ({"damping": 0.1}, contextlib.nullcontext),
-    "no decay": ({"decay": 0.0}, contextlib.nullcontext),
-    "decay .02": ({"decay": 0.02}, contextlib.nullcontext),
-    "gradient's norm, weight 5": ({"gradient_weight": 5.0}, contextlib.nullcontext),
-    "gradient's norm, weight 5, decay .02": ({"gradient_weight": 5.0, "decay": 0.02}, contextlib.nullcontext),
-    "gradient's norm, weight 10": ({"gradient_weight": 10.0}, contextlib.nullcontext),
-    "no steering": ({}, partial(_constant, "STEER", 0.0)),
-    "no retain text": ({"retain_weight": 0.0}, contextlib.nullcontext),
-    "no neighbours": ({"neighbour_weight": 0.0}, contextlib.nullcontext),
-    "gradients projected (PCGrad)": ({"project_retain": True}, contextlib.nullcontext),
-    "objective: log-odds": ({"objective": "log_odds"}, contextlib.nullcontext),
-    "objective: AltPO": ({"objective": "altpo"}, contextlib.nullcontext),
-    "objective: NPO": ({"objective": "npo"}, contextlib.nullcontext),
-    "objective: SimNPO": ({"objective": "simnpo"}, contextlib.nullcontext),
-    "objective: gradient difference": ({"objective": "grad_diff"}, contextlib.nullcontext),
+VARIANTS: dict[str, tuple[dict[str, Any], Select]] = {
+    "as it is": ({}, select_columns),
+    "support: random columns": ({}, partial(columns_by, _drawn)),
+    "support: weight times gradient": ({}, partial(columns_by, attribution)),
+    "support: largest columns": ({}, partial(columns_by, _largest)),
+    "layers: whole MLP": ({"target_modules": ("gate_proj", "up_proj", "down_proj")}, select_columns),
+    "layers: all linear": ({"target_modules": "all-linear"}, select_columns),
+    "density 0.1 %": ({"ratio": 0.001}, select_columns),
+    "density 0.25 %": ({"ratio": 0.0025}, select_columns),
+    "density 1 %": ({"ratio": 0.01}, select_columns),
+    "base INT4": ({"bits": 4}, select_columns),
+    "no metric (Adam on the values)": ({"damping": 1e9}, select_columns),
+    "damping 0.1": ({"damping": 0.1}, select_columns),
+    "no decay": ({"decay": 0.0}, select_columns),
+    "decay .02": ({"decay": 0.02}, select_columns),
+    "no retain text": ({"retain_weight": 0.0}, select_columns),
 }
 
 
@@ -122,9 +96,8 @@ def run(variant: str, name: str, seed: int, count: int, device: str) -> dict[str
     forget, unseen = (load_records(r) for r in case(name, seed, count)[:2])
     plain = unedited(place, forget, unseen, 0, seed, device, sampling=False)
     model, tokenizer = load_model(place / "implanted", device=device)
-    changed, patched = VARIANTS[variant]
-    with patched():
-        result = isolate(model, tokenizer, forget, config=IsolateConfig(**{"seed": seed, **changed}))
+    changed, select = VARIANTS[variant]
+    result = isolate(model, tokenizer, forget, config=IsolateConfig(**{"seed": seed, **changed}), select=select)
     off, on = (
         figures(model, tokenizer, partial(alpha, model, a), forget, unseen, 0, seed, attacks=a == 0.0, sampling=False)
         for a in (0.0, 1.0)

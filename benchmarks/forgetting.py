@@ -1,8 +1,8 @@
-"""Is alpha = 0 a model that was never trained on the records? Random canaries, several seeds, objectives, requests.
+"""Is alpha = 0 a model that was never trained on the records? Random canaries, several seeds, several requests.
 
     python benchmarks/forgetting.py plant --seeds 11 12 13               the models, once (in the cache)
     python benchmarks/forgetting.py measure --seeds 11 12 13             the final templates
-    python benchmarks/forgetting.py measure --case tuning --seeds 0 --objectives profile log_odds
+    python benchmarks/forgetting.py measure --case tuning --seeds 0
     python benchmarks/forgetting.py measure --seeds 11 --attacks         with rounding, relearning, other prompts
     python benchmarks/forgetting.py measure --seeds 11 --count 1         requests of other sizes
     python benchmarks/forgetting.py measure --gradient-weight 5          the gradient's norm matched too
@@ -78,6 +78,8 @@ ATTACKS = ("loss", "zlib", "min_k", "min_k_plus", "grad_norm")
 TASKS = ("lambada/lambada_openai_test.jsonl", "arc/arc_easy_test.jsonl", "piqa/piqa_valid.jsonl")
 KEY, OPTIONS = ("model", "case", "seed", "records"), ("objective", "gradient_weight", "ratio")
 """What tells stored runs apart, beside where they ran; options of the isolation."""
+METHOD = {"objective": "profile", "gradient_weight": 0.0}
+"""The method of the library, as stored runs of others name theirs."""
 EXPOSED = 40
 """Records, and unseen ones, whose exposure is measured."""
 PLOTS = Path(__file__).parents[1] / "docs" / "images"
@@ -215,15 +217,14 @@ def unedited(
     return json.loads(kept.read_text())
 
 
-def run(name: str, seed: int, arguments: argparse.Namespace, objective: str) -> dict[str, Any]:
+def run(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Isolate and measure one set of records."""
     place = models(name, seed, arguments.count, arguments.model, arguments.device)
     raw, beside, _ = case(name, seed, arguments.count)
     model, tokenizer = load_model(place / "implanted", device=arguments.device)
     forget, unseen = load_records(raw, tokenizer), load_records(beside, tokenizer)
     plain = unedited(place, forget, unseen, arguments.rows, seed, arguments.device)
-    options = {"objective": objective, "gradient_weight": arguments.gradient_weight, "ratio": arguments.ratio}
-    config = IsolateConfig(seed=seed, **options)
+    config = IsolateConfig(seed=seed, ratio=arguments.ratio)
     result = isolate(model, tokenizer, forget, config=config)
     logging.info("isolated: %s", result.missed or "no criterion missed")
     off, on = (
@@ -231,7 +232,8 @@ def run(name: str, seed: int, arguments: argparse.Namespace, objective: str) -> 
         for a in (0.0, 1.0)
     )
     row = {
-        "model": arguments.model, "case": name, "seed": seed, "records": len(forget), **options,
+        "model": arguments.model, "case": name, "seed": seed, "records": len(forget), **METHOD,
+        "ratio": arguments.ratio,
         "device": device_name(arguments.device),
         "steps": result.steps, "seconds": result.seconds, "density": result.density, "missed": result.missed,
         "retain_kl": result.retain_kl, "quantised_kl": result.quantised_kl, "recited_on": result.recited_on,
@@ -394,8 +396,8 @@ def _about(run: dict[str, Any]) -> str:
 
 def _method(run: dict[str, Any]) -> str:
     """What was not as by default, after the objective, and where it ran."""
-    plain = IsolateConfig()
-    changed = [f"{n} {run[n]}" for n in OPTIONS if n != "objective" and run[n] != getattr(plain, n)]
+    plain = {**METHOD, "ratio": IsolateConfig().ratio}
+    changed = [f"{n} {run[n]}" for n in OPTIONS if n != "objective" and run[n] != plain[n]]
     return ", ".join([run["objective"], *changed, run["device"]])
 
 
@@ -492,8 +494,6 @@ def main() -> None:
     parser.add_argument("--model", default=PLAIN, choices=KINDS)
     parser.add_argument("--count", type=int, default=100, help="canaries to plant")
     parser.add_argument("--seeds", nargs="+", type=int, default=[11, 12, 13])
-    parser.add_argument("--objectives", nargs="+", default=["profile"])
-    parser.add_argument("--gradient-weight", type=float, default=0.0)
     parser.add_argument("--ratio", type=lambda text: text if text == "auto" else float(text), default=0.005)
     parser.add_argument("--rows", type=int, default=200, help="rows of each task; 0 for none")
     parser.add_argument("--attacks", action="store_true")
@@ -507,11 +507,9 @@ def main() -> None:
         if arguments.what == "sequential":
             keep("sequential", sequential(arguments.case, seed, arguments), KEY)
             continue
-        for objective in arguments.objectives:
-            began = time.monotonic()
-            row = run(arguments.case, seed, arguments, objective)
-            keep("runs", row, (*KEY, "device", *OPTIONS))
-            logging.info("%s %d %s: %.0f s", arguments.case, seed, objective, time.monotonic() - began)
+        began = time.monotonic()
+        keep("runs", run(arguments.case, seed, arguments), (*KEY, "device", *OPTIONS))
+        logging.info("%s %d: %.0f s", arguments.case, seed, time.monotonic() - began)
     if runs := stored_runs():
         show(runs)
         summarise(runs)

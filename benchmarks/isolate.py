@@ -179,9 +179,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--name", default="isolate")
     parser.add_argument("--ratio", type=float, default=0.005)
-    parser.add_argument("--structure", default="columns")
     parser.add_argument("--bits", type=int, default=8)
-    parser.add_argument("--objective", default="profile")
     arguments = parser.parse_args()
     runs = []
     for case in arguments.cases:
@@ -189,9 +187,7 @@ def main() -> None:
             config = IsolateConfig(
                 seed=seed,
                 ratio=arguments.ratio,
-                structure=arguments.structure,
                 bits=arguments.bits,
-                objective=arguments.objective,
             )
             runs.append(run(case, seed, config))
             save(arguments.name, {"config": config.to_dict(), "runs": runs})

@@ -12,13 +12,11 @@ where it lies.
 from __future__ import annotations
 
 import argparse
-import importlib
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -29,15 +27,16 @@ from torch import Tensor, nn
 from _common import save
 from libortho import IsolateConfig, isolate
 from libortho.checkpoint.dense import load_model
-from libortho.core.surgery import linear_weight
+from libortho.core.surgery import linear_weight, swap
 from libortho.core.targets import find_targets
 from libortho.demo import facts
 from libortho.demo.model import move_off_grid, packaged_model
+from libortho.isolation.support import LAYER_CAP, select_columns
 from libortho.lm.checks import training_dtype
 from libortho.lm.logits import label_log_odds
 from libortho.lm.metrics import score
 from libortho.lm.model import LanguageModel
-from libortho.selection.budget import allocate, balanced_weights, retain_floor, unit_costs
+from libortho.selection.budget import allocate, balanced_weights, column_costs, retain_floor
 from libortho.selection.saliency import column_saliency, tapped
 from libortho.text.encoding import collate, encode
 from libortho.text.records import load_records
@@ -60,8 +59,8 @@ def plant(
     for name, module in layers.items():
         width = linear_weight(module).shape[1]
         true[name] = torch.randperm(width, generator=rng)[: max(1, int(config.ratio * width))].sort().values
-        edited[name] = EditLinear(linear_weight(module), None, true[name], config)
-    _swap(model, edited)
+        edited[name] = EditLinear(linear_weight(module), None, true[name], config.bits, config.resolved_group_size)
+    swap(model, edited)
     values = [e.theta for e in edited.values() if e.theta is not None]
     groups = [{"params": [v], "lr": RATE * float(v.detach().square().mean().sqrt())} for v in values]
     optimiser, lm = torch.optim.Adam(groups), LanguageModel(model)
@@ -81,33 +80,26 @@ def plant(
         assert theta is not None
         with torch.no_grad():
             linear_weight(module)[:, true[name]] = theta.T.to(linear_weight(module))
-    _swap(model, layers)
+    swap(model, layers)
     return true, int(score(lm, items)[1].sum())
-
-
-def _swap(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    for name, module in layers.items():
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, module)
 
 
 def supports(model: nn.Module, tokenizer: Any, seed: int) -> dict[str, dict[str, Tensor]]:
     """The columns that each score names, by layer."""
-    module = importlib.import_module("libortho.isolation.isolate")
-    real, named = module._support, {}
+    named: dict[str, dict[str, Tensor]] = {}
 
-    def look(lm: LanguageModel, targets: dict[str, nn.Module], cases: Any, retain: Any, config: Any, tell: Any) -> None:
-        named["isolate"] = real(lm, targets, cases, retain, config, tell)
+    def look(lm: LanguageModel, targets: dict[str, nn.Module], cases: Any, retain: Any, config: Any, tell: Any) -> Any:
+        named["isolate"] = select_columns(lm, targets, cases, retain, config, tell)
         lonely = [replace(c, neighbours=()) for c in cases]
-        named["without neighbours"] = real(lm, targets, lonely, retain, config, tell)
+        named["without neighbours"] = select_columns(lm, targets, lonely, retain, config, tell)
         secrets = [c.secret for c in cases]
         batches = [collate(secrets[i : i + 8]) for i in range(0, len(secrets), 8)]
 
         def best(scores: dict[str, Tensor]) -> dict[str, Tensor]:
-            return allocate(scores, config.ratio, config.layer_cap, unit_costs(targets, columns=True))
+            return allocate(scores, config.ratio, LAYER_CAP, column_costs(targets))
 
-        forget, _ = column_saliency(lm, targets, batches)
-        kept, _ = column_saliency(lm, targets, [collate([t]) for t in retain[:12]])
+        forget = column_saliency(lm, targets, batches)
+        kept = column_saliency(lm, targets, [collate([t]) for t in retain[:12]])
         floor = retain_floor({n: s.sum(0) for n, s in kept.items()})
         together = torch.cat(list(forget.values()), 1)
         weights = balanced_weights(together, max(1, int(config.ratio * together.shape[1])))
@@ -117,12 +109,11 @@ def supports(model: nn.Module, tokenizer: Any, seed: int) -> dict[str, dict[str,
         named["largest columns"] = best({n: linear_weight(m).float().norm(dim=0) for n, m in targets.items()})
         raise _Found
 
-    with mock.patch.object(module, "_support", look):
-        try:
-            isolate(model, tokenizer, facts.secrets(seed), config=IsolateConfig(seed=seed))
-        except _Found:
-            return named
-    raise AssertionError("isolate no longer asks _support")
+    try:
+        isolate(model, tokenizer, facts.secrets(seed), config=IsolateConfig(seed=seed), select=look)
+    except _Found:
+        return named
+    raise AssertionError("isolate did not ask for columns")
 
 
 def attribution(lm: LanguageModel, layers: dict[str, nn.Module], batches: Sequence[Any]) -> dict[str, Tensor]:

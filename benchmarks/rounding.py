@@ -25,7 +25,7 @@ from libortho.auditing.measures.utility import general_items
 from libortho.checkpoint.dense import load_model
 from libortho.core.targets import find_targets
 from libortho.demo import facts
-from libortho.isolation.train import divergence
+from libortho.isolation.losses import divergence
 from libortho.lm.metrics import general_perplexity
 from libortho.lm.model import LanguageModel
 from libortho.lm.scoring import hidden_states, score

@@ -26,8 +26,8 @@ from cases import CASES
 from libortho.checkpoint.dense import load_model
 from libortho.demo import facts
 from libortho.demo.model import move_off_grid, packaged_model
+from libortho.isolation.criteria import examine, in_place
 from libortho.isolation.prose import fit, human_texts, spoken_profiles
-from libortho.isolation.train import examine, in_place
 from libortho.lm.checks import training_dtype
 from libortho.lm.generation import generate
 from libortho.lm.logits import token_profile

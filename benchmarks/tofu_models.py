@@ -21,20 +21,17 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib
 import json
 import logging
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from difflib import SequenceMatcher
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -52,13 +49,14 @@ from libortho.checkpoint.dense import load_model
 from libortho.core.cache import cache_directory
 from libortho.core.surgery import linear_weight
 from libortho.demo.model import GGUF, move_off_grid, packaged_model
-from libortho.isolation.losses import altpo, npo, simnpo
+from libortho.isolation.support import select_columns
 from libortho.lm.checks import training_dtype
 from libortho.lm.logits import Scores
 from libortho.lm.metrics import score
 from libortho.lm.model import LanguageModel
 from libortho.text.encoding import Encoded, collate, encode
 from libortho.text.records import Record, load_records
+from objectives import altpo, npo, simnpo
 
 logger = logging.getLogger("tofu_models")
 
@@ -303,7 +301,7 @@ def _unlearn(name: str, split: str, seed: int, device: str, place: Path) -> None
             forgetting = simnpo(secret, recipe.beta, recipe.delta).mean()
         else:
             alternate = [_pick(other_scores[i], [p]) for i, p in picks]
-            other_before = Scores(*(torch.cat([getattr(a, f) for a in alternate]) for f in ("nll", "odds", "tokens")))
+            other_before = Scores(*(torch.cat([getattr(a, f) for a in alternate]) for f in ("nll", "tokens")))
             forgetting = altpo(secret, before, other, other_before, recipe.beta).mean()
         return recipe.gamma * forgetting + recipe.alpha * _mean_nll(kept)
 
@@ -334,18 +332,17 @@ def _unlearn(name: str, split: str, seed: int, device: str, place: Path) -> None
 
 
 def isolation(seed: int) -> IsolateConfig:
-    """Defaults, but as much retain as forget text in a step, which counts five times (as it does for NPO), and no
+    """Defaults, but retain text counts five times (as it does for NPO), and there is no
     decay: 200 answers need all that the budget can hold."""
-    return IsolateConfig(
-        seed=seed, retain_weight=5.0, retain_tokens_per_step=768, max_steps=60, damping=0.003, decay=0.0
-    )
+    return IsolateConfig(seed=seed, retain_weight=5.0, max_steps=60, damping=0.003, decay=0.0)
 
 
 def _isolate(name: str, split: str, seed: int, device: str, place: Path) -> None:
     model, tokenizer = build("full", split, seed, device)
     forget, retain = rows(split, "forget"), rows(split, "retain")
-    with random_support(seed) if name == "libortho_random" else nullcontext():
-        result = libortho.isolate(model, tokenizer, forget, retain=retain, config=isolation(seed), progress=_report)
+    select = partial(random_columns, seed) if name == "libortho_random" else select_columns
+    config = isolation(seed)
+    result = libortho.isolate(model, tokenizer, forget, retain=retain, config=config, select=select, progress=_report)
     logger.info("missed: %s", "; ".join(result.missed) or "nothing")
     libortho.save(model, tokenizer, place)
     place.with_suffix(".json").write_text(json.dumps(result.to_dict(), indent=1))
@@ -356,21 +353,13 @@ def _report(phase: str, done: int, total: int) -> None:
         logger.info("%s %d/%d", phase, done, total)
 
 
-@contextmanager
-def random_support(seed: int) -> Iterator[None]:
-    """Within, ``isolate`` takes as many columns of each layer as it would have, but draws them."""
-    module = importlib.import_module("libortho.isolation.isolate")
-    real = module._support
-
-    def drawn(lm: LanguageModel, targets: dict[str, nn.Module], *others: Any) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        return {
-            layer: torch.randperm(linear_weight(targets[layer]).shape[1], generator=generator)[: len(s)].sort()[0].to(s)
-            for layer, s in real(lm, targets, *others).items()
-        }
-
-    with mock.patch.object(module, "_support", drawn):
-        yield
+def random_columns(seed: int, lm: LanguageModel, targets: dict[str, nn.Module], *others: Any) -> dict[str, Tensor]:
+    """As many columns of each layer as ``isolate`` would take, drawn."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        layer: torch.randperm(linear_weight(targets[layer]).shape[1], generator=generator)[: len(s)].sort()[0].to(s)
+        for layer, s in select_columns(lm, targets, *others).items()
+    }
 
 
 def train(
@@ -466,9 +455,7 @@ def answer_scores(lm: LanguageModel, items: Sequence[Encoded]) -> Scores:
     record = judged.nonzero()[:, 0]
     tokens = judged.sum(1).float()
     mean = torch.zeros(len(items), device=nll.device).index_add(0, record, nll) / tokens
-    with torch.no_grad():  # no loss here uses them
-        odds = torch.zeros_like(mean).index_add(0, record, -nll - torch.log(-torch.expm1(-nll)).clamp_min(-30)) / tokens
-    return Scores(mean, odds, tokens)
+    return Scores(mean, tokens)
 
 
 def _mean_nll(scores: Scores) -> Tensor:
@@ -477,7 +464,7 @@ def _mean_nll(scores: Scores) -> Tensor:
 
 def _pick(scores: Scores, index: Sequence[int]) -> Scores:
     chosen = list(index)
-    return Scores(scores.nll[chosen], scores.odds[chosen], scores.tokens[chosen])
+    return Scores(scores.nll[chosen], scores.tokens[chosen])
 
 
 def _part(scores: Scores, start: int, length: int) -> Scores:

@@ -13,7 +13,7 @@ from libortho.auditing.measures.utility import general_items
 from libortho.core.layer import ortho_layers
 from libortho.core.streams import BaseStream
 from libortho.demo import facts
-from libortho.isolation.train import examine, leaning, unremarkable
+from libortho.isolation.criteria import examine, leaning, unremarkable
 from libortho.lm.checks import training_dtype
 from libortho.lm.metrics import auc, general_perplexity, sampled_extractions, score, text_perplexity
 from libortho.lm.model import LanguageModel

@@ -23,9 +23,9 @@ from libortho.core.streams import BaseStream
 from libortho.core.switch.alpha import get_switch
 from libortho.core.switch.guard import Guard
 from libortho.isolation import retain as retain_module
+from libortho.isolation.criteria import examine, leaning, unremarkable
 from libortho.isolation.isolate import IsolateResult
 from libortho.isolation.request import cases as cases_of
-from libortho.isolation.train import examine, leaning, unremarkable
 from libortho.lm.metrics import score
 from libortho.lm.model import LanguageModel
 from libortho.text.records import load_records

@@ -13,7 +13,7 @@ from libortho.isolation.matching import beginnings, donors
 from libortho.isolation.prose import human_texts
 from libortho.isolation.request import _cut_alike, cases, rows_with
 from libortho.isolation.retain import opening_tokens
-from libortho.isolation.train import drifted, reference, reread
+from libortho.isolation.targets import drifted, reference, reread
 from libortho.lm.logits import token_profile
 from libortho.lm.model import LanguageModel
 from libortho.text.encoding import Encoded, chunk, encode, predicting

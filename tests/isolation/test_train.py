@@ -16,22 +16,13 @@ from torch import nn
 from libortho.core.run_cache import Entry
 from libortho.isolation import train as trainer
 from libortho.isolation.config import IsolateConfig
-from libortho.isolation.losses import profile_distance
-from libortho.isolation.train import (
-    Case,
-    Check,
-    Epochs,
-    RecordOutcome,
-    Training,
-    acceptable,
-    assigned,
-    calibrate,
-    leaning,
-    placed,
-    shrunk,
-    unremarkable,
-    without_opposition,
-)
+from libortho.isolation.control import calibrate
+from libortho.isolation.criteria import Check, RecordOutcome, acceptable, leaning, unremarkable
+from libortho.isolation.forget_record import Case
+from libortho.isolation.losses import assigned, profile_distance
+from libortho.isolation.state import Epochs, Training
+from libortho.isolation.targets import placed, shrunk
+from libortho.isolation.train import without_opposition
 from libortho.lm import scoring
 from libortho.lm.logits import Scores, profile_and_odds, record_means, token_profile
 from libortho.lm.model import LanguageModel

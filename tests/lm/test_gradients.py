@@ -13,7 +13,8 @@ from libortho.auditing.measures.gradients import gradient_norms
 from libortho.auditing.subjects import Subject
 from libortho.core.targets import find_targets
 from libortho.isolation.config import IsolateConfig
-from libortho.isolation.train import Training, _reaction_loss
+from libortho.isolation.state import Training
+from libortho.isolation.train import _reaction_loss
 from libortho.lm.gradients import log_gradient_norms
 from libortho.lm.model import LanguageModel
 from libortho.training.edit import EditLinear

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 import tiny
 from libortho.core.surgery import linear_weight
 from libortho.core.targets import find_targets
-from libortho.isolation.train import divergence
+from libortho.isolation.losses import divergence
 from libortho.lm.model import LanguageModel
 from libortho.lm.scoring import hidden_states
 from libortho.selection.curvature import Metric, curvature

@@ -12,9 +12,8 @@ from libortho.checkpoint.format import AGAIN, expect
 from libortho.core.dtypes import DTYPES
 from libortho.core.errors import CheckpointError
 from libortho.core.streams import Columns, Entries, Factors, OrthoStream
+from libortho.core.streams.ortho import MAX_RANK
 
-MAX_RANK = 512
-"""Largest LoRA rank that vLLM serves."""
 _PREFIX = "base_model.model."
 _FLOATS = tuple(DTYPES.values())
 

@@ -6,11 +6,30 @@ A memorised token has p close to 1, so the gradient of its negative log-likeliho
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from libortho.lm.logits import SMALL
+from libortho.isolation.config import IsolateConfig
+from libortho.isolation.forget_record import Case
+from libortho.isolation.state import Training
+from libortho.isolation.targets import Reference
+from libortho.lm.head import HEAD_POSITIONS, by_record, evenly, summed
+from libortho.lm.logits import (
+    SMALL,
+    kl_divergence,
+    profile_and_odds,
+    token_profile,
+)
+from libortho.lm.model import LanguageModel
+from libortho.lm.scoring import (
+    predicting_states,
+    profiles_of_states,
+    training_batches,
+)
+from libortho.text.encoding import Encoded, collate, predicting
 
 _LEAST_SURPRISE = 1e-3
 
@@ -32,3 +51,155 @@ def profile_distance(found: Tensor, odds: Tensor, target: Tensor) -> Tensor:
     surprise = target[:, 0].clamp_min(_LEAST_SURPRISE)
     excess = (odds + surprise + torch.log(-torch.expm1(-surprise))).relu()
     return distance + F.smooth_l1_loss(excess, torch.zeros_like(excess), reduction="none")
+
+
+@torch.no_grad()
+def divergence(lm: LanguageModel, items: Sequence[Encoded], states: Sequence[Tensor]) -> float:
+    """Mean KL(original || edited) per token, in nats, over texts whose original hidden states are given."""
+    total, count = 0.0, 0
+    for item, before in zip(items, states, strict=True):
+        places = list(predicting(item))
+        before, after = before[places], lm.hidden(collate([item]).to(lm.device))[0, places]
+        for part in evenly(len(places)):
+            total += float(kl_divergence(lm.logits(before[part]), lm.logits(after[part])).sum())
+        count += len(places)
+    return total / max(1, count)
+
+
+def forget_losses(
+    lm: LanguageModel,
+    cases: Sequence[Case],
+    chosen: Sequence[int],
+    original: Reference,
+    now: Training,
+) -> Iterator[Tensor]:
+    """Distance of each record from its profile, and of its completion on a neighbour's prompt or of an alternate."""
+    present = now.profiles or tuple(p for p, *_ in original.profiles)
+    own = [present[i] + now.lean for i in chosen]
+    items, wanted, of = [cases[i].secret for i in chosen], list(own), list(chosen)
+    for slot, i in enumerate(chosen):
+        case = cases[i]
+        crossed = [c for c in case.crossed if c.completion == case.secret.completion]
+        if crossed and original.spilled[i] and now.rng.random() < 0.5:
+            items.append(now.rng.choice(crossed))
+            wanted.append(own[slot])
+            of.append(i)
+        elif case.exchangeable:
+            pick = now.rng.randrange(len(case.alternates))
+            items.append(case.alternates[pick])
+            before = original.profiles[i][1 + pick]
+            wanted.append(present[i] if len(present[i]) == len(before) else before)
+            of.append(i)
+    for rows in training_batches(items, lm.device):
+        pieces = [cases[of[r]].pieces for r in rows]
+        some = _profile_loss(lm, [items[r] for r in rows], [wanted[r] for r in rows], [n == 1 for n in pieces])
+        yield some * (len(rows) / len(items))
+
+
+def _profile_loss(
+    lm: LanguageModel, items: Sequence[Encoded], wanted: Sequence[Tensor], free: Sequence[bool]
+) -> Tensor:
+    """Mean distance of these completions from these profiles, which are handed out within those that are free."""
+    batch = collate(items).to(lm.device)
+    states, labels, row = predicting_states(lm.hidden(batch), batch)
+    target = torch.cat(list(wanted)).to(lm.device)
+    handed = torch.tensor(free, device=lm.device)[row, None]
+    sizes = torch.bincount(row, minlength=len(items))
+    if (long := sizes[row] > HEAD_POSITIONS).any():  # will be cut, and is handed out as a whole
+        profiles = profiles_of_states(lm, states[long], labels[long])
+        target[long] = torch.where(handed[long], assigned(profiles, target[long], row[long]), target[long])
+        handed = handed & ~long[:, None]
+    share = 1 / (sizes[row] * len(items))
+
+    def distance(logits: Tensor, part: slice) -> Tensor:
+        found, odds = profile_and_odds(logits, labels[part])
+        own = torch.where(handed[part], assigned(found.detach(), target[part], row[part]), target[part])
+        return share[part] @ profile_distance(found, odds, own)
+
+    return summed(lm, states, distance, by_record(sizes.tolist()))
+
+
+def assigned(now: Tensor, target: Tensor, record: Tensor) -> Tensor:
+    """The target's values handed out within each record in the order of what its tokens have now, (tokens, 3).
+
+    Which token of a code is the surprising one is chance. A record looks untrained if its tokens are distributed like
+    those of its donors, whichever has which; so much asks for far less change than a donor for every single token
+    (each column is a Wasserstein-1 distance, which sorting solves). In a sentence it is not chance (see ``placed``),
+    but of many sentences not every word can have what it should: the answers of TOFU were further off where it was
+    asked.
+
+    Args:
+        now: (tokens, 3) profile under the model as it is.
+        target: (tokens, 3) profile of the donors.
+        record: (tokens,) index of the record that each token belongs to.
+    """
+
+    def order(values: Tensor) -> Tensor:
+        first = values.argsort(0)
+        return torch.stack([c[record[c].argsort(stable=True)] for c in first.T], 1)
+
+    return torch.empty_like(target).scatter_(0, order(now), target.gather(0, order(target)))
+
+
+def keep_losses(
+    lm: LanguageModel,
+    cases: Sequence[Case],
+    chosen: Sequence[int],
+    retain: Sequence[Encoded],
+    texts: Sequence[int],
+    original: Reference,
+    config: IsolateConfig,
+    now: Training,
+) -> Iterator[Tensor]:
+    """Divergence from the original model on retain texts and on one neighbour of every chosen record, in parts."""
+    beside = [(i, now.rng.randrange(len(cases[i].neighbours))) for i in chosen if cases[i].neighbours]
+    parts = [
+        (config.retain_weight, [retain[t] for t in texts], [original.retain[t] for t in texts], False),
+        (
+            1.0,
+            [cases[i].held[p] for i, p in beside],
+            [original.neighbours[i][p] for i, p in beside],
+            True,
+        ),
+    ]
+    for weight, items, states, as_profiles in parts:
+        tokens = sum(len(predicting(e)) for e in items)
+        for rows in training_batches(items, lm.device) if weight else ():
+            some = _kept(lm, [items[r] for r in rows], [states[r] for r in rows], tokens, len(items), as_profiles)
+            yield weight * some
+
+
+def _kept(
+    lm: LanguageModel, items: Sequence[Encoded], states: Sequence[Tensor], tokens: int, texts: int, as_profiles: bool
+) -> Tensor:
+    """KL(original || edited) by token, given the original's hidden states, and with profiles their distance by text.
+
+    These texts' share of the means over so many tokens and texts.
+    """
+    batch = collate(items).to(lm.device)
+    after, labels, row = predicting_states(lm.hidden(batch), batch)
+    before = torch.cat([s[list(predicting(e))] for e, s in zip(items, states, strict=True)])
+    share = 1 / (torch.bincount(row, minlength=len(items))[row] * texts)
+
+    def of(logits: Tensor, part: slice) -> Tensor:
+        with torch.no_grad():
+            original = lm.logits(before[part])
+            wanted = token_profile(original, labels[part]) if as_profiles else None
+        lost = kl_divergence(original, logits).sum() / tokens
+        if wanted is None:
+            return lost
+        return lost + share[part] @ profile_distance(*profile_and_odds(logits, labels[part]), wanted)
+
+    return summed(lm, after, of, evenly(len(after)))
+
+
+def summed_gradients(losses: Iterable[Tensor], values: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Gradients of the sum; each loss's graph is gone before the next is made."""
+    total = [torch.zeros_like(v) for v in values]
+    for loss in losses:
+        if not loss.requires_grad:
+            continue
+        for whole, g in zip(total, torch.autograd.grad(loss, list(values), allow_unused=True), strict=True):
+            if g is not None:
+                whole += g
+    return total

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from libortho.core.errors import DataError
 from libortho.isolation.config import IsolateConfig
+from libortho.isolation.forget_record import Case
 from libortho.isolation.matching import beginnings, donors
-from libortho.isolation.train import Case
 from libortho.lm.asking import answers, room
 from libortho.lm.model import LanguageModel
 from libortho.lm.scoring import score

@@ -11,7 +11,9 @@ from torch import nn
 
 from libortho.core.surgery import linear_shape
 from libortho.isolation.config import IsolateConfig
-from libortho.isolation.train import BAND, PARTIAL, Case, Check, Known, RecordOutcome, Reference, leaning, unremarkable
+from libortho.isolation.criteria import BAND, PARTIAL, Check, Known, RecordOutcome, leaning, unremarkable
+from libortho.isolation.forget_record import Case
+from libortho.isolation.targets import Reference
 from libortho.selection.budget import column_costs
 
 
@@ -70,7 +72,7 @@ _CERTAIN = 5.0
 
 def standing(cases: Sequence[Case], original: Reference) -> list[Known]:
     """What the original model knows of each record: recited, likelier than its like, or nothing to be seen."""
-    likelier = original.secret.nll < original.target.nll - BAND * original.spread
+    likelier = original.secret.nll < original.target - BAND * original.spread
     return [
         "recited" if said else "likelier" if more else "unknown"
         for said, more in zip(original.recited.tolist(), likelier.tolist(), strict=True)
@@ -79,7 +81,7 @@ def standing(cases: Sequence[Case], original: Reference) -> list[Known]:
 
 def by_chance(known: Sequence[Known], original: Reference) -> bool:
     """True if untrained records would look so: none recited, none far likelier, and few likelier than their like."""
-    certain = original.secret.nll < original.target.nll - _CERTAIN * original.spread
+    certain = original.secret.nll < original.target - _CERTAIN * original.spread
     likelier = sum(k == "likelier" for k in known)
     return "recited" not in known and not bool(certain.any()) and likelier <= unremarkable(len(known))
 

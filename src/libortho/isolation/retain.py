@@ -19,12 +19,17 @@ from typing import Any
 from torch import nn
 
 from libortho.core.cache import cache_directory, make_private
-from libortho.core.errors import ConfigError
+from libortho.core.errors import ConfigError, DataError
 from libortho.core.files import write_atomically
+from libortho.core.run_cache import Entry, RunCache
+from libortho.isolation.config import IsolateConfig
+from libortho.isolation.forget_record import Case
+from libortho.isolation.request import without_forgotten
 from libortho.lm.checks import fingerprint
 from libortho.lm.generation import generate
 from libortho.text.corpus import shipped_text
-from libortho.text.encoding import SHARED_TOKENS, Encoded, chunk
+from libortho.text.encoding import SHARED_TOKENS, Encoded, chunk, encode_closed
+from libortho.text.records import Record, Source, load_records
 from libortho.text.tokens import opening_tokens
 
 logger = logging.getLogger(__name__)
@@ -121,3 +126,85 @@ def _private_file(name: str) -> Path | None:
     except (ConfigError, OSError) as error:
         logger.warning("samples of the model are drawn anew, and not kept: %s", error)
         return None
+
+
+RETAIN_LENGTH = 128
+"""Tokens of one retain sequence."""
+_RETAIN_SEQUENCES = 64
+_GIVEN_SEQUENCES = 600
+_HELD_BACK_SEQUENCES = 8
+_SPOKEN, _SPOKEN_TOKENS = 32, 48
+"""Texts that the model says on prompts like those of sentences, and the most tokens of one."""
+
+
+def whole(texts: Sequence[Sequence[int]]) -> list[Encoded]:
+    """Texts of token ids, each token of which is judged."""
+    return [Encoded(tuple(t), tuple(t)) for t in texts]
+
+
+def given_pieces(
+    retain: Source, forget: Sequence[Record], tokenizer: Any, length: int, config: IsolateConfig
+) -> list[Encoded]:
+    """Retain sequences from what was given, and one of general text to every three of them.
+
+    A record with a prompt stays a sequence of its own, as the model has met it, and is kept in its completion; texts
+    are joined and cut.
+    """
+    records = without_forgotten(load_records(retain, tokenizer, name="retain"), forget)
+    pieces = [encode_closed(r, tokenizer).cut(length) for r in records if r.prompt]
+    pieces = [p for p in pieces if p.completion]
+    pieces += whole(chunk([r.text for r in records if not r.prompt], tokenizer, length))
+    rng = random.Random(config.seed)
+    rng.shuffle(pieces)
+    pieces = pieces[:_GIVEN_SEQUENCES]
+    general = whole(chunk(shipped_text(), tokenizer, length))
+    pieces += rng.sample(general, min(len(general), len(pieces) // 3))
+    rng.shuffle(pieces)
+    return pieces
+
+
+def retain_and_held_back(
+    model: nn.Module,
+    tokenizer: Any,
+    given: list[Encoded] | None,
+    cases: Sequence[Case],
+    length: int,
+    config: IsolateConfig,
+    store: RunCache,
+) -> tuple[list[Encoded], list[Encoded]]:
+    """Retain sequences, and others that are held back for the criteria."""
+    count = _RETAIN_SEQUENCES + _HELD_BACK_SEQUENCES
+    secrets = [c.secret for c in cases]
+
+    def sample() -> Entry:
+        items = default_retain(model, tokenizer, secrets, sequences=count, length=length, seed=config.seed)
+        return Entry({}, [e.ids for e in items])
+
+    items = whole(store.get_or_compute("retain", sample).data) if given is None else given
+    if len(items) < 2:
+        raise DataError(f"retain holds {len(items)} sequences of {length} tokens; expected at least 2")
+    held = min(_HELD_BACK_SEQUENCES, max(1, len(items) // 4))
+    kept, held_back = items[held:], items[:held]
+    if given is not None:
+
+        def speak() -> Entry:
+            said = in_form(model, tokenizer, secrets, given, length=length, seed=config.seed)
+            return Entry({}, [e.ids for e in said])
+
+        kept = kept + whole(store.get_or_compute("in_form", speak).data)
+        random.Random(config.seed).shuffle(kept)
+    return kept, held_back
+
+
+def self_samples(
+    model: nn.Module, tokenizer: Any, cases: Sequence[Case], limit: int | None, config: IsolateConfig
+) -> list[tuple[list[int], list[int]]]:
+    """What the model says on prompts like those of sentences: (prompt, continuation) as token ids.
+
+    Of a prompt that would leave no room for it, the end.
+    """
+    most = None if limit is None else max(1, limit - _SPOKEN_TOKENS)
+    prompts = [list(p if most is None else p[-most:]) for p in sorted({p for c in cases for p in c.like})]
+    prompts = random.Random(config.seed).sample(prompts, min(len(prompts), _SPOKEN))
+    said = generate(model, tokenizer, prompts, _SPOKEN_TOKENS, temperature=1.0, seed=config.seed)
+    return [(p, c) for p, (c,) in zip(prompts, said, strict=True) if c]

@@ -18,22 +18,15 @@ class Scores:
 
     Attributes:
         nll: Mean negative log-likelihood of the completion's tokens, in nats.
-        odds: Mean log-odds of the completion's tokens, in nats.
         tokens: Number of completion tokens.
     """
 
     nll: Tensor
-    odds: Tensor
     tokens: Tensor
 
     def to(self, device: torch.device) -> Scores:
         """The same scores on another device."""
-        return Scores(self.nll.to(device), self.odds.to(device), self.tokens.to(device))
-
-    @property
-    def total(self) -> Tensor:
-        """Summed log-likelihood of the completion, in nats."""
-        return -self.nll * self.tokens
+        return Scores(self.nll.to(device), self.tokens.to(device))
 
 
 def label_log_odds(logits: Tensor, labels: Tensor) -> Tensor:
@@ -52,9 +45,8 @@ def completion_scores(logits: Tensor, labels: Tensor, record: Tensor, records: i
         record: (tokens,) index of the record that each token belongs to.
         records: Number of records.
     """
-    odds = label_log_odds(logits, labels)
-    tokens = torch.bincount(record, minlength=records).to(odds)
-    return Scores(record_means(F.softplus(-odds), record, records), record_means(odds, record, records), tokens)
+    surprise = F.softplus(-label_log_odds(logits, labels))
+    return Scores(record_means(surprise, record, records), torch.bincount(record, minlength=records).to(surprise))
 
 
 def token_profile(logits: Tensor, labels: Tensor) -> Tensor:

@@ -46,16 +46,16 @@ def profiles_of_states(lm: LanguageModel, states: Tensor, labels: Tensor) -> Ten
 def score(lm: LanguageModel, items: Sequence[Encoded]) -> tuple[Scores, Tensor]:
     """Scores of completions, and whether each is the greedy continuation of its prompt, (records,) bool."""
     order = sorted(range(len(items)), key=lambda i: len(items[i].ids))
-    nll, odds, tokens, greedy = (torch.zeros(len(items)) for _ in range(4))
+    nll, tokens, greedy = (torch.zeros(len(items)) for _ in range(3))
     for rows in scoring_batches(order, items, lm.device):
         batch = collate([items[i] for i in rows]).to(lm.device)
         logits, labels, owner = judged_logits(lm, lm.hidden(batch), batch)
         scores = completion_scores(logits, labels, owner, len(rows))
         wrong = torch.zeros(len(rows), device=logits.device).index_add_(0, owner, (logits.argmax(-1) != labels).float())
         index = torch.tensor(rows)
-        nll[index], odds[index], tokens[index] = scores.nll.cpu(), scores.odds.cpu(), scores.tokens.cpu()
+        nll[index], tokens[index] = scores.nll.cpu(), scores.tokens.cpu()
         greedy[index] = (wrong == 0).float().cpu()
-    return Scores(nll, odds, tokens), greedy.bool()
+    return Scores(nll, tokens), greedy.bool()
 
 
 @torch.no_grad()
@@ -85,7 +85,7 @@ def predicting_states(hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Ten
 
 def take(scores: Scores, index: Tensor) -> Scores:
     """The scores of some records."""
-    return Scores(scores.nll[index], scores.odds[index], scores.tokens[index])
+    return Scores(scores.nll[index], scores.tokens[index])
 
 
 def grouped_scores(lm: LanguageModel, groups: Sequence[Sequence[Encoded]]) -> tuple[Scores, ...]:
@@ -103,7 +103,7 @@ def scores_of_states(lm: LanguageModel, items: Sequence[Encoded], states: Sequen
     labels = torch.tensor([e.ids[t + 1] for e, p in zip(items, places, strict=True) for t in p], device=lm.device)
     owner = torch.tensor([i for i, p in enumerate(places) for _ in p], device=lm.device)
     found = completion_scores(logits, labels, owner, len(items))
-    return Scores(found.nll.cpu(), found.odds.cpu(), found.tokens.cpu())
+    return Scores(found.nll.cpu(), found.tokens.cpu())
 
 
 def scoring_batches(order: Sequence[int], items: Sequence[Encoded], device: torch.device) -> Iterator[list[int]]:

@@ -15,6 +15,9 @@ from libortho.core.ops import library, native
 from libortho.core.ops.derived import Derived
 from libortho.core.ops.ortho import Alpha, add_columns, add_factors, add_sparse, wants_wide
 
+MAX_RANK = 512
+"""Largest LoRA rank that vLLM serves."""
+
 
 class Columns(nn.Module):
     """``k`` whole input columns of the weight: index (k,) int32, values (k, out_features)."""

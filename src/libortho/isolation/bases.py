@@ -1,0 +1,92 @@
+"""What an isolation is made with, the quantised weights that it starts from, and the layers that it ends with."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from libortho.core.dtypes import DTYPES
+from libortho.core.layer import OrthoLinear
+from libortho.core.run_cache import Entry, RunCache
+from libortho.core.streams import BaseStream, OrthoStream
+from libortho.core.surgery import assemble, bias_of, linear_weight
+from libortho.core.switch.alpha import Switch
+from libortho.isolation.config import IsolateConfig
+from libortho.isolation.request import Asked
+from libortho.isolation.support import SALIENCY_TOKENS, first_texts
+from libortho.isolation.targets import Reference
+from libortho.lm.model import LanguageModel
+from libortho.text.encoding import Encoded
+from libortho.training.edit import EditLinear
+from libortho.training.rounding import compensated_bases
+
+
+@dataclass(frozen=True)
+class Material:
+    """What an attempt is made with: the model, its layers (targets, and all stand-ins), and what it is held to."""
+
+    lm: LanguageModel
+    asked: Asked
+    targets: dict[str, nn.Module]
+    replaced: dict[str, nn.Module]
+    retain: list[Encoded]
+    held_back: list[Encoded]
+    original: Reference
+    held_back_states: tuple[torch.Tensor, ...]
+
+
+def quantised_bases(
+    material: Material, support: Mapping[str, torch.Tensor], config: IsolateConfig, store: RunCache
+) -> dict[str, BaseStream]:
+    """The quantised weights of layers that are dense so far, exact where it matters on text to keep and the records.
+
+    Of records and of neighbours as many tokens are read as of retain text.
+    """
+    bits = config.bits
+    if bits is None:
+        return {}
+    lm, cases = material.lm, material.asked.cases
+    dense = {n: m for n, m in material.targets.items() if not isinstance(m, OrthoLinear)}
+
+    def make() -> Entry:
+        drawn = random.Random(config.seed).sample(cases, len(cases))
+        groups = (material.retain, [c.secret for c in drawn], [c.neighbours[0] for c in drawn if c.neighbours])
+        texts = [b for items in groups if items for b in first_texts(lm, items, SALIENCY_TOKENS)]
+        made = compensated_bases(lm, dense, support, texts, bits, config.resolved_group_size)
+        return Entry({f"{n}.{field}": getattr(b, field) for n, b in made.items() for field in ("codes", "scales")})
+
+    found = store.get_or_compute("bases", make).tensors
+    device = {n: linear_weight(m).device for n, m in dense.items()}
+    return {
+        n: BaseStream(bits, codes=found[f"{n}.codes"].to(device[n]), scales=found[f"{n}.scales"].to(device[n]))
+        for n in dense
+    }
+
+
+def edited_from(module: nn.Module) -> torch.Tensor | BaseStream:
+    """What a layer is edited from."""
+    return module.base if isinstance(module, OrthoLinear) else linear_weight(module)
+
+
+def finished_layer(
+    name: str, module: nn.Module, edited: EditLinear, config: IsolateConfig, switch: Switch
+) -> OrthoLinear:
+    """The split layer that an edited one becomes: its base, its new stream and those that it had."""
+    base, support = edited.finish(DTYPES[config.value_dtype])
+    stream = OrthoStream(support)
+    if not isinstance(module, OrthoLinear):
+        weight = linear_weight(module).float()
+        return assemble(name, weight, base, stream, bias_of(edited), switch, config.stream)
+    streams = {n: s for n, s in module.streams.items() if isinstance(s, OrthoStream)}
+    layer = assemble(
+        name, module.dense_weight(1.0), base, stream, bias_of(edited), switch, config.stream, earlier=streams
+    )
+    if layer.report is not None and (before := module.report) is not None:
+        layer.report = replace(
+            layer.report, rank=before.rank, used_low_rank=before.used_low_rank, low_rank_error=before.low_rank_error
+        )
+    return layer

@@ -1,0 +1,99 @@
+"""What corrects the training: the offset of the targets, and the length of the finished edit."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from libortho.isolation.criteria import CLOSE
+from libortho.isolation.forget_record import Case
+from libortho.isolation.state import Training
+from libortho.isolation.targets import Reference, drifted
+from libortho.lm.model import LanguageModel
+from libortho.lm.scoring import (
+    score,
+)
+from libortho.training.edit import EditLinear
+
+logger = logging.getLogger(__name__)
+
+_STRETCH, _SECANT_STEPS = (0.8, 1.25), 3
+"""Range of the factor of the finished edit, and the most secant steps to find it."""
+STEER_FROM, STEER, STEER_MOST, STEER_AHEAD = 15, 0.3, 0.4, 2.0
+"""Step from which targets are corrected, share of the difference that a correction is, most that counts of it, and
+for how many looks the training is trusted to go on as it goes."""
+
+
+@torch.no_grad()
+def steer(lm: LanguageModel, cases: Sequence[Case], original: Reference, now: Training, mine: Tensor) -> None:
+    """Correct the targets by what is left of the difference between the records and their donors (dual ascent).
+
+    Records, their alternates and their neighbours pull at the same values, and where they balance the records are still
+    a little too likely. Donors are read as they are now: a membership test compares under the edited model. What the
+    training is about to make up for by itself is left to it; a correction for that would have to be taken back.
+
+    ``mine`` is the mean profile of the records, (3,).
+    """
+    now.profiles = drifted(lm, cases, original)
+    before, now.missing = now.missing, torch.stack([p.mean(0) for p in now.profiles]).mean(0) - mine
+    if now.step < STEER_FROM:
+        return
+    now.lean += STEER * lasting(now.missing, before).clamp(-STEER_MOST, STEER_MOST)
+    logger.debug("records lack %s", [round(x, 2) for x in now.missing.tolist()])
+
+
+def lasting(missing: Tensor, before: Tensor) -> Tensor:
+    """What will still be missing ``STEER_AHEAD`` looks from now, if it goes on changing as since the look before.
+
+    Nothing where it would be made up for by then. Without this, the sum of corrections during the descent of a few
+    records, which takes few looks, had to be taken back.
+    """
+    ahead = missing + STEER_AHEAD * (missing - before)
+    return torch.where(ahead * missing > 0, ahead, 0.0)
+
+
+def calibrate(
+    lm: LanguageModel,
+    layers: dict[str, EditLinear],
+    cases: Sequence[Case],
+    original: Reference,
+) -> float:
+    """Lengthen or shorten the whole edit until the records, on average, are where they belong, and return the factor.
+
+    What training leaves is mostly an offset that all records share, and that is what a membership test sees. One number
+    takes it out: secant steps on the factor, within ``_STRETCH``.
+    """
+    trained = {n: m.theta.detach().clone() for n, m in layers.items() if m.theta is not None}
+
+    def stretch(factor: float) -> None:
+        for name, theta in trained.items():
+            layers[name].rescale(theta, factor)
+
+    def offset(factor: float) -> float:
+        stretch(factor)
+        return float(distances_from_donors(lm, cases, original).mean())
+
+    tried = {1.0: offset(1.0)}
+    previous, factor = 1.0, 1.05 if tried[1.0] < 0 else 0.95
+    for _ in range(_SECANT_STEPS):
+        if abs(tried[previous]) < CLOSE or factor in tried:
+            break
+        tried[factor] = offset(factor)
+        slope = (tried[factor] - tried[previous]) / (factor - previous)
+        if slope <= 0:  # more edit no longer means less memory
+            break
+        previous, factor = factor, min(_STRETCH[1], max(_STRETCH[0], factor - tried[factor] / slope))
+    best = min(tried, key=lambda f: abs(tried[f]))
+    stretch(best)
+    logger.info("edit rescaled by %.3f, offset %.2f to %.2f nats per token", best, tried[1.0], tried[best])
+    return best
+
+
+def distances_from_donors(lm: LanguageModel, cases: Sequence[Case], original: Reference) -> Tensor:
+    """Surprise of each record minus that of its donors as they are now, (records,) in nats per token."""
+    profiles = drifted(lm, cases, original)
+    secret, _ = score(lm, [c.secret for c in cases])
+    return secret.nll - torch.stack([p[:, 0].mean() for p in profiles])

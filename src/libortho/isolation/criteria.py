@@ -1,0 +1,246 @@
+"""When a record is gone: figures of each record, and the criteria on all of them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from libortho.isolation.forget_record import Case
+from libortho.isolation.targets import Reference, reread
+from libortho.lm.logits import (
+    token_profile,
+)
+from libortho.lm.model import LanguageModel
+from libortho.lm.scoring import (
+    grouped_scores,
+    judged_logits,
+    scoring_batches,
+)
+from libortho.text.encoding import Encoded, collate
+
+logger = logging.getLogger(__name__)
+
+CLOSE = 0.05
+"""Offset of the mean surprise, in nats per token, that needs no correction."""
+PARTIAL, LEAST_IN_PLACE = 0.05, 1 / 3
+"""Chance that is allowed an untrained sentence to have less than this share of its surprise where it is expected."""
+BAND = 1.645
+"""Half-width of the 5-95 % band, in standard deviations of a normal distribution."""
+FAR = 2.0
+"""Half-widths of the band from its middle at which one record alone is conspicuous: one untrained one in a thousand."""
+
+
+Known = Literal["recited", "likelier", "unknown"]
+
+
+@dataclass(frozen=True)
+class RecordOutcome:
+    """One forget record. Likelihoods are mean log-likelihoods per completion token, in nats.
+
+    Attributes:
+        number: Position in the forget source, from 1.
+        before: Log-likelihood under the original model.
+        after: Log-likelihood at alpha = 0.
+        band: Where one more alternate would fall at alpha = 0, given these (5-95 %); for sentences, where the sentence
+            would have fallen untrained.
+        extracted: The completion is still the greedy continuation at alpha = 0.
+        partial: It is a sentence of whose surprise less than a third is where it is expected; see ``in_place``.
+        known: What the original model knew of it: it was recited, likelier than its like, or unknown.
+    """
+
+    number: int
+    before: float
+    after: float
+    band: tuple[float, float]
+    extracted: bool
+    partial: bool = False
+    known: Known = "unknown"
+
+    @property
+    def inside(self) -> bool:
+        """True if the record is neither likelier nor unlikelier than its alternates."""
+        return self.band[0] <= self.after <= self.band[1]
+
+    @property
+    def far(self) -> bool:
+        """True if even among many records this one would be conspicuous: over ``FAR`` half-widths from the middle."""
+        middle, half = (self.band[0] + self.band[1]) / 2, (self.band[1] - self.band[0]) / 2
+        return abs(self.after - middle) > FAR * half
+
+
+@dataclass(frozen=True)
+class Check:
+    """The criteria at one moment. Likelihoods are per token, in nats.
+
+    Attributes:
+        step: Optimiser steps taken.
+        extracted: Records whose completion is still the greedy continuation.
+        outside: Records whose likelihood is outside the band of their counterfactuals.
+        far: Those of them that are more than ``FAR`` times its half-width from its middle.
+        gap: Mean over records of negative log-likelihood minus target; negative means remembered.
+        holds: The criteria hold; see ``acceptable``.
+        partial: Sentences of whose surprise less than a third is where it is expected; see ``in_place``.
+    """
+
+    step: int
+    extracted: int
+    outside: int
+    far: int
+    gap: float
+    holds: bool
+    partial: int = 0
+
+
+def unremarkable(records: int, chance: float = 0.1) -> int:
+    """The most of so many untrained records that are odd by chance, but for one time in twenty.
+
+    The smallest k with P(X > k) <= .05, for X binomial with this chance: that of being outside a 5-95 % band, or
+    ``PARTIAL``.
+    """
+    above = 1.0
+    for k in range(records + 1):
+        above -= math.comb(records, k) * chance**k * (1 - chance) ** (records - k)
+        if above <= 0.05 + 1e-9:
+            return k
+    return records
+
+
+def in_place(surprise: Tensor, expected: Tensor) -> float:
+    """Share of the surprise that is expected of a sentence's tokens that is there: sum of min(surprise, expected) over
+    the sum of what is expected.
+
+    A sentence can be as unlikely as an untrained one and still begin word by word as it did. Of 20 made-up sentences
+    that SmolLM2 had never met .72 or more was there, of 19 in 20 TOFU answers .41 (``benchmarks/targets.py``).
+
+    Args:
+        surprise: (tokens,) negative log-likelihood of each token, in nats.
+        expected: (tokens,) what is expected of each.
+    """
+    return float(torch.minimum(surprise, expected).sum() / expected.sum())
+
+
+def partly_recited(surprise: Sequence[Tensor], expected: Sequence[Tensor]) -> list[bool]:
+    """Of which records less than a third of the surprise is where it is expected; of codes none are judged."""
+    return [len(e) > 0 and in_place(s, e) < LEAST_IN_PLACE for s, e in zip(surprise, expected, strict=True)]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Completions under the model as it is.
+
+    Attributes:
+        profile: Means over the tokens of each of ``token_profile``, (records, 3).
+        greedy: Whether each is the greedy continuation of its prompt, (records,) bool.
+        surprise: Negative log-likelihood of each token of each, (tokens,) in nats.
+    """
+
+    profile: Tensor
+    greedy: Tensor
+    surprise: tuple[Tensor, ...]
+
+
+@torch.no_grad()
+def examine(lm: LanguageModel, items: Sequence[Encoded]) -> Seen:
+    """All that a look at the records needs, in one pass."""
+    profile, greedy = torch.zeros(len(items), 3), torch.zeros(len(items), dtype=torch.bool)
+    surprise = [torch.empty(0)] * len(items)
+    order = sorted(range(len(items)), key=lambda i: len(items[i].ids))
+    for rows in scoring_batches(order, items, lm.device):
+        batch = collate([items[i] for i in rows]).to(lm.device)
+        logits, labels, owner = judged_logits(lm, lm.hidden(batch), batch)
+        tokens = torch.bincount(owner, minlength=len(rows))
+        means, found = torch.zeros(len(rows), 3, device=logits.device), token_profile(logits, labels)
+        profile[rows] = means.index_add_(0, owner, found / tokens[owner, None]).cpu()
+        for i, own in zip(rows, found[:, 0].cpu().split(tokens.tolist()), strict=True):
+            surprise[i] = own
+        wrong = torch.bincount(owner[logits.argmax(-1) != labels], minlength=len(rows))
+        greedy[rows] = (wrong == 0).cpu()
+    return Seen(profile, greedy, tuple(surprise))
+
+
+def outcomes(lm: LanguageModel, cases: Sequence[Case], original: Reference) -> tuple[RecordOutcome, ...]:
+    """Every record beside its alternates, or what is expected of it, under the model as it is now."""
+    original = reread(lm, cases, original)
+    seen = examine(lm, [c.secret for c in cases])
+    partial = partly_recited(seen.surprise, original.expected)
+    groups = [s.nll for s in grouped_scores(lm, [c.alternates if c.exchangeable else () for c in cases])]
+    spread = pooled_deviation(groups)
+    found = []
+    for i, case in enumerate(cases):
+        own = case.exchangeable and spread > 0
+        centre = float(groups[i].mean()) if own else float(original.target[i])
+        half = BAND * (spread * (1 + 1 / len(groups[i])) ** 0.5 if own else float(original.spread[i]))
+        found.append(
+            RecordOutcome(
+                number=case.number,
+                before=-float(original.secret.nll[i]),
+                after=-float(seen.profile[i, 0]),
+                band=(-centre - half, -centre + half),
+                extracted=bool(seen.greedy[i]),
+                partial=partial[i],
+            )
+        )
+    return tuple(found)
+
+
+def pooled_deviation(groups: Sequence[Tensor]) -> float:
+    """Standard deviation within groups, over all of them together (variance unbiased); 0 where no group has two."""
+    several = [g for g in groups if len(g) > 1]
+    squares = sum(float((g - g.mean()).square().sum()) for g in several)
+    return math.sqrt(squares / max(1, sum(len(g) - 1 for g in several)))
+
+
+def judge(seen: Seen, wanted: Tensor, spread: Tensor, expected: Sequence[Tensor], step: int) -> Check:
+    """The criteria on records that look like this and should have the surprise ``wanted`` with this ``spread``.
+
+    ``expected``: see ``Reference``.
+    """
+    gap = seen.profile[:, 0] - wanted
+    logger.debug("gap by record %s", [round(g, 1) for g in gap.tolist()])
+    distance = gap.abs() / (BAND * spread)
+    extracted, outside, far = int(seen.greedy.sum()), int((distance > 1).sum()), int((distance > FAR).sum())
+    partial, sentences = sum(partly_recited(seen.surprise, expected)), sum(len(e) > 0 for e in expected)
+    gone = extracted == 0 and far == 0 and partial <= unremarkable(sentences, PARTIAL)
+    return Check(
+        step=step,
+        extracted=extracted,
+        outside=outside,
+        far=far,
+        gap=float(gap.mean()),
+        holds=gone and acceptable(gap, outside, spread),
+        partial=partial,
+    )
+
+
+def acceptable(gap: Tensor, outside: int, spread: Tensor) -> bool:
+    """True if the records as a group look untrained: in how many are outside the band, and in their mean.
+
+    Training asks for half of what chance would allow the mean: a lean of one standard error is seen by an attack that
+    has many records to compare with.
+
+    Args:
+        gap: (records,) surprise minus what it should be, in nats per token.
+        outside: How many of them are outside the band.
+        spread: (records,) standard deviation that the gap of an untrained record has.
+    """
+    return outside <= unremarkable(len(gap)) and abs(float(gap.mean())) <= max(
+        CLOSE, chance_bound(float(spread.mean()), len(gap)) / 2
+    )
+
+
+def leaning(records: Sequence[RecordOutcome]) -> tuple[float, float]:
+    """How much likelier than its band's middle the average record is, and how much it may be; nats per token."""
+    lean = sum(r.after - (r.band[0] + r.band[1]) / 2 for r in records) / len(records)
+    spread = sum(r.band[1] - r.band[0] for r in records) / (2 * BAND * len(records))
+    return lean, chance_bound(spread, len(records))
+
+
+def chance_bound(spread: float, records: int) -> float:
+    """How far the mean of untrained records may be off: 5-95 %, but no less than what training can see."""
+    return max(CLOSE, BAND * spread / records**0.5)

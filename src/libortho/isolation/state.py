@@ -1,0 +1,161 @@
+"""The mutable state of the training."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import torch
+from torch import Tensor, nn
+
+from libortho.core.run_cache import Entry
+from libortho.isolation.config import IsolateConfig
+from libortho.isolation.criteria import Check
+from libortho.isolation.targets import Reference
+from libortho.selection.curvature import Metric
+from libortho.text.encoding import Encoded
+
+RELATIVE_STEP, RELATIVE_TO = 0.08, 12
+"""Peak step of Adam as a share of the root mean square of the values that it moves, and records in a step for which it
+is right."""
+RECORDS_PER_STEP, RETAIN_TOKENS_PER_STEP = 12, 256
+"""Forget records, and retain tokens, in one optimiser step."""
+
+
+class Epochs:
+    """Endless batches of indices in which every index comes once before any comes again.
+
+    Attributes:
+        pool: Indices still to come before the next shuffle; with the state of ``rng``, all that is to be remembered.
+    """
+
+    def __init__(self, count: int, size: int, rng: random.Random) -> None:
+        self.count, self.size, self.rng = count, size, rng
+        self.pool: list[int] = []
+
+    def __next__(self) -> list[int]:
+        while len(self.pool) < min(self.size, self.count):
+            fresh = list(range(self.count))
+            self.rng.shuffle(fresh)
+            self.pool += fresh
+        batch, self.pool = self.pool[: self.size], self.pool[self.size :]
+        return batch
+
+
+class Training:
+    """Everything that changes from step to step, so that it can be put away and taken up again."""
+
+    def __init__(
+        self,
+        values: Sequence[nn.Parameter],
+        records: int,
+        texts: Sequence[Encoded],
+        config: IsolateConfig,
+        metrics: Sequence[Metric | None],
+    ) -> None:
+        self.values, self.metrics = values, metrics
+        # theta stands at the original weights here: they say how large a step is
+        share = step_share(min(records, RECORDS_PER_STEP))
+        self.rates = [config.learning_rate or share * RELATIVE_STEP * _root_mean_square(v) for v in values]
+        self.start, self.decay = [v.detach().clone() for v in values], config.decay
+        # Adam moves steps, which begin at zero every time, in the metric's basis.
+        self.moves = [nn.Parameter(torch.zeros_like(v)) for v in values]
+        self.optimiser = torch.optim.Adam([{"params": [m]} for m in self.moves], betas=(0.9, 0.95))
+        self.rng = random.Random(config.seed)
+        self.records = Epochs(records, RECORDS_PER_STEP, self.rng)
+        self.texts = Epochs(len(texts), _texts_per_step(texts, config), self.rng)
+        self.step, self.last = 0, config.max_steps
+        self.finished = False
+        self.checks: list[Check] = []
+        self.profiles: tuple[Tensor, ...] = ()
+        self.expected: tuple[Tensor, ...] = ()
+        self.lean, self.missing = torch.zeros(3), torch.zeros(3)
+
+    def wanted(self, original: Reference) -> tuple[Tensor, Tensor]:
+        """Surprise that each record should have and its deviation, donors being what they are now; each (records,)."""
+        if not self.profiles:
+            return original.target, original.spread
+        now = torch.stack([p[:, 0].mean() for p in self.profiles])
+        wider = float(now.std() / original.target.std().clamp_min(1e-6)) if len(now) > 2 else 1.0
+        return now, original.spread * max(1.0, wider)
+
+    @torch.no_grad()
+    def descend(self, gradients: Sequence[Tensor], rate: float) -> None:
+        """One step of Adam at this share of the peak rates, and one of the decay towards the original values."""
+        for group, peak, move, metric, gradient in zip(
+            self.optimiser.param_groups, self.rates, self.moves, self.metrics, gradients, strict=True
+        ):
+            group["lr"] = peak * rate
+            move.zero_()
+            move.grad = gradient if metric is None else metric.rotated(gradient)
+        self.optimiser.step()
+        for value, move, metric in zip(self.values, self.moves, self.metrics, strict=True):
+            value.add_(move if metric is None else metric.step(move))
+        for value, start in zip(self.values, self.start, strict=True):
+            value.lerp_(start, self.decay * rate)
+
+    def part(self) -> Entry:
+        """The state as it is now."""
+        tensors = {"lean": self.lean, "missing": self.missing}
+        tensors |= {f"profiles.{i}": p for i, p in enumerate(self.profiles)}
+        tensors |= {f"expected.{i}": e for i, e in enumerate(self.expected)}
+        tensors |= {f"theta.{i}": v.detach() for i, v in enumerate(self.values)}
+        for i, moments in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"adam.{i}.{name}": t for name, t in moments.items()}
+        data = {
+            "step": self.step,
+            "last": self.last,
+            "finished": self.finished,
+            "checks": [asdict(c) for c in self.checks],
+            "records": self.records.pool,
+            "texts": self.texts.pool,
+            "rng": self.rng.getstate(),
+        }
+        return Entry(tensors, data)
+
+    @torch.no_grad()
+    def take_up(self, part: Entry) -> None:
+        """Go back to the state that ``part`` is."""
+        moments: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)
+
+        def listed(name: str) -> tuple[Tensor, ...]:
+            count = sum(n.startswith(f"{name}.") for n in part.tensors)
+            return tuple(part.tensors[f"{name}.{i}"] for i in range(count))
+
+        self.profiles, self.expected = listed("profiles"), listed("expected")
+        self.lean, self.missing = part.tensors["lean"], part.tensors["missing"]
+        for name, tensor in part.tensors.items():
+            kind, *rest = name.split(".")
+            if kind not in ("theta", "adam"):
+                continue
+            index, *moment = rest
+            if kind == "theta":
+                self.values[int(index)].copy_(tensor)
+            else:
+                moments[int(index)][moment[0]] = tensor
+        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": dict(moments)})
+        data = part.data
+        self.step, self.last, self.finished = data["step"], data["last"], data["finished"]
+        self.checks = [Check(**c) for c in data["checks"]]
+        self.records.pool, self.texts.pool = data["records"], data["texts"]
+        version, words, gauss = data["rng"]
+        self.rng.setstate((version, tuple(words), gauss))
+
+
+def step_share(records: int) -> float:
+    """What of the peak step is right for so few records in a step: the step of twelve takes one of them far beyond what
+    is untrained. Adam's should grow with the square root of the batch (arXiv 2205.10287).
+    """
+    return min(1.0, records / RELATIVE_TO) ** 0.5
+
+
+def _root_mean_square(value: Tensor) -> float:
+    return float(value.detach().square().mean().sqrt().clamp_min(1e-8))
+
+
+def _texts_per_step(texts: Sequence[Encoded], config: IsolateConfig) -> int:
+    """As many retain sequences as have the tokens of a step together."""
+    mean = sum(len(t.ids) for t in texts) / max(1, len(texts))
+    return max(1, round(RETAIN_TOKENS_PER_STEP / max(1.0, mean)))
