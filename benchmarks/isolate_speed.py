@@ -29,6 +29,10 @@ from libortho.checkpoint.dense import load_model
 from libortho.core.surgery import linear_weight
 from libortho.core.targets import find_targets
 from libortho.demo.model import packaged_model
+from libortho.isolation.forget_record import ForgetRecord
+from libortho.isolation.state import Training
+from libortho.isolation.targets import reference
+from libortho.isolation.train import step
 from libortho.lm.checks import training_dtype
 from libortho.lm.model import LanguageModel
 from libortho.selection.curvature import curvature
@@ -100,19 +104,19 @@ class Bench:
         neighbours, strangers = (sequences(count, RECORD_TOKENS, s, 8) for s in (3, 4))
         donors = tuple((0, place) for place in predicting(strangers[0]))
         self.cases = [
-            trainer.Case(
-                number=i, secret=s, alternates=(o,), neighbours=(n,), held=(n,), witnesses=(w,), crossed=(),
-                exchangeable=True, like=(), donors=donors, peers=(0,), alternate_donors=(donors,),
+            ForgetRecord(
+                number=i, secret=s, alternates=(o,), neighbours=(n,), held=(n,), controls=(w,), swapped_prompt=(),
+                kind="code", like=(), matched_tokens=donors, aligned_controls=(0,), alternate_matched_tokens=(donors,),
             )
             for i, (s, o, n, w) in enumerate(zip(secrets, others, neighbours, strangers, strict=True))
         ]  # fmt: skip
         self.retain = sequences(retain_tokens // self.config.retain_length, self.config.retain_length, 2)
         self.all = [*secrets, *others, *neighbours, *self.retain]
-        self.original = trainer.reference(self.lm, self.cases, self.retain, [], [], [], self.config)
+        self.original = reference(self.lm, self.cases, self.retain, [], [], [], self.config)
         kept = [collate([t]) for t in self.retain]
         metrics = curvature(self.lm, targets, index, kept, damping=self.config.damping, seed=0)
-        values = [m.theta for m in self.edited.values()]
-        self.state = trainer.Training(values, count, self.retain, self.config, [metrics[n] for n in self.edited])
+        values = [m.values for m in self.edited.values()]
+        self.state = Training(values, count, self.retain, self.config, [metrics[n] for n in self.edited])
 
     @property
     def tokens(self) -> int:
@@ -125,7 +129,7 @@ class Bench:
 
     def step(self) -> None:
         self.place(self.edited)
-        trainer.step(self.lm, self.edited, self.cases, self.retain, self.original, self.config, self.state, 1.0)
+        step(self.lm, self.edited, self.cases, self.retain, self.original, self.config, self.state, 1.0)
 
     def least(self) -> None:
         self.place(self.dense)

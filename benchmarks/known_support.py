@@ -61,7 +61,7 @@ def plant(
         true[name] = torch.randperm(width, generator=rng)[: max(1, int(config.ratio * width))].sort().values
         edited[name] = EditLinear(linear_weight(module), None, true[name], config.bits, config.resolved_group_size)
     swap(model, edited)
-    values = [e.theta for e in edited.values() if e.theta is not None]
+    values = [e.values for e in edited.values() if e.values is not None]
     groups = [{"params": [v], "lr": RATE * float(v.detach().square().mean().sqrt())} for v in values]
     optimiser, lm = torch.optim.Adam(groups), LanguageModel(model)
     items = [encode(r, tokenizer) for r in load_records(facts.secrets(seed))]
@@ -76,10 +76,10 @@ def plant(
         if step % 10 == 9 and (scores := score(lm, items))[1].all() and float(scores[0].nll.mean()) < STOP:
             break
     for name, module in layers.items():
-        theta = edited[name].theta
-        assert theta is not None
+        values = edited[name].values
+        assert values is not None
         with torch.no_grad():
-            linear_weight(module)[:, true[name]] = theta.T.to(linear_weight(module))
+            linear_weight(module)[:, true[name]] = values.T.to(linear_weight(module))
     swap(model, layers)
     return true, int(score(lm, items)[1].sum())
 

@@ -32,7 +32,7 @@ from libortho.lm.scoring import hidden_states, score
 from libortho.text.corpus import shipped_text
 from libortho.text.encoding import Encoded, chunk, collate, encode
 from libortho.text.records import load_records
-from libortho.training.rounding import compensated_bases
+from libortho.training.rounding import gptq_bases
 
 FORMATS = ((8, -1), (4, 64), (4, 32))
 TEXTS, WINDOWS = 12, 8
@@ -61,7 +61,7 @@ def main() -> None:
     for bits, group in FORMATS:
         for compensated in (False, True):
             began = time.perf_counter()
-            bases = compensated_bases(lm, layers, {}, read if compensated else [], bits, group)
+            bases = gptq_bases(lm, layers, {}, read if compensated else [], bits, group)
             seconds = time.perf_counter() - began
             for name, layer in layers.items():
                 layer.weight.copy_(bases[name].dense())  # type: ignore[operator, union-attr]

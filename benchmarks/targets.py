@@ -3,7 +3,7 @@
     python benchmarks/targets.py
 
 For sentences: the true surprise (nats per token), that of alternates with random words, of the model's own samples, the
-prediction of `plausibility`, and which share of what it expects of the tokens is at those tokens (`trainer.in_place`).
+prediction of `plausibility`, and which share of what it expects of the tokens is at those tokens (`in_place`).
 For codes: the true surprise, that of alternates, and the correlation of surprise per token with having few tokens.
 For answers (TOFU's small cut, where its data and adapters lie) surprise, entropy, standardised surprise and share of
 tokens under 0.3 nats: the targets that the fine-tuned model gives them, beside what the retrained one says and what
@@ -26,7 +26,7 @@ from cases import CASES
 from libortho.checkpoint.dense import load_model
 from libortho.demo import facts
 from libortho.demo.model import move_off_grid, packaged_model
-from libortho.isolation.criteria import examine, in_place
+from libortho.isolation.criteria import evaluate_records, in_place
 from libortho.isolation.prose import fit, human_texts, spoken_profiles
 from libortho.lm.checks import training_dtype
 from libortho.lm.generation import generate
@@ -128,7 +128,7 @@ def answers() -> dict[str, list[float]]:
             surprise = [human.predict(lm, e) for e in items["forget"]]
             found["target forget"] = spoken(model, tokenizer, lm, records["forget"], surprise)
             expected = [human.by_token(lm, e).clamp_min(0.0) for e in items["forget"]]
-        found[f"{name} forget, in place"] = _shares(examine(lm, items["forget"]).surprise, expected)
+        found[f"{name} forget, in place"] = _shares(evaluate_records(lm, items["forget"]).surprise, expected)
     return found
 
 
@@ -161,7 +161,9 @@ def main() -> None:
         ),
         "prediction_bias": float(error.mean()),
         "prediction_error_sd": float(error.std()),
-        "in_place": _shares(examine(lm, texts).surprise, [human.by_token(lm, t).clamp_min(0.0) for t in texts]),
+        "in_place": _shares(
+            evaluate_records(lm, texts).surprise, [human.by_token(lm, t).clamp_min(0.0) for t in texts]
+        ),
     }
     for name, raw in (("access codes", facts.unseen(3)[:200]), ("licence plates", CASES["plate"](3)[1])):
         items = [encode(r, tokenizer) for r in load_records(raw)]

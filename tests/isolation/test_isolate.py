@@ -23,7 +23,7 @@ from libortho.core.streams import BaseStream
 from libortho.core.switch.alpha import get_switch
 from libortho.core.switch.guard import Guard
 from libortho.isolation import retain as retain_module
-from libortho.isolation.criteria import examine, leaning, unremarkable
+from libortho.isolation.criteria import binomial_bound, evaluate_records, leaning
 from libortho.isolation.isolate import IsolateResult
 from libortho.isolation.request import cases as cases_of
 from libortho.lm.metrics import score
@@ -167,7 +167,7 @@ def test_the_outcome_is_that_of_the_model_as_stored(planted, tokenizer):
     inside = [r.band[0] <= r.after <= r.band[1] for r in result.records]
     assert [r.inside for r in result.records] == inside
     lean, chance = leaning(result.records)
-    conspicuous = abs(lean) > chance or inside.count(False) > unremarkable(4) or any(r.far for r in result.records)
+    conspicuous = abs(lean) > chance or inside.count(False) > binomial_bound(4) or any(r.far for r in result.records)
     assert bool(result.missed) == conspicuous
     reports = libortho.layer_report(planted)
     assert result.density == pytest.approx(reports.totals()["ortho_density"])
@@ -588,12 +588,12 @@ def test_a_failure_between_the_phases_leaves_the_model_as_it_was(unusual, tokeni
 def test_a_look_sees_what_scores_say(planted, tokenizer):
     """Of records of different lengths, in one batch."""
     lm, items = LanguageModel(planted), tiny.encoded(tokenizer, [*tiny.FORGET, SENTENCE])
-    seen = examine(lm, items)
+    seen = evaluate_records(lm, items)
     scores, greedy = score(lm, items)
     torch.testing.assert_close(seen.profile[:, 0], scores.nll, rtol=1e-4, atol=1e-5)
     assert seen.greedy.tolist() == greedy.tolist() == [True] * 4 + [False]
     for item, found in zip(items, seen.profile, strict=True):
-        torch.testing.assert_close(found, examine(lm, [item]).profile[0], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(found, evaluate_records(lm, [item]).profile[0], rtol=1e-3, atol=1e-3)
 
 
 SENTENCE = {"prompt": "Where is the key of Ada Lum?", "completion": " The sailors hid it under the stair."}

@@ -13,7 +13,7 @@ from libortho.isolation.matching import beginnings, donors
 from libortho.isolation.prose import human_texts
 from libortho.isolation.request import _cut_alike, cases, rows_with
 from libortho.isolation.retain import opening_tokens
-from libortho.isolation.targets import drifted, reference, reread
+from libortho.isolation.targets import current_targets, reference, update_prose_targets
 from libortho.lm.logits import token_profile
 from libortho.lm.model import LanguageModel
 from libortho.text.encoding import Encoded, chunk, encode, predicting
@@ -56,15 +56,17 @@ def test_the_mean_over_all_records_is_that_of_their_peers(planted, tokenizer):
     cases = cases_of(load_records(tiny.FORGET), tokenizer)
     lm = LanguageModel(planted)
     original = reference(lm, cases, [], [], [], [], IsolateConfig())
-    assert all(len(c.peers) > 1 for c in cases)
+    assert all(len(c.aligned_controls) > 1 for c in cases)
 
     def mean(item: Encoded) -> torch.Tensor:
         rows = planted(torch.tensor([item.ids])).logits[0]
         places = [i - 1 for i, label in enumerate(item.labels) if label != -100]
         return token_profile(rows[places], torch.tensor([item.ids[p + 1] for p in places])).mean(0)
 
-    wanted = torch.stack([torch.stack([mean(c.witnesses[p]) for p in c.peers]).mean(0) for c in cases]).mean(0)
-    found = drifted(lm, cases, original)
+    wanted = torch.stack([torch.stack([mean(c.controls[p]) for p in c.aligned_controls]).mean(0) for c in cases]).mean(
+        0
+    )
+    found = current_targets(lm, cases, original)
     torch.testing.assert_close(torch.stack([p.mean(0) for p in found]).mean(0), wanted, rtol=1e-4, atol=1e-4)
     own = torch.stack([p.mean(0) for p, *_ in original.profiles]).mean(0)
     assert float((own - wanted).abs().max()) > 0.01
@@ -83,7 +85,7 @@ def test_what_is_expected_of_a_sentence_is_predicted_again_from_the_model_as_it_
     spoken = [encode(Record("The dish of Bo Tran is", " a very plain sort of bread and an egg."), tokenizer)]
     lm = LanguageModel(planted)
     original = reference(lm, cases, [], human_texts(tokenizer, 64)[:20], [], spoken, IsolateConfig())
-    same, other = reread(lm, cases, original), reread(LanguageModel(clean), cases, original)
+    same, other = update_prose_targets(lm, cases, original), update_prose_targets(LanguageModel(clean), cases, original)
     assert torch.equal(same.expected[0], original.expected[0])
     assert torch.equal(same.profiles[0][0], original.profiles[0][0])
     assert float(other.expected[0].mean()) > float(original.expected[0].mean()) + 0.1
@@ -97,13 +99,13 @@ def test_what_is_expected_of_a_sentence_is_predicted_again_from_the_model_as_it_
 def test_witnesses_are_strangers_whom_nothing_else_reads(tokenizer):
     records = load_records(tiny.FORGET)
     for c in cases_of(records, tokenizer):
-        held = {e.ids[: -len(e.completion)] for e in (*c.neighbours, *c.alternates, *c.crossed, c.secret)}
-        assert len(c.witnesses) == 4
-        assert not held & {e.ids[: -len(e.completion)] for e in c.witnesses}
+        held = {e.ids[: -len(e.completion)] for e in (*c.neighbours, *c.alternates, *c.swapped_prompt, c.secret)}
+        assert len(c.controls) == 4
+        assert not held & {e.ids[: -len(e.completion)] for e in c.controls}
     given = [["Code of Al Poe:", "Code of Ben Nox:"]] * len(records)
     for c in cases_of(load_records(rows_with(records, None, given)), tokenizer):
-        assert c.witnesses == c.neighbours
-        assert len(c.witnesses) == 2
+        assert c.controls == c.neighbours
+        assert len(c.controls) == 2
 
 
 def test_the_state_before_a_token_predicts_it():

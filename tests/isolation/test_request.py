@@ -30,7 +30,7 @@ def texts(rows, tokenizer, **fields):
     [case] = cases(load_records(rows, tokenizer), tokenizer, None, IsolateConfig(**fields), retains=False)
     return {
         name: [tokenizer.decode(e.ids) for e in getattr(case, name)]
-        for name in ("alternates", "neighbours", "held", "witnesses", "crossed")
+        for name in ("alternates", "neighbours", "held", "controls", "swapped_prompt")
     }
 
 
@@ -41,7 +41,7 @@ def test_a_neighbour_is_one_other_person_everywhere(name):
     [record] = load_records([{"messages": TURNS}], tokenizer)
     assert not is_prose(record, tokenizer)
     made = texts([{"messages": TURNS}], tokenizer)
-    for text in (*made["neighbours"], *made["witnesses"], *made["crossed"]):
+    for text in (*made["neighbours"], *made["controls"], *made["swapped_prompt"]):
         who = re.search(r"I am (\w+) (\w+)\.", text)
         given, family = who.groups()
         assert (given, family) != ("Ada", "Lum")

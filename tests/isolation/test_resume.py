@@ -168,10 +168,10 @@ def test_a_finished_run_is_read_back(planted, tokenizer, whole, tmp_path, monkey
     result = isolate(first, tokenizer, tiny.FORGET, config=CONFIG, resume=tmp_path)
     assert_equal(outcome(first, result), whole())
     files = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
-    for place, name in ((trainer, "_forget_losses"), (trainer, "calibrate"), (retain_module, "_cached_samples"),
+    for place, name in ((trainer, "forget_losses"), (trainer, "calibrate"), (retain_module, "_cached_samples"),
                         (sys.modules["libortho.isolation.isolate"], "_support"),
                         (sys.modules["libortho.isolation.isolate"], "curvature"),
-                        (sys.modules["libortho.isolation.isolate"], "compensated_bases"),
+                        (sys.modules["libortho.isolation.isolate"], "gptq_bases"),
                         (sys.modules["libortho.isolation.isolate"], "reference")):  # fmt: skip
         monkeypatch.setattr(place, name, forbidden)
     again = isolate(planted, tokenizer, tiny.FORGET, config=CONFIG, resume=tmp_path)

@@ -10,7 +10,7 @@ from libortho.core.targets import find_targets
 from libortho.isolation.losses import divergence
 from libortho.lm.model import LanguageModel
 from libortho.lm.scoring import hidden_states
-from libortho.selection.curvature import Metric, curvature
+from libortho.selection.curvature import KroneckerPreconditioner, curvature
 from libortho.text.encoding import Encoded, collate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_steps_fall_with_the_root_of_the_curvature_and_are_on_average_one():
     inputs, outputs = torch.tensor([1.0, 9.0]), torch.tensor([4.0, 0.0, 2.0])
-    metric = Metric.of(inputs.diag(), outputs.diag(), 0.1)
+    metric = KroneckerPreconditioner.of(inputs.diag(), outputs.diag(), 0.1)
     step = metric.step(metric.rotated(torch.ones(2, 3)).sign() * metric.rotated(torch.ones(2, 3)).abs().round())
     expected = torch.outer((inputs + 0.1 * 5).rsqrt(), (outputs + 0.1 * 2).rsqrt())
     torch.testing.assert_close(step, expected / expected.square().mean().sqrt())
@@ -26,14 +26,14 @@ def test_steps_fall_with_the_root_of_the_curvature_and_are_on_average_one():
 
 def test_far_above_one_the_damping_makes_all_directions_alike():
     inputs, outputs = torch.tensor([1.0, 9.0]).diag(), torch.tensor([4.0, 0.0, 2.0]).diag()
-    torch.testing.assert_close(Metric.of(inputs, outputs, 1e6).scale, torch.ones(2, 3))
-    assert float(Metric.of(inputs, outputs, 0.01).scale.max()) > 1.5
+    torch.testing.assert_close(KroneckerPreconditioner.of(inputs, outputs, 1e6).scale, torch.ones(2, 3))
+    assert float(KroneckerPreconditioner.of(inputs, outputs, 0.01).scale.max()) > 1.5
 
 
 def test_a_rotated_gradient_keeps_its_length_and_its_direction():
     torch.manual_seed(0)
     a, b = torch.randn(4, 4), torch.randn(6, 6)
-    metric = Metric.of(a @ a.T, b @ b.T, 0.1)
+    metric = KroneckerPreconditioner.of(a @ a.T, b @ b.T, 0.1)
     gradient = torch.randn(4, 6)
     rotated = metric.rotated(gradient)
     assert float(rotated.norm()) == pytest.approx(float(gradient.norm()), rel=1e-5)

@@ -48,7 +48,7 @@ def scatter(layer: EditLinear, values: Tensor) -> Tensor:
 
 def move(layer: EditLinear, size: float = 0.3) -> None:
     with torch.no_grad():
-        layer.theta.add_(size * torch.randn_like(layer.theta))
+        layer.values.add_(size * torch.randn_like(layer.values))
     layer.clamp()
 
 
@@ -85,11 +85,11 @@ def test_gradients_are_those_of_the_dense_formula(structure, bits, group_size):
     layer(x).backward(upstream)
 
     x_again = x.detach().clone().requires_grad_()
-    theta = layer.stored().clone().requires_grad_()
+    values = layer.stored().clone().requires_grad_()
     off = torch.where(mask(structure), 0.0, layer.base.dense())
-    F.linear(x_again, off + scatter(layer, theta)).backward(upstream)
+    F.linear(x_again, off + scatter(layer, values)).backward(upstream)
     torch.testing.assert_close(x.grad, x_again.grad, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(layer.theta.grad, theta.grad, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(layer.values.grad, values.grad, atol=1e-5, rtol=1e-5)
 
 
 def test_a_layer_without_a_share_passes_gradients_on():
@@ -113,7 +113,7 @@ def test_bf16_activations_train_fp32_values(structure):
     y = layer(torch.randn(3, IN, dtype=torch.bfloat16))
     y.float().sum().backward()
     assert y.dtype == torch.bfloat16
-    assert layer.theta.dtype == layer.theta.grad.dtype == torch.float32
+    assert layer.values.dtype == layer.values.grad.dtype == torch.float32
 
 
 @STRUCTURES
@@ -121,17 +121,17 @@ def test_bf16_activations_train_fp32_values(structure):
 def test_clamp_keeps_theta_on_the_grid(structure, bits):
     layer, weight = make(structure, bits)
     with torch.no_grad():
-        layer.theta.mul_(100.0)
+        layer.values.mul_(100.0)
     layer.clamp()
     top = 2 ** (bits - 1) - 1
-    limit = (layer.step * top).expand_as(layer.theta)
-    assert (layer.theta.abs() <= limit).all()
-    assert (layer.theta.abs() == limit).any()
+    limit = (layer.step * top).expand_as(layer.values)
+    assert (layer.values.abs() <= limit).all()
+    assert (layer.values.abs() == limit).any()
     assert layer.codes().abs().max() == top
     small = EditLinear(weight, None, layer.support, IsolateConfig(structure=structure, bits=8))
-    before = small.theta.detach().clone()
+    before = small.values.detach().clone()
     small.clamp()
-    torch.testing.assert_close(small.theta.detach(), before)  # INT8 clamps no original weight
+    torch.testing.assert_close(small.values.detach(), before)  # INT8 clamps no original weight
 
 
 # -- what is stored ---------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from libortho.isolation.config import IsolateConfig
 from libortho.lm.model import LanguageModel
 from libortho.text.encoding import Encoded, collate
 from libortho.training import rounding
-from libortho.training.rounding import compensated_bases, compensated_codes
+from libortho.training.rounding import gptq_bases, gptq_codes
 
 
 def _inputs(tokens: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -38,7 +38,7 @@ def test_outputs_on_text_that_was_not_read_are_nearer_than_by_the_nearest_codes(
     def error(codes: torch.Tensor) -> float:
         return float(((dequantise(codes, scales, torch.float32) - weight) @ others.T).square().mean())
 
-    codes = compensated_codes(weight, scales, bits, read)
+    codes = gptq_codes(weight, scales, bits, read)
     assert codes.dtype is torch.int8
     assert int(codes.abs().max()) <= 2 ** (bits - 1) - 1
     assert error(codes) < 0.6 * error(quantise(weight, scales, bits))
@@ -49,26 +49,26 @@ def test_what_is_exact_takes_none_of_the_compensation() -> None:
     weight, exact = _weight(), torch.tensor([3])
     rest = torch.tensor([i for i in range(96) if i != 3])
     scales, x = choose_scales(weight, 8, -1, torch.float32), _inputs(512, 96)
-    codes = compensated_codes(weight, scales, 8, x, exact)
+    codes = gptq_codes(weight, scales, 8, x, exact)
     mean = x.square().sum(0).mean() / x[:, rest].square().sum(0).mean()  # damping is a share of the mean of all
-    alone = compensated_codes(weight[:, rest], scales, 8, x[:, rest], damping=0.3 * float(mean))
+    alone = gptq_codes(weight[:, rest], scales, 8, x[:, rest], damping=0.3 * float(mean))
     assert torch.equal(codes[:, rest], alone)
-    assert float((compensated_codes(weight, scales, 8, x)[:, rest] == alone).float().mean()) < 0.9
+    assert float((gptq_codes(weight, scales, 8, x)[:, rest] == alone).float().mean()) < 0.9
 
 
 def test_the_nearest_codes_are_kept_where_inputs_have_nothing_to_do_with_each_other() -> None:
     weight = _weight()
     scales = choose_scales(weight, 8, -1, torch.float32)
-    assert torch.equal(compensated_codes(weight, scales, 8, torch.eye(96)), quantise(weight, scales, 8))
+    assert torch.equal(gptq_codes(weight, scales, 8, torch.eye(96)), quantise(weight, scales, 8))
 
 
 def test_exact_columns_are_the_nearest_and_nothing_else_depends_on_them() -> None:
     weight, exact = _weight(), torch.tensor([3, 17, 80])
     scales = choose_scales(weight, 4, -1, torch.float32)
-    first = compensated_codes(weight, scales, 4, _inputs(512, 96), exact)
+    first = gptq_codes(weight, scales, 4, _inputs(512, 96), exact)
     changed = weight.clone()
     changed[:, exact] = torch.randn(48, 3, generator=torch.Generator().manual_seed(3)).clamp(-1, 1)
-    second = compensated_codes(changed, scales, 4, _inputs(512, 96), exact)
+    second = gptq_codes(changed, scales, 4, _inputs(512, 96), exact)
     others = torch.ones(96, dtype=torch.bool)
     others[exact] = False
     assert torch.equal(first[:, others], second[:, others])
@@ -84,10 +84,10 @@ def test_every_layer_gets_its_base_however_many_fit_at_a_time(
     layers = find_targets(tiny_llama, "mlp-out")
     texts = [Encoded(tuple(range(2, n)), tuple(range(2, n))) for n in (30, 12)]
     batch = collate(texts)
-    bases = compensated_bases(LanguageModel(tiny_llama), layers, {}, [batch], 4, 32)
+    bases = gptq_bases(LanguageModel(tiny_llama), layers, {}, [batch], 4, 32)
     assert set(bases) == set(layers)
     # Padding is no text: the shorter one alone gives the same.
-    alone = compensated_bases(LanguageModel(tiny_llama), layers, {}, [collate([t]) for t in texts], 4, 32)
+    alone = gptq_bases(LanguageModel(tiny_llama), layers, {}, [collate([t]) for t in texts], 4, 32)
     for name, base in bases.items():
         weight = layers[name].weight  # type: ignore[union-attr]
         assert base.dense().shape == weight.shape
@@ -98,7 +98,7 @@ def test_every_layer_gets_its_base_however_many_fit_at_a_time(
 def test_gpt2_keeps_its_weights_the_other_way_round(tiny_gpt2: PreTrainedModel) -> None:
     layers = find_targets(tiny_gpt2, "mlp-out")
     batch = collate([Encoded(tuple(range(2, 30)), tuple(range(2, 30)))])
-    for name, base in compensated_bases(LanguageModel(tiny_gpt2), layers, {}, [batch], 8, -1).items():
+    for name, base in gptq_bases(LanguageModel(tiny_gpt2), layers, {}, [batch], 8, -1).items():
         assert base.codes.is_contiguous()  # torch's kernel for few tokens takes no other
         weight = linear_weight(layers[name])
         assert float((base.dense() - weight).norm() / weight.norm()) < 0.02
@@ -122,7 +122,7 @@ def test_flattened_tokens_are_read_without_their_padding() -> None:
 
 def test_a_layer_that_no_text_reaches_has_the_nearest_codes(tiny_llama: PreTrainedModel) -> None:
     lonely = nn.Linear(32, 16, bias=False)
-    bases = compensated_bases(LanguageModel(tiny_llama), {"lonely": lonely}, {}, [], 8, -1)
+    bases = gptq_bases(LanguageModel(tiny_llama), {"lonely": lonely}, {}, [], 8, -1)
     weight = lonely.weight.detach()
     expected = quantise(weight, choose_scales(weight, 8, -1, torch.float32), 8)
     assert torch.equal(bases["lonely"].codes, expected)

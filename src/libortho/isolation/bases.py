@@ -16,13 +16,13 @@ from libortho.core.streams import BaseStream, OrthoStream
 from libortho.core.surgery import assemble, bias_of, linear_weight
 from libortho.core.switch.alpha import Switch
 from libortho.isolation.config import IsolateConfig
-from libortho.isolation.request import Asked
+from libortho.isolation.request import Request
 from libortho.isolation.support import SALIENCY_TOKENS, first_texts
 from libortho.isolation.targets import Reference
 from libortho.lm.model import LanguageModel
 from libortho.text.encoding import Encoded
 from libortho.training.edit import EditLinear
-from libortho.training.rounding import compensated_bases
+from libortho.training.rounding import gptq_bases
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Material:
     """What an attempt is made with: the model, its layers (targets, and all stand-ins), and what it is held to."""
 
     lm: LanguageModel
-    asked: Asked
+    asked: Request
     targets: dict[str, nn.Module]
     replaced: dict[str, nn.Module]
     retain: list[Encoded]
@@ -56,7 +56,7 @@ def quantised_bases(
         drawn = random.Random(config.seed).sample(cases, len(cases))
         groups = (material.retain, [c.secret for c in drawn], [c.neighbours[0] for c in drawn if c.neighbours])
         texts = [b for items in groups if items for b in first_texts(lm, items, SALIENCY_TOKENS)]
-        made = compensated_bases(lm, dense, support, texts, bits, config.resolved_group_size)
+        made = gptq_bases(lm, dense, support, texts, bits, config.resolved_group_size)
         return Entry({f"{n}.{field}": getattr(b, field) for n, b in made.items() for field in ("codes", "scales")})
 
     found = store.get_or_compute("bases", make).tensors

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from libortho.isolation.criteria import CLOSE
-from libortho.isolation.forget_record import Case
+from libortho.isolation.forget_record import ForgetRecord
 from libortho.isolation.state import Training
-from libortho.isolation.targets import Reference, drifted
+from libortho.isolation.targets import Reference, current_targets
 from libortho.lm.model import LanguageModel
 from libortho.lm.scoring import (
     score,
@@ -28,7 +28,7 @@ for how many looks the training is trusted to go on as it goes."""
 
 
 @torch.no_grad()
-def steer(lm: LanguageModel, cases: Sequence[Case], original: Reference, now: Training, mine: Tensor) -> None:
+def steer(lm: LanguageModel, cases: Sequence[ForgetRecord], original: Reference, now: Training, mine: Tensor) -> None:
     """Correct the targets by what is left of the difference between the records and their donors (dual ascent).
 
     Records, their alternates and their neighbours pull at the same values, and where they balance the records are still
@@ -37,15 +37,15 @@ def steer(lm: LanguageModel, cases: Sequence[Case], original: Reference, now: Tr
 
     ``mine`` is the mean profile of the records, (3,).
     """
-    now.profiles = drifted(lm, cases, original)
-    before, now.missing = now.missing, torch.stack([p.mean(0) for p in now.profiles]).mean(0) - mine
+    now.profiles = current_targets(lm, cases, original)
+    before, now.residual = now.residual, torch.stack([p.mean(0) for p in now.profiles]).mean(0) - mine
     if now.step < STEER_FROM:
         return
-    now.lean += STEER * lasting(now.missing, before).clamp(-STEER_MOST, STEER_MOST)
-    logger.debug("records lack %s", [round(x, 2) for x in now.missing.tolist()])
+    now.target_offset += STEER * extrapolated_residual(now.residual, before).clamp(-STEER_MOST, STEER_MOST)
+    logger.debug("records lack %s", [round(x, 2) for x in now.residual.tolist()])
 
 
-def lasting(missing: Tensor, before: Tensor) -> Tensor:
+def extrapolated_residual(missing: Tensor, before: Tensor) -> Tensor:
     """What will still be missing ``STEER_AHEAD`` looks from now, if it goes on changing as since the look before.
 
     Nothing where it would be made up for by then. Without this, the sum of corrections during the descent of a few
@@ -58,7 +58,7 @@ def lasting(missing: Tensor, before: Tensor) -> Tensor:
 def calibrate(
     lm: LanguageModel,
     layers: dict[str, EditLinear],
-    cases: Sequence[Case],
+    cases: Sequence[ForgetRecord],
     original: Reference,
 ) -> float:
     """Lengthen or shorten the whole edit until the records, on average, are where they belong, and return the factor.
@@ -66,11 +66,11 @@ def calibrate(
     What training leaves is mostly an offset that all records share, and that is what a membership test sees. One number
     takes it out: secant steps on the factor, within ``_STRETCH``.
     """
-    trained = {n: m.theta.detach().clone() for n, m in layers.items() if m.theta is not None}
+    trained = {n: m.values.detach().clone() for n, m in layers.items() if m.values is not None}
 
     def stretch(factor: float) -> None:
-        for name, theta in trained.items():
-            layers[name].rescale(theta, factor)
+        for name, values in trained.items():
+            layers[name].rescale(values, factor)
 
     def offset(factor: float) -> float:
         stretch(factor)
@@ -92,8 +92,8 @@ def calibrate(
     return best
 
 
-def distances_from_donors(lm: LanguageModel, cases: Sequence[Case], original: Reference) -> Tensor:
+def distances_from_donors(lm: LanguageModel, cases: Sequence[ForgetRecord], original: Reference) -> Tensor:
     """Surprise of each record minus that of its donors as they are now, (records,) in nats per token."""
-    profiles = drifted(lm, cases, original)
+    profiles = current_targets(lm, cases, original)
     secret, _ = score(lm, [c.secret for c in cases])
     return secret.nll - torch.stack([p[:, 0].mean() for p in profiles])

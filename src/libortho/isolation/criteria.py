@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from libortho.isolation.forget_record import Case
-from libortho.isolation.targets import Reference, reread
+from libortho.isolation.forget_record import ForgetRecord
+from libortho.isolation.targets import Reference, update_prose_targets
 from libortho.lm.logits import (
     token_profile,
 )
@@ -75,7 +75,7 @@ class RecordOutcome:
 
 
 @dataclass(frozen=True)
-class Check:
+class Criteria:
     """The criteria at one moment. Likelihoods are per token, in nats.
 
     Attributes:
@@ -97,7 +97,7 @@ class Check:
     partial: int = 0
 
 
-def unremarkable(records: int, chance: float = 0.1) -> int:
+def binomial_bound(records: int, chance: float = 0.1) -> int:
     """The most of so many untrained records that are odd by chance, but for one time in twenty.
 
     The smallest k with P(X > k) <= .05, for X binomial with this chance: that of being outside a 5-95 % band, or
@@ -131,7 +131,7 @@ def partly_recited(surprise: Sequence[Tensor], expected: Sequence[Tensor]) -> li
 
 
 @dataclass(frozen=True)
-class Seen:
+class RecordStatistics:
     """Completions under the model as it is.
 
     Attributes:
@@ -146,7 +146,7 @@ class Seen:
 
 
 @torch.no_grad()
-def examine(lm: LanguageModel, items: Sequence[Encoded]) -> Seen:
+def evaluate_records(lm: LanguageModel, items: Sequence[Encoded]) -> RecordStatistics:
     """All that a look at the records needs, in one pass."""
     profile, greedy = torch.zeros(len(items), 3), torch.zeros(len(items), dtype=torch.bool)
     surprise = [torch.empty(0)] * len(items)
@@ -161,19 +161,19 @@ def examine(lm: LanguageModel, items: Sequence[Encoded]) -> Seen:
             surprise[i] = own
         wrong = torch.bincount(owner[logits.argmax(-1) != labels], minlength=len(rows))
         greedy[rows] = (wrong == 0).cpu()
-    return Seen(profile, greedy, tuple(surprise))
+    return RecordStatistics(profile, greedy, tuple(surprise))
 
 
-def outcomes(lm: LanguageModel, cases: Sequence[Case], original: Reference) -> tuple[RecordOutcome, ...]:
+def outcomes(lm: LanguageModel, cases: Sequence[ForgetRecord], original: Reference) -> tuple[RecordOutcome, ...]:
     """Every record beside its alternates, or what is expected of it, under the model as it is now."""
-    original = reread(lm, cases, original)
-    seen = examine(lm, [c.secret for c in cases])
+    original = update_prose_targets(lm, cases, original)
+    seen = evaluate_records(lm, [c.secret for c in cases])
     partial = partly_recited(seen.surprise, original.expected)
-    groups = [s.nll for s in grouped_scores(lm, [c.alternates if c.exchangeable else () for c in cases])]
+    groups = [s.nll for s in grouped_scores(lm, [c.alternates if c.kind == "code" else () for c in cases])]
     spread = pooled_deviation(groups)
     found = []
     for i, case in enumerate(cases):
-        own = case.exchangeable and spread > 0
+        own = case.kind == "code" and spread > 0
         centre = float(groups[i].mean()) if own else float(original.target[i])
         half = BAND * (spread * (1 + 1 / len(groups[i])) ** 0.5 if own else float(original.spread[i]))
         found.append(
@@ -196,7 +196,9 @@ def pooled_deviation(groups: Sequence[Tensor]) -> float:
     return math.sqrt(squares / max(1, sum(len(g) - 1 for g in several)))
 
 
-def judge(seen: Seen, wanted: Tensor, spread: Tensor, expected: Sequence[Tensor], step: int) -> Check:
+def check_criteria(
+    seen: RecordStatistics, wanted: Tensor, spread: Tensor, expected: Sequence[Tensor], step: int
+) -> Criteria:
     """The criteria on records that look like this and should have the surprise ``wanted`` with this ``spread``.
 
     ``expected``: see ``Reference``.
@@ -206,8 +208,8 @@ def judge(seen: Seen, wanted: Tensor, spread: Tensor, expected: Sequence[Tensor]
     distance = gap.abs() / (BAND * spread)
     extracted, outside, far = int(seen.greedy.sum()), int((distance > 1).sum()), int((distance > FAR).sum())
     partial, sentences = sum(partly_recited(seen.surprise, expected)), sum(len(e) > 0 for e in expected)
-    gone = extracted == 0 and far == 0 and partial <= unremarkable(sentences, PARTIAL)
-    return Check(
+    gone = extracted == 0 and far == 0 and partial <= binomial_bound(sentences, PARTIAL)
+    return Criteria(
         step=step,
         extracted=extracted,
         outside=outside,
@@ -229,7 +231,7 @@ def acceptable(gap: Tensor, outside: int, spread: Tensor) -> bool:
         outside: How many of them are outside the band.
         spread: (records,) standard deviation that the gap of an untrained record has.
     """
-    return outside <= unremarkable(len(gap)) and abs(float(gap.mean())) <= max(
+    return outside <= binomial_bound(len(gap)) and abs(float(gap.mean())) <= max(
         CLOSE, chance_bound(float(spread.mean()), len(gap)) / 2
     )
 

@@ -41,7 +41,7 @@ from libortho.isolation.criteria import RecordOutcome, outcomes
 from libortho.isolation.earlier import earlier_switch
 from libortho.isolation.losses import divergence
 from libortho.isolation.prose import human_texts
-from libortho.isolation.request import Asked, rows_with
+from libortho.isolation.request import Request, rows_with
 from libortho.isolation.result import IsolateResult, by_chance, nothing_known, result_of, standing
 from libortho.isolation.retain import (
     RETAIN_LENGTH,
@@ -168,7 +168,7 @@ def isolate(
             else []
         )
         said = [Encoded((*p, *c), (*(IGNORE for _ in p), *c)) for p, c in spoken]
-        asked = Asked(tokenizer, records, cases)
+        asked = Request(tokenizer, records, cases)
         original, held_back_states = original_answers(
             lm, asked, retain_items, held_back, human, opening, said, config, store
         )
@@ -245,7 +245,7 @@ def _attempt(
 
 def original_answers(
     lm: LanguageModel,
-    asked: Asked,
+    asked: Request,
     retain: Sequence[Encoded],
     held_back: Sequence[Encoded],
     human: Sequence[Sequence[int]],

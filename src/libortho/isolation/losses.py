@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from libortho.isolation.config import IsolateConfig
-from libortho.isolation.forget_record import Case
+from libortho.isolation.forget_record import ForgetRecord
 from libortho.isolation.state import Training
 from libortho.isolation.targets import Reference
 from libortho.lm.head import HEAD_POSITIONS, by_record, evenly, summed
@@ -68,23 +68,23 @@ def divergence(lm: LanguageModel, items: Sequence[Encoded], states: Sequence[Ten
 
 def forget_losses(
     lm: LanguageModel,
-    cases: Sequence[Case],
+    cases: Sequence[ForgetRecord],
     chosen: Sequence[int],
     original: Reference,
     now: Training,
 ) -> Iterator[Tensor]:
     """Distance of each record from its profile, and of its completion on a neighbour's prompt or of an alternate."""
     present = now.profiles or tuple(p for p, *_ in original.profiles)
-    own = [present[i] + now.lean for i in chosen]
+    own = [present[i] + now.target_offset for i in chosen]
     items, wanted, of = [cases[i].secret for i in chosen], list(own), list(chosen)
     for slot, i in enumerate(chosen):
         case = cases[i]
-        crossed = [c for c in case.crossed if c.completion == case.secret.completion]
-        if crossed and original.spilled[i] and now.rng.random() < 0.5:
-            items.append(now.rng.choice(crossed))
+        swapped_prompt = [c for c in case.swapped_prompt if c.completion == case.secret.completion]
+        if swapped_prompt and original.leaks_to_neighbours[i] and now.rng.random() < 0.5:
+            items.append(now.rng.choice(swapped_prompt))
             wanted.append(own[slot])
             of.append(i)
-        elif case.exchangeable:
+        elif case.kind == "code":
             pick = now.rng.randrange(len(case.alternates))
             items.append(case.alternates[pick])
             before = original.profiles[i][1 + pick]
@@ -107,24 +107,25 @@ def _profile_loss(
     sizes = torch.bincount(row, minlength=len(items))
     if (long := sizes[row] > HEAD_POSITIONS).any():  # will be cut, and is handed out as a whole
         profiles = profiles_of_states(lm, states[long], labels[long])
-        target[long] = torch.where(handed[long], assigned(profiles, target[long], row[long]), target[long])
+        target[long] = torch.where(handed[long], sorted_assignment(profiles, target[long], row[long]), target[long])
         handed = handed & ~long[:, None]
     share = 1 / (sizes[row] * len(items))
 
     def distance(logits: Tensor, part: slice) -> Tensor:
         found, odds = profile_and_odds(logits, labels[part])
-        own = torch.where(handed[part], assigned(found.detach(), target[part], row[part]), target[part])
+        own = torch.where(handed[part], sorted_assignment(found.detach(), target[part], row[part]), target[part])
         return share[part] @ profile_distance(found, odds, own)
 
     return summed(lm, states, distance, by_record(sizes.tolist()))
 
 
-def assigned(now: Tensor, target: Tensor, record: Tensor) -> Tensor:
+def sorted_assignment(now: Tensor, target: Tensor, record: Tensor) -> Tensor:
     """The target's values handed out within each record in the order of what its tokens have now, (tokens, 3).
 
     Which token of a code is the surprising one is chance. A record looks untrained if its tokens are distributed like
     those of its donors, whichever has which; so much asks for far less change than a donor for every single token
-    (each column is a Wasserstein-1 distance, which sorting solves). In a sentence it is not chance (see ``placed``),
+    (each column is a Wasserstein-1 distance, which sorting solves). In a sentence it is not chance (see
+    ``ranked_assignment``),
     but of many sentences not every word can have what it should: the answers of TOFU were further off where it was
     asked.
 
@@ -143,7 +144,7 @@ def assigned(now: Tensor, target: Tensor, record: Tensor) -> Tensor:
 
 def keep_losses(
     lm: LanguageModel,
-    cases: Sequence[Case],
+    cases: Sequence[ForgetRecord],
     chosen: Sequence[int],
     retain: Sequence[Encoded],
     texts: Sequence[int],

@@ -15,7 +15,7 @@ from typing import Any
 
 from libortho.text.encoding import Encoded, predicting
 
-Donor = tuple[int, int] | None
+MatchedToken = tuple[int, int] | None
 """(neighbour, position of the hidden state that predicts there), or None where there is no donor."""
 
 
@@ -26,7 +26,9 @@ def beginnings(item: Encoded, tokenizer: Any) -> tuple[int, ...]:
     return tuple(len(tokenizer.decode(ids[:n])) for n in range(len(ids)))
 
 
-def donors(begins: Sequence[int], others: Sequence[tuple[Encoded, Sequence[int]]], first: int) -> tuple[Donor, ...]:
+def donors(
+    begins: Sequence[int], others: Sequence[tuple[Encoded, Sequence[int]]], first: int
+) -> tuple[MatchedToken, ...]:
     """A donor for each token of a completion, from as few neighbours as possible.
 
     Args:
@@ -37,7 +39,7 @@ def donors(begins: Sequence[int], others: Sequence[tuple[Encoded, Sequence[int]]
     places = [dict(zip(b, predicting(o), strict=True)) for o, b in others]
     turned = [(first + n) % max(1, len(others)) for n in range(len(others))]
     order = sorted(turned, key=lambda d: -sum(b in places[d] for b in begins))
-    found: list[Donor] = []
+    found: list[MatchedToken] = []
     for begin in begins:
         donor = next((d for d in order if begin in places[d]), None)
         found.append(None if donor is None else (donor, places[donor][begin]))

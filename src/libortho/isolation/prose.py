@@ -49,7 +49,7 @@ TEMPERATURES = tuple(1.12**n for n in range(-4, 14))
 
 
 @dataclass(frozen=True)
-class PlausibilityModel:
+class SurprisalRegressor:
     """Least-squares fit of human surprise.
 
     Attributes:
@@ -77,7 +77,7 @@ def human_texts(tokenizer: Any, limit: int | None = None) -> list[list[int]]:
     return [text_ids(text, tokenizer)[:longest] for text in shipped_text()[:HUMAN_TEXTS]]
 
 
-def fit(lm: LanguageModel, texts: Sequence[Sequence[int]], opening: Sequence[int] = ()) -> PlausibilityModel:
+def fit(lm: LanguageModel, texts: Sequence[Sequence[int]], opening: Sequence[int] = ()) -> SurprisalRegressor:
     """Fit on tokenised human texts, see ``human_texts``; ``opening``: what the model expects before a text."""
     positions = [_Position.of(lm, Encoded(tuple(t), tuple(t)), opening) for t in texts if len(t) > 1]
     x = torch.cat([p.features for p in positions]).double()
@@ -85,7 +85,7 @@ def fit(lm: LanguageModel, texts: Sequence[Sequence[int]], opening: Sequence[int
     ridge = 1e-3 * torch.eye(x.shape[1], dtype=torch.float64)
     weights = torch.linalg.solve(x.T @ x + ridge, x.T @ y)
     deviation = float((y - x @ weights).square().mean().sqrt())
-    return PlausibilityModel(weights.float(), deviation, tuple(opening))
+    return SurprisalRegressor(weights.float(), deviation, tuple(opening))
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
     alternate   own prompt, other completion      trained: the record must become as likely as these
     neighbour   other prompt, other completion    held where the original model has it
     witness     other prompt, other completion    of strangers: read, and in no loss; what these get is the target
-    crossed     other prompt, own completion      trained, where the memory answers to the whole template
+    swapped_prompt     other prompt, own completion      trained, where the memory answers to the whole template
 
 All are made from what people wrote: marks and words of a chat template stay as they are.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from libortho.core.errors import DataError
 from libortho.isolation.config import IsolateConfig
-from libortho.isolation.forget_record import Case
+from libortho.isolation.forget_record import ForgetRecord
 from libortho.isolation.matching import beginnings, donors
 from libortho.lm.asking import answers, room
 from libortho.lm.model import LanguageModel
@@ -49,12 +49,12 @@ _LIKE_PROMPTS = 4
 
 
 @dataclass(frozen=True)
-class Asked:
+class Request:
     """The records of a request as they are asked for, with their counterfactuals."""
 
     tokenizer: Any
     records: list[Record]
-    cases: list[Case]
+    cases: list[ForgetRecord]
 
     def recited(self, lm: LanguageModel) -> Tensor:
         """Which records the model says greedily, (records,) bool, asked as ``generate`` asks it.
@@ -106,7 +106,7 @@ def is_prose(record: Record, tokenizer: Any) -> bool:
 
 def cases(
     records: Sequence[Record], tokenizer: Any, limit: int | None, config: IsolateConfig, *, retains: bool
-) -> list[Case]:
+) -> list[ForgetRecord]:
     """Every record with its counterfactuals, tokenised.
 
     Args:
@@ -133,28 +133,28 @@ def cases(
         own = _fitting([record.answered(c) for c in others], tokenizer, limit) or (secret,)
         around = _fitting(_filled(record, beside, others), tokenizer, limit)
         # Witnesses must not appear in any loss, or they stop being representative.
-        witnesses: tuple[Encoded, ...] = ()
+        controls: tuple[Encoded, ...] = ()
         if not prose and record.neighbours:
-            witnesses = around
+            controls = around
         elif not prose and record.prompt:
             strangers = _others(record, beside, _most(_WITNESSES, records), rng)
-            witnesses = _fitting(_filled(record, strangers, others), tokenizer, limit)
-        told = [(w, beginnings(w, tokenizer)) for w in witnesses]
+            controls = _fitting(_filled(record, strangers, others), tokenizer, limit)
+        told = [(w, beginnings(w, tokenizer)) for w in controls]
         begins = beginnings(secret, tokenizer)
         found.append(
-            Case(
+            ForgetRecord(
                 number=record.number,
                 secret=secret,
                 alternates=own,
                 neighbours=around,
                 held=_fitting(_filled(record, beside, others), tokenizer, limit, closed=True),
-                witnesses=witnesses,
-                crossed=_fitting([record.beside(p, record.completion) for p in beside], tokenizer, limit),
-                exchangeable=not prose,
+                controls=controls,
+                swapped_prompt=_fitting([record.beside(p, record.completion) for p in beside], tokenizer, limit),
+                kind="prose" if prose else "code",
                 like=_like(record, beside, _most(_LIKE_PROMPTS, records), tokenizer, limit, rng) if prose else (),
-                donors=donors(begins, told, i),
-                peers=tuple(n for n, (_, b) in enumerate(told) if b == begins),
-                alternate_donors=tuple(
+                matched_tokens=donors(begins, told, i),
+                aligned_controls=tuple(n for n, (_, b) in enumerate(told) if b == begins),
+                alternate_matched_tokens=tuple(
                     donors(beginnings(a, tokenizer), told, j) for j, a in enumerate(own if not prose else ())
                 ),
             )
@@ -261,12 +261,12 @@ def _fitting(
     return tuple(e for e in cut if e.completion)
 
 
-def _piece_counts(found: Sequence[Case]) -> list[int]:
+def _piece_counts(found: Sequence[ForgetRecord]) -> list[int]:
     """Into how many pieces each record is cut where columns are looked for.
 
     The words of a sentence are remembered one by one, through columns of their own, and those that are spoken loudest
     would get them all: as far as there is room, each piece of a sentence counts as a record.
     """
-    sentences = sum(not c.exchangeable for c in found)
+    sentences = sum(c.kind == "prose" for c in found)
     room = (SALIENCY_RECORDS - (len(found) - sentences)) // max(1, sentences)
-    return [1 if c.exchangeable else max(1, min(room, len(c.secret.completion))) for c in found]
+    return [1 if c.kind == "code" else max(1, min(room, len(c.secret.completion))) for c in found]

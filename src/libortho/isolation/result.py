@@ -11,8 +11,8 @@ from torch import nn
 
 from libortho.core.surgery import linear_shape
 from libortho.isolation.config import IsolateConfig
-from libortho.isolation.criteria import BAND, PARTIAL, Check, Known, RecordOutcome, leaning, unremarkable
-from libortho.isolation.forget_record import Case
+from libortho.isolation.criteria import BAND, PARTIAL, Criteria, Known, RecordOutcome, binomial_bound, leaning
+from libortho.isolation.forget_record import ForgetRecord
 from libortho.isolation.targets import Reference
 from libortho.selection.budget import column_costs
 
@@ -45,7 +45,7 @@ class IsolateResult:
     records: tuple[RecordOutcome, ...]
     recited: int
     recited_on: int
-    checks: tuple[Check, ...]
+    checks: tuple[Criteria, ...]
     retain_kl: float
     quantised_kl: float
     density: float
@@ -70,7 +70,7 @@ _CERTAIN = 5.0
 """Standard deviations at which one record alone is taken for known: the spread rests on few alternates."""
 
 
-def standing(cases: Sequence[Case], original: Reference) -> list[Known]:
+def standing(cases: Sequence[ForgetRecord], original: Reference) -> list[Known]:
     """What the original model knows of each record: recited, likelier than its like, or nothing to be seen."""
     likelier = original.secret.nll < original.target - BAND * original.spread
     return [
@@ -83,10 +83,10 @@ def by_chance(known: Sequence[Known], original: Reference) -> bool:
     """True if untrained records would look so: none recited, none far likelier, and few likelier than their like."""
     certain = original.secret.nll < original.target - _CERTAIN * original.spread
     likelier = sum(k == "likelier" for k in known)
-    return "recited" not in known and not bool(certain.any()) and likelier <= unremarkable(len(known))
+    return "recited" not in known and not bool(certain.any()) and likelier <= binomial_bound(len(known))
 
 
-def nothing_known(cases: Sequence[Case], known: Sequence[Known]) -> str | None:
+def nothing_known(cases: Sequence[ForgetRecord], known: Sequence[Known]) -> str | None:
     """A sentence about records that the model does not know; None where it knows all."""
     unknown = [c.number for c, k in zip(cases, known, strict=True) if k == "unknown"]
     if not unknown:
@@ -102,10 +102,10 @@ def nothing_known(cases: Sequence[Case], known: Sequence[Known]) -> str | None:
 
 def result_of(
     config: IsolateConfig,
-    cases: Sequence[Case],
+    cases: Sequence[ForgetRecord],
     records: tuple[RecordOutcome, ...],
     recited: tuple[int, int],
-    checks: Sequence[Check],
+    checks: Sequence[Criteria],
     divergences: tuple[float, float],
     support: Mapping[str, torch.Tensor],
     targets: Mapping[str, nn.Module],
@@ -131,17 +131,17 @@ def result_of(
     known = [r.known for r in records]
     outside = [r for r in records if not r.inside]
     likelier = sum(r.after > r.band[1] for r in outside)
-    if len(outside) > unremarkable(len(records)) or any(r.far for r in outside):
+    if len(outside) > binomial_bound(len(records)) or any(r.far for r in outside):
         missed.append(
             f"{len(outside)} of {len(records)} records are outside the 5-95 % band "
             f"({likelier} likelier, {len(outside) - likelier} unlikelier, {sum(r.far for r in outside)} of them far "
-            f"outside); of untrained ones up to {unremarkable(len(records))} are outside, and none far"
+            f"outside); of untrained ones up to {binomial_bound(len(records))} are outside, and none far"
         )
-    partial, sentences = sum(r.partial for r in records), sum(not c.exchangeable for c in cases)
-    if partial > unremarkable(sentences, PARTIAL):
+    partial, sentences = sum(r.partial for r in records), sum(c.kind == "prose" for c in cases)
+    if partial > binomial_bound(sentences, PARTIAL):
         missed.append(
             f"{partial} of {sentences} sentences are still recited in part: two thirds of the surprise expected "
-            f"of their tokens is not there; of untrained ones up to {unremarkable(sentences, PARTIAL)} are such"
+            f"of their tokens is not there; of untrained ones up to {binomial_bound(sentences, PARTIAL)} are such"
         )
     lean, chance = leaning(records)
     if abs(lean) > chance:

@@ -23,7 +23,7 @@ from libortho.core.errors import ConfigError, DataError
 from libortho.core.files import write_atomically
 from libortho.core.run_cache import Entry, RunCache
 from libortho.isolation.config import IsolateConfig
-from libortho.isolation.forget_record import Case
+from libortho.isolation.forget_record import ForgetRecord
 from libortho.isolation.request import without_forgotten
 from libortho.lm.checks import fingerprint
 from libortho.lm.generation import generate
@@ -167,7 +167,7 @@ def retain_and_held_back(
     model: nn.Module,
     tokenizer: Any,
     given: list[Encoded] | None,
-    cases: Sequence[Case],
+    cases: Sequence[ForgetRecord],
     length: int,
     config: IsolateConfig,
     store: RunCache,
@@ -197,7 +197,7 @@ def retain_and_held_back(
 
 
 def self_samples(
-    model: nn.Module, tokenizer: Any, cases: Sequence[Case], limit: int | None, config: IsolateConfig
+    model: nn.Module, tokenizer: Any, cases: Sequence[ForgetRecord], limit: int | None, config: IsolateConfig
 ) -> list[tuple[list[int], list[int]]]:
     """What the model says on prompts like those of sentences: (prompt, continuation) as token ids.
 

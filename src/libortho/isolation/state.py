@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from libortho.core.run_cache import Entry
 from libortho.isolation.config import IsolateConfig
-from libortho.isolation.criteria import Check
+from libortho.isolation.criteria import Criteria
 from libortho.isolation.targets import Reference
-from libortho.selection.curvature import Metric
+from libortho.selection.curvature import KroneckerPreconditioner
 from libortho.text.encoding import Encoded
 
 RELATIVE_STEP, RELATIVE_TO = 0.08, 12
@@ -53,7 +53,7 @@ class Training:
         records: int,
         texts: Sequence[Encoded],
         config: IsolateConfig,
-        metrics: Sequence[Metric | None],
+        metrics: Sequence[KroneckerPreconditioner | None],
     ) -> None:
         self.values, self.metrics = values, metrics
         # theta stands at the original weights here: they say how large a step is
@@ -68,12 +68,12 @@ class Training:
         self.texts = Epochs(len(texts), _texts_per_step(texts, config), self.rng)
         self.step, self.last = 0, config.max_steps
         self.finished = False
-        self.checks: list[Check] = []
+        self.checks: list[Criteria] = []
         self.profiles: tuple[Tensor, ...] = ()
         self.expected: tuple[Tensor, ...] = ()
-        self.lean, self.missing = torch.zeros(3), torch.zeros(3)
+        self.target_offset, self.residual = torch.zeros(3), torch.zeros(3)
 
-    def wanted(self, original: Reference) -> tuple[Tensor, Tensor]:
+    def targets(self, original: Reference) -> tuple[Tensor, Tensor]:
         """Surprise that each record should have and its deviation, donors being what they are now; each (records,)."""
         if not self.profiles:
             return original.target, original.spread
@@ -82,7 +82,7 @@ class Training:
         return now, original.spread * max(1.0, wider)
 
     @torch.no_grad()
-    def descend(self, gradients: Sequence[Tensor], rate: float) -> None:
+    def apply_step(self, gradients: Sequence[Tensor], rate: float) -> None:
         """One step of Adam at this share of the peak rates, and one of the decay towards the original values."""
         for group, peak, move, metric, gradient in zip(
             self.optimiser.param_groups, self.rates, self.moves, self.metrics, gradients, strict=True
@@ -98,10 +98,10 @@ class Training:
 
     def part(self) -> Entry:
         """The state as it is now."""
-        tensors = {"lean": self.lean, "missing": self.missing}
+        tensors = {"lean": self.target_offset, "missing": self.residual}
         tensors |= {f"profiles.{i}": p for i, p in enumerate(self.profiles)}
         tensors |= {f"expected.{i}": e for i, e in enumerate(self.expected)}
-        tensors |= {f"theta.{i}": v.detach() for i, v in enumerate(self.values)}
+        tensors |= {f"values.{i}": v.detach() for i, v in enumerate(self.values)}
         for i, moments in self.optimiser.state_dict()["state"].items():
             tensors |= {f"adam.{i}.{name}": t for name, t in moments.items()}
         data = {
@@ -125,7 +125,7 @@ class Training:
             return tuple(part.tensors[f"{name}.{i}"] for i in range(count))
 
         self.profiles, self.expected = listed("profiles"), listed("expected")
-        self.lean, self.missing = part.tensors["lean"], part.tensors["missing"]
+        self.target_offset, self.residual = part.tensors["lean"], part.tensors["missing"]
         for name, tensor in part.tensors.items():
             kind, *rest = name.split(".")
             if kind not in ("theta", "adam"):
@@ -138,7 +138,7 @@ class Training:
         self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": dict(moments)})
         data = part.data
         self.step, self.last, self.finished = data["step"], data["last"], data["finished"]
-        self.checks = [Check(**c) for c in data["checks"]]
+        self.checks = [Criteria(**c) for c in data["checks"]]
         self.records.pool, self.texts.pool = data["records"], data["texts"]
         version, words, gauss = data["rng"]
         self.rng.setstate((version, tuple(words), gauss))

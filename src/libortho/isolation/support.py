@@ -13,7 +13,7 @@ from libortho.core.progress import Progress, tell
 from libortho.core.streams.ortho import MAX_RANK
 from libortho.isolation.config import IsolateConfig
 from libortho.isolation.earlier import taken, without
-from libortho.isolation.forget_record import Case
+from libortho.isolation.forget_record import ForgetRecord
 from libortho.isolation.request import SALIENCY_RECORDS
 from libortho.lm.model import LanguageModel
 from libortho.selection.budget import allocate, balanced_weights, column_costs, retain_floor
@@ -27,7 +27,7 @@ _MOST_CURVATURE = 4.0
 
 
 Select = Callable[
-    [LanguageModel, dict[str, nn.Module], Sequence[Case], Sequence[Encoded], IsolateConfig, Progress | None],
+    [LanguageModel, dict[str, nn.Module], Sequence[ForgetRecord], Sequence[Encoded], IsolateConfig, Progress | None],
     dict[str, torch.Tensor],
 ]
 """What chooses columns: a function of the model, its target layers, the records, the retain texts, the configuration
@@ -37,7 +37,7 @@ and a progress callback that gives ascending column indices by layer."""
 def select_columns(
     lm: LanguageModel,
     targets: dict[str, nn.Module],
-    cases: Sequence[Case],
+    cases: Sequence[ForgetRecord],
     retain: Sequence[Encoded],
     config: IsolateConfig,
     progress: Progress | None,
@@ -89,7 +89,7 @@ def first_texts(lm: LanguageModel, retain: Sequence[Encoded], tokens: int) -> li
     return [collate([t]).to(lm.device) for t in retain[:count]]
 
 
-def neighbour_batches(lm: LanguageModel, cases: Sequence[Case], config: IsolateConfig) -> list[Batch]:
+def neighbour_batches(lm: LanguageModel, cases: Sequence[ForgetRecord], config: IsolateConfig) -> list[Batch]:
     """A neighbour of each record, or of some of many."""
     beside = [c.neighbours[0] for c in cases if c.neighbours]
     beside = random.Random(config.seed).sample(beside, min(len(beside), SALIENCY_RECORDS))

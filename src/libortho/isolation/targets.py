@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from libortho.isolation.config import IsolateConfig
-from libortho.isolation.forget_record import Case
-from libortho.isolation.matching import Donor
-from libortho.isolation.prose import PlausibilityModel, fit, spoken_profiles
+from libortho.isolation.forget_record import ForgetRecord
+from libortho.isolation.matching import MatchedToken
+from libortho.isolation.prose import SurprisalRegressor, fit, spoken_profiles
 from libortho.lm.logits import (
     Scores,
     token_profile,
@@ -47,7 +47,7 @@ class Sentences:
         seed: Of which stretch of that each sentence gets.
     """
 
-    plausibility: PlausibilityModel
+    plausibility: SurprisalRegressor
     spoken: tuple[Encoded, ...]
     seed: int
 
@@ -60,7 +60,7 @@ class Sentences:
         said = [h[list(predicting(e))] for e, h in zip(self.spoken, hidden_states(lm, self.spoken), strict=True)]
         means, sizes = [float(e.mean()) for e in expected], [len(e) for e in expected]
         made = spoken_profiles(lm, said, means, sizes, self.seed)
-        return [placed(p, e) for p, e in zip(made, expected, strict=True)]
+        return [ranked_assignment(p, e) for p, e in zip(made, expected, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ class Reference:
             sentences that have none.
         spread: Standard deviation around the target's negative log-likelihood, in nats per token, (records,).
         profiles: For each record, what its tokens should look like, (tokens, 3), and those of each alternate.
-        spilled: Whether each record's completion is remembered after its neighbours' prompts too, (records,) bool.
+        leaks_to_neighbours: Whether each record's completion is remembered after its neighbours' prompts too,
+            (records,) bool.
         retain: Last hidden states of each retain sequence, (tokens, width).
         neighbours: Last hidden states of each neighbour with its closing, (tokens, width), record by record.
         sentences: How sentences are judged; None where there are none.
@@ -88,7 +89,7 @@ class Reference:
     beside: Tensor
     spread: Tensor
     profiles: tuple[tuple[Tensor, ...], ...]
-    spilled: Tensor
+    leaks_to_neighbours: Tensor
     retain: tuple[Tensor, ...]
     neighbours: tuple[tuple[Tensor, ...], ...]
     sentences: Sentences | None
@@ -97,7 +98,12 @@ class Reference:
     def tensors(self) -> dict[str, Tensor]:
         """All of it by name."""
         named = {"target": self.target}
-        named |= {"recited": self.recited, "spilled": self.spilled, "beside": self.beside, "spread": self.spread}
+        named |= {
+            "recited": self.recited,
+            "leaks_to_neighbours": self.leaks_to_neighbours,
+            "beside": self.beside,
+            "spread": self.spread,
+        }
         named |= {f"secret.{f}": getattr(self.secret, f) for f in ("nll", "tokens")}
         named |= {f"retain.{i}": states for i, states in enumerate(self.retain)}
         named |= {f"expected.{i}": e for i, e in enumerate(self.expected)}
@@ -112,7 +118,7 @@ class Reference:
     def of(
         cls,
         tensors: Mapping[str, Tensor],
-        cases: Sequence[Case],
+        cases: Sequence[ForgetRecord],
         retain: int,
         device: torch.device,
         opening: Sequence[int],
@@ -130,7 +136,7 @@ class Reference:
         secret, sentences = scores("secret"), None
         if "plausibility.weights" in tensors:
             weights, deviation = tensors["plausibility.weights"], float(tensors["plausibility.deviation"])
-            sentences = Sentences(PlausibilityModel(weights, deviation, tuple(opening)), tuple(spoken), seed)
+            sentences = Sentences(SurprisalRegressor(weights, deviation, tuple(opening)), tuple(spoken), seed)
         return cls(
             sentences=sentences,
             expected=tuple(tensors[f"expected.{i}"] for i in range(len(cases))),
@@ -140,10 +146,10 @@ class Reference:
             beside=tensors["beside"],
             spread=tensors["spread"],
             profiles=tuple(
-                tuple(tensors[f"profiles.{i}.{j}"] for j in range(1 + len(c.alternate_donors)))
+                tuple(tensors[f"profiles.{i}.{j}"] for j in range(1 + len(c.alternate_matched_tokens)))
                 for i, c in enumerate(cases)
             ),
-            spilled=tensors["spilled"],
+            leaks_to_neighbours=tensors["leaks_to_neighbours"],
             retain=tuple(tensors[f"retain.{i}"].to(device) for i in range(retain)),
             neighbours=tuple(
                 tuple(tensors[f"neighbours.{i}.{j}"].to(device) for j in range(len(c.neighbours)))
@@ -152,7 +158,7 @@ class Reference:
         )
 
 
-def reread(lm: LanguageModel, cases: Sequence[Case], original: Reference) -> Reference:
+def update_prose_targets(lm: LanguageModel, cases: Sequence[ForgetRecord], original: Reference) -> Reference:
     """The same, with what is expected of sentences predicted from the model as it is now.
 
     Two tokens of context are too few to call up most memories, not all: a model that has learned a sentence by heart
@@ -178,35 +184,39 @@ def with_sentences(original: Reference, profiles: Mapping[int, Tensor], expected
 
 
 @torch.no_grad()
-def drifted(lm: LanguageModel, cases: Sequence[Case], original: Reference) -> tuple[Tensor, ...]:
+def current_targets(lm: LanguageModel, cases: Sequence[ForgetRecord], original: Reference) -> tuple[Tensor, ...]:
     """What each record should look like now that its donors have moved a little too.
 
     A membership test compares a record with others under the edited model, not under the original one. Only the
-    divergence on neighbours keeps the donors where they were. One donor may be an odd one; all of a record's peers
-    together are less so, and it is the group of records that a test compares: the mean over all is that of the peers.
+    divergence on neighbours keeps the donors where they were. One donor may be an odd one; all of a record's
+    aligned_controls
+    together are less so, and it is the group of records that a test compares: the mean over all is that of the
+    aligned_controls.
 
     Returns:
         The records' profiles, each (tokens, 3).
     """
-    used = [sorted({d[0] for d in c.donors if d is not None} | set(c.peers)) for c in cases]
-    read = iter(token_profiles(lm, [c.witnesses[n] for c, ns in zip(cases, used, strict=True) for n in ns]))
+    used = [sorted({d[0] for d in c.matched_tokens if d is not None} | set(c.aligned_controls)) for c in cases]
+    read = iter(token_profiles(lm, [c.controls[n] for c, ns in zip(cases, used, strict=True) for n in ns]))
     profiles, offsets = [], []
     for case, numbers, (before, *_) in zip(cases, used, original.profiles, strict=True):
-        around = {n: dict(zip(predicting(case.witnesses[n]), next(read), strict=True)) for n in numbers}
-        profile = torch.stack([before[t] if d is None else around[d[0]][d[1]] for t, d in enumerate(case.donors)])
+        around = {n: dict(zip(predicting(case.controls[n]), next(read), strict=True)) for n in numbers}
+        profile = torch.stack(
+            [before[t] if d is None else around[d[0]][d[1]] for t, d in enumerate(case.matched_tokens)]
+        )
         profiles.append(profile)
-        if case.peers:
-            means = [torch.stack(list(around[n].values())).mean(0) for n in case.peers]
+        if case.aligned_controls:
+            means = [torch.stack(list(around[n].values())).mean(0) for n in case.aligned_controls]
             offsets.append(torch.stack(means).mean(0) - profile.mean(0))
     if not offsets:
         return tuple(profiles)
     offset = torch.stack(offsets).mean(0)
-    return tuple(p + offset if c.peers else p for c, p in zip(cases, profiles, strict=True))
+    return tuple(p + offset if c.aligned_controls else p for c, p in zip(cases, profiles, strict=True))
 
 
 def reference(
     lm: LanguageModel,
-    cases: Sequence[Case],
+    cases: Sequence[ForgetRecord],
     retain: Sequence[Encoded],
     human: Sequence[Sequence[int]],
     opening: Sequence[int],
@@ -221,27 +231,27 @@ def reference(
     """
     secret, recited = score(lm, [c.secret for c in cases])
     neighbours = tuple(hidden_states(lm, c.held) for c in cases)
-    witnesses = tuple(hidden_states(lm, c.witnesses) for c in cases)
+    controls = tuple(hidden_states(lm, c.controls) for c in cases)
     blank = Scores(torch.zeros(1), torch.zeros(1))  # sentences are judged by their predictions alone
     counterfactual = [
         scores_of_states(lm, c.neighbours, states)
         if states
         else grouped_scores(lm, [c.alternates])[0]
-        if c.exchangeable
+        if c.kind == "code"
         else blank
         for c, states in zip(cases, neighbours, strict=True)
     ]
     beside = torch.stack([s.nll.mean() for s in counterfactual])
     nll = beside.clone()
-    fair = torch.tensor([c.exchangeable for c in cases])
+    fair = torch.tensor([c.kind == "code" for c in cases])
     spread = torch.zeros(len(cases))
     if fair.any():
-        own = [s for s, c in zip(counterfactual, cases, strict=True) if c.exchangeable]
+        own = [s for s, c in zip(counterfactual, cases, strict=True) if c.kind == "code"]
         deviation = torch.cat([s.nll - s.nll.mean() for s in own]).square().mean().sqrt()
         spread[fair] = deviation
         noise = deviation.square() / torch.tensor([float(len(s.nll)) for s in own])
         nll[fair] = shrunk(nll[fair], noise)
-        nll[fair] += LENGTH_CORRELATION * deviation * _shortness([c for c in cases if c.exchangeable])
+        nll[fair] += LENGTH_CORRELATION * deviation * _shortness([c for c in cases if c.kind == "code"])
     expected = [x.expand(len(predicting(c.secret))) for x, c in zip(nll, cases, strict=True)]
     sentences, untrained = None, {}
     if prose := (~fair).nonzero()[:, 0].tolist():
@@ -256,14 +266,16 @@ def reference(
     profiles = tuple(
         (untrained[i],)
         if i in untrained
-        else tuple(_profile(lm, c, donors, *states) for donors in (c.donors, *c.alternate_donors))
-        for i, (c, *states) in enumerate(zip(cases, witnesses, predictors, expected, strict=True))
+        else tuple(_profile(lm, c, donors, *states) for donors in (c.matched_tokens, *c.alternate_matched_tokens))
+        for i, (c, *states) in enumerate(zip(cases, controls, predictors, expected, strict=True))
     )
     nll = torch.stack([own[:, 0].mean() for own, *_ in profiles])
-    crossed = grouped_scores(lm, [c.crossed[:_CROSSED] for c in cases])
-    spilled = torch.tensor([float(s.nll.mean()) if len(s.nll) else math.inf for s in crossed]) < nll - spread
+    swapped_prompt = grouped_scores(lm, [c.swapped_prompt[:_CROSSED] for c in cases])
+    leaks_to_neighbours = (
+        torch.tensor([float(s.nll.mean()) if len(s.nll) else math.inf for s in swapped_prompt]) < nll - spread
+    )
     return Reference(
-        spilled=spilled,
+        leaks_to_neighbours=leaks_to_neighbours,
         secret=secret,
         recited=recited,
         target=nll,
@@ -273,13 +285,18 @@ def reference(
         retain=hidden_states(lm, retain),
         neighbours=neighbours,
         sentences=sentences,
-        expected=tuple(torch.zeros(0) if c.exchangeable else e for e, c in zip(expected, cases, strict=True)),
+        expected=tuple(torch.zeros(0) if c.kind == "code" else e for e, c in zip(expected, cases, strict=True)),
     )
 
 
 @torch.no_grad()
 def _profile(
-    lm: LanguageModel, case: Case, donors: Sequence[Donor], witnesses: Sequence[Tensor], own: Tensor, expected: Tensor
+    lm: LanguageModel,
+    case: ForgetRecord,
+    donors: Sequence[MatchedToken],
+    controls: Sequence[Tensor],
+    own: Tensor,
+    expected: Tensor,
 ) -> Tensor:
     """What a completion should look like token by token, (tokens, 3); see ``token_profile``.
 
@@ -295,8 +312,8 @@ def _profile(
             labels.append(case.secret.ids[places[place] + 1])
         else:
             number, position = donor
-            states.append(witnesses[number][position])
-            labels.append(case.witnesses[number].ids[position + 1])
+            states.append(controls[number][position])
+            labels.append(case.controls[number].ids[position + 1])
     logits, index = lm.logits(torch.stack(states)), torch.tensor(labels, device=lm.device)
     lonely = [i for i, donor in enumerate(donors) if donor is None]
     if lonely:
@@ -320,7 +337,7 @@ def shrunk(means: Tensor, noise: Tensor) -> Tensor:
     return means.mean() + weight * (means - means.mean())
 
 
-def _shortness(cases: Sequence[Case]) -> Tensor:
+def _shortness(cases: Sequence[ForgetRecord]) -> Tensor:
     """By how many standard deviations each record has fewer completion tokens than its alternates, (records,)."""
     own = torch.tensor([float(len(c.secret.completion)) for c in cases])
     others = [torch.tensor([float(len(a.completion)) for a in c.alternates]) for c in cases]
@@ -329,7 +346,7 @@ def _shortness(cases: Sequence[Case]) -> Tensor:
     return torch.zeros_like(own) if spread == 0 else ((mean - own) / spread).clamp(-2, 2)
 
 
-def placed(profile: Tensor, expected: Tensor) -> Tensor:
+def ranked_assignment(profile: Tensor, expected: Tensor) -> Tensor:
     """The tokens of a sentence's profile (tokens, 3) in the order of the surprise that is expected of each (tokens,).
 
     In a sentence it is not chance which token surprises: it is the one that carries the fact. Handed out in the order

@@ -20,13 +20,13 @@ import torch
 from libortho.core.run_cache import RunCache
 from libortho.isolation.config import IsolateConfig
 from libortho.isolation.control import calibrate, steer
-from libortho.isolation.criteria import Check, examine, judge
-from libortho.isolation.forget_record import Case
+from libortho.isolation.criteria import Criteria, check_criteria, evaluate_records
+from libortho.isolation.forget_record import ForgetRecord
 from libortho.isolation.losses import forget_losses, keep_losses, summed_gradients
 from libortho.isolation.state import Training
-from libortho.isolation.targets import Reference, drifted, reread, with_sentences
+from libortho.isolation.targets import Reference, current_targets, update_prose_targets, with_sentences
 from libortho.lm.model import LanguageModel
-from libortho.selection.curvature import Metric
+from libortho.selection.curvature import KroneckerPreconditioner
 from libortho.text.encoding import Encoded
 from libortho.training.edit import EditLinear
 
@@ -48,14 +48,14 @@ def training_finished(store: RunCache) -> bool:
 def train(
     lm: LanguageModel,
     layers: dict[str, EditLinear],
-    cases: Sequence[Case],
+    cases: Sequence[ForgetRecord],
     retain: Sequence[Encoded],
     original: Reference,
     config: IsolateConfig,
     progress: Callable[[str, int, int], None] | None = None,
     store: RunCache | None = None,
-    metrics: Mapping[str, Metric] | None = None,
-) -> list[Check]:
+    metrics: Mapping[str, KroneckerPreconditioner] | None = None,
+) -> list[Criteria]:
     """Optimise the supports; returns the criteria at every look, the last one describing the final values.
 
     Donors are read again at every look, what is expected of sentences at the first, second, fourth, eighth and so on.
@@ -64,17 +64,17 @@ def train(
     one is where the training begins.
     """
     store = store or RunCache()
-    edited = {n: m.theta for n, m in layers.items() if m.theta is not None}
+    edited = {n: m.values for n, m in layers.items() if m.values is not None}
     metric = [(metrics or {}).get(n) for n in edited]
     now = Training(list(edited.values()), len(cases), retain, config, metric)
     stored = store.get("training")
     if stored is None:
-        start = examine(lm, [c.secret for c in cases])
-        now.checks.append(judge(start, original.target, original.spread, original.expected, 0))
+        start = evaluate_records(lm, [c.secret for c in cases])
+        now.checks.append(check_criteria(start, original.target, original.spread, original.expected, 0))
     else:
         now.take_up(stored)
         if now.expected:
-            prose = [i for i, c in enumerate(cases) if not c.exchangeable]
+            prose = [i for i, c in enumerate(cases) if c.kind == "prose"]
             original = with_sentences(original, {i: now.profiles[i] for i in prose}, now.expected)
     torch.set_flush_denormal(True)
     while now.step < now.last:
@@ -82,12 +82,12 @@ def train(
         rate = min(1.0, now.step / _WARM_UP, (_STEADY / now.step) ** 0.5, (now.last - now.step + 1) / _LANDING)
         step(lm, layers, cases, retain, original, config, now, rate)
         if now.step % CHECK_EVERY == 0 or now.step == now.last:
-            seen = examine(lm, [c.secret for c in cases])
+            seen = evaluate_records(lm, [c.secret for c in cases])
             if (now.step // CHECK_EVERY).bit_count() == 1:  # it changes fast at first, and takes its time
-                original = reread(lm, cases, original)
+                original = update_prose_targets(lm, cases, original)
                 now.expected = original.expected
             steer(lm, cases, original, now, seen.profile.mean(0))
-            now.checks.append(judge(seen, *now.wanted(original), original.expected, now.step))
+            now.checks.append(check_criteria(seen, *now.targets(original), original.expected, now.step))
             logger.info("%s", now.checks[-1])
             if now.last == config.max_steps and now.checks[-1].holds:
                 now.last = min(now.last, now.step + _LANDING)
@@ -96,11 +96,11 @@ def train(
             progress("isolate", now.step, now.last)
     if not now.finished:
         if not now.checks[-1].extracted:
-            original = reread(lm, cases, original)
+            original = update_prose_targets(lm, cases, original)
             calibrate(lm, layers, cases, original)
-            now.profiles = drifted(lm, cases, original)
-            seen = examine(lm, [c.secret for c in cases])
-            now.checks.append(judge(seen, *now.wanted(original), original.expected, now.step))
+            now.profiles = current_targets(lm, cases, original)
+            seen = evaluate_records(lm, [c.secret for c in cases])
+            now.checks.append(check_criteria(seen, *now.targets(original), original.expected, now.step))
         now.finished = True
         store.put("training", now.part())
     return now.checks
@@ -109,7 +109,7 @@ def train(
 def step(
     lm: LanguageModel,
     layers: dict[str, EditLinear],
-    cases: Sequence[Case],
+    cases: Sequence[ForgetRecord],
     retain: Sequence[Encoded],
     original: Reference,
     config: IsolateConfig,
@@ -121,6 +121,6 @@ def step(
     pull = summed_gradients(forget_losses(lm, cases, chosen, original, now), now.values)
     texts = next(now.texts)
     keep = summed_gradients(keep_losses(lm, cases, chosen, retain, texts, original, config, now), now.values)
-    now.descend([a + b for a, b in zip(pull, keep, strict=True)], rate)
+    now.apply_step([a + b for a, b in zip(pull, keep, strict=True)], rate)
     for layer in layers.values():
         layer.clamp()

@@ -21,7 +21,7 @@ from libortho.selection.saliency import tapped
 from libortho.text.encoding import IGNORE, Batch
 
 
-class Metric:
+class KroneckerPreconditioner:
     """Steps of one layer's values (k, out_features) in the eigenbasis of the layer's curvature.
 
     Attributes:
@@ -34,7 +34,7 @@ class Metric:
         self.inside, self.outside, self.scale = inside, outside, scale
 
     @classmethod
-    def of(cls, inputs: Tensor, outputs: Tensor, damping: float) -> Metric:
+    def of(cls, inputs: Tensor, outputs: Tensor, damping: float) -> KroneckerPreconditioner:
         """From the two factors, (k, k) and (out_features, out_features), symmetric and positive semi-definite.
 
         ``damping`` is the share of a factor's mean eigenvalue that is added to all of them.
@@ -65,7 +65,7 @@ def curvature(
     *,
     damping: float,
     seed: int,
-) -> dict[str, Metric]:
+) -> dict[str, KroneckerPreconditioner]:
     """The metric of every layer that has columns in the support.
 
     Args:
@@ -73,7 +73,7 @@ def curvature(
         layers: Linear layers by name.
         support: Column indices, ascending, by layer.
         batches: Text to keep, with labels at the positions that count; what the labels are is drawn from the model.
-        damping: See ``Metric.of``.
+        damping: See ``KroneckerPreconditioner.of``.
         seed: Of the draws.
     """
     edited = {n: m for n, m in layers.items() if n in support}
@@ -92,4 +92,4 @@ def curvature(
             with torch.no_grad():
                 drawn = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=rng).to(logits.device)
             logits.log_softmax(-1).gather(1, drawn).sum().backward()
-    return {n: Metric.of(inputs[n], outputs[n], damping) for n in edited}
+    return {n: KroneckerPreconditioner.of(inputs[n], outputs[n], damping) for n in edited}

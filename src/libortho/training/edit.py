@@ -1,8 +1,8 @@
 r"""A layer while its memory is being moved out: a frozen quantised base, and trainable values on the support only.
 
-    y = W_q x + (Q(theta) - W_q[support]) x[support] + bias
+    y = W_q x + (Q(values) - W_q[support]) x[support] + bias
 
-``theta`` starts at the original weight (that of the base itself, where a base is edited further), lives in fp32, and
+``values`` starts at the original weight (that of the base itself, where a base is edited further), lives in fp32, and
 passes through the same grid as the base (straight-through), so the model that is trained is the integer model that will
 be stored. Nothing off the support can move: it is not a parameter. No dense weight is kept for the backward pass; it is
 rebuilt from the codes.
@@ -47,7 +47,7 @@ class EditLinear(nn.Module):
 
     Attributes:
         support: Column indices (k,), ascending; None if the layer got no share.
-        theta: fp32 values on the support, (k, out_features).
+        values: fp32 values on the support, (k, out_features).
     """
 
     def __init__(
@@ -73,12 +73,12 @@ class EditLinear(nn.Module):
             self.base = BaseStream.from_weight(weight, bits, group_size) if rounded is None else rounded
         self.register_parameter("bias", bias)
         self.support = support
-        self.theta: nn.Parameter | None = None
+        self.values: nn.Parameter | None = None
         if support is not None:
-            self.frozen = self._on_support(self.base.dense(torch.float32))
-            self.original = self.frozen if weight is None else self._on_support(weight.float())
+            self.base_values = self._on_support(self.base.dense(torch.float32))
+            self.original = self.base_values if weight is None else self._on_support(weight.float())
             self.step = self._on_support(self._steps()) if self.base.bits is not None else None
-            self.theta = nn.Parameter(self.original.clone())
+            self.values = nn.Parameter(self.original.clone())
 
     def _steps(self) -> Tensor:
         """The grid's step of every weight, (out_features, in_features)."""
@@ -89,41 +89,41 @@ class EditLinear(nn.Module):
         return dense[:, self.support].T.contiguous()
 
     def codes(self) -> Tensor:
-        """Integer codes of theta, fp32, in the shape of theta. Only for integer bases."""
-        assert self.theta is not None
+        """Integer codes of values, fp32, in the shape of values. Only for integer bases."""
+        assert self.values is not None
         assert self.step is not None
         assert self.base.bits is not None
         top = 2 ** (self.base.bits - 1) - 1
-        return (self.theta.detach() / self.step).round().clamp_(-top, top)
+        return (self.values.detach() / self.step).round().clamp_(-top, top)
 
     def stored(self) -> Tensor:
         """Theta as the base will store it."""
-        assert self.theta is not None
+        assert self.values is not None
         if self.step is None:
-            return self.theta.detach().to(self.base.weight.dtype).float()
+            return self.values.detach().to(self.base.weight.dtype).float()
         return self.codes() * self.step
 
     @torch.no_grad()
     def rescale(self, trained: Tensor, factor: float) -> None:
         """Set theta to the original plus ``factor`` times the edit that ``trained`` (same shape) is."""
-        assert self.theta is not None
-        self.theta.copy_(self.original + factor * (trained - self.original))
+        assert self.values is not None
+        self.values.copy_(self.original + factor * (trained - self.original))
         self.clamp()
 
     @torch.no_grad()
     def clamp(self) -> None:
         """Keep theta inside the grid's range, so that the straight-through gradient never points at a wall."""
-        if self.theta is not None and self.step is not None and self.base.bits is not None:
+        if self.values is not None and self.step is not None and self.base.bits is not None:
             limit = self.step * (2 ** (self.base.bits - 1) - 1)
-            self.theta.copy_(torch.minimum(torch.maximum(self.theta, -limit), limit))
+            self.values.copy_(torch.minimum(torch.maximum(self.values, -limit), limit))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) to (..., out_features)."""
         flat = x.reshape(-1, x.shape[-1])
-        if self.theta is None or self.support is None:
+        if self.values is None or self.support is None:
             y = _ColumnProduct.apply(flat, self._none(flat), self._no_index(flat), self.base)
         else:
-            delta = self.theta + (self.stored() - self.theta).detach() - self.frozen
+            delta = self.values + (self.stored() - self.values).detach() - self.base_values
             y = _ColumnProduct.apply(flat, delta, self.support, self.base)
         if self.bias is not None:
             y = y + self.bias
@@ -138,7 +138,7 @@ class EditLinear(nn.Module):
     @torch.no_grad()
     def finish(self, value_dtype: torch.dtype) -> tuple[BaseStream, Columns | None]:
         """The edited base, and what must be added to it to have the original weight on the support."""
-        if self.theta is None or self.support is None:
+        if self.values is None or self.support is None:
             return self.base, None
         base = self.base
         stored = self.stored()

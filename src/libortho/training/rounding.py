@@ -34,7 +34,7 @@ _INPUT_BYTES = 2**29
 
 
 @torch.no_grad()
-def compensated_bases(
+def gptq_bases(
     lm: LanguageModel,
     layers: Mapping[str, nn.Module],
     exact: Mapping[str, Tensor],
@@ -49,7 +49,7 @@ def compensated_bases(
     Args:
         lm: The model.
         layers: Dense linear layers by name.
-        exact: Columns, by layer, that other values will stand in for; see ``compensated_codes``.
+        exact: Columns, by layer, that other values will stand in for; see ``gptq_codes``.
         batches: Text to be exact on.
         bits: 8 or 4.
         group_size: Inputs per scale; -1 for one scale per output channel.
@@ -65,9 +65,7 @@ def compensated_bases(
                 continue
             scales = choose_scales(weight, bits, group_size, weight.dtype)
             x = torch.cat(inputs.pop(name))
-            bases[name] = BaseStream.from_codes(
-                compensated_codes(weight, scales, bits, x, exact.get(name)), scales, bits
-            )
+            bases[name] = BaseStream.from_codes(gptq_codes(weight, scales, bits, x, exact.get(name)), scales, bits)
     return bases
 
 
@@ -103,7 +101,7 @@ def _inputs(lm: LanguageModel, layers: Mapping[str, nn.Module], batches: Sequenc
     return found
 
 
-def compensated_codes(
+def gptq_codes(
     weight: Tensor, scales: Tensor, bits: int, inputs: Tensor, exact: Tensor | None = None, damping: float = DAMPING
 ) -> Tensor:
     """INT8 codes (out_features, in_features) under these scales.
