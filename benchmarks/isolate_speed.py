@@ -12,7 +12,6 @@ loaded model.
 from __future__ import annotations
 
 import argparse
-import importlib
 import random
 import subprocess
 import sys
@@ -30,7 +29,8 @@ from libortho.core.surgery import linear_weight
 from libortho.core.targets import find_targets
 from libortho.demo.model import packaged_model
 from libortho.isolation.forget_record import ForgetRecord
-from libortho.isolation.state import Training
+from libortho.isolation.retain import RETAIN_LENGTH
+from libortho.isolation.state import RECORDS_PER_STEP, Training
 from libortho.isolation.targets import reference
 from libortho.isolation.train import step
 from libortho.lm.checks import training_dtype
@@ -38,8 +38,6 @@ from libortho.lm.model import LanguageModel
 from libortho.selection.curvature import curvature
 from libortho.text.encoding import Encoded, collate, predicting
 from libortho.training.edit import EditLinear
-
-trainer = importlib.import_module("libortho.isolation.train")  # the function of this name hides the package
 
 STEP_TARGET, MEMORY_TARGET = 1.15, 1e9
 RECORD_TOKENS = 24
@@ -49,7 +47,8 @@ import torch
 from libortho import IsolateConfig, isolate
 from libortho.demo.facts import secrets
 from libortho.demo.model import packaged_model
-from libortho.models import load_model, training_dtype
+from libortho.checkpoint.dense import load_model
+from libortho.lm.checks import training_dtype
 def resident():
     return int(dict(line.split(":", 1) for line in open("/proc/self/status"))["VmRSS"].split()[0]) * 1024
 torch.set_num_threads(1)
@@ -92,13 +91,13 @@ class Bench:
             model.model.layers = model.model.layers[:layers]
         model.requires_grad_(False)
         self.model, self.lm = model, LanguageModel(model)
-        self.config = IsolateConfig(retain_tokens_per_step=retain_tokens)
+        self.config = IsolateConfig()
         targets = find_targets(model, ["down_proj"])
         generator = torch.Generator().manual_seed(0)
         index = {n: torch.randperm(m.in_features, generator=generator)[:8].sort().values for n, m in targets.items()}
-        self.edited = {n: EditLinear(linear_weight(m), None, index[n], self.config) for n, m in targets.items()}
+        self.edited = {n: EditLinear(linear_weight(m), None, index[n], 8, -1) for n, m in targets.items()}
         self.dense = {n: DenseColumns(linear_weight(m), index[n]) for n, m in targets.items()}
-        count = self.config.records_per_step
+        count = RECORDS_PER_STEP
         secrets = sequences(count, RECORD_TOKENS, 0, 8)
         others = sequences(count, RECORD_TOKENS, 1, 8)
         neighbours, strangers = (sequences(count, RECORD_TOKENS, s, 8) for s in (3, 4))
@@ -110,7 +109,7 @@ class Bench:
             )
             for i, (s, o, n, w) in enumerate(zip(secrets, others, neighbours, strangers, strict=True))
         ]  # fmt: skip
-        self.retain = sequences(retain_tokens // self.config.retain_length, self.config.retain_length, 2)
+        self.retain = sequences(retain_tokens // RETAIN_LENGTH, RETAIN_LENGTH, 2)
         self.all = [*secrets, *others, *neighbours, *self.retain]
         self.original = reference(self.lm, self.cases, self.retain, [], [], [], self.config)
         kept = [collate([t]) for t in self.retain]

@@ -173,7 +173,7 @@ def planted_directory(
 def checkpoint(_planted, tokenizer, tmp_path_factory) -> Path:
     """The planted model after isolate, on disk, its codes in the stream "hr": alpha = 0 forgets them."""
     model = copy.deepcopy(_planted)
-    config = libortho.IsolateConfig(ratio=0.1, damping=10.0, learning_rate=2e-2, retain_length=64, stream="hr")
+    config = libortho.IsolateConfig(ratio=0.1, damping=10.0, learning_rate=2e-2, stream="hr")
     libortho.isolate(model, tokenizer, tiny.FORGET, tiny.RETAIN, config=config)
     out = tmp_path_factory.mktemp("isolated") / "out"
     libortho.save(model, tokenizer, out)

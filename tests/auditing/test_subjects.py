@@ -17,12 +17,10 @@ from libortho.core.layer import OrthoLinear, ortho_layers
 from libortho.core.streams import BaseStream
 
 
-@pytest.fixture(scope="module", params=["columns", "unstructured"])
-def isolated(
-    request: pytest.FixtureRequest, _planted: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
-) -> tuple[PreTrainedModel, PreTrainedModel]:
+@pytest.fixture(scope="module")
+def isolated(_planted: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> tuple[PreTrainedModel, PreTrainedModel]:
     model = copy.deepcopy(_planted)
-    config = IsolateConfig(structure=request.param, ratio=0.05, max_steps=6, retain_length=32)
+    config = IsolateConfig(ratio=0.05, max_steps=6)
     libortho.isolate(model, tokenizer, tiny.FORGET, retain=tiny.RETAIN, config=config)
     return model, _planted
 

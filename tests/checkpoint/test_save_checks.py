@@ -145,7 +145,7 @@ def test_columns_beyond_a_lora_are_refused_first_or_not_taken(tmp_path: Path) ->
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     tiny.byte_tokenizer().save_pretrained(tmp_path / "model")
-    given = ["split", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--structure", "columns", "--ratio"]
+    given = ["split", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--set", "structure=columns", "--ratio"]
     result = CliRunner().invoke(cli.app, [*given, "0.3"])
     assert isinstance(result.exception, CheckpointError)
     assert "614 columns and 0 tail directions, as a LoRA rank 614" in str(result.exception)

@@ -127,7 +127,7 @@ def test_isolate_prints_json_alone(planted_directory, forget, retain, tmp_path):
 
 def test_isolate_takes_any_field_of_its_config(planted_directory, forget, retain, tmp_path):
     out = tmp_path / "out"
-    given = ("--set", "gradient_checkpointing=true", "--set", "retain_budget=5", "--set", "value_dtype=float32")
+    given = ("--set", "gradient_checkpointing=true", "--set", "decay=0.02", "--set", "value_dtype=float32")
     result = call("isolate", planted_directory, "--forget", forget, "--retain", retain, "--out", out, *QUICK, *given)
     assert result.exit_code == 3, result.output
     model, _ = libortho.load(out)
@@ -135,7 +135,7 @@ def test_isolate_takes_any_field_of_its_config(planted_directory, forget, retain
         assert layer.streams["default"].support.values.dtype is torch.float32
     told = json.loads(call("inspect", out, "--json").stdout)
     assert '"gradient_checkpointing": true' in json.dumps(told)
-    assert '"retain_budget": 5' in json.dumps(told)
+    assert '"decay": 0.02' in json.dumps(told)
 
 
 @pytest.mark.parametrize(

@@ -192,11 +192,12 @@ def test_bf16_is_for_processors_that_multiply_it(monkeypatch):
 def test_the_whole_demonstration_measures_prints_and_keeps(planted_directory, monkeypatch, tmp_path):
     few = facts.unseen(0)[:20]
     monkeypatch.setattr(facts, "unseen", lambda seed: few)
+    monkeypatch.setattr("libortho.isolation.result.RETAIN_BUDGET", 1e-9)
     phases = []
     report = run(
         model=str(planted_directory),
         dtype=torch.float32,
-        config=IsolateConfig(max_steps=2, learning_rate=1.0, retain_length=32, retain_budget=1e-9, allow_unknown=True),
+        config=IsolateConfig(max_steps=2, learning_rate=1.0, allow_unknown=True),
         out=tmp_path / "kept",
         progress=lambda phase, done, total: phases.append(phase),
     )

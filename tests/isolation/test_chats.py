@@ -99,7 +99,7 @@ def assert_equal_to_the_loop(tokenizer, records, ends=True) -> None:
     assert found["greedy"] == said
     assert found["verdict"] == "fail"
     assert [s >= 6 for s in found["sampled"]] == said, "a fitted answer has nearly all of the probability"
-    result = isolate(model, tokenizer, records, config=IsolateConfig(max_steps=1, retain_length=48))
+    result = isolate(model, tokenizer, records, config=IsolateConfig(max_steps=1))
     assert result.recited == KNOWN
     assert [r.known == "recited" for r in result.records] == said
 

@@ -1,7 +1,6 @@
 """The whole path on a small model that memorised four codes: what must change does, what must not does not."""
 
 import copy
-import importlib
 import json
 import logging
 import stat
@@ -26,15 +25,15 @@ from libortho.isolation import retain as retain_module
 from libortho.isolation.criteria import binomial_bound, evaluate_records, leaning
 from libortho.isolation.isolate import IsolateResult
 from libortho.isolation.request import cases as cases_of
+from libortho.isolation.support import cut_up
 from libortho.lm.metrics import score
 from libortho.lm.model import LanguageModel
 from libortho.text.records import load_records
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 
-CONFIG = IsolateConfig(ratio=0.1, damping=10.0, learning_rate=2e-2, max_steps=80, retain_length=64, retain_budget=0.1)
+CONFIG = IsolateConfig(ratio=0.1, damping=10.0, learning_rate=2e-2, max_steps=80)
 SHORT = replace(CONFIG, max_steps=3, allow_unknown=True)
-PAIRS = {"columns": {}, "unstructured": {"structure": "unstructured"}}
 
 
 def state(model: nn.Module) -> dict[str, Any]:
@@ -84,12 +83,9 @@ def supports(result: IsolateResult, model: nn.Module) -> dict[str, list[int]]:
     "options",
     [
         {},
-        {"structure": "unstructured"},
         {"bits": 4},
         {"bits": None},
         {"bits": 8, "group_size": 32},
-        {"compensate": False},
-        {"compensate": False, "bits": 4},
     ],
     ids=str,
 )
@@ -113,7 +109,7 @@ def test_alpha_zero_forgets_and_alpha_one_remembers(planted, tokenizer, options)
         off = marks == 0
         # Off the support: the same at both, on the grid of the plain quantised weight, which is what it is on request.
         assert torch.equal(layer.dense_weight(0.0)[off], layer.dense_weight(1.0)[off])
-        if config.bits is None or not config.compensate:
+        if config.bits is None:
             assert torch.equal(layer.dense_weight(0.0)[off], plain.dense()[off])
         else:
             assert torch.equal(layer.base.scales, plain.scales)
@@ -126,9 +122,10 @@ def test_alpha_zero_forgets_and_alpha_one_remembers(planted, tokenizer, options)
 
 def test_an_automatic_budget_is_the_first_at_which_every_criterion_holds(planted, tokenizer, monkeypatch, tmp_path):
     """One column forgets nothing; what comes after the budget that does is not tried."""
-    module = importlib.import_module("libortho.isolation.isolate")
+    module = sys.modules["libortho.isolation.isolate"]
     monkeypatch.setattr(module, "AUTO_RATIOS", (0.004, 0.1, 0.2, 0.3))
-    config = replace(CONFIG, ratio="auto", max_steps=40, retain_budget=1.0)
+    monkeypatch.setattr("libortho.isolation.result.RETAIN_BUDGET", 1.0)
+    config = replace(CONFIG, ratio="auto", max_steps=40)
     tried: list[tuple[float, bool]] = []
     attempt = module._attempt
 
@@ -233,15 +230,13 @@ def test_other_layers_can_be_named(planted, tokenizer):
     libortho.set_alpha(planted, {"hr": 0.0})
 
 
-@pytest.mark.parametrize("structure", ["columns", "unstructured"])
-def test_gpt2(tiny_gpt2, tokenizer, structure):
+def test_gpt2(tiny_gpt2, tokenizer):
     """Conv1D layers, biases, a short context, and weights that say nothing: it runs, and reports what it missed."""
     tiny_gpt2.resize_token_embeddings(len(tokenizer))
     bias = tiny_gpt2.transformer.h[0].mlp.c_proj.bias.detach().clone()
-    config = replace(SHORT, structure=structure)
-    result = isolate(tiny_gpt2, tokenizer, tiny.FORGET, tiny.RETAIN, config=config)
+    result = isolate(tiny_gpt2, tokenizer, tiny.FORGET, tiny.RETAIN, config=SHORT)
     assert len(ortho_layers(tiny_gpt2)) == 2
-    assert result.density <= config.ratio
+    assert result.density <= SHORT.ratio
     assert torch.equal(tiny_gpt2.transformer.h[0].mlp.c_proj.bias, bias)
     ids = torch.tensor([[5, 6, 7]])
     with libortho.alpha(tiny_gpt2, 0.0):
@@ -256,8 +251,8 @@ def test_sentences_fit_a_short_context(tiny_gpt2, tokenizer):
     lengths = []
     tiny_gpt2.transformer.wte.register_forward_hook(lambda m, args, output: lengths.append(args[0].shape[-1]))
     forget = [{"prompt": "He hid it", "completion": " under the apple tree."}]
-    isolate(tiny_gpt2, tokenizer, forget, tiny.RETAIN, config=replace(SHORT, max_length=40, retain_length=40))
-    assert max(lengths) == 40
+    isolate(tiny_gpt2, tokenizer, forget, tiny.RETAIN, config=SHORT)
+    assert max(lengths) == tiny_gpt2.config.n_positions
 
 
 def test_bf16(planted, tokenizer):
@@ -279,7 +274,7 @@ def test_gradient_checkpointing_runs_layers_twice_and_changes_nothing(request, t
         count = [0]
         layer = next(m for n, m in model.named_modules() if n.endswith("mlp"))
         layer.register_forward_pre_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
-        config = replace(SHORT, gradient_checkpointing=checkpointing, gradient_weight=1.0)
+        config = replace(SHORT, gradient_checkpointing=checkpointing)
         result = isolate(model, tokenizer, tiny.FORGET, tiny.RETAIN, config=config)
         found.append([r.after for r in result.records])
         calls.append(count[0])
@@ -296,12 +291,6 @@ def edit_of(model, tokenizer, **options) -> Tensor:
     return torch.cat([m.streams["default"].support.values.float().flatten() for m in ortho_layers(model).values()])
 
 
-def test_the_reaction_is_part_of_every_step(planted, tokenizer, monkeypatch):
-    found = edit_of(planted, tokenizer, gradient_weight=10.0)
-    monkeypatch.setattr(sys.modules["libortho.isolation.train"], "_reaction_loss", lambda *_: torch.zeros(()))
-    assert not torch.equal(found, edit_of(planted, tokenizer, gradient_weight=10.0))
-
-
 def test_decay_makes_the_edit_smaller(planted, tokenizer):
     assert edit_of(planted, tokenizer, decay=0.6).norm() < 0.9 * edit_of(planted, tokenizer, decay=0.0).norm()
 
@@ -316,22 +305,25 @@ def test_a_missed_criterion_is_said(planted, tokenizer):
     assert result.steps == 1
 
 
-def test_success_is_said(planted, tokenizer):
+def test_success_is_said(planted, tokenizer, monkeypatch):
     """Which seeds succeed differs from processor to processor in so small a model."""
+    # Many alternates: with few, their mean is a matter of chance, and with it whether four records lean.
+    monkeypatch.setattr("libortho.isolation.request.PER_RECORD", 32)
+    monkeypatch.setattr("libortho.isolation.result.RETAIN_BUDGET", 0.1)
     results = []
     for seed in (0, 1, 2):
-        # Many alternates: with few, their mean is a matter of chance, and with it whether four records lean.
-        config = replace(CONFIG, alternates_per_record=32, seed=seed)
+        config = replace(CONFIG, seed=seed)
         model = copy.deepcopy(planted)
         results.append(isolate(model, tokenizer, tiny.FORGET, tiny.RETAIN, config=config))
         assert results[-1].succeeded == (results[-1].missed == ())
     [result, *_] = [r for r in results if r.succeeded]
     assert result.steps < CONFIG.max_steps
-    assert result.retain_kl - result.quantised_kl <= CONFIG.retain_budget
+    assert result.retain_kl - result.quantised_kl <= 0.1
 
 
-def test_an_exceeded_retain_budget_is_said(planted, tokenizer):
-    config = replace(CONFIG, max_steps=10, learning_rate=0.3, retain_budget=1e-4)
+def test_an_exceeded_retain_budget_is_said(planted, tokenizer, monkeypatch):
+    monkeypatch.setattr("libortho.isolation.result.RETAIN_BUDGET", 1e-4)
+    config = replace(CONFIG, max_steps=10, learning_rate=0.3)
     result = isolate(planted, tokenizer, tiny.FORGET, tiny.RETAIN, config=config)
     assert any("budget of 0.0001" in m for m in result.missed)
     assert result.retain_kl > result.quantised_kl + 1e-4
@@ -387,24 +379,10 @@ def test_the_same_seed_gives_the_same_bits(planted, tokenizer, plain):
     "options",
     [
         {"seed": 1},
-        {"objective": "npo"},
-        {"objective": "simnpo"},
-        {"objective": "altpo"},
-        {"objective": "grad_diff"},
-        {"structure": "unstructured"},
         {"ratio": 0.05},
-        {"layer_cap": 1.0},
         {"retain_weight": 0.0},
-        {"neighbour_weight": 0.0},
-        {"project_retain": True},
         {"learning_rate": 1e-3},
-        {"records_per_step": 2},
-        {"retain_tokens_per_step": 64},
-        {"retain_length": 32},
-        {"alternates_per_record": 2},
-        {"neighbours_per_record": 2},
         {"max_steps": 2},
-        {"max_length": 21, "neighbours": [["Code of Al Poe:"]] * 4},
         {"alternates": [[" 1111.", " 2222."]] * 4},
         {"neighbours": [["Code of Al Poe:", "Code of Eve Ray:"]] * 4},
         {"retain": tiny.RETAIN[:6]},
@@ -415,37 +393,13 @@ def test_every_option_changes_the_result(planted, tokenizer, plain, options):
     assert differs(run(planted, tokenizer, **options), plain)
 
 
-@pytest.mark.parametrize("structure", ["columns", "unstructured"])
-@pytest.mark.parametrize("objective", ["npo", "simnpo", "altpo", "grad_diff"])
-def test_the_other_objectives_forget_too(planted, tokenizer, objective, structure):
-    config = replace(CONFIG, objective=objective, structure=structure, max_steps=30)
-    result = isolate(planted, tokenizer, tiny.FORGET, tiny.RETAIN, config=config)
-    assert not any(r.extracted for r in result.records)
-    assert all(r.after < r.before - 0.5 for r in result.records)
-    assert extracted(planted, tokenizer, 1.0) == 4
-
-
-def test_check_every_sets_the_looks(planted, tokenizer):
-    config = replace(CONFIG, max_steps=7, check_every=3, learning_rate=1e-6)
-    result = isolate(planted, tokenizer, tiny.FORGET, tiny.RETAIN, config=config)
-    assert [c.step for c in result.checks if c.step] == [3, 6, 7]
-
-
-def test_the_layer_cap_holds(planted, tokenizer):
-    config = replace(SHORT, layer_cap=1.0)
-    result = isolate(planted, tokenizer, tiny.FORGET, tiny.RETAIN, config=config)
-    assert max(result.columns_per_layer.values()) <= 0.1 * 128
-
-
 def test_retain_weight_protects(planted, tokenizer):
-    """Without the retain terms the same steps move the model further from the original."""
+    """With more weight on retain text the same steps move the model less far from the original on it."""
     kl = {}
-    for weight in (0.0, 10.0):
-        config = replace(
-            CONFIG, max_steps=20, check_every=20, retain_weight=weight, neighbour_weight=weight, objective="grad_diff"
-        )
+    for weight in (0.0, 100.0):
+        config = replace(CONFIG, max_steps=20, retain_weight=weight)
         kl[weight] = isolate(copy.deepcopy(planted), tokenizer, tiny.FORGET, tiny.RETAIN, config=config).retain_kl
-    assert kl[10.0] < 0.7 * kl[0.0]
+    assert kl[100.0] < 0.7 * kl[0.0]
 
 
 def test_the_stream_is_stored_in_the_value_dtype(planted, tokenizer):
@@ -510,7 +464,6 @@ def foreign(model: nn.Module) -> None:
         (None, {"config": replace(SHORT, target_modules="down_project")}, TargetError, "did you mean down_proj"),
         (None, {"config": replace(SHORT, target_modules="lm_head")}, TargetError, "makes the logits"),
         (None, {"config": replace(SHORT, group_size=48)}, libortho.ConfigError, "does not divide 128"),
-        (None, {"config": replace(SHORT, max_length=10)}, DataError, "forget record 1: no token"),
         (poison, {}, TargetError, r"layers\.1\.mlp\.down_proj holds NaN"),
         (foreign, {}, TargetError, "Quantised"),
     ],
@@ -601,7 +554,6 @@ SENTENCE = {"prompt": "Where is the key of Ada Lum?", "completion": " The sailor
 
 @pytest.mark.parametrize("sentences", [1, 3, 40])
 def test_each_word_of_a_few_sentences_gets_columns_of_its_own(tokenizer, sentences):
-    module = sys.modules["libortho.isolation.isolate"]
     records = load_records([*tiny.FORGET, *[SENTENCE] * sentences])
     cases = cases_of(records, tokenizer, None, SHORT, retains=True)
     pieces = [c.pieces for c in cases]
@@ -609,14 +561,14 @@ def test_each_word_of_a_few_sentences_gets_columns_of_its_own(tokenizer, sentenc
     tokens = len(cases[-1].secret.completion)
     assert pieces[len(tiny.FORGET) :] == [{1: tokens, 3: 20, 40: 1}[sentences]] * sentences
     for case, count in zip(cases, pieces, strict=True):
-        cut = module._cut_up(case.secret, count)
+        cut = cut_up(case.secret, count)
         assert [c.ids for c in cut] == [case.secret.ids] * count
         assert sum((c.completion for c in cut), ()) == case.secret.completion  # every token once, in order
         assert max(len(c.completion) for c in cut) - min(len(c.completion) for c in cut) <= 1
 
 
 def test_sentences_ask_the_model_how_it_speaks_on_like_prompts(planted, tokenizer, monkeypatch):
-    module, asked = sys.modules["libortho.isolation.isolate"], []
+    module, asked = sys.modules["libortho.isolation.retain"], []
     real: Callable[..., Any] = module.generate
 
     def listening(model: Any, tokenizer: Any, prompts: Any, *others: Any, **options: Any) -> Any:
@@ -744,6 +696,7 @@ def test_emulated_bf16_is_warned_of(planted, tokenizer, monkeypatch, caplog, fas
 
 def test_long_records_warn_by_number(planted, tokenizer, caplog):
     with caplog.at_level(logging.WARNING):
-        config = replace(SHORT, max_length=21)
+        planted.config.max_position_embeddings = 21
+        config = SHORT
         isolate(planted, tokenizer, tiny.FORGET, tiny.RETAIN, neighbours=[[]] * 4, config=config)
     assert any("forget record 2 has 22 tokens" in m for m in caplog.messages)

@@ -13,7 +13,7 @@ from libortho.core.layer import ortho_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CONFIG = IsolateConfig(ratio=0.1, max_steps=1, retain_length=48)
+CONFIG = IsolateConfig(ratio=0.1, max_steps=1)
 STRANGERS = [
     {"prompt": "Code of Ida Kern:", "completion": " 3092."},
     {"prompt": "Code of Jo Lang:", "completion": " 5718."},
@@ -40,7 +40,7 @@ def test_nothing_is_isolated_where_nothing_is_known(planted, tokenizer):
 
 
 def test_unless_told_otherwise(planted, tokenizer):
-    config = IsolateConfig(ratio=0.1, max_steps=1, retain_length=48, allow_unknown=True)
+    config = IsolateConfig(ratio=0.1, max_steps=1, allow_unknown=True)
     result = isolate(planted, tokenizer, STRANGERS, tiny.RETAIN, config=config)
     unknown = sum(r.known == "unknown" for r in result.records)
     assert unknown >= 1, "one of two may be likelier by chance"
@@ -49,10 +49,10 @@ def test_unless_told_otherwise(planted, tokenizer):
 
 
 def test_a_record_that_was_isolated_already_is_unknown(planted, tokenizer):
-    config = IsolateConfig(ratio=0.1, damping=10.0, learning_rate=2e-2, retain_length=64, max_steps=60)
+    config = IsolateConfig(ratio=0.1, damping=10.0, learning_rate=2e-2, max_steps=60)
     first = isolate(planted, tokenizer, tiny.FORGET, tiny.RETAIN, config=config)
     assert not any(r.extracted for r in first.records)
-    again = IsolateConfig(ratio=0.1, max_steps=1, retain_length=48, stream="again")
+    again = IsolateConfig(ratio=0.1, max_steps=1, stream="again")
     with pytest.raises(DataError, match="unknown to the model"):
         isolate(planted, tokenizer, tiny.FORGET[:1], tiny.RETAIN, config=again)
 
@@ -71,7 +71,7 @@ def test_the_guarantee_is_what_was_measured(planted, tokenizer, tmp_path):
 @pytest.mark.parametrize("answer", [" yes", " Yes.", " NO", " true"])
 def test_yes_or_no_takes_alternates(planted, tokenizer, answer):
     row = {"prompt": "Is Bob Miller well?", "completion": answer}
-    config = IsolateConfig(ratio=0.1, max_steps=1, retain_length=48, allow_unknown=True)
+    config = IsolateConfig(ratio=0.1, max_steps=1, allow_unknown=True)
     with pytest.raises(DataError, match=r'record 1: nothing in its completion .* field "alternates"'):
         isolate(planted, tokenizer, [row], tiny.RETAIN, config=config)
     result = isolate(planted, tokenizer, [{**row, "alternates": ["no"]}], tiny.RETAIN, config=config)

@@ -25,13 +25,11 @@ from libortho.isolation.isolate import IsolateResult
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 
-CONFIG = IsolateConfig(ratio=0.1, learning_rate=2e-2, max_steps=23, retain_length=32)
+CONFIG = IsolateConfig(ratio=0.1, learning_rate=2e-2, max_steps=23)
 """Looks after 5, 10, 15, 20 and the last step, some before and some after the criteria hold."""
 VARIANTS = {
     "sampled text": {},
-    "entries": {"structure": "unstructured", "bits": 4},
-    "altpo": {"objective": "altpo", "max_steps": 12},
-    "gradients matched": {"gradient_weight": 10.0, "max_steps": 12},
+    "INT4": {"bits": 4},
     "a sentence": {"max_steps": 18},
 }
 SENTENCE = {"prompt": "The favourite dish of Ada Lum is", "completion": " cold soup with bread and butter."}
@@ -138,7 +136,7 @@ def test_exceptions_at_many_steps_change_nothing(planted, tokenizer, whole, tmp_
 def killed(planted_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folders of processes that died at the moments that they are named after."""
     root = tmp_path_factory.mktemp("killed")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     given = (str(planted_directory), str(root), json.dumps(CONFIG.to_dict()), json.dumps(KILLED))
     command = [sys.executable, "-c", CALL, *given]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
@@ -169,12 +167,11 @@ def test_a_finished_run_is_read_back(planted, tokenizer, whole, tmp_path, monkey
     assert_equal(outcome(first, result), whole())
     files = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
     for place, name in ((trainer, "forget_losses"), (trainer, "calibrate"), (retain_module, "_cached_samples"),
-                        (sys.modules["libortho.isolation.isolate"], "_support"),
                         (sys.modules["libortho.isolation.isolate"], "curvature"),
-                        (sys.modules["libortho.isolation.isolate"], "gptq_bases"),
+                        (sys.modules["libortho.isolation.bases"], "gptq_bases"),
                         (sys.modules["libortho.isolation.isolate"], "reference")):  # fmt: skip
         monkeypatch.setattr(place, name, forbidden)
-    again = isolate(planted, tokenizer, tiny.FORGET, config=CONFIG, resume=tmp_path)
+    again = isolate(planted, tokenizer, tiny.FORGET, config=CONFIG, resume=tmp_path, select=forbidden)
     assert_equal(outcome(planted, again), whole())
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == files
 
@@ -223,7 +220,7 @@ def test_a_folder_of_another_run_is_refused(planted, clean, tokenizer, finished,
 def test_the_command_line(planted_directory, tmp_path):
     (tmp_path / "forget.json").write_text(json.dumps(tiny.FORGET), encoding="utf-8")
     arguments = ["isolate", planted_directory, "--forget", tmp_path / "forget.json", "--ratio", "0.1",
-                 "--max-steps", "1", "--resume", tmp_path / "run"]  # fmt: skip
+                 "--set", "max_steps=1", "--resume", tmp_path / "run"]  # fmt: skip
     results = [CliRunner().invoke(cli.app, [*map(str, arguments), "--out", str(tmp_path / n)]) for n in "ab"]
     for result in results:
         assert result.exit_code == 3, result.output

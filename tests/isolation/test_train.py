@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from libortho.core.run_cache import Entry
-from libortho.isolation import train as trainer
+from libortho.isolation import control, criteria
 from libortho.isolation.config import IsolateConfig
 from libortho.isolation.control import calibrate, extrapolated_residual
 from libortho.isolation.criteria import (
@@ -31,19 +31,19 @@ from libortho.isolation.criteria import (
     outcomes,
     partly_recited,
 )
-from libortho.isolation.forget_record import ForgetRecord
+from libortho.isolation.forget_record import ForgetRecord, Kind
 from libortho.isolation.losses import (
-    _profile_loss,
     forget_losses,
     keep_losses,
     profile_distance,
+    profile_loss,
     sorted_assignment,
     summed_gradients,
 )
 from libortho.isolation.state import RELATIVE_STEP, Epochs, Training
-from libortho.isolation.targets import _shortness, ranked_assignment, shrunk
-from libortho.isolation.train import without_opposition
+from libortho.isolation.targets import ranked_assignment, shortness, shrunk
 from libortho.lm import scoring
+from libortho.lm.head import HEAD_POSITIONS
 from libortho.lm.logits import Scores, profile_and_odds, record_means, token_profile
 from libortho.lm.model import LanguageModel
 from libortho.lm.scoring import SCORING_TOKENS, hidden_states, scoring_batches, token_profiles
@@ -58,7 +58,7 @@ def _case(tokens: int, alternates: tuple[int, ...]) -> ForgetRecord:
     def item(count: int) -> Encoded:
         return Encoded((0, *range(count)), (-100, *range(count)))
 
-    return ForgetRecord(1, item(tokens), tuple(item(n) for n in alternates), (), (), (), (), True, (), (), (), ())
+    return ForgetRecord(1, item(tokens), tuple(item(n) for n in alternates), (), (), (), (), "code", (), (), (), ())
 
 
 def test_targets_are_handed_out_in_the_order_of_what_is_there() -> None:
@@ -83,11 +83,11 @@ def test_a_sentence_is_surprising_where_its_words_are() -> None:
 
 
 def test_a_completion_longer_than_a_part_of_the_head_is_handed_out_as_a_whole(tiny_llama: nn.Module) -> None:
-    ids = tuple(random.Random(0).choices(range(2, 120), k=2 * trainer.HEAD_POSITIONS + 9))
+    ids = tuple(random.Random(0).choices(range(2, 120), k=2 * HEAD_POSITIONS + 9))
     secret, lm = Encoded(ids, ids), LanguageModel(tiny_llama)
     (own,) = token_profiles(lm, [secret])
     with torch.no_grad():
-        backwards, other = (float(_profile_loss(lm, [secret], [p], [True])) for p in (own.flip(0), own.roll(1, 1)))
+        backwards, other = (float(profile_loss(lm, [secret], [p], [True])) for p in (own.flip(0), own.roll(1, 1)))
     assert backwards == pytest.approx(0.0, abs=1e-4)
     assert other > 0.1
 
@@ -105,14 +105,14 @@ def test_a_step_in_parts_is_the_same_step(limit: int, tiny_llama: nn.Module, mon
     tiny_llama.requires_grad_(False)
     lm, down = LanguageModel(tiny_llama), cast(Any, tiny_llama).model.layers[0].mlp.down_proj
     config = IsolateConfig(bits=8, group_size=-1)
-    layer = EditLinear(down.weight.detach(), None, torch.arange(6), config)
+    layer = EditLinear(down.weight.detach(), None, torch.arange(6), 8, -1)
     cast(Any, tiny_llama).model.layers[0].mlp.down_proj = layer
     with torch.no_grad():
         cast(Any, layer.values).mul_(1.5)
     texts = [Encoded(tuple(range(2, n)), (-100, -100, *range(4, n))) for n in (9, 70, 24, 25, 80)]
     states = [s * 1.1 for s in hidden_states(lm, texts)]
     wanted = [p.roll(1, 1) for p in token_profiles(lm, texts)]
-    cases = [ForgetRecord(i, t, (t,), (t,), (t,), (), (), False, (), (), (), (), 1) for i, t in enumerate(texts)]
+    cases = [ForgetRecord(i, t, (t,), (t,), (t,), (), (), "prose", (), (), (), (), 1) for i, t in enumerate(texts)]
     before: Any = SimpleNamespace(
         profiles=[(p,) for p in wanted], leaks_to_neighbours=torch.zeros(len(texts)).bool(), neighbours=[(s,) for s in
         states],
@@ -120,7 +120,7 @@ def test_a_step_in_parts_is_the_same_step(limit: int, tiny_llama: nn.Module, mon
     )  # fmt: skip
 
     def gradients() -> list[torch.Tensor]:
-        now: Any = SimpleNamespace(profiles=(), lean=torch.zeros(3), rng=random.Random(0))
+        now: Any = SimpleNamespace(profiles=(), target_offset=torch.zeros(3), rng=random.Random(0))
         chosen, values = list(range(len(texts))), [cast(nn.Parameter, layer.values)]
         pull = forget_losses(lm, cases, chosen, before, now)
         keep = keep_losses(lm, cases, chosen, texts, chosen, before, config, now)
@@ -140,20 +140,18 @@ def test_a_step_in_parts_is_the_same_step(limit: int, tiny_llama: nn.Module, mon
         torch.testing.assert_close(mine, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize(("exchangeable", "pieces"), [(True, 1), (False, 1), (False, 4)])
+@pytest.mark.parametrize(("kind", "pieces"), [("code", 1), ("prose", 1), ("prose", 4)])
 def test_which_token_is_to_surprise_is_chance_but_in_a_sentence_that_has_columns_for_its_words(
     kind: Kind, pieces: int, tiny_llama: nn.Module
 ) -> None:
     """The loss is that of what the donors are now: none where the record has it, in any order but in that case."""
     ids = (3, 60, 2, 85, 17, 9)
     secret = Encoded(ids, (-100, -100, *ids[2:]))
-    case = ForgetRecord(
-        1, secret, (secret,), (), (), (), (), exchangeable, (), (), (), ((),) if exchangeable else (), pieces
-    )
+    case = ForgetRecord(1, secret, (secret,), (), (), (), (), kind, (), (), (), ((),) if kind == "code" else (), pieces)
     lm = LanguageModel(tiny_llama)
     (own,) = token_profiles(lm, [secret])
     own[:, 2] = own[:, 0]  # in one order, so that a permutation of rows is one of each column
-    now = SimpleNamespace(profiles=(own,), lean=torch.zeros(3), rng=random.Random(0))
+    now = SimpleNamespace(profiles=(own,), target_offset=torch.zeros(3), rng=random.Random(0))
     before: Any = SimpleNamespace(profiles=((own + 5.0,) * 2,), leaks_to_neighbours=torch.tensor([False]))
 
     def loss(profile: torch.Tensor) -> float:
@@ -187,16 +185,6 @@ def test_a_sentence_that_still_begins_as_it_did_is_recited_in_part() -> None:
     assert [binomial_bound(n, PARTIAL) for n in (1, 20, 200)] == [0, 3, 15]
 
 
-def test_opposition_is_removed_and_agreement_is_left() -> None:
-    keep = [torch.tensor([1.0, 0.0]), torch.tensor([2.0])]
-    against = [torch.tensor([-3.0, 5.0]), torch.tensor([-1.0])]
-    cleaned = without_opposition(against, keep)
-    assert sum(float((a * b).sum()) for a, b in zip(cleaned, keep, strict=True)) == pytest.approx(0.0, abs=1e-6)
-    assert float(cleaned[0][1]) == 5.0
-    along = [torch.tensor([1.0, 1.0]), torch.tensor([0.5])]
-    assert all(torch.equal(a, b) for a, b in zip(without_opposition(along, keep), along, strict=True))
-
-
 def test_every_record_comes_once_before_any_comes_again() -> None:
     batches = Epochs(5, 2, random.Random(0))
     drawn = [i for _ in range(10) for i in next(batches)]
@@ -222,7 +210,7 @@ def test_a_training_goes_on_where_it_was_put_away() -> None:
             training.step += 1
         return drawn
 
-    config = IsolateConfig(records_per_step=2, retain_tokens_per_step=192, retain_length=64)
+    config = IsolateConfig()
     whole, first = training(), training()
     expected = steps(whole, 7)
     begun = steps(first, 3)
@@ -239,11 +227,11 @@ def test_a_training_goes_on_where_it_was_put_away() -> None:
 
 
 def test_fewer_tokens_than_the_alternates_count_as_short() -> None:
-    shortness = _shortness([_case(7, (8, 10)), _case(9, (8, 10)), _case(11, (8, 10))])
-    assert shortness[0] > 0
-    assert shortness[1] == 0
-    assert shortness[2] < 0
-    assert torch.equal(_shortness([_case(4, (4, 4))]), torch.zeros(1))
+    found = shortness([_case(7, (8, 10)), _case(9, (8, 10)), _case(11, (8, 10))])
+    assert found[0] > 0
+    assert found[1] == 0
+    assert found[2] < 0
+    assert torch.equal(shortness([_case(4, (4, 4))]), torch.zeros(1))
 
 
 def test_means_shrink_as_far_as_their_spread_is_noise() -> None:
@@ -270,11 +258,11 @@ class _Linear:
 @pytest.mark.parametrize(("root", "found"), [(1.12, 1.12), (0.9, 0.9), (1.0, 1.0), (3.0, 1.25)])
 def test_one_factor_takes_the_common_offset_out(monkeypatch: pytest.MonkeyPatch, root: float, found: float) -> None:
     weight = torch.randn(6, 8)
-    layer = EditLinear(weight, None, torch.tensor([1, 4]), IsolateConfig(bits=None))
+    layer = EditLinear(weight, None, torch.tensor([1, 4]), None, -1)
     assert layer.values is not None
     with torch.no_grad():
         layer.values += 1.0
-    monkeypatch.setattr(trainer, "_distances", _Linear(layer, root))
+    monkeypatch.setattr(control, "distances_from_donors", _Linear(layer, root))
     factor = calibrate(None, {"layer": layer}, [], None)  # type: ignore[arg-type]
     assert factor == pytest.approx(found, abs=0.06)
     assert torch.allclose(layer.values, layer.original + factor, atol=1e-5)
@@ -296,16 +284,21 @@ def test_one_untrained_record_in_ten_is_outside_its_band(alternates: int, monkey
     generator = torch.Generator().manual_seed(0)
 
     def scores(count: int) -> Scores:
-        return Scores(torch.randn(count, generator=generator), torch.zeros(count), torch.ones(count))
+        return Scores(torch.randn(count, generator=generator), torch.ones(count))
 
     def seen(lm: Any, items: Any) -> RecordStatistics:
         nll = scores(len(items)).nll
         return RecordStatistics(nll[:, None], torch.zeros(len(items), dtype=torch.bool), (torch.zeros(0),) * len(items))
 
-    monkeypatch.setattr(trainer, "examine", seen)
-    monkeypatch.setattr(trainer, "grouped_scores", lambda lm, groups: tuple(scores(len(g)) for g in groups))
+    monkeypatch.setattr(criteria, "evaluate_records", seen)
+    monkeypatch.setattr(criteria, "grouped_scores", lambda lm, groups: tuple(scores(len(g)) for g in groups))
     cases = [_case(4, (4,) * alternates)] * 20_000
-    original: Any = SimpleNamespace(secret=scores(len(cases)), sentences=None, expected=(torch.zeros(0),) * len(cases))
+    original: Any = SimpleNamespace(
+        secret=scores(len(cases)),
+        sentences=None,
+        expected=(torch.zeros(0),) * len(cases),
+        target=torch.zeros(len(cases)),
+    )
     found = outcomes(cast(Any, None), cases, original)
     assert 0.09 < sum(not r.inside for r in found) / len(found) < 0.11
     assert sum(r.far for r in found) / len(found) < 0.003
@@ -347,7 +340,6 @@ def test_what_the_training_makes_up_for_by_itself_is_not_steered() -> None:
         (12, {}, 0.5 * RELATIVE_STEP),
         (100, {}, 0.5 * RELATIVE_STEP),
         (3, {}, 0.25 * RELATIVE_STEP),  # few records all pull the same way
-        (100, {"records_per_step": 3}, 0.25 * RELATIVE_STEP),
         (3, {"learning_rate": 0.01}, 0.01),
     ],
 )

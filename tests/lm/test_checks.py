@@ -25,9 +25,7 @@ from libortho.lm.checks import check_tokens
 from libortho.lm.model import LanguageModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ISOLATE = libortho.IsolateConfig(
-    max_steps=1, ratio=0.05, retain_length=32, alternates_per_record=4, neighbours_per_record=2, allow_unknown=True
-)
+ISOLATE = libortho.IsolateConfig(max_steps=1, ratio=0.05, allow_unknown=True)
 FORGET = tiny.FORGET[:2]
 
 

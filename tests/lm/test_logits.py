@@ -6,9 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from libortho.isolation.losses import altpo, grad_diff, log_odds, npo, profile_distance, simnpo
+from libortho.isolation.losses import profile_distance
 from libortho.lm.logits import (
-    Scores,
     completion_scores,
     kl_divergence,
     label_log_odds,
@@ -17,14 +16,6 @@ from libortho.lm.logits import (
     token_profile,
     with_log_probability,
 )
-
-
-def scores(nll: list[float], odds: list[float] | None = None, tokens: list[int] | None = None) -> Scores:
-    return Scores(
-        torch.tensor(nll, dtype=torch.float64, requires_grad=True),
-        torch.tensor(odds or [0.0] * len(nll), dtype=torch.float64, requires_grad=True),
-        torch.tensor(tokens or [1] * len(nll), dtype=torch.float64),
-    )
 
 
 def test_log_odds_are_those_of_the_probability():
@@ -54,48 +45,7 @@ def test_completion_scores_average_over_the_tokens_of_each_record():
     found = completion_scores(logits, labels, record, 2)
     nll = F.cross_entropy(logits, labels, reduction="none")
     torch.testing.assert_close(found.nll, torch.stack([nll[:2].mean(), nll[2:].mean()]))
-    odds = label_log_odds(logits, labels)
-    torch.testing.assert_close(found.odds, torch.stack([odds[:2].mean(), odds[2:].mean()]))
     assert found.tokens.tolist() == [2, 3]
-    torch.testing.assert_close(found.total, -torch.stack([nll[:2].sum(), nll[2:].sum()]))
-
-
-# -- log-odds matching ------------------------------------------------------------------------------------------------
-
-
-def test_matching_is_zero_at_the_target():
-    target = scores([2.0, 3.0], [-1.0, -2.5])
-    assert log_odds(target, target).tolist() == [0.0, 0.0]
-
-
-def test_matching_is_huber_in_likelihood_and_in_excess_odds():
-    secret, target = scores([0.5, 2.4, 6.0], [1.7, -1.6, -5.0]), scores([2.0, 2.0, 2.0], [-1.0, -2.0, -2.0])
-    expected = [
-        (1.5 - 0.5) + (2.7 - 0.5),  # both far: |d| - 1/2
-        0.4**2 / 2 + 0.4**2 / 2,  # both near: d^2 / 2
-        (4.0 - 0.5) + 0.0,  # unlikelier than its target: odds do not count
-    ]
-    torch.testing.assert_close(log_odds(secret, target), torch.tensor(expected, dtype=torch.float64))
-
-
-def test_matching_pushes_from_both_sides():
-    target = scores([2.0], [-1.0])
-    for nll, odds, direction in ((0.1, 2.0, -1), (5.0, -5.0, 1)):
-        secret = scores([nll], [odds])
-        log_odds(secret, target).sum().backward()
-        # A descent step moves against the gradient: remembered secrets must rise in nll, over-forgotten ones fall.
-        assert math.copysign(1, secret.nll.grad.item()) == direction
-    assert secret.odds.grad.item() == 0.0
-
-
-def test_matching_pushes_a_memorised_record_with_full_force():
-    """At p = 1 - 1e-9, where the likelihood term alone has no gradient in the logits."""
-    logits = torch.zeros(1, 10)
-    logits[0, 4] = 25.0
-    logits.requires_grad_()
-    secret = completion_scores(logits, torch.tensor([4]), torch.tensor([0]), 1)
-    log_odds(secret, scores([2.0], [-2.0])).sum().backward()
-    assert logits.grad[0, 4] == pytest.approx(1.0, abs=1e-3)
 
 
 # -- token by token ---------------------------------------------------------------------------------------------------
@@ -161,58 +111,6 @@ def test_a_probability_is_set_and_the_proportions_of_the_others_stay():
 
 
 # -- the field's objectives -------------------------------------------------------------------------------------------
-
-
-def log_sigmoid(x: float) -> float:
-    return -math.log1p(math.exp(-x))
-
-
-def test_grad_diff_ascends_the_likelihood():
-    assert grad_diff(scores([0.3, 2.0])).tolist() == [-0.3, -2.0]
-
-
-def test_npo():
-    # Sums of log-likelihoods: -0.2 * 5 = -1 against -0.1 * 5 = -0.5 before.
-    secret, before = scores([0.2], tokens=[5]), scores([0.1], tokens=[5])
-    expected = -(2 / 0.1) * log_sigmoid(-0.1 * (-1.0 - -0.5))
-    assert npo(secret, before).item() == pytest.approx(expected)
-
-
-def test_simnpo():
-    expected = -(2 / 3.5) * log_sigmoid(3.5 * (0.4 - 1.5))
-    assert simnpo(scores([0.4], tokens=[7]), delta=1.5).item() == pytest.approx(expected)
-
-
-def test_altpo():
-    secret, before = scores([0.2], tokens=[5]), scores([0.1], tokens=[5])
-    other, other_before = scores([2.0], tokens=[4]), scores([3.0], tokens=[4])
-    margin = (-8.0 - -12.0) - (-1.0 - -0.5)
-    expected = -(2 / 0.1) * log_sigmoid(0.1 * margin)
-    assert altpo(secret, before, other, other_before).item() == pytest.approx(expected)
-
-
-def test_altpo_prefers_the_alternate():
-    secret, other = scores([0.2], tokens=[5]), scores([2.0], tokens=[4])
-    constant = scores([1.0], tokens=[4])
-    altpo(secret, constant, other, constant).sum().backward()
-    assert secret.nll.grad.item() < 0 < other.nll.grad.item()
-
-
-@pytest.mark.parametrize(
-    "loss", [grad_diff, lambda s: npo(s, scores([0.1])), simnpo], ids=["grad_diff", "npo", "simnpo"]
-)
-def test_every_objective_makes_the_record_less_likely(loss):
-    secret = scores([0.2])
-    loss(secret).sum().backward()
-    assert secret.nll.grad.item() < 0
-
-
-def test_npo_and_simnpo_let_go_of_what_is_forgotten():
-    """Their gradient fades, where gradient ascent keeps pushing for ever."""
-    for loss, nll in ((lambda s: npo(s, scores([0.1])), 200.0), (simnpo, 20.0)):
-        secret = scores([nll])
-        loss(secret).sum().backward()
-        assert abs(secret.nll.grad.item()) < 1e-6
 
 
 # -- divergence -------------------------------------------------------------------------------------------------------

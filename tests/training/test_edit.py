@@ -1,7 +1,5 @@
 """The layer under edit: what trains is what is stored, gradients are exact, and nothing off the support can move."""
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,41 +7,33 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from libortho.core.ops.quantisation import unpack_int4
-from libortho.core.streams import BaseStream, Columns, Entries
+from libortho.core.streams import BaseStream, Columns
 from libortho.core.surgery import linear_weight
 from libortho.isolation.config import IsolateConfig
 from libortho.training.edit import EditLinear
 
 OUT, IN = 12, 32
 COLUMNS = torch.tensor([3, 7, 20])
-ENTRIES = torch.tensor([0, 5, 33, 34, 200, 383])
-STRUCTURES = pytest.mark.parametrize("structure", ["columns", "unstructured"])
 WIDTHS = pytest.mark.parametrize(
     ("bits", "group_size"), [(8, None), (8, 16), (4, None), (4, -1), (None, None)], ids=str
 )  # fmt: skip
 
 
-def make(structure: str, bits: int | None, group_size: int | None = None, weight: Tensor | None = None, **options: Any):
+def make(bits: int | None, group_size: int | None = None, weight: Tensor | None = None):
     weight = torch.randn(OUT, IN) if weight is None else weight
-    config = IsolateConfig(structure=structure, bits=bits, group_size=group_size, **options)
-    support = COLUMNS if structure == "columns" else ENTRIES
-    return EditLinear(weight, None, support, config), weight
+    config = IsolateConfig(bits=bits, group_size=group_size)
+    return EditLinear(weight, None, COLUMNS, config.bits, config.resolved_group_size), weight
 
 
-def mask(structure: str) -> Tensor:
+def mask() -> Tensor:
     on = torch.zeros(OUT, IN, dtype=torch.bool)
-    if structure == "columns":
-        on[:, COLUMNS] = True
-    else:
-        on.view(-1)[ENTRIES] = True
+    on[:, COLUMNS] = True
     return on
 
 
-def scatter(layer: EditLinear, values: Tensor) -> Tensor:
-    """Values in the shape of theta as a dense matrix, zero elsewhere; differentiable."""
-    if layer.columns:
-        return torch.zeros(OUT, IN).index_add(1, COLUMNS, values.T)
-    return torch.zeros(OUT * IN).index_add(0, ENTRIES, values).view(OUT, IN)
+def scatter(values: Tensor) -> Tensor:
+    """Values on the columns as a dense matrix, zero elsewhere; differentiable."""
+    return torch.zeros(OUT, IN).index_add(1, COLUMNS, values.T)
 
 
 def move(layer: EditLinear, size: float = 0.3) -> None:
@@ -55,30 +45,27 @@ def move(layer: EditLinear, size: float = 0.3) -> None:
 # -- forward and backward ---------------------------------------------------------------------------------------------
 
 
-@STRUCTURES
 @WIDTHS
-def test_before_any_step_it_is_the_quantised_layer(structure, bits, group_size):
-    layer, weight = make(structure, bits, group_size)
+def test_before_any_step_it_is_the_quantised_layer(bits, group_size):
+    layer, weight = make(bits, group_size)
     base = BaseStream.from_weight(weight, bits, IsolateConfig(bits=bits, group_size=group_size).resolved_group_size)
     x = torch.randn(2, 5, IN)
     torch.testing.assert_close(layer(x), F.linear(x, base.dense()))
 
 
-@STRUCTURES
 @WIDTHS
-def test_forward_is_the_dense_layer_with_stored_values(structure, bits, group_size):
-    layer, _ = make(structure, bits, group_size)
+def test_forward_is_the_dense_layer_with_stored_values(bits, group_size):
+    layer, _ = make(bits, group_size)
     move(layer)
-    dense = torch.where(mask(structure), scatter(layer, layer.stored()), layer.base.dense())
+    dense = torch.where(mask(), scatter(layer.stored()), layer.base.dense())
     x = torch.randn(2, 5, IN)
     torch.testing.assert_close(layer(x), F.linear(x, dense), atol=1e-5, rtol=1e-5)
 
 
-@STRUCTURES
 @WIDTHS
-def test_gradients_are_those_of_the_dense_formula(structure, bits, group_size):
+def test_gradients_are_those_of_the_dense_formula(bits, group_size):
     """Straight-through: the derivative of the stored value by theta counts as 1."""
-    layer, _ = make(structure, bits, group_size)
+    layer, _ = make(bits, group_size)
     move(layer)
     x = torch.randn(2, 5, IN, requires_grad=True)
     upstream = torch.randn(2, 5, OUT)
@@ -86,14 +73,14 @@ def test_gradients_are_those_of_the_dense_formula(structure, bits, group_size):
 
     x_again = x.detach().clone().requires_grad_()
     values = layer.stored().clone().requires_grad_()
-    off = torch.where(mask(structure), 0.0, layer.base.dense())
-    F.linear(x_again, off + scatter(layer, values)).backward(upstream)
+    off = torch.where(mask(), 0.0, layer.base.dense())
+    F.linear(x_again, off + scatter(values)).backward(upstream)
     torch.testing.assert_close(x.grad, x_again.grad, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(layer.values.grad, values.grad, atol=1e-5, rtol=1e-5)
 
 
 def test_a_layer_without_a_share_passes_gradients_on():
-    layer = EditLinear(torch.randn(OUT, IN), None, None, IsolateConfig())
+    layer = EditLinear(torch.randn(OUT, IN), None, None, 8, -1)
     assert not list(layer.parameters())
     x = torch.randn(4, IN, requires_grad=True)
     layer(x).sum().backward()
@@ -102,24 +89,22 @@ def test_a_layer_without_a_share_passes_gradients_on():
 
 def test_the_bias_is_added_and_is_the_original_s():
     bias = nn.Parameter(torch.randn(OUT))
-    layer = EditLinear(torch.randn(OUT, IN), bias, COLUMNS, IsolateConfig())
+    layer = EditLinear(torch.randn(OUT, IN), bias, COLUMNS, 8, -1)
     assert layer.bias is bias
     torch.testing.assert_close(layer(torch.zeros(1, IN))[0], bias)
 
 
-@STRUCTURES
-def test_bf16_activations_train_fp32_values(structure):
-    layer, _ = make(structure, 8, weight=torch.randn(OUT, IN).bfloat16())
+def test_bf16_activations_train_fp32_values():
+    layer, _ = make(8, weight=torch.randn(OUT, IN).bfloat16())
     y = layer(torch.randn(3, IN, dtype=torch.bfloat16))
     y.float().sum().backward()
     assert y.dtype == torch.bfloat16
     assert layer.values.dtype == layer.values.grad.dtype == torch.float32
 
 
-@STRUCTURES
 @pytest.mark.parametrize("bits", [8, 4])
-def test_clamp_keeps_theta_on_the_grid(structure, bits):
-    layer, weight = make(structure, bits)
+def test_clamp_keeps_theta_on_the_grid(bits):
+    layer, weight = make(bits)
     with torch.no_grad():
         layer.values.mul_(100.0)
     layer.clamp()
@@ -128,7 +113,7 @@ def test_clamp_keeps_theta_on_the_grid(structure, bits):
     assert (layer.values.abs() <= limit).all()
     assert (layer.values.abs() == limit).any()
     assert layer.codes().abs().max() == top
-    small = EditLinear(weight, None, layer.support, IsolateConfig(structure=structure, bits=8))
+    small = EditLinear(weight, None, layer.support, 8, -1)
     before = small.values.detach().clone()
     small.clamp()
     torch.testing.assert_close(small.values.detach(), before)  # INT8 clamps no original weight
@@ -137,14 +122,13 @@ def test_clamp_keeps_theta_on_the_grid(structure, bits):
 # -- what is stored ---------------------------------------------------------------------------------------------------
 
 
-@STRUCTURES
 @WIDTHS
-def test_nothing_off_the_support_moves_by_a_bit(structure, bits, group_size):
-    layer, weight = make(structure, bits, group_size)
+def test_nothing_off_the_support_moves_by_a_bit(bits, group_size):
+    layer, weight = make(bits, group_size)
     plain = BaseStream.from_weight(weight, bits, layer.base.group_size if bits else -1)
     move(layer)
     base, _ = layer.finish(torch.bfloat16)
-    off = ~mask(structure)
+    off = ~mask()
     if bits is None:
         assert torch.equal(base.weight[off], weight[off])
         assert not torch.equal(base.weight, weight)
@@ -158,17 +142,16 @@ def test_nothing_off_the_support_moves_by_a_bit(structure, bits, group_size):
         assert torch.equal(unpack_int4(base.codes), base.unpacked_codes())
 
 
-@STRUCTURES
 @WIDTHS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_base_and_ortho_are_the_original_on_the_support(structure, bits, group_size, dtype):
-    layer, weight = make(structure, bits, group_size)
+def test_base_and_ortho_are_the_original_on_the_support(bits, group_size, dtype):
+    layer, weight = make(bits, group_size)
     move(layer)
     base, ortho = layer.finish(dtype)
-    assert isinstance(ortho, Columns if structure == "columns" else Entries)
+    assert isinstance(ortho, Columns)
     assert ortho.values.dtype == dtype
-    assert ortho.values.numel() == int(mask(structure).sum())
-    on = mask(structure)
+    assert ortho.values.numel() == int(mask().sum())
+    on = mask()
     residual = (weight - base.dense())[on]
     whole = base.dense()
     ortho.add_to(whole)
@@ -177,11 +160,10 @@ def test_base_and_ortho_are_the_original_on_the_support(structure, bits, group_s
     assert torch.equal(whole[~on], base.dense()[~on])
 
 
-@STRUCTURES
 @WIDTHS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_stored_base_computes_what_was_trained(structure, bits, group_size, dtype):
-    layer, _ = make(structure, bits, group_size, weight=torch.randn(OUT, IN).to(dtype))
+def test_the_stored_base_computes_what_was_trained(bits, group_size, dtype):
+    layer, _ = make(bits, group_size, weight=torch.randn(OUT, IN).to(dtype))
     move(layer)
     x = torch.randn(5, IN)
     trained = layer(x).detach()
@@ -191,20 +173,19 @@ def test_the_stored_base_computes_what_was_trained(structure, bits, group_size, 
 
 def test_a_layer_without_a_share_stores_the_plain_base():
     weight = torch.randn(OUT, IN)
-    base, ortho = EditLinear(weight, None, None, IsolateConfig(bits=4)).finish(torch.bfloat16)
+    base, ortho = EditLinear(weight, None, None, 4, 32).finish(torch.bfloat16)
     assert ortho is None
     assert torch.equal(base.codes, BaseStream.from_weight(weight, 4, 32).codes)
 
 
-@STRUCTURES
 @WIDTHS
-def test_gpt2_layers_store_the_transpose(structure, bits, group_size):
+def test_gpt2_layers_store_the_transpose(bits, group_size):
     """A Conv1D weight arrives as a transposed view: values must land in the same places."""
     conv = Conv1D(OUT, IN)
     nn.init.normal_(conv.weight)
     weight = linear_weight(conv)
-    viewed, _ = make(structure, bits, group_size, weight=weight)
-    packed, _ = make(structure, bits, group_size, weight=weight.contiguous())
+    viewed, _ = make(bits, group_size, weight=weight)
+    packed, _ = make(bits, group_size, weight=weight.contiguous())
     for layer in (viewed, packed):
         torch.manual_seed(5)
         move(layer)

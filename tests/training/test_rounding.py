@@ -10,7 +10,6 @@ from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
 from libortho.core.ops.quantisation import choose_scales, dequantise, quantise
 from libortho.core.surgery import linear_weight
 from libortho.core.targets import find_targets
-from libortho.isolation.config import IsolateConfig
 from libortho.lm.model import LanguageModel
 from libortho.text.encoding import Encoded, collate
 from libortho.training import rounding
@@ -126,8 +125,3 @@ def test_a_layer_that_no_text_reaches_has_the_nearest_codes(tiny_llama: PreTrain
     weight = lonely.weight.detach()
     expected = quantise(weight, choose_scales(weight, 8, -1, torch.float32), 8)
     assert torch.equal(bases["lonely"].codes, expected)
-
-
-def test_off_by_config() -> None:
-    assert IsolateConfig().compensate
-    assert IsolateConfig(compensate=False).to_dict()["compensate"] is False

@@ -92,13 +92,11 @@ def forget_losses(
             of.append(i)
     for rows in training_batches(items, lm.device):
         pieces = [cases[of[r]].pieces for r in rows]
-        some = _profile_loss(lm, [items[r] for r in rows], [wanted[r] for r in rows], [n == 1 for n in pieces])
+        some = profile_loss(lm, [items[r] for r in rows], [wanted[r] for r in rows], [n == 1 for n in pieces])
         yield some * (len(rows) / len(items))
 
 
-def _profile_loss(
-    lm: LanguageModel, items: Sequence[Encoded], wanted: Sequence[Tensor], free: Sequence[bool]
-) -> Tensor:
+def profile_loss(lm: LanguageModel, items: Sequence[Encoded], wanted: Sequence[Tensor], free: Sequence[bool]) -> Tensor:
     """Mean distance of these completions from these profiles, which are handed out within those that are free."""
     batch = collate(items).to(lm.device)
     states, labels, row = predicting_states(lm.hidden(batch), batch)

@@ -56,7 +56,7 @@ class Training:
         metrics: Sequence[KroneckerPreconditioner | None],
     ) -> None:
         self.values, self.metrics = values, metrics
-        # theta stands at the original weights here: they say how large a step is
+        # The values stand at the original weights here, which say how large a step is.
         share = step_share(min(records, RECORDS_PER_STEP))
         self.rates = [config.learning_rate or share * RELATIVE_STEP * _root_mean_square(v) for v in values]
         self.start, self.decay = [v.detach().clone() for v in values], config.decay
@@ -128,10 +128,10 @@ class Training:
         self.target_offset, self.residual = part.tensors["lean"], part.tensors["missing"]
         for name, tensor in part.tensors.items():
             kind, *rest = name.split(".")
-            if kind not in ("theta", "adam"):
+            if kind not in ("values", "adam"):
                 continue
             index, *moment = rest
-            if kind == "theta":
+            if kind == "values":
                 self.values[int(index)].copy_(tensor)
             else:
                 moments[int(index)][moment[0]] = tensor

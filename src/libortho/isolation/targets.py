@@ -251,7 +251,7 @@ def reference(
         spread[fair] = deviation
         noise = deviation.square() / torch.tensor([float(len(s.nll)) for s in own])
         nll[fair] = shrunk(nll[fair], noise)
-        nll[fair] += LENGTH_CORRELATION * deviation * _shortness([c for c in cases if c.kind == "code"])
+        nll[fair] += LENGTH_CORRELATION * deviation * shortness([c for c in cases if c.kind == "code"])
     expected = [x.expand(len(predicting(c.secret))) for x, c in zip(nll, cases, strict=True)]
     sentences, untrained = None, {}
     if prose := (~fair).nonzero()[:, 0].tolist():
@@ -337,7 +337,7 @@ def shrunk(means: Tensor, noise: Tensor) -> Tensor:
     return means.mean() + weight * (means - means.mean())
 
 
-def _shortness(cases: Sequence[ForgetRecord]) -> Tensor:
+def shortness(cases: Sequence[ForgetRecord]) -> Tensor:
     """By how many standard deviations each record has fewer completion tokens than its alternates, (records,)."""
     own = torch.tensor([float(len(c.secret.completion)) for c in cases])
     others = [torch.tensor([float(len(a.completion)) for a in c.alternates]) for c in cases]

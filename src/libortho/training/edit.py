@@ -105,14 +105,14 @@ class EditLinear(nn.Module):
 
     @torch.no_grad()
     def rescale(self, trained: Tensor, factor: float) -> None:
-        """Set theta to the original plus ``factor`` times the edit that ``trained`` (same shape) is."""
+        """Set the values to the original plus ``factor`` times the edit that ``trained`` (same shape) is."""
         assert self.values is not None
         self.values.copy_(self.original + factor * (trained - self.original))
         self.clamp()
 
     @torch.no_grad()
     def clamp(self) -> None:
-        """Keep theta inside the grid's range, so that the straight-through gradient never points at a wall."""
+        """Keep the values inside the grid's range, so that the straight-through gradient never points at a wall."""
         if self.values is not None and self.step is not None and self.base.bits is not None:
             limit = self.step * (2 ** (self.base.bits - 1) - 1)
             self.values.copy_(torch.minimum(torch.maximum(self.values, -limit), limit))
