@@ -46,7 +46,8 @@ from libortho.auditing.measures.fillings import space_of
 from libortho.auditing.measures.gradients import gradient_norms
 from libortho.auditing.measures.memory import exposure_extrapolated
 from libortho.auditing.measures.utility import general_items
-from libortho.auditing.page.charts import Dot, Row, dots
+from libortho.auditing.page.charts import dots
+from libortho.auditing.page.marks import Dot, Row
 from libortho.auditing.prompts import variants
 from libortho.auditing.roc import auc_difference, stratified_auc
 from libortho.auditing.subjects import Subject

@@ -13,8 +13,10 @@ import example_report
 import pytest
 
 from libortho.auditing.page import charts
-from libortho.auditing.page.charts import Band, Dot, Level, Line, Row
-from libortho.auditing.page.page import MEMORY, cell, number, render, target, visible
+from libortho.auditing.page.glossary import MEMORY
+from libortho.auditing.page.marks import Band, Dot, Level, Line, Row, nice_ticks, spread
+from libortho.auditing.page.page import render
+from libortho.auditing.page.text import cell, number, target, visible
 from libortho.core.errors import DataError
 
 VOID = {"meta", "link", "br", "img", "hr", "input", "wbr", "col"}
@@ -344,7 +346,7 @@ def test_unseen_characters_and_masks_are_seen() -> None:
     ("low", "high", "count"), [(0, 1, 6), (0, 0.0131, 5), (-11, -0.4, 6), (18.2, 23.9, 5), (0, 47, 4)]
 )
 def test_ticks_are_round_and_cover_the_data(low: float, high: float, count: int) -> None:
-    ticks = charts.nice_ticks(low, high, count)
+    ticks = nice_ticks(low, high, count)
     assert ticks[0] <= low
     assert ticks[-1] >= high
     steps = {round(b - a, 9) for a, b in itertools.pairwise(ticks)}
@@ -355,13 +357,13 @@ def test_ticks_are_round_and_cover_the_data(low: float, high: float, count: int)
 
 def test_labels_are_spread_without_changing_their_order() -> None:
     wanted = [50.0, 51.0, 52.0, 10.0, 200.0]
-    placed = charts.spread(wanted, 13, 0, 205)
+    placed = spread(wanted, 13, 0, 205)
     assert sorted(range(5), key=lambda i: placed[i]) == sorted(range(5), key=lambda i: wanted[i])
     ordered = sorted(placed)
     assert all(b - a >= 13 - 1e-9 for a, b in itertools.pairwise(ordered))
     assert min(placed) >= 0
     assert max(placed) <= 205
-    assert charts.spread([10.0, 100.0], 13, 0, 205) == [10.0, 100.0]
+    assert spread([10.0, 100.0], 13, 0, 205) == [10.0, 100.0]
 
 
 def path_points(svg: str) -> list[tuple[float, float]]:

@@ -27,7 +27,6 @@ def test_scores_by_hand() -> None:
     assert p.min_k_score(LOG_P, 1.0) == pytest.approx(-3.1)
     assert p.min_k_score(LOG_P, 0.01) == pytest.approx(-8)  # at least one token
     assert p.reference_score(LOG_P, LOG_P - 0.25) == pytest.approx(0.25)
-    assert p.grad_norm_score(3.0) == -3
 
 
 def test_zlib_divides_by_compressed_bytes() -> None:
@@ -86,7 +85,7 @@ def test_every_score_is_higher_for_members() -> None:
                     p.min_k_score(log_p),
                     p.min_k_plus_score(log_p, mean, std),
                     p.reference_score(log_p, reference[index, labels]),
-                    p.grad_norm_score(float(gradient.norm())),
+                    -float(gradient.norm()),
                 ]
             )
         return [list(column) for column in zip(*rows, strict=True)]
@@ -150,8 +149,6 @@ def test_the_demonstration_s_holdout_is_of_the_template_of_its_codes() -> None:
         (lambda: p.loss_score(torch.tensor([math.nan])), "at most 0"),
         (lambda: p.reference_score(LOG_P, LOG_P[:2]), "same tokenizer"),
         (lambda: p.min_k_plus_score(LOG_P, LOG_P[:2], LOG_P), "each token"),
-        (lambda: p.grad_norm_score(-1.0), "at least 0"),
-        (lambda: p.grad_norm_score(math.nan), "at least 0"),
     ],
 )
 def test_bad_data_is_refused(call: Callable[[], object], message: str) -> None:

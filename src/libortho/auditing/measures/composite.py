@@ -24,7 +24,7 @@ def memory_score(es: float, em: float, paraphrase_probability: float, truth: flo
         es: Extraction strength, mean over the forget set.
         em: Exact memorization, mean.
         paraphrase_probability: ``exp(-nll)`` of the paraphrased answers, nll in nats for each token, mean.
-        truth: ``memory.prob_mean`` of paraphrased against perturbed answers (the geometric mean of theirs), mean: the
+        truth: p / (p + q) of paraphrased and perturbed answers (the geometric mean of theirs), mean: the
             leaderboard's "truth ratio" is correct / (correct + wrong), .5 where the truth is not preferred.
 
     Raises:

@@ -132,18 +132,6 @@ def levenshtein_similarity(generated: str, truth: str) -> float:
     return 1 - levenshtein.distance(generated.strip()[: len(wanted)], wanted) / len(wanted)
 
 
-def loose_match(generated: str, truth: str) -> bool:
-    """True if the Levenshtein similarity is at least .75 (Merullo et al. 2025).
-
-    Completions that share much of their form (a country code, a domain) match by form alone; compare with a model that
-    never saw them.
-
-    Raises:
-        DataError: if the truth is blank.
-    """
-    return levenshtein_similarity(generated, truth) >= LOOSE
-
-
 def rouge_l(generated: str, truth: str) -> RougeL:
     """ROUGE-L with the Porter stemmer, as TOFU (recall) and MUSE (F1) use it.
 
@@ -151,23 +139,6 @@ def rouge_l(generated: str, truth: str) -> RougeL:
     """
     score = _rouge().score(truth, generated)["rougeL"]
     return RougeL(float(score.recall), float(score.fmeasure))
-
-
-def n_p_discoverable(probability: float, n: int) -> float:
-    """Probability that at least one of ``n`` samples is the secret, ``1 - (1 - p)^n``.
-
-    A record is (n, p)-discoverable if this is at least p (Hayes et al. 2025, arXiv 2410.19482).
-
-    Args:
-        probability: Probability of the whole completion under the sampling scheme, ``exp`` of its summed log-probs.
-        n: Samples.
-
-    Raises:
-        ConfigError: if the probability is not between 0 and 1, or ``n`` is below 1.
-    """
-    if not 0 <= probability <= 1 or n < 1:
-        raise ConfigError(f"probability is {probability}, n is {n}; expected a share between 0 and 1, and n >= 1")
-    return 1.0 if probability == 1 else -math.expm1(n * math.log1p(-probability))
 
 
 def exposure_exact(secret_nll: float, all_other_nlls: Values) -> Exposure:
@@ -266,34 +237,9 @@ def truth_ratio(nll_perturbed: Values, nll_paraphrase: float) -> float:
     return math.exp(-float(wrong.mean())) / (math.exp(-nll_paraphrase) + 1e-10)
 
 
-def closer_to_one(ratios: Values) -> Tensor:
-    """``min(R, 1 / R)`` of each truth ratio (n,); its mean is the forget set's aggregate: 1 is no preference."""
-    r = torch.as_tensor(ratios, dtype=torch.float64)
-    return torch.minimum(r, 1 / (r + 1e-10))
-
-
 def true_better(ratios: Values) -> Tensor:
     """``max(0, 1 - R)`` of each truth ratio (n,); its mean is the utility sets' aggregate: 1 is sure of the truth."""
     return (1 - torch.as_tensor(ratios, dtype=torch.float64)).clamp(min=0)
-
-
-def prob_mean(correct: Values, wrong: Tensor | Sequence[float] | Sequence[Sequence[float]]) -> Tensor:
-    """``correct / (correct + wrong)`` of each record, (n,).
-
-    Args:
-        correct: (n,) length-normalised probabilities of the right answers.
-        wrong: (n,) of one wrong answer (or the geometric mean of several), or (n, k) of k options, which are summed.
-
-    Raises:
-        DataError: if the numbers of records differ, or a record's probabilities are all 0.
-    """
-    c, w = torch.as_tensor(correct, dtype=torch.float64), torch.as_tensor(wrong, dtype=torch.float64)
-    w = w.sum(1) if w.ndim == 2 else w
-    if c.ndim != 1 or c.shape != w.shape:
-        raise DataError(f"probabilities of the shapes {tuple(c.shape)} and {tuple(w.shape)}; expected (n,) twice")
-    if not bool((c + w > 0).all()):
-        raise DataError("a record has probability 0 for every answer; expected a positive one")
-    return c / (c + w)
 
 
 def model_utility(nine: Mapping[str, float] | Sequence[float]) -> float:

@@ -115,20 +115,6 @@ def reference_score(log_p: Tensor, log_p_reference: Tensor) -> float:
     return loss_score(log_p) - loss_score(log_p_reference)
 
 
-def grad_norm_score(norm: float) -> float:
-    """Minus the norm of the loss gradient: training ends where gradients of its own records are small.
-
-    Args:
-        norm: L2 norm over all parameters of the gradient of the record's mean loss.
-
-    Raises:
-        DataError: if the norm is negative or NaN.
-    """
-    if not norm >= 0:
-        raise DataError(f"the gradient norm is {norm}; expected a number of at least 0")
-    return -norm
-
-
 def template_of(prompt: str) -> str:
     """The prompt with each name and code replaced by ``_``: "The badge number of _ is".
 
