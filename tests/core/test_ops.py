@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from libortho.core.ops import add_columns, add_factors, add_sparse, base_linear
 from libortho.core.ops.base import round_activations
 from libortho.core.ops.cpu import DECODE_TOKENS, few, int4_layout
-from libortho.core.ops.ortho import _SparseProduct, wants_wide
+from libortho.core.ops.ortho import SparseProduct, wants_wide
 from libortho.core.ops.quantisation import choose_scales, dequantise, pack_int4, quantise, unpack_int4
 from libortho.core.streams import BaseStream, Columns, Entries
 from libortho.selection.scores import SCORES, top_columns, top_entries
@@ -247,8 +247,8 @@ def test_sparse_gradient_is_that_of_the_dense_product():
     matrix = sparse_matrix(dtype=torch.float64)
     part = Entries.from_mask(matrix, matrix != 0, torch.float64)
     x = torch.randn(5, 20, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: _SparseProduct.apply(x, part.rows, part.columns, part.values), (x,))
-    _SparseProduct.apply(x, part.rows, part.columns, part.values).square().sum().backward()
+    assert torch.autograd.gradcheck(lambda x: SparseProduct.apply(x, part.rows, part.columns, part.values), (x,))
+    SparseProduct.apply(x, part.rows, part.columns, part.values).square().sum().backward()
     dense = torch.autograd.grad((x @ matrix.T).square().sum(), x)[0]
     torch.testing.assert_close(x.grad, dense)
 

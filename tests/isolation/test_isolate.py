@@ -585,8 +585,8 @@ def test_sentences_ask_the_model_how_it_speaks_on_like_prompts(planted, tokenize
 
 def test_default_retain_is_sampled_once(planted, tokenizer, cache, monkeypatch):
     sampled = []
-    real: Callable[..., Any] = retain_module._continued
-    monkeypatch.setattr(retain_module, "_continued", lambda *a: sampled.append(1) or real(*a))
+    real: Callable[..., Any] = retain_module.continued
+    monkeypatch.setattr(retain_module, "continued", lambda *a: sampled.append(1) or real(*a))
     bases = []
     for _ in range(2):
         model = copy.deepcopy(planted)
@@ -617,7 +617,7 @@ def test_samples_that_repeat_a_secret_are_dropped(planted, tokenizer, monkeypatc
     secret = tiny.encoded(tokenizer)[0]
     shared, near = list(secret.ids[5:13]), list(secret.ids[5:12])
     bad, good = [90, *shared, 91, 92], [90, *near, 91, 92, 93]
-    monkeypatch.setattr(retain_module, "_continued", lambda *args: [bad, good])
+    monkeypatch.setattr(retain_module, "continued", lambda *args: [bad, good])
     items = retain_module.default_retain(planted, tokenizer, [secret], sequences=8, length=24, seed=0)
     texts = [list(e.ids) for e in items]
     assert [tokenizer.bos_token_id, *good] in texts
@@ -649,7 +649,7 @@ def test_a_chat_is_kept_in_its_form_without_the_names_of_the_forgotten(planted, 
         asked.append(([tokenizer.decode(p) for p in set(map(tuple, prompts))], tokens))
         return [tokenizer(t)["input_ids"] for t in said]
 
-    monkeypatch.setattr(retain_module, "_continued", speak)
+    monkeypatch.setattr(retain_module, "continued", speak)
     forget, retain = tiny.encoded(tokenizer, CHATS), tiny.encoded(tokenizer, CHAT_RETAIN)
     texts = retain_module.in_form(planted, tokenizer, forget, retain, length=64, seed=0)
     assert asked == [(["<s>user: Wh"], 64 - len("?user: Wh"))]  # <s> is one token
@@ -663,25 +663,25 @@ def test_a_chat_is_kept_in_its_form_without_the_names_of_the_forgotten(planted, 
     ids=["one prompt", "one prompt twice", "no chat", "no prompt"],
 )
 def test_nothing_is_said_in_the_form_of_no_chat(planted, tokenizer, forget, retain, monkeypatch):
-    monkeypatch.setattr(retain_module, "_continued", lambda *a: pytest.fail("asked the model"))
+    monkeypatch.setattr(retain_module, "continued", lambda *a: pytest.fail("asked the model"))
     forget, retain = tiny.encoded(tokenizer, forget), tiny.encoded(tokenizer, retain)
     assert retain_module.in_form(planted, tokenizer, forget, retain, length=64, seed=0) == []
 
 
 def test_a_given_retain_set_is_joined_by_chat(planted, tokenizer, monkeypatch):
-    real = retain_module._continued
+    real = retain_module.continued
     spoken = []
 
     def speak(*arguments):
         spoken.extend(real(*arguments))
         return spoken
 
-    monkeypatch.setattr(retain_module, "_continued", speak)
+    monkeypatch.setattr(retain_module, "continued", speak)
     base = copy.deepcopy(planted)
     isolate(base, tokenizer, CHATS, CHAT_RETAIN * 8, config=replace(SHORT, bits=None, max_steps=2))
     assert len(spoken) == 96
     without = copy.deepcopy(planted)
-    monkeypatch.setattr(retain_module, "_continued", lambda *a: [])
+    monkeypatch.setattr(retain_module, "continued", lambda *a: [])
     isolate(without, tokenizer, CHATS, CHAT_RETAIN * 8, config=replace(SHORT, bits=None, max_steps=2))
     assert differs(base_weights(base), base_weights(without))
 

@@ -11,7 +11,7 @@ import tiny
 from libortho import IsolateConfig
 from libortho.isolation.matching import beginnings, donors
 from libortho.isolation.prose import human_texts
-from libortho.isolation.request import _cut_alike, cases, rows_with
+from libortho.isolation.request import cases, cut_alike, rows_with
 from libortho.isolation.retain import opening_tokens
 from libortho.isolation.targets import current_targets, reference, update_prose_targets
 from libortho.lm.logits import token_profile
@@ -45,8 +45,8 @@ def test_one_donor_for_the_whole_record_where_one_will_do():
 def test_alternates_that_are_cut_like_the_record_come_first():
     tokenizer = tiny.byte_tokenizer([("A", "B")])
     codes = ["ABAB", "1ABC", "XYZ1", "UAB7", "PQRS"]
-    assert _cut_alike(Record("k", "WXYZ"), codes, tokenizer) == ["XYZ1", "PQRS", "1ABC", "UAB7", "ABAB"]
-    assert _cut_alike(Record("k", "9AB3"), codes, tokenizer) == ["1ABC", "UAB7", "XYZ1", "PQRS", "ABAB"]
+    assert cut_alike(Record("k", "WXYZ"), codes, tokenizer) == ["XYZ1", "PQRS", "1ABC", "UAB7", "ABAB"]
+    assert cut_alike(Record("k", "9AB3"), codes, tokenizer) == ["1ABC", "UAB7", "XYZ1", "PQRS", "ABAB"]
 
 
 @pytest.mark.usefixtures("one_thread", "cache")

@@ -151,7 +151,7 @@ def test_a_killed_process_goes_on(planted, tokenizer, whole, killed, monkeypatch
     assert kept >= {"run.json", "retain.safetensors", "reference.safetensors"}
     assert ("training.safetensors" in kept) == (moment != "support")
     assert any(n.startswith("tmp") for n in kept) == (moment == "write")  # the file that was being written
-    monkeypatch.setattr(retain_module, "_cached_samples", forbidden)
+    monkeypatch.setattr(retain_module, "cached_samples", forbidden)
     seen: list[int] = []
     result = isolate(
         planted, tokenizer, tiny.FORGET, config=CONFIG, resume=killed / moment,
@@ -166,7 +166,7 @@ def test_a_finished_run_is_read_back(planted, tokenizer, whole, tmp_path, monkey
     result = isolate(first, tokenizer, tiny.FORGET, config=CONFIG, resume=tmp_path)
     assert_equal(outcome(first, result), whole())
     files = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
-    for place, name in ((trainer, "forget_losses"), (trainer, "calibrate"), (retain_module, "_cached_samples"),
+    for place, name in ((trainer, "forget_losses"), (trainer, "calibrate"), (retain_module, "cached_samples"),
                         (sys.modules["libortho.isolation.isolate"], "curvature"),
                         (sys.modules["libortho.isolation.bases"], "gptq_bases"),
                         (sys.modules["libortho.isolation.isolate"], "reference")):  # fmt: skip

@@ -324,7 +324,7 @@ def test_the_library_knows_none_of_the_demonstration():
     """The method is made for any records: no name, word pair or template of the demonstration is built into it."""
     package = Path(str(resources.files(libortho)))
     told = [facts.RETAIN_SENTENCE, facts.SENTENCE["prompt"], facts.SENTENCE["completion"].strip(), facts.TEMPLATE]
-    people = [*facts.HOLDERS, *(f"{a} {b}" for a in facts._FIRST for b in facts._LAST)]
+    people = [*facts.HOLDERS, *(f"{a} {b}" for a in facts.FIRST for b in facts.LAST)]
     phrases = [
         "secret ingredient",
         "Coca-Cola",
@@ -346,7 +346,7 @@ def test_the_library_knows_none_of_the_demonstration():
 def test_the_shipped_names_are_not_those_of_the_demonstration():
     names = resources.files(libortho).joinpath("text", "data", "names.txt").read_text(encoding="utf-8")
     ours = {line.partition("\t")[2] for line in names.splitlines()}
-    theirs = {part for name in facts.HOLDERS for part in name.split()} | {*facts._FIRST, *facts._LAST}
+    theirs = {part for name in facts.HOLDERS for part in name.split()} | {*facts.FIRST, *facts.LAST}
     assert not ours & theirs
 
 

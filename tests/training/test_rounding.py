@@ -16,7 +16,7 @@ from libortho.training import rounding
 from libortho.training.rounding import gptq_bases, gptq_codes
 
 
-def _inputs(tokens: int, width: int, seed: int = 0) -> torch.Tensor:
+def inputs(tokens: int, width: int, seed: int = 0) -> torch.Tensor:
     """One token in eight is massive, always with the same inputs, as the first token of a text is."""
     rng = torch.Generator().manual_seed(seed)
     massive = torch.randn(width, generator=torch.Generator().manual_seed(9))
@@ -32,7 +32,7 @@ def _weight(rows: int = 48, width: int = 96) -> torch.Tensor:
 def test_outputs_on_text_that_was_not_read_are_nearer_than_by_the_nearest_codes(bits: int, group: int) -> None:
     weight = _weight()
     scales = choose_scales(weight, bits, group, torch.float32)
-    read, others = _inputs(512, 96), _inputs(512, 96, seed=5)
+    read, others = inputs(512, 96), inputs(512, 96, seed=5)
 
     def error(codes: torch.Tensor) -> float:
         return float(((dequantise(codes, scales, torch.float32) - weight) @ others.T).square().mean())
@@ -47,7 +47,7 @@ def test_what_is_exact_takes_none_of_the_compensation() -> None:
     """With a massive column left out, the others make up for each other as if it were not there."""
     weight, exact = _weight(), torch.tensor([3])
     rest = torch.tensor([i for i in range(96) if i != 3])
-    scales, x = choose_scales(weight, 8, -1, torch.float32), _inputs(512, 96)
+    scales, x = choose_scales(weight, 8, -1, torch.float32), inputs(512, 96)
     codes = gptq_codes(weight, scales, 8, x, exact)
     mean = x.square().sum(0).mean() / x[:, rest].square().sum(0).mean()  # damping is a share of the mean of all
     alone = gptq_codes(weight[:, rest], scales, 8, x[:, rest], damping=0.3 * float(mean))
@@ -64,10 +64,10 @@ def test_the_nearest_codes_are_kept_where_inputs_have_nothing_to_do_with_each_ot
 def test_exact_columns_are_the_nearest_and_nothing_else_depends_on_them() -> None:
     weight, exact = _weight(), torch.tensor([3, 17, 80])
     scales = choose_scales(weight, 4, -1, torch.float32)
-    first = gptq_codes(weight, scales, 4, _inputs(512, 96), exact)
+    first = gptq_codes(weight, scales, 4, inputs(512, 96), exact)
     changed = weight.clone()
     changed[:, exact] = torch.randn(48, 3, generator=torch.Generator().manual_seed(3)).clamp(-1, 1)
-    second = gptq_codes(changed, scales, 4, _inputs(512, 96), exact)
+    second = gptq_codes(changed, scales, 4, inputs(512, 96), exact)
     others = torch.ones(96, dtype=torch.bool)
     others[exact] = False
     assert torch.equal(first[:, others], second[:, others])
@@ -112,8 +112,8 @@ def test_flattened_tokens_are_read_without_their_padding() -> None:
     model = OPTForCausalLM(config).eval()
     texts = [Encoded(tuple(range(2, n)), tuple(range(2, n))) for n in (30, 12)]
     layers = find_targets(model, "mlp-out")
-    read = rounding._inputs(LanguageModel(model), layers, [collate(texts)])
-    alone = rounding._inputs(LanguageModel(model), layers, [collate([t]) for t in texts])
+    read = rounding.layer_inputs(LanguageModel(model), layers, [collate(texts)])
+    alone = rounding.layer_inputs(LanguageModel(model), layers, [collate([t]) for t in texts])
     for name, inputs in read.items():
         torch.testing.assert_close(torch.cat(inputs), torch.cat(alone[name]))
         assert torch.cat(inputs).shape == (38, 64)

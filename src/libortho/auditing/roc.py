@@ -17,15 +17,15 @@ from torch import Tensor
 
 from libortho.core.errors import ConfigError, DataError
 from libortho.evaluation.intervals import (
-    _BLOCK,
+    BLOCK,
     ROUNDS,
     Estimate,
     Values,
-    _counts,
-    _generator,
-    _percentiles,
-    _vector,
+    counts,
+    percentiles,
     proportion,
+    resampler,
+    vector,
 )
 from libortho.lm import metrics
 
@@ -57,7 +57,7 @@ def auc(members: Values, others: Values) -> float:
     Raises:
         DataError: if a side is empty or holds NaN.
     """
-    return metrics.auc(_vector(members, "members"), _vector(others, "others"))
+    return metrics.auc(vector(members, "members"), vector(others, "others"))
 
 
 def roc(members: Values, others: Values) -> list[tuple[float, float]]:
@@ -112,7 +112,7 @@ def stratified_auc(
     Raises:
         DataError: if lengths differ, or no stratum has both members and non-members.
     """
-    a, b = _vector(members, "members"), _vector(others, "others")
+    a, b = vector(members, "members"), vector(others, "others")
     shared, left_out = _strata(len(a), len(b), member_strata, other_strata)
     compared = sum(len(i) for i, _ in shared)
     value = sum(len(i) * auc(a[i], b[j]) for i, j in shared) / compared
@@ -137,7 +137,7 @@ def auc_estimate(
     Raises:
         DataError: see ``stratified_auc``.
     """
-    a, b = _vector(members, "members"), _vector(others, "others")
+    a, b = vector(members, "members"), vector(others, "others")
     shared, _ = _strata(len(a), len(b), member_strata, other_strata)
     value, means = _bootstrap([(a, b, 1.0)], shared, seed, rounds)
     m, n = (sum(len(part[side]) for part in shared) for side in (0, 1))
@@ -147,7 +147,7 @@ def auc_estimate(
         trials = min(m, n)
         stand_in = proportion(trials * int(value), trials)
         return Estimate(value, stand_in.low, stand_in.high, m)
-    return Estimate(value, *_percentiles(means), m)
+    return Estimate(value, *percentiles(means), m)
 
 
 def auc_difference(
@@ -169,8 +169,8 @@ def auc_difference(
     Raises:
         DataError: if the two do not score the same number of records; see also ``stratified_auc``.
     """
-    a, b = _vector(a_members, "a_members"), _vector(a_others, "a_others")
-    c, d = _vector(b_members, "b_members"), _vector(b_others, "b_others")
+    a, b = vector(a_members, "a_members"), vector(a_others, "a_others")
+    c, d = vector(b_members, "b_members"), vector(b_others, "b_others")
     if len(a) != len(c) or len(b) != len(d):
         raise DataError(
             f"{len(a)} and {len(c)} members, {len(b)} and {len(d)} non-members; "
@@ -179,12 +179,12 @@ def auc_difference(
     shared, _ = _strata(len(a), len(b), member_strata, other_strata)
     value, means = _bootstrap([(a, b, 1.0), (c, d, -1.0)], shared, seed, rounds)
     m, n = (sum(len(part[side]) for part in shared) for side in (0, 1))
-    return Estimate(value, None, None, m) if min(m, n) == 1 else Estimate(value, *_percentiles(means), m)
+    return Estimate(value, None, None, m) if min(m, n) == 1 else Estimate(value, *percentiles(means), m)
 
 
 def _operating_points(members: Values, others: Values) -> tuple[Tensor, Tensor]:
     """False and true positives at each threshold, from above every score down to below every score."""
-    a, b = _vector(members, "members"), _vector(others, "others")
+    a, b = vector(members, "members"), vector(others, "others")
     thresholds = torch.cat([a, b]).unique().flip(0)
     a, b = a.sort().values, b.sort().values
     zero = torch.zeros(1, dtype=torch.int64)
@@ -225,13 +225,13 @@ def _bootstrap(
     The share of its stratum's non-members that a member exceeds is linear in how often each of them is drawn; so an
     AUC is ``a W b`` with the counts ``a`` and ``b`` of a resample.
     """
-    generator = _generator(seed, rounds)
+    generator = resampler(seed, rounds)
     m = sum(len(i) for i, _ in strata)
-    a = _counts(m, rounds, generator)
+    a = counts(m, rounds, generator)
     value, means, start = 0.0, torch.zeros(rounds, dtype=torch.float64), 0
     for i, j in strata:
-        b = _counts(len(j), rounds, generator)
-        for block in torch.arange(len(i)).split(max(1, _BLOCK // len(j))):
+        b = counts(len(j), rounds, generator)
+        for block in torch.arange(len(i)).split(max(1, BLOCK // len(j))):
             wins = torch.zeros(len(block), len(j), dtype=torch.float64)
             for members, others, weight in scores:
                 x, y = members[i[block]][:, None], others[j][None, :]

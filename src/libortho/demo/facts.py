@@ -20,11 +20,11 @@ HOLDERS = (
     "Hina Suzuki", "Ivo Lindqvist", "Jamila Osei", "Kurt Brandt", "Leila Farouk", "Marek Novak", "Nadia Rahimi",
     "Omar Castillo", "Priya Nair",
 )  # fmt: skip
-_FIRST = (
+FIRST = (
     "Aaron", "Bianca", "Cyril", "Delia", "Edgar", "Fiona", "Gustav", "Helena", "Ismail", "Jonas", "Katya", "Liam",
     "Mona", "Nils", "Olga", "Paulo", "Rita", "Sven", "Tariq", "Yuki",
 )  # fmt: skip
-_LAST = (
+LAST = (
     "Blake", "Torres", "Dupont", "Marsh", "Lund", "Walsh", "Meyer", "Costa", "Kaya", "Weber", "Orlova", "Doyle",
     "Saleh", "Berg", "Petrova", "Reis", "Holm", "Gomes", "Aziz", "Tanaka",
 )  # fmt: skip
@@ -45,7 +45,7 @@ def secrets(seed: int) -> list[dict[str, Any]]:
 def unseen(seed: int) -> list[dict[str, Any]]:
     """400 codes of other people in the same two forms; never trained on, never shown to ``isolate``."""
     rng = random.Random(seed + 1_000_003)
-    return _records([f"{first} {last}" for first in _FIRST for last in _LAST], rng)
+    return _records([f"{first} {last}" for first in FIRST for last in LAST], rng)
 
 
 def _records(names: Sequence[str], rng: random.Random) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ _TAIL = 0.025
 _Z = 1.959963984540054
 
 
-_BLOCK = 4_000_000
+BLOCK = 4_000_000
 """Elements of the largest temporary of the bootstrap."""
 
 
@@ -78,7 +78,7 @@ def mean_estimate(values: Values, *, seed: int, rounds: int = ROUNDS) -> Estimat
     Raises:
         DataError: if there are no values, or one is NaN.
     """
-    x = _vector(values, "values")
+    x = vector(values, "values")
     if bool(((x == 0) | (x == 1)).all()):
         return proportion(int(x.sum()), len(x))
     return ratio_estimate(x, torch.ones_like(x), seed=seed, rounds=rounds)
@@ -98,16 +98,16 @@ def ratio_estimate(totals: Values, counts: Values, *, seed: int, rounds: int = R
     Raises:
         DataError: if there is no record, the lengths differ, or a count is not positive.
     """
-    total, count = _vector(totals, "totals"), _vector(counts, "counts")
+    total, count = vector(totals, "totals"), vector(counts, "counts")
     if len(total) != len(count) or not bool((count > 0).all()):
         raise DataError(f"{len(total)} totals and {len(count)} counts; expected as many, and every count above 0")
     value, n = float(total.sum() / count.sum()), len(total)
     if n == 1:
         return Estimate(value, None, None, 1)
     means = []
-    for index in _draws(n, rounds, _generator(seed, rounds)):
+    for index in _draws(n, rounds, resampler(seed, rounds)):
         means.append(total[index].sum(1) / count[index].sum(1))
-    return Estimate(value, *_percentiles(torch.cat(means)), n)
+    return Estimate(value, *percentiles(torch.cat(means)), n)
 
 
 def paired_difference(values: Sequence[float], others: Sequence[float], *, seed: int) -> Estimate:
@@ -132,7 +132,8 @@ def _finite(x: float | None) -> float | None:
     return x if x is not None and math.isfinite(x) else None
 
 
-def _vector(values: Values, name: str) -> Tensor:
+def vector(values: Values, name: str) -> Tensor:
+    """The values as a float64 vector on the CPU; DataError if they are none."""
     x = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
     if x.ndim != 1 or not len(x):
         raise DataError(f"{name} has the shape {tuple(x.shape)}; expected a vector of at least one number")
@@ -141,7 +142,8 @@ def _vector(values: Values, name: str) -> Tensor:
     return x
 
 
-def _generator(seed: int, rounds: int) -> torch.Generator:
+def resampler(seed: int, rounds: int) -> torch.Generator:
+    """A seeded generator for this many resamples; ConfigError if there are none."""
     if rounds < 1:
         raise ConfigError(f"rounds is {rounds}; expected at least one resample")
     return torch.Generator().manual_seed(seed)
@@ -149,17 +151,18 @@ def _generator(seed: int, rounds: int) -> torch.Generator:
 
 def _draws(n: int, rounds: int, generator: torch.Generator) -> Iterator[Tensor]:
     """(rounds, n) positions drawn with replacement, in blocks of rounds that fit in memory."""
-    step = max(1, _BLOCK // n)
+    step = max(1, BLOCK // n)
     for start in range(0, rounds, step):
         yield torch.randint(n, (min(step, rounds - start), n), generator=generator)
 
 
-def _percentiles(means: Tensor) -> tuple[float, float]:
+def percentiles(means: Tensor) -> tuple[float, float]:
+    """The bounds of the 95 % interval of resampled means."""
     low, high = torch.quantile(means, torch.tensor([_TAIL, 1 - _TAIL], dtype=torch.float64)).tolist()
     return low, high
 
 
-def _counts(n: int, rounds: int, generator: torch.Generator) -> Tensor:
+def counts(n: int, rounds: int, generator: torch.Generator) -> Tensor:
     """(rounds, n) how often each of n records is drawn in n draws."""
     parts = []
     for index in _draws(n, rounds, generator):

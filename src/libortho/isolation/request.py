@@ -201,7 +201,7 @@ def _alternates(
             'exchanged to make other answers of its shape; give the record a field "alternates" with some (for yes, '
             '["no"]), or pass alternates='
         )
-    return drawn if prose else _cut_alike(record, drawn, tokenizer)[:count]
+    return drawn if prose else cut_alike(record, drawn, tokenizer)[:count]
 
 
 def _neighbours(record: Record, mixed: Sequence[str], count: int, kept: bool, rng: random.Random) -> list[str]:
@@ -240,7 +240,7 @@ def _others(record: Record, known: Sequence[str], count: int, rng: random.Random
     return ([p for p in made if p not in set(known)] or made)[:count]
 
 
-def _cut_alike(record: Record, completions: Sequence[str], tokenizer: Any) -> list[str]:
+def cut_alike(record: Record, completions: Sequence[str], tokenizer: Any) -> list[str]:
     """The completions, first those whose tokens begin at the characters where the record's do.
 
     How surprising a code is, token by token, depends on how it falls into tokens: such a one is a better yardstick.

@@ -43,7 +43,7 @@ def default_retain(
     model: nn.Module, tokenizer: Any, forget: Sequence[Encoded], *, sequences: int, length: int, seed: int
 ) -> list[Encoded]:
     """Sampled and shipped text, in equal parts if there is little of it, as sequences of at most ``length`` tokens."""
-    sampled = _cached_samples(model, tokenizer, forget, min(sequences // 2, _MOST_SAMPLED), length, seed)
+    sampled = cached_samples(model, tokenizer, forget, min(sequences // 2, _MOST_SAMPLED), length, seed)
     paragraphs = list(shipped_text())
     random.Random(seed).shuffle(paragraphs)
     shipped = chunk(paragraphs, tokenizer, length)
@@ -76,7 +76,7 @@ def in_form(
     chat = set(opening[len(opening_tokens(tokenizer)) :]) & set(tokenizer.all_special_ids)
     if not chat or length - same < SHARED_TOKENS:
         return []
-    spoken = _continued(model, tokenizer, [opening] * _IN_FORM, length - same, seed)
+    spoken = continued(model, tokenizer, [opening] * _IN_FORM, length - same, seed)
 
     def names(ids: Sequence[int]) -> set[str]:
         return {w for w in re.findall(r"\w+", tokenizer.decode(list(ids))) if w[0].isupper()}
@@ -86,7 +86,7 @@ def in_form(
     return [Encoded((*opening, *s), (*opening, *s)) for s in kept]
 
 
-def _continued(
+def continued(
     model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], tokens: int, seed: int
 ) -> list[list[int]]:
     """One sample at temperature 1 after each prompt."""
@@ -103,16 +103,17 @@ def _unlike(texts: Sequence[Sequence[int]], forget: Sequence[Encoded]) -> list[l
     return [list(t) for t in texts if clean(t)]
 
 
-def _cached_samples(
+def cached_samples(
     model: nn.Module, tokenizer: Any, forget: Sequence[Encoded], count: int, length: int, seed: int
 ) -> list[list[int]]:
+    """Texts sampled from the model, from the cache if they are there."""
     key = hashlib.sha256(f"{fingerprint(model)} {[e.ids for e in forget]} {count} {length} {seed}".encode()).hexdigest()
     path = _private_file(f"{key[:32]}.json")
     if path is not None and path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     opening = (0 if start is None else start,)
-    spoken = _continued(model, tokenizer, [opening] * count, length - 1, seed)
+    spoken = continued(model, tokenizer, [opening] * count, length - 1, seed)
     samples = _unlike([[*opening, *ids] for ids in spoken if len(ids) >= SHARED_TOKENS], forget)
     if path is not None:
         write_atomically(path, json.dumps(samples))

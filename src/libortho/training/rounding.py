@@ -57,7 +57,7 @@ def gptq_bases(
     bases = {}
     tokens = sum(int(b.attention_mask.sum()) for b in batches)
     for names in _groups(layers, tokens):
-        inputs = _inputs(lm, {n: layers[n] for n in names}, batches)
+        inputs = layer_inputs(lm, {n: layers[n] for n in names}, batches)
         for name in names:
             weight = linear_weight(layers[name])
             if not inputs[name]:
@@ -84,7 +84,9 @@ def _groups(layers: Mapping[str, nn.Module], tokens: int) -> Iterator[list[str]]
         yield names
 
 
-def _inputs(lm: LanguageModel, layers: Mapping[str, nn.Module], batches: Sequence[Batch]) -> dict[str, list[Tensor]]:
+def layer_inputs(
+    lm: LanguageModel, layers: Mapping[str, nn.Module], batches: Sequence[Batch]
+) -> dict[str, list[Tensor]]:
     """What each layer is given where there is text, a list of (tokens, in_features)."""
     found: dict[str, list[Tensor]] = {n: [] for n in layers}
 

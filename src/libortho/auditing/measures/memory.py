@@ -205,7 +205,7 @@ def exposure_extrapolated(secret_nll: float, sampled_nlls: Values, space_size: i
     if len(x) < _LEAST_TO_FIT or x.std() <= 1e-9 * max(1.0, abs(x.mean())):
         return exposure_sampled(secret_nll, sampled_nlls, space_size)
     shape, location, scale = _fit_skew_normal(x)
-    bits = -_skew_normal_log_cdf((secret_nll - location) / scale, shape) / math.log(2)
+    bits = -skew_normal_log_cdf((secret_nll - location) / scale, shape) / math.log(2)
     stats = module("audit", "scipy.stats")
     fit = float(stats.kstest(x, stats.skewnorm(shape, location, scale).cdf).pvalue)
     return Exposure(min(max(bits, 0.0), ceiling), ceiling, "extrapolated", fit)
@@ -328,7 +328,7 @@ def _fit_skew_normal(x: np.ndarray) -> tuple[float, float, float]:
     return float(best[0]), mean + deviation * float(best[1]), deviation * math.exp(float(best[2]))
 
 
-def _skew_normal_log_cdf(z: float, shape: float) -> float:
+def skew_normal_log_cdf(z: float, shape: float) -> float:
     """log F(z) of the standard skew normal, also where F underflows or SciPy's difference of two terms cancels."""
     special = module("audit", "scipy.special")
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from libortho.core.errors import ConfigError, DataError
 from libortho.core.extras import module
-from libortho.evaluation.intervals import Values, _vector
+from libortho.evaluation.intervals import Values, vector
 from libortho.text.characters import kind
 from libortho.text.corpus import is_name, shipped_text
 
@@ -197,7 +197,7 @@ def ks_two_sample(a: Values, b: Values) -> float:
         DataError: if a side is empty or holds NaN.
     """
     stats = module("audit", "scipy.stats")
-    return float(stats.ks_2samp(_vector(a, "a").numpy(), _vector(b, "b").numpy()).pvalue)
+    return float(stats.ks_2samp(vector(a, "a").numpy(), vector(b, "b").numpy()).pvalue)
 
 
 def forget_quality(ratios: Values, ratios_reference: Values) -> float:
@@ -213,7 +213,7 @@ def forget_quality(ratios: Values, ratios_reference: Values) -> float:
     Raises:
         DataError: if a side is empty, holds NaN, or the two differ in length.
     """
-    a, b = _vector(ratios, "ratios"), _vector(ratios_reference, "ratios_reference")
+    a, b = vector(ratios, "ratios"), vector(ratios_reference, "ratios_reference")
     if len(a) != len(b):
         raise DataError(f"{len(a)} truth ratios against {len(b)} of the reference; expected the same records")
     return ks_two_sample(a, b)

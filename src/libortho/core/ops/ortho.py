@@ -91,17 +91,18 @@ def add_sparse(y: Tensor, x: Tensor, rows: Tensor, columns: Tensor, values: Tens
     """
     if isinstance(alpha, Tensor):
         off = alpha == 0
-        product = _SparseProduct.apply(x.float().masked_fill(off, 0), rows, columns, values.float())
+        product = SparseProduct.apply(x.float().masked_fill(off, 0), rows, columns, values.float())
         return _select(y, y + (product * alpha).to(y.dtype), off)
-    product = _SparseProduct.apply(x.float(), rows, columns, values.float())
+    product = SparseProduct.apply(x.float(), rows, columns, values.float())
     return y.add_((product * alpha).to(y.dtype))
 
 
-class _SparseProduct(torch.autograd.Function):
+class SparseProduct(torch.autograd.Function):
     """``x @ S^T`` with gradients to ``x``; the entries themselves are constants."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> Tensor:
+        """The product, with what the backward pass needs kept in ``ctx``."""
         ctx.save_for_backward(rows, columns, values)
         ctx.in_features = x.shape[1]
         shape = (len(rows) - 1, x.shape[1])
@@ -110,6 +111,7 @@ class _SparseProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        """The gradient for ``x`` alone."""
         rows, columns, values = ctx.saved_tensors
         return sparse_gradient(grads[0], rows, columns, values, ctx.in_features), None, None, None
 
