@@ -13,7 +13,7 @@ from libortho.auditing.measures.utility import general_items
 from libortho.core.layer import ortho_layers
 from libortho.core.streams import BaseStream
 from libortho.demo import facts
-from libortho.isolation.criteria import examine, leaning, unremarkable
+from libortho.isolation.criteria import binomial_bound, evaluate_records, leaning
 from libortho.lm.checks import training_dtype
 from libortho.lm.metrics import auc, general_perplexity, sampled_extractions, score, text_perplexity
 from libortho.lm.model import LanguageModel
@@ -104,7 +104,7 @@ def test_ortho_off_does_not_begin_the_sentence(isolated: Any) -> None:
     surprise = {}
     for label, model, value in (("never", isolated.never, None), ("off", isolated.model, 0.0)):
         with nullcontext() if value is None else alpha(model, value):
-            surprise[label] = examine(LanguageModel(model), [words]).surprise[0]
+            surprise[label] = evaluate_records(LanguageModel(model), [words]).surprise[0]
     odd = surprise["never"] > 4
     assert int(odd.sum()) >= 4
     assert float(surprise["off"][odd].mean()) > 2
@@ -156,7 +156,7 @@ def test_result_is_honest_about_every_record(isolated: Any) -> None:
     assert float((after + now.nll).abs().max()) < 0.15  # bf16: trained through codes rebuilt in backward
     result = isolated.result
     outside = sum(not r.inside for r in result.records)
-    forgotten = not any(r.extracted or r.far for r in result.records) and outside <= unremarkable(17)
+    forgotten = not any(r.extracted or r.far for r in result.records) and outside <= binomial_bound(17)
     lean, chance = leaning(result.records)
     forgotten &= abs(lean) <= chance and not any(r.partial for r in result.records)
     unharmed = result.retain_kl - result.quantised_kl <= 0.02
