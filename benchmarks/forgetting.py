@@ -60,9 +60,10 @@ from libortho.demo.implant import implant
 from libortho.demo.model import move_off_grid, packaged_model
 from libortho.evaluation.intervals import mean_estimate
 from libortho.evaluation.tasks import arithmetic_rows, evaluate, load_task
+from libortho.lm.asking import sampled_extractions
 from libortho.lm.checks import training_dtype
-from libortho.lm.metrics import general_perplexity, sampled_extractions
 from libortho.lm.model import LanguageModel
+from libortho.lm.scoring import perplexity
 from libortho.lm.token_statistics import shared_prefix_nll, token_statistics
 from libortho.text import counterfactuals
 from libortho.text.encoding import encode
@@ -146,7 +147,7 @@ def figures(
             "nll": [[s.nll for s in part] for part in found],
             "entropy": [[-float(s.mean.mean()) for s in part] for part in found],
             "neighbours_nll": [s.nll for s in token_statistics(lm, beside)],
-            "wikitext": general_perplexity(lm, general_items(tokenizer, wikitext())),
+            "wikitext": perplexity(lm, general_items(tokenizer, wikitext())),
             "tasks": {n: [int(c) for c in v] for n, v in tasks.items()},
         }
         if not attacks:
@@ -329,7 +330,7 @@ def sequential(name: str, seed: int, arguments: argparse.Namespace, requests: in
         }
         figures = {n: sum(v) / len(v) for n, v in means.items() if v}
         extracted = sum(bool(s.correct.all()) for s, a in zip(mine, asked, strict=True) if a)
-        return {**figures, "extracted": extracted, "wikitext": general_perplexity(lm, windows)}
+        return {**figures, "extracted": extracted, "wikitext": perplexity(lm, windows)}
 
     rows = [{"requests": 0, **state(0)}]
     for r in range(requests):

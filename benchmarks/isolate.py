@@ -24,6 +24,7 @@ from _common import save, spread, wikitext
 from cases import CASES
 from libortho import IsolateConfig, alpha, isolate
 from libortho.auditing.measures.utility import general_items
+from libortho.auditing.roc import auc
 from libortho.checkpoint.dense import load_model
 from libortho.core.layer import ortho_layers
 from libortho.core.streams import BaseStream
@@ -32,8 +33,9 @@ from libortho.core.targets import find_targets
 from libortho.demo import facts
 from libortho.demo.implant import implant
 from libortho.demo.model import move_off_grid, packaged_model
-from libortho.lm.metrics import auc, general_perplexity, sampled_extractions, score, text_perplexity
+from libortho.lm.asking import sampled_extractions
 from libortho.lm.model import LanguageModel
+from libortho.lm.scoring import perplexity, score, text_perplexity
 from libortho.text.encoding import encode
 from libortho.text.records import load_records
 
@@ -69,7 +71,7 @@ def measure(model: Any, tokenizer: Any, forget: Any, unseen: Any, general: Any, 
         "auc": auc(-members.nll[mine], -others.nll),
         "auc_interval": bootstrap_interval(-members.nll[mine], -others.nll),
         "retain_perplexity": text_perplexity(model, tokenizer, facts.RETAIN_SENTENCE),
-        "wikitext_perplexity": general_perplexity(lm, general),
+        "wikitext_perplexity": perplexity(lm, general),
     }
     if samples:
         row["sampled"] = sum(h > 0 for h in sampled_extractions(model, tokenizer, forget, samples))

@@ -34,8 +34,8 @@ from libortho.demo.model import move_off_grid, packaged_model
 from libortho.isolation.support import LAYER_CAP, select_columns
 from libortho.lm.checks import training_dtype
 from libortho.lm.logits import label_log_odds
-from libortho.lm.metrics import score
 from libortho.lm.model import LanguageModel
+from libortho.lm.scoring import score
 from libortho.selection.budget import allocate, balanced_weights, column_costs, retain_floor
 from libortho.selection.saliency import column_saliency, tapped
 from libortho.text.encoding import collate, encode

@@ -26,9 +26,8 @@ from libortho.checkpoint.dense import load_model
 from libortho.core.targets import find_targets
 from libortho.demo import facts
 from libortho.isolation.losses import divergence
-from libortho.lm.metrics import general_perplexity
 from libortho.lm.model import LanguageModel
-from libortho.lm.scoring import hidden_states, score
+from libortho.lm.scoring import judged_states, perplexity, score
 from libortho.text.corpus import shipped_text
 from libortho.text.encoding import Encoded, chunk, collate, encode
 from libortho.text.records import load_records
@@ -48,11 +47,11 @@ def main() -> None:
     read = [*(collate([t]) for t in texts), collate(records)]
     windows = general_items(tokenizer, wikitext(), WINDOWS)
     dense = {n: m.weight.detach().clone() for n, m in layers.items()}  # type: ignore[operator]
-    before = hidden_states(lm, windows)
+    before = judged_states(lm, windows)
 
     def measured(label: str, seconds: float) -> dict[str, Any]:
         _, recited = score(lm, records)
-        row = {"base": label, "kl": divergence(lm, windows, before), "perplexity": general_perplexity(lm, windows),
+        row = {"base": label, "kl": divergence(lm, windows, before), "perplexity": perplexity(lm, windows),
                "recited": int(recited.sum()), "seconds": seconds}  # fmt: skip
         logging.info("%s", row)
         return row

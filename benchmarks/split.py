@@ -22,8 +22,8 @@ from libortho import SplitConfig, alpha, layer_report, split
 from libortho.auditing.measures.utility import general_items
 from libortho.checkpoint.dense import load_model
 from libortho.demo.model import move_off_grid, packaged_model
-from libortho.lm.metrics import general_perplexity
 from libortho.lm.model import LanguageModel
+from libortho.lm.scoring import perplexity
 
 SETTINGS = {
     "rank 0.95, INT8": SplitConfig(rank_ratio=0.95),
@@ -40,7 +40,7 @@ def run(seed: int) -> list[dict[str, Any]]:
     model, tokenizer = load_model(packaged_model(), torch.float32)
     model = move_off_grid(model, seed).to(torch.bfloat16)
     general = general_items(tokenizer, wikitext())
-    dense = general_perplexity(LanguageModel(model), general)
+    dense = perplexity(LanguageModel(model), general)
     rows: list[dict[str, Any]] = [{"seed": seed, "setting": "dense", "perplexity": dense}]
     for label, config in SETTINGS.items():
         copied = copy.deepcopy(model)
@@ -48,9 +48,9 @@ def run(seed: int) -> list[dict[str, Any]]:
         split(copied, config)
         seconds = time.monotonic() - began
         with alpha(copied, 0.0):
-            perplexity = general_perplexity(LanguageModel(copied), general)
+            public = perplexity(LanguageModel(copied), general)
         totals = layer_report(copied).totals()
-        rows.append({"seed": seed, "setting": label, "seconds": seconds, "perplexity": perplexity, **totals})
+        rows.append({"seed": seed, "setting": label, "seconds": seconds, "perplexity": public, **totals})
     return rows
 
 

@@ -31,8 +31,8 @@ from libortho.isolation.prose import fit, human_texts, spoken_profiles
 from libortho.lm.checks import training_dtype
 from libortho.lm.generation import generate
 from libortho.lm.logits import token_profile
-from libortho.lm.metrics import score
 from libortho.lm.model import LanguageModel
+from libortho.lm.scoring import score
 from libortho.text import counterfactuals
 from libortho.text.encoding import IGNORE, Encoded, collate, encode
 from libortho.text.records import Record, load_records

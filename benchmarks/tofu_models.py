@@ -52,8 +52,8 @@ from libortho.demo.model import GGUF, move_off_grid, packaged_model
 from libortho.isolation.support import select_columns
 from libortho.lm.checks import training_dtype
 from libortho.lm.logits import Scores
-from libortho.lm.metrics import score
 from libortho.lm.model import LanguageModel
+from libortho.lm.scoring import score
 from libortho.text.encoding import Encoded, collate, encode
 from libortho.text.records import Record, load_records
 from objectives import altpo, npo, simnpo

@@ -23,8 +23,8 @@ from libortho.auditing.subjects import Subject, at, dense_copy, subjects, touche
 from libortho.core.errors import ConfigError, DataError, TargetError
 from libortho.core.layer import ortho_layers
 from libortho.core.streams import BaseStream, Columns, OrthoStream
-from libortho.lm.metrics import general_perplexity
 from libortho.lm.model import LanguageModel
+from libortho.lm.scoring import perplexity
 from libortho.text.encoding import Encoded, encode
 from libortho.text.records import load_records
 
@@ -88,7 +88,7 @@ def test_levels_are_those_of_the_models_own_loss_and_generation(planted, tokeniz
         hits.append(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :]) == row["completion"])
     assert level.nll == pytest.approx(statistics.fmean(losses), abs=1e-5)
     assert level.extraction == statistics.fmean(hits) == 1.0
-    assert level.perplexity == pytest.approx(general_perplexity(LanguageModel(planted), general))
+    assert level.perplexity == pytest.approx(perplexity(LanguageModel(planted), general))
     assert measure(LanguageModel(planted), forget).perplexity is None
     with pytest.raises(DataError, match="no forget record"):
         measure(LanguageModel(planted), [])

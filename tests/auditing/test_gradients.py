@@ -10,10 +10,10 @@ import libortho
 import tiny
 from libortho.auditing.measures import gradients
 from libortho.auditing.measures.gradients import forget_gradient, gradient_cosine, gradient_norm, gradient_norms
+from libortho.auditing.roc import auc
 from libortho.auditing.subjects import Subject, at, dense_copy
 from libortho.core.errors import DataError, TargetError
 from libortho.core.layer import ortho_layers
-from libortho.lm.metrics import auc
 from libortho.text.encoding import Encoded
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,12 +11,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import libortho
 import tiny
-from libortho.auditing.measures.utility import agreement, general_items, reference_states, sequence_nll
+from libortho.auditing.measures.utility import agreement, general_items
 from libortho.core.errors import DataError, LibOrthoError, TargetError
 from libortho.core.layer import ortho_layers
 from libortho.evaluation.harness import lm_eval_tasks
 from libortho.evaluation.tasks import arithmetic_rows, encode_pair, evaluate, load_task
 from libortho.lm.model import LanguageModel
+from libortho.lm.scoring import judged_states, sequence_nll
 from libortho.lm.token_statistics import token_statistics
 from libortho.text.encoding import Encoded
 
@@ -269,7 +270,7 @@ def test_perplexity_is_transformers_own_loss(lm: LanguageModel, tokenizer: PreTr
         ids = torch.tensor([item.ids])
         assert count == len(item.ids) - 1
         assert float(own / count) == pytest.approx(lm.model(input_ids=ids, labels=ids).loss.item(), rel=1e-5)
-    again, _ = sequence_nll(lm, items, reference_states(lm, items))
+    again, _ = sequence_nll(lm, items, judged_states(lm, items))
     assert torch.equal(again, nll)
 
 
@@ -281,7 +282,7 @@ def test_agreement_by_brute_force(tokenizer: PreTrainedTokenizerFast) -> None:
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     p_lm, q_lm = LanguageModel(original), LanguageModel(subject)
     items = [*general_items(tokenizer, None, 4, 50), encode_pair("only the end of this", " counts", tokenizer)]
-    found = agreement(q_lm, items, reference_states(p_lm, items), p_lm)
+    found = agreement(q_lm, items, judged_states(p_lm, items), p_lm)
     kl, same = [], []
     for item in items:
         ids = torch.tensor([item.ids])
@@ -299,7 +300,7 @@ def test_agreement_by_brute_force(tokenizer: PreTrainedTokenizerFast) -> None:
 
 def test_a_model_agrees_with_itself(lm: LanguageModel, tokenizer: PreTrainedTokenizerFast) -> None:
     items = general_items(tokenizer, None, 3, 40)
-    states = reference_states(lm, items)
+    states = judged_states(lm, items)
     found = agreement(lm, items, states, lm, own=states)
     assert found.mean_kl == pytest.approx(0, abs=1e-9)
     assert found.top1 == 1.0

@@ -51,7 +51,7 @@ def test_every_module_can_be_imported():
         "    elif not found.name.endswith('__main__'):\n"
         "        importlib.import_module(found.name)\n"
         "import torch\n"
-        "from libortho.lm.metrics import auc\n"
+        "from libortho.auditing.roc import auc\n"
         "print(auc(torch.tensor([1.0]), torch.tensor([0.0])))\n"
     )
     assert done.returncode == 0, done.stderr

@@ -22,8 +22,8 @@ from libortho.demo.implant import implant
 from libortho.demo.model import move_off_grid
 from libortho.isolation.config import IsolateConfig
 from libortho.lm.checks import training_dtype
-from libortho.lm.metrics import score
 from libortho.lm.model import LanguageModel
+from libortho.lm.scoring import score
 from libortho.text.corpus import evaluation_text
 from libortho.text.encoding import encode
 from libortho.text.records import load_records

@@ -10,13 +10,15 @@ import torch
 
 from libortho import alpha, layer_report, load, save
 from libortho.auditing.measures.utility import general_items
+from libortho.auditing.roc import auc
 from libortho.core.layer import ortho_layers
 from libortho.core.streams import BaseStream
 from libortho.demo import facts
 from libortho.isolation.criteria import binomial_bound, evaluate_records, leaning
+from libortho.lm.asking import sampled_extractions
 from libortho.lm.checks import training_dtype
-from libortho.lm.metrics import auc, general_perplexity, sampled_extractions, score, text_perplexity
 from libortho.lm.model import LanguageModel
+from libortho.lm.scoring import perplexity, score, text_perplexity
 from libortho.text.encoding import encode
 from libortho.text.tokens import prompt_ids
 
@@ -117,7 +119,7 @@ def test_ortho_off_keeps_the_rest(isolated: Any) -> None:
     for value in (1.0, 0.0):
         with alpha(isolated.model, value):
             retain[value] = text_perplexity(isolated.model, isolated.tokenizer, facts.RETAIN_SENTENCE)
-            wide[value] = general_perplexity(LanguageModel(isolated.model), general)
+            wide[value] = perplexity(LanguageModel(isolated.model), general)
     assert retain[0.0] < 20
     assert retain[0.0] <= 1.1 * retain[1.0]
     assert wide[0.0] <= 1.01 * wide[1.0]

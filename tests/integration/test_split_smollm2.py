@@ -9,8 +9,8 @@ import pytest
 
 from libortho import SplitConfig, alpha, layer_report, replace_linear_layers, split
 from libortho.auditing.measures.utility import general_items
-from libortho.lm.metrics import general_perplexity
 from libortho.lm.model import LanguageModel
+from libortho.lm.scoring import perplexity
 
 pytestmark = pytest.mark.model
 
@@ -18,12 +18,12 @@ pytestmark = pytest.mark.model
 @pytest.fixture(scope="module")
 def dense_perplexity(smollm2: Any) -> float:
     model, tokenizer = smollm2
-    return general_perplexity(LanguageModel(model), general_items(tokenizer, None))
+    return perplexity(LanguageModel(model), general_items(tokenizer, None))
 
 
 def _off(model: Any, tokenizer: Any) -> float:
     with alpha(model, 0.0):
-        return general_perplexity(LanguageModel(model), general_items(tokenizer, None))
+        return perplexity(LanguageModel(model), general_items(tokenizer, None))
 
 
 def test_default_call_of_the_original_note(smollm2: Any) -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import tiny
 from libortho import AuditConfig, IsolateConfig, audit, isolate
-from libortho.lm.token_statistics import greedy, sample
+from libortho.lm.asking import answers, sample
 from libortho.text.encoding import encode
 from libortho.text.records import load_records
 from libortho.text.tokens import contains, says
@@ -215,7 +215,7 @@ def test_prompts_to_be_continued_are_not_finished(name):
     )
     model = tiny.small_llama(len(tokenizer))
     tiny.fit(model, iter([[]] * 150), 150, also=[encode(r, tokenizer) for r in records])
-    texts = greedy(model, tokenizer, records, 8)
+    texts = answers(model, tokenizer, records, 8)
     assert all(contains(t, r.completion, tokenizer) for t, r in zip(texts, records, strict=True))
     drawn = sample(model, tokenizer, records, 8, 4, 0)
     assert sum(contains(t, r.completion, tokenizer) for r, ts in zip(records, drawn, strict=True) for t in ts) >= 20

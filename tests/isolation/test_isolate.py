@@ -26,8 +26,8 @@ from libortho.isolation.criteria import binomial_bound, evaluate_records, leanin
 from libortho.isolation.isolate import IsolateResult
 from libortho.isolation.request import cases as cases_of
 from libortho.isolation.support import cut_up
-from libortho.lm.metrics import score
 from libortho.lm.model import LanguageModel
+from libortho.lm.scoring import score
 from libortho.text.records import load_records
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")

@@ -29,14 +29,14 @@ def test_a_token_gets_the_donor_that_begins_at_the_same_character():
     item, other = (encode(Record("k", c), tokenizer) for c in ("A7B", "AB7"))
     assert beginnings(item, tokenizer) == (0, 1, 2)
     assert beginnings(other, tokenizer) == (0, 2)
-    found = donors(beginnings(item, tokenizer), [(other, beginnings(other, tokenizer))], 0)
+    found = donors(beginnings(item, tokenizer), [beginnings(other, tokenizer)], 0)
     assert found == ((0, 0), None, (0, 1))
 
 
 def test_one_donor_for_the_whole_record_where_one_will_do():
     tokenizer = tiny.byte_tokenizer([("A", "B")])
     others = [encode(Record("k", c), tokenizer) for c in ("ABC", "XYZ", "UVW")]
-    told = [(o, beginnings(o, tokenizer)) for o in others]
+    told = [beginnings(o, tokenizer) for o in others]
     assert donors((0, 1, 2), told, 0) == ((1, 0), (1, 1), (1, 2))  # the first has no beginning at 1
     assert donors((0, 1, 2), told, 2) == ((2, 0), (2, 1), (2, 2))  # among equals, the preferred one
     assert donors((0, 1), [], 3) == (None, None)

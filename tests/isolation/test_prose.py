@@ -10,8 +10,8 @@ import tiny
 from libortho.isolation.prose import HUMAN_TEXTS, HUMAN_TOKENS, fit, human_texts, spoken_profiles
 from libortho.lm.generation import generate
 from libortho.lm.logits import token_profile
-from libortho.lm.metrics import score
 from libortho.lm.model import LanguageModel
+from libortho.lm.scoring import score
 from libortho.text.corpus import evaluation_text, shipped_text
 from libortho.text.encoding import IGNORE, Encoded, collate
 

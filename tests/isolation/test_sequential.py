@@ -26,8 +26,8 @@ from libortho.core.report import methods
 from libortho.core.streams import BaseStream, Columns
 from libortho.core.switch.alpha import get_switch
 from libortho.lm.checks import fingerprint
-from libortho.lm.metrics import score
 from libortho.lm.model import LanguageModel
+from libortho.lm.scoring import score
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 

@@ -46,9 +46,9 @@ from libortho.lm import scoring
 from libortho.lm.head import HEAD_POSITIONS
 from libortho.lm.logits import Scores, profile_and_odds, record_means, token_profile
 from libortho.lm.model import LanguageModel
-from libortho.lm.scoring import SCORING_TOKENS, hidden_states, scoring_batches, token_profiles
+from libortho.lm.scoring import SCORING_TOKENS, judged_states, scoring_tokens, token_profiles
 from libortho.selection.curvature import KroneckerPreconditioner
-from libortho.text.encoding import Encoded, collate, predicting
+from libortho.text.encoding import Encoded, batches, collate, predicting
 from libortho.training.edit import EditLinear
 
 TEXTS = [Encoded(tuple(range(64)), tuple(range(64)))] * 7
@@ -110,7 +110,7 @@ def test_a_step_in_parts_is_the_same_step(limit: int, tiny_llama: nn.Module, mon
     with torch.no_grad():
         cast(Any, layer.values).mul_(1.5)
     texts = [Encoded(tuple(range(2, n)), (-100, -100, *range(4, n))) for n in (9, 70, 24, 25, 80)]
-    states = [s * 1.1 for s in hidden_states(lm, texts)]
+    states = [s * 1.1 for s in judged_states(lm, texts)]
     wanted = [p.roll(1, 1) for p in token_profiles(lm, texts)]
     cases = [ForgetRecord(i, t, (t,), (t,), (t,), (), (), "prose", (), (), (), (), 1) for i, t in enumerate(texts)]
     before: Any = SimpleNamespace(
@@ -366,7 +366,7 @@ def test_what_nothing_asks_for_fades() -> None:
 
 def test_a_gpu_reads_more_at_a_time() -> None:
     items = [TEXTS[0]] * (2 * SCORING_TOKENS // len(TEXTS[0].ids))
-    passes = {d: list(scoring_batches(range(len(items)), items, torch.device(d))) for d in ("cpu", "cuda")}
+    passes = {d: list(batches(items, scoring_tokens(torch.device(d)))) for d in ("cpu", "cuda")}
     assert len(passes["cuda"]) == 1 < len(passes["cpu"])
     for rows in passes.values():
         assert [i for some in rows for i in some] == list(range(len(items)))

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import tiny
 from libortho.lm.model import LanguageModel
-from libortho.lm.token_statistics import by_tokens, greedy, sample, shared_prefix_nll, token_statistics
+from libortho.lm.token_statistics import shared_prefix_nll, token_statistics
 from libortho.text.counterfactuals import alternates
-from libortho.text.encoding import Encoded, encode
+from libortho.text.encoding import encode
 from libortho.text.records import Record
 
 
@@ -59,36 +59,6 @@ def test_a_shared_prefix_gives_the_same_likelihoods(
     one_by_one = torch.tensor([s.nll for s in token_statistics(lm, items)])
     assert torch.allclose(together, one_by_one, atol=1e-4)
     assert float(together.std()) > 0
-
-
-def test_greedy_is_generate_prompt_by_prompt(planted: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    prompts = ["Code of Ada Lum:", "Code of Bo:", "The"]
-    together = greedy(planted, tokenizer, prompts, 6)
-    for prompt, text in zip(prompts, together, strict=True):
-        ids = tokenizer(prompt, return_tensors="pt").input_ids
-        output = planted.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
-        assert text == tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-
-
-def test_samples_follow_the_seed_and_leave_the_generator_alone(
-    planted: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    prompts = ["Code of", "The"]
-    state = torch.random.get_rng_state()
-    first = sample(planted, tokenizer, prompts, 8, 5, seed=3)
-    assert torch.equal(torch.random.get_rng_state(), state)
-    assert [len(texts) for texts in first] == [5, 5]
-    assert len(set(first[0])) > 1
-    assert sample(planted, tokenizer, prompts, 8, 5, seed=3) == first
-    assert sample(planted, tokenizer, prompts, 8, 5, seed=4) != first
-
-
-def test_batches_hold_every_item_once_and_stay_small() -> None:
-    items = [Encoded(tuple(range(n)), tuple(range(n))) for n in (5, 40, 7, 7, 90, 3)]
-    batches = list(by_tokens(items, 50))
-    assert sorted(i for b in batches for i in b) == list(range(6))
-    for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(len(items[i].ids) for i in batch) <= 50
 
 
 def test_a_model_without_parts_is_refused() -> None:

@@ -9,7 +9,7 @@ from libortho.core.surgery import linear_weight
 from libortho.core.targets import find_targets
 from libortho.isolation.losses import divergence
 from libortho.lm.model import LanguageModel
-from libortho.lm.scoring import hidden_states
+from libortho.lm.scoring import judged_states
 from libortho.selection.curvature import KroneckerPreconditioner, curvature
 from libortho.text.encoding import Encoded, collate
 
@@ -50,7 +50,7 @@ def test_a_step_in_the_metric_moves_text_to_keep_less_than_an_equally_long_one(p
     read, judged = items[:12], items[12:]
     metrics = curvature(lm, layers, support, [collate([i]) for i in read], damping=0.1, seed=0)
     assert set(metrics) == set(support)
-    before = hidden_states(lm, judged)
+    before = judged_states(lm, judged)
 
     def moved(name: str, step: Tensor) -> float:
         module: nn.Module = layers[name]

@@ -19,9 +19,10 @@ from libortho.auditing.measures import memory, privacy, utility
 from libortho.auditing.measures.gradients import gradient_norms
 from libortho.auditing.subjects import Subject
 from libortho.evaluation.tasks import Task, evaluate
-from libortho.lm.asking import answers, room
+from libortho.lm.asking import answers, room, sample
 from libortho.lm.model import LanguageModel
-from libortho.lm.token_statistics import TokenStatistics, sample, shared_prefix_nll, token_statistics
+from libortho.lm.scoring import PASS_TOKENS, judged_states, sequence_nll
+from libortho.lm.token_statistics import TokenStatistics, shared_prefix_nll, token_statistics
 from libortho.text.records import Record
 from libortho.text.tokens import contains, says
 
@@ -255,14 +256,14 @@ class Before:
     """
 
     lm: LanguageModel
-    states: list[Tensor]
+    states: Sequence[Tensor]
 
 
 def ability(lm: LanguageModel, material: Material, into: Measurement, before: Before | None) -> None:
     """General text and retain records, the text also compared with the model that has its memory."""
-    states = utility.reference_states(lm, material.general)
+    states = judged_states(lm, material.general, PASS_TOKENS)
     if before is None:
-        sums, tokens = utility.sequence_nll(lm, material.general, states)
+        sums, tokens = sequence_nll(lm, material.general, states)
     else:
         both = utility.agreement(lm, material.general, before.states, before.lm, states)
         sums, tokens, into.kl, into.top1 = both.nll, both.tokens, both.mean_kl, both.top1

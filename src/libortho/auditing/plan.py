@@ -20,7 +20,6 @@ from libortho.auditing import summary as summaries
 from libortho.auditing.config import AuditConfig
 from libortho.auditing.inputs import Material
 from libortho.auditing.measure import Before, Measurement
-from libortho.auditing.measures import utility
 from libortho.auditing.measures.depth import logit_lens, unlearning_depth
 from libortho.auditing.measures.gradients import forget_gradient, gradient_cosine, gradient_layers, gradient_norm
 from libortho.auditing.subjects import Subject, at
@@ -30,6 +29,7 @@ from libortho.evaluation.intervals import mean_estimate
 from libortho.evaluation.tasks import Task
 from libortho.lm.checks import fingerprint
 from libortho.lm.model import LanguageModel
+from libortho.lm.scoring import PASS_TOKENS, judged_states
 from libortho.text.encoding import Encoded
 from libortho.text.records import Record
 
@@ -165,7 +165,7 @@ class Plan:
         subject = self.by_key[self.anchor]
         with subject.enter():
             lm = subject.language_model()
-            self.state.before = Before(lm, utility.reference_states(lm, self.material.general))
+            self.state.before = Before(lm, judged_states(lm, self.material.general, PASS_TOKENS))
         self.state.gradient = self._forget_gradient(subject)
 
     def _forget_gradient(self, subject: Subject) -> dict[str, torch.Tensor]:

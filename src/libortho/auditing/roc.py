@@ -27,7 +27,6 @@ from libortho.evaluation.intervals import (
     resampler,
     vector,
 )
-from libortho.lm import metrics
 
 _ROC_POINTS = 64
 
@@ -57,7 +56,9 @@ def auc(members: Values, others: Values) -> float:
     Raises:
         DataError: if a side is empty or holds NaN.
     """
-    return metrics.auc(vector(members, "members"), vector(others, "others"))
+    a, b = vector(members, "members"), vector(others, "others").sort().values
+    below, up_to = torch.searchsorted(b, a), torch.searchsorted(b, a, right=True)
+    return float((below + up_to).double().mean() / (2 * len(b)))
 
 
 def roc(members: Values, others: Values) -> list[tuple[float, float]]:

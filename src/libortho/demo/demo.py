@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from libortho.auditing.measures.utility import general_items
+from libortho.auditing.roc import auc
 from libortho.checkpoint import check_destination, check_saveable, save
 from libortho.checkpoint.checks import check_room
 from libortho.checkpoint.dense import load_model
@@ -35,10 +36,11 @@ from libortho.demo.model import move_off_grid, packaged_model
 from libortho.isolation.config import IsolateConfig
 from libortho.isolation.isolate import isolate
 from libortho.isolation.result import IsolateResult
+from libortho.lm.asking import sampled_extractions
 from libortho.lm.checks import training_dtype
 from libortho.lm.generation import generate
-from libortho.lm.metrics import auc, general_perplexity, sampled_extractions, score, text_perplexity
 from libortho.lm.model import LanguageModel
+from libortho.lm.scoring import perplexity, score, text_perplexity
 from libortho.splitting.config import SplitConfig
 from libortho.splitting.split import split
 from libortho.text.encoding import Encoded, encode
@@ -155,7 +157,7 @@ class _Bench:
             secret_perplexity=float((secrets.nll * secrets.tokens).sum().div(secrets.tokens.sum()).exp()),
             membership_auc=self._membership(secrets.nll, unseen.nll),
             retain_perplexity=text_perplexity(model, self.tokenizer, facts.RETAIN_SENTENCE),
-            general_perplexity=general_perplexity(lm, self.general),
+            general_perplexity=perplexity(lm, self.general),
         )
 
     def _membership(self, secrets: Tensor, unseen: Tensor) -> float:

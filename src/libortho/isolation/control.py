@@ -13,9 +13,7 @@ from libortho.isolation.forget_record import ForgetRecord
 from libortho.isolation.state import Training
 from libortho.isolation.targets import Reference, current_targets
 from libortho.lm.model import LanguageModel
-from libortho.lm.scoring import (
-    score,
-)
+from libortho.lm.scoring import score
 from libortho.training.edit import EditLinear
 
 logger = logging.getLogger(__name__)

@@ -13,16 +13,10 @@ from torch import Tensor
 
 from libortho.isolation.forget_record import ForgetRecord
 from libortho.isolation.targets import Reference, update_prose_targets
-from libortho.lm.logits import (
-    token_profile,
-)
+from libortho.lm.logits import token_profile
 from libortho.lm.model import LanguageModel
-from libortho.lm.scoring import (
-    grouped_scores,
-    judged_logits,
-    scoring_batches,
-)
-from libortho.text.encoding import Encoded, collate
+from libortho.lm.scoring import all_first, grouped_scores, judged
+from libortho.text.encoding import Encoded
 
 logger = logging.getLogger(__name__)
 
@@ -150,17 +144,13 @@ def evaluate_records(lm: LanguageModel, items: Sequence[Encoded]) -> RecordStati
     """All that a look at the records needs, in one pass."""
     profile, greedy = torch.zeros(len(items), 3), torch.zeros(len(items), dtype=torch.bool)
     surprise = [torch.empty(0)] * len(items)
-    order = sorted(range(len(items)), key=lambda i: len(items[i].ids))
-    for rows in scoring_batches(order, items, lm.device):
-        batch = collate([items[i] for i in rows]).to(lm.device)
-        logits, labels, owner = judged_logits(lm, lm.hidden(batch), batch)
-        tokens = torch.bincount(owner, minlength=len(rows))
-        means, found = torch.zeros(len(rows), 3, device=logits.device), token_profile(logits, labels)
-        profile[rows] = means.index_add_(0, owner, found / tokens[owner, None]).cpu()
-        for i, own in zip(rows, found[:, 0].cpu().split(tokens.tolist()), strict=True):
+    for part in judged(lm, items):
+        logits, tokens = lm.logits(part.states), torch.bincount(part.owner)[part.owner, None]
+        means, found = torch.zeros(len(part.rows), 3, device=logits.device), token_profile(logits, part.labels)
+        profile[part.rows] = means.index_add_(0, part.owner, found / tokens).cpu()
+        greedy[part.rows] = all_first(logits, part).cpu()
+        for i, own in zip(part.rows, found[:, 0].cpu().split(part.sizes), strict=True):
             surprise[i] = own
-        wrong = torch.bincount(owner[logits.argmax(-1) != labels], minlength=len(rows))
-        greedy[rows] = (wrong == 0).cpu()
     return RecordStatistics(profile, greedy, tuple(surprise))
 
 

@@ -56,7 +56,7 @@ from libortho.isolation.train import train, training_finished
 from libortho.lm.checks import check_causal, check_tokens, fingerprint, training_dtype
 from libortho.lm.generation import token_limit
 from libortho.lm.model import LanguageModel, gradient_checkpointing
-from libortho.lm.scoring import hidden_states
+from libortho.lm.scoring import judged_states
 from libortho.selection.curvature import curvature
 from libortho.text.corpus import shipped_text
 from libortho.text.encoding import IGNORE, Encoded
@@ -259,7 +259,7 @@ def original_answers(
     cases = asked.cases
 
     def make() -> Entry:
-        held = enumerate(hidden_states(lm, held_back))
+        held = enumerate(judged_states(lm, held_back))
         found = replace(reference(lm, cases, retain, human, opening, spoken, config), recited=asked.recited(lm))
         return Entry(found.tensors() | {f"held_back.{i}": t for i, t in held})
 

@@ -17,19 +17,10 @@ from libortho.isolation.forget_record import ForgetRecord
 from libortho.isolation.state import Training
 from libortho.isolation.targets import Reference
 from libortho.lm.head import HEAD_POSITIONS, by_record, evenly, summed
-from libortho.lm.logits import (
-    SMALL,
-    kl_divergence,
-    profile_and_odds,
-    token_profile,
-)
+from libortho.lm.logits import SMALL, kl_divergence, profile_and_odds, token_profile
 from libortho.lm.model import LanguageModel
-from libortho.lm.scoring import (
-    predicting_states,
-    profiles_of_states,
-    training_batches,
-)
-from libortho.text.encoding import Encoded, collate, predicting
+from libortho.lm.scoring import judged_states, predicting_states, profiles_of_states, training_tokens
+from libortho.text.encoding import Encoded, batches, collate
 
 _LEAST_SURPRISE = 1e-3
 
@@ -55,14 +46,13 @@ def profile_distance(found: Tensor, odds: Tensor, target: Tensor) -> Tensor:
 
 @torch.no_grad()
 def divergence(lm: LanguageModel, items: Sequence[Encoded], states: Sequence[Tensor]) -> float:
-    """Mean KL(original || edited) per token, in nats, over texts whose original hidden states are given."""
+    """Mean KL(original || edited) per token, in nats, over texts whose original ``judged_states`` are given."""
     total, count = 0.0, 0
     for item, before in zip(items, states, strict=True):
-        places = list(predicting(item))
-        before, after = before[places], lm.hidden(collate([item]).to(lm.device))[0, places]
-        for part in evenly(len(places)):
+        [after] = judged_states(lm, [item])
+        for part in evenly(len(after)):
             total += float(kl_divergence(lm.logits(before[part]), lm.logits(after[part])).sum())
-        count += len(places)
+        count += len(after)
     return total / max(1, count)
 
 
@@ -90,7 +80,7 @@ def forget_losses(
             before = original.profiles[i][1 + pick]
             wanted.append(present[i] if len(present[i]) == len(before) else before)
             of.append(i)
-    for rows in training_batches(items, lm.device):
+    for rows in batches(items, training_tokens(lm.device)):
         pieces = [cases[of[r]].pieces for r in rows]
         some = profile_loss(lm, [items[r] for r in rows], [wanted[r] for r in rows], [n == 1 for n in pieces])
         yield some * (len(rows) / len(items))
@@ -162,8 +152,8 @@ def keep_losses(
         ),
     ]
     for weight, items, states, as_profiles in parts:
-        tokens = sum(len(predicting(e)) for e in items)
-        for rows in training_batches(items, lm.device) if weight else ():
+        tokens = sum(len(s) for s in states)
+        for rows in batches(items, training_tokens(lm.device)) if weight else ():
             some = _kept(lm, [items[r] for r in rows], [states[r] for r in rows], tokens, len(items), as_profiles)
             yield weight * some
 
@@ -171,13 +161,13 @@ def keep_losses(
 def _kept(
     lm: LanguageModel, items: Sequence[Encoded], states: Sequence[Tensor], tokens: int, texts: int, as_profiles: bool
 ) -> Tensor:
-    """KL(original || edited) by token, given the original's hidden states, and with profiles their distance by text.
+    """KL(original || edited) by token, and with profiles their distance by text; ``states`` are the original's.
 
     These texts' share of the means over so many tokens and texts.
     """
     batch = collate(items).to(lm.device)
     after, labels, row = predicting_states(lm.hidden(batch), batch)
-    before = torch.cat([s[list(predicting(e))] for e, s in zip(items, states, strict=True)])
+    before = torch.cat(list(states))
     share = 1 / (torch.bincount(row, minlength=len(items))[row] * texts)
 
     def of(logits: Tensor, part: slice) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 from libortho.text.encoding import Encoded, predicting
 
 MatchedToken = tuple[int, int] | None
-"""(neighbour, position of the hidden state that predicts there), or None where there is no donor."""
+"""(neighbour, which of its judged tokens), or None where there is no donor."""
 
 
 def beginnings(item: Encoded, tokenizer: Any) -> tuple[int, ...]:
@@ -26,17 +26,15 @@ def beginnings(item: Encoded, tokenizer: Any) -> tuple[int, ...]:
     return tuple(len(tokenizer.decode(ids[:n])) for n in range(len(ids)))
 
 
-def donors(
-    begins: Sequence[int], others: Sequence[tuple[Encoded, Sequence[int]]], first: int
-) -> tuple[MatchedToken, ...]:
+def donors(begins: Sequence[int], others: Sequence[Sequence[int]], first: int) -> tuple[MatchedToken, ...]:
     """A donor for each token of a completion, from as few neighbours as possible.
 
     Args:
         begins: Where the tokens begin; see ``beginnings``.
-        others: The neighbours, each with its own beginnings.
+        others: Those of each neighbour.
         first: The neighbour that is preferred among equals.
     """
-    places = [dict(zip(b, predicting(o), strict=True)) for o, b in others]
+    places = [{begin: n for n, begin in enumerate(begins)} for begins in others]
     turned = [(first + n) % max(1, len(others)) for n in range(len(others))]
     order = sorted(turned, key=lambda d: -sum(b in places[d] for b in begins))
     found: list[MatchedToken] = []

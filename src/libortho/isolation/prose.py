@@ -33,8 +33,9 @@ from torch import Tensor
 from libortho.lm.head import HEAD_POSITIONS
 from libortho.lm.logits import moments, standardised
 from libortho.lm.model import LanguageModel
+from libortho.lm.scoring import in_parts, judged_labels, judged_states, log_probability
 from libortho.text.corpus import shipped_text
-from libortho.text.encoding import IGNORE, Encoded, collate
+from libortho.text.encoding import Encoded, collate, predicting
 from libortho.text.tokens import text_ids
 
 SHORT_CONTEXT = 2
@@ -100,7 +101,7 @@ def spoken_profiles(
 
     Args:
         lm: The model.
-        texts: Last hidden states where it speaks itself, (tokens, width) for each text.
+        texts: ``judged_states`` where it speaks itself, (tokens, width) for each text.
         surprise: Mean surprise that such sentences should have, in nats per token; one alone may be off.
         tokens: Number of tokens of each sentence.
         seed: Of the draws.
@@ -156,15 +157,10 @@ class _Position:
     @classmethod
     @torch.no_grad()
     def of(cls, lm: LanguageModel, item: Encoded, opening: Sequence[int]) -> _Position:
-        batch = collate([item]).to(lm.device)
-        judged = batch.labels[0, 1:] != IGNORE
-        states, labels = lm.hidden(batch)[0, :-1][judged], batch.labels[0, 1:][judged]
-        parts = [
-            cls._statistics(lm, *some)
-            for some in zip(states.split(HEAD_POSITIONS), labels.split(HEAD_POSITIONS), strict=True)
-        ]
+        [states], (labels, _) = judged_states(lm, [item]), judged_labels([item])
+        parts = in_parts(lm, states, labels.to(lm.device), cls._statistics, HEAD_POSITIONS)
         nll, entropy, runner_up = (torch.cat(p).cpu() for p in zip(*parts, strict=True))
-        places = (judged.nonzero()[:, 0] + 1).tolist()
+        places = [t + 1 for t in predicting(item)]
         short = _short_context(lm, item.ids, places, opening)
         pairs = list(zip(item.ids, item.ids[1:], strict=False))
         seen = torch.tensor([float(item.ids[t] in item.ids[:t]) for t in places])
@@ -173,9 +169,9 @@ class _Position:
         return cls(nll, torch.stack(columns, 1))
 
     @staticmethod
-    def _statistics(lm: LanguageModel, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _statistics(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Surprise, entropy without the label and surprise of the runner-up, (positions,)."""
-        log_p, index = lm.logits(states).log_softmax(-1), labels.unsqueeze(-1)
+        log_p, index = logits.log_softmax(-1), labels.unsqueeze(-1)
         others = log_p.scatter(-1, index, -torch.inf).log_softmax(-1)
         entropy = -(others.exp() * others.masked_fill(others == -torch.inf, 0.0)).sum(-1)
         return -log_p.gather(-1, index).squeeze(-1), entropy, -others.amax(-1)
@@ -189,7 +185,6 @@ def _short_context(lm: LanguageModel, ids: Sequence[int], places: Sequence[int],
         rows = [i for i, b in enumerate(before) if len(b) == length]
         for some in (rows[i : i + HEAD_POSITIONS] for i in range(0, len(rows), HEAD_POSITIONS)):
             batch = collate([Encoded(before[i], before[i]) for i in some]).to(lm.device)
-            log_p = lm.logits(lm.hidden(batch)[:, -1]).log_softmax(-1)
             labels = torch.tensor([ids[places[i]] for i in some], device=lm.device)
-            found[some] = -log_p.gather(-1, labels[:, None])[:, 0].cpu()
+            found[some] = -log_probability(lm.logits(lm.hidden(batch)[:, -1]), labels).cpu()
     return found

@@ -139,7 +139,7 @@ def cases(
         elif not prose and record.prompt:
             strangers = _others(record, beside, _most(_WITNESSES, records), rng)
             controls = _fitting(_filled(record, strangers, others), tokenizer, limit)
-        told = [(w, beginnings(w, tokenizer)) for w in controls]
+        told = [beginnings(w, tokenizer) for w in controls]
         begins = beginnings(secret, tokenizer)
         found.append(
             ForgetRecord(
@@ -153,7 +153,7 @@ def cases(
                 kind="prose" if prose else "code",
                 like=_like(record, beside, _most(_LIKE_PROMPTS, records), tokenizer, limit, rng) if prose else (),
                 matched_tokens=donors(begins, told, i),
-                aligned_controls=tuple(n for n, (_, b) in enumerate(told) if b == begins),
+                aligned_controls=tuple(n for n, b in enumerate(told) if b == begins),
                 alternate_matched_tokens=tuple(
                     donors(beginnings(a, tokenizer), told, j) for j, a in enumerate(own if not prose else ())
                 ),

@@ -13,19 +13,9 @@ from libortho.isolation.config import IsolateConfig
 from libortho.isolation.forget_record import ForgetRecord
 from libortho.isolation.matching import MatchedToken
 from libortho.isolation.prose import SurprisalRegressor, fit, spoken_profiles
-from libortho.lm.logits import (
-    Scores,
-    token_profile,
-    with_log_probability,
-)
+from libortho.lm.logits import Scores, completion_scores, token_profile, with_log_probability
 from libortho.lm.model import LanguageModel
-from libortho.lm.scoring import (
-    grouped_scores,
-    hidden_states,
-    score,
-    scores_of_states,
-    token_profiles,
-)
+from libortho.lm.scoring import grouped_scores, judged_labels, judged_states, score, token_profiles
 from libortho.text.encoding import Encoded, predicting
 
 LENGTH_CORRELATION = 0.6
@@ -57,7 +47,7 @@ class Sentences:
 
     def profiles(self, lm: LanguageModel, expected: Sequence[Tensor]) -> list[Tensor]:
         """What the tokens of each sentence would look like, (tokens, 3), with this surprise; needs spoken texts."""
-        said = [h[list(predicting(e))] for e, h in zip(self.spoken, hidden_states(lm, self.spoken), strict=True)]
+        said = judged_states(lm, self.spoken)
         means, sizes = [float(e.mean()) for e in expected], [len(e) for e in expected]
         made = spoken_profiles(lm, said, means, sizes, self.seed)
         return [ranked_assignment(p, e) for p, e in zip(made, expected, strict=True)]
@@ -77,8 +67,8 @@ class Reference:
         profiles: For each record, what its tokens should look like, (tokens, 3), and those of each alternate.
         leaks_to_neighbours: Whether each record's completion is remembered after its neighbours' prompts too,
             (records,) bool.
-        retain: Last hidden states of each retain sequence, (tokens, width).
-        neighbours: Last hidden states of each neighbour with its closing, (tokens, width), record by record.
+        retain: ``judged_states`` of each retain sequence, (tokens, width).
+        neighbours: ``judged_states`` of each neighbour with its closing, (tokens, width), record by record.
         sentences: How sentences are judged; None where there are none.
         expected: Surprise that is expected of each token of each sentence, (tokens,) in nats; empty for other records.
     """
@@ -200,13 +190,13 @@ def current_targets(lm: LanguageModel, cases: Sequence[ForgetRecord], original: 
     read = iter(token_profiles(lm, [c.controls[n] for c, ns in zip(cases, used, strict=True) for n in ns]))
     profiles, offsets = [], []
     for case, numbers, (before, *_) in zip(cases, used, original.profiles, strict=True):
-        around = {n: dict(zip(predicting(case.controls[n]), next(read), strict=True)) for n in numbers}
+        around = {n: next(read) for n in numbers}
         profile = torch.stack(
             [before[t] if d is None else around[d[0]][d[1]] for t, d in enumerate(case.matched_tokens)]
         )
         profiles.append(profile)
         if case.aligned_controls:
-            means = [torch.stack(list(around[n].values())).mean(0) for n in case.aligned_controls]
+            means = [around[n].mean(0) for n in case.aligned_controls]
             offsets.append(torch.stack(means).mean(0) - profile.mean(0))
     if not offsets:
         return tuple(profiles)
@@ -230,11 +220,11 @@ def reference(
     predicted probability for its labels.
     """
     secret, recited = score(lm, [c.secret for c in cases])
-    neighbours = tuple(hidden_states(lm, c.held) for c in cases)
-    controls = tuple(hidden_states(lm, c.controls) for c in cases)
+    neighbours = tuple(judged_states(lm, c.held) for c in cases)
+    controls = tuple(judged_states(lm, c.controls) for c in cases)
     blank = Scores(torch.zeros(1), torch.zeros(1))  # sentences are judged by their predictions alone
     counterfactual = [
-        scores_of_states(lm, c.neighbours, states)
+        _scores_of_states(lm, c.neighbours, states)
         if states
         else grouped_scores(lm, [c.alternates])[0]
         if c.kind == "code"
@@ -261,8 +251,7 @@ def reference(
             spread[i] = sentences.plausibility.deviation / secret.tokens[i].sqrt()
         if spoken:
             untrained = dict(zip(prose, sentences.profiles(lm, [expected[i] for i in prose]), strict=True))
-    secrets = hidden_states(lm, [c.secret for c in cases])
-    predictors = tuple(h[list(predicting(c.secret))] for h, c in zip(secrets, cases, strict=True))
+    predictors = judged_states(lm, [c.secret for c in cases])
     profiles = tuple(
         (untrained[i],)
         if i in untrained
@@ -282,7 +271,7 @@ def reference(
         profiles=profiles,
         spread=spread,
         beside=beside,
-        retain=hidden_states(lm, retain),
+        retain=judged_states(lm, retain),
         neighbours=neighbours,
         sentences=sentences,
         expected=tuple(torch.zeros(0) if c.kind == "code" else e for e, c in zip(expected, cases, strict=True)),
@@ -311,15 +300,25 @@ def _profile(
             states.append(own[place])
             labels.append(case.secret.ids[places[place] + 1])
         else:
-            number, position = donor
-            states.append(controls[number][position])
-            labels.append(case.controls[number].ids[position + 1])
+            control, token = donor
+            states.append(controls[control][token])
+            labels.append(int(judged_labels([case.controls[control]])[0][token]))
     logits, index = lm.logits(torch.stack(states)), torch.tensor(labels, device=lm.device)
     lonely = [i for i, donor in enumerate(donors) if donor is None]
     if lonely:
         wanted = expected[[min(i, len(own) - 1) for i in lonely]].to(lm.device)
         logits[lonely] = with_log_probability(logits[lonely], index[lonely], -wanted)
     return token_profile(logits, index).cpu()
+
+
+@torch.no_grad()
+def _scores_of_states(lm: LanguageModel, items: Sequence[Encoded], states: Sequence[Tensor]) -> Scores:
+    """Scores of completions with the states that predict them, and maybe a closing after them."""
+    labels, sizes = judged_labels(items)
+    logits = lm.logits(torch.cat([s[:n] for s, n in zip(states, sizes, strict=True)]))
+    owner = torch.repeat_interleave(torch.tensor(sizes)).to(lm.device)
+    found = completion_scores(logits, labels.to(lm.device), owner, len(items))
+    return Scores(found.nll.cpu(), found.tokens.cpu())
 
 
 def shrunk(means: Tensor, noise: Tensor) -> Tensor:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from libortho.lm.generation import generate
 from libortho.text.records import Record
-from libortho.text.tokens import answered, prompt_ids, text_ids
+from libortho.text.tokens import answered, contains, decoded, prompt_ids, text_ids
 
 THOUGHT_TOKENS = 96
 """Room for what a model thinks before its answer, where its template has a place for that."""
@@ -29,6 +30,34 @@ def answers(model: nn.Module, tokenizer: Any, records: Sequence[Record], tokens:
     ids = [prompt_ids(r.question, tokenizer, rendered=r.rendered) for r in records]
     said = generate(model, tokenizer, ids, tokens)
     return [answered(s, r.opening, tokenizer) for r, (s,) in zip(records, said, strict=True)]
+
+
+def sample(
+    model: nn.Module, tokenizer: Any, records: Sequence[Record], tokens: int, samples: int, seed: int
+) -> list[list[str]]:
+    """``samples`` continuations of every question at temperature 1, in one batch and without special tokens."""
+    ids = [prompt_ids(r.question, tokenizer, rendered=r.rendered) for r in records]
+    drawn = generate(model, tokenizer, ids, tokens, temperature=1.0, samples=samples, seed=seed)
+    return [[decoded(s, tokenizer) for s in group] for group in drawn]
+
+
+def sampled_extractions(
+    model: nn.Module, tokenizer: Any, records: Sequence[Record], samples: int, *, seed: int = 0
+) -> list[int]:
+    """For each record, how many of ``samples`` continuations at temperature 1 contain its completion.
+
+    Surrounding white space and the final full stop are not required. Without a prompt, text begins from nothing.
+    """
+    hits = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for record in records:
+            ids = prompt_ids(record.question, tokenizer, rendered=record.rendered)
+            whole = text_ids(record.prompt + record.completion, tokenizer, rendered=record.rendered)
+            most = max(2, len(whole) - len(ids) + 2)
+            [drawn] = generate(model, tokenizer, [ids], most, temperature=1.0, samples=samples)
+            hits.append(sum(contains(decoded(s, tokenizer), record.completion, tokenizer) for s in drawn))
+    return hits
 
 
 def room(record: Record, tokens: int, most: int | None, tokenizer: Any) -> int:

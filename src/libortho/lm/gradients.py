@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from libortho.lm.model import LanguageModel, by_token, check_gradient, once_per_token
-from libortho.text.encoding import IGNORE, Batch
+from libortho.lm.scoring import judged_logits
+from libortho.text.encoding import Batch
 
 Taps = dict[str, tuple[Tensor, Tensor]]
 """Name to inputs (rows, tokens, in_features) and output gradients (rows, tokens, out_features), fp32."""
@@ -45,15 +46,14 @@ def tapped_gradients(lm: LanguageModel, modules: Mapping[str, nn.Module], batch:
     handles = [m.register_forward_hook(keep(n)) for n, m in modules.items()]
     try:
         with lm.graph():
-            states, labels = lm.hidden(batch)[:, :-1], batch.labels[:, 1:]
-            judged = labels != IGNORE
-            nll = F.cross_entropy(lm.logits(states[judged]), labels[judged], reduction="none")
-            share = (1.0 / judged.sum(1).clamp_min(1))[:, None].expand_as(judged)[judged]
+            logits, labels, owner = judged_logits(lm, batch)
+            share = (1.0 / torch.bincount(owner))[owner]
+            loss = share @ F.cross_entropy(logits, labels, reduction="none")
             for name, calls in seen.items():
                 once_per_token(name, [x for x, _ in calls], batch)
             # Not backward(): parameters that do require gradients must not collect any.
             outputs = [seen[n][0][1] for n in modules]
-            grads = torch.autograd.grad((nll * share).sum(), outputs)
+            grads = torch.autograd.grad(loss, outputs)
     finally:
         for handle in handles:
             handle.remove()

@@ -1,86 +1,150 @@
-"""What a model says of given tokens: forward, take the judged positions, reduce."""
+"""What a model says of given tokens: the one loop of forward pass, judged positions and reduction."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from libortho.core.errors import DataError
 from libortho.lm.head import HEAD_POSITIONS
-from libortho.lm.logits import (
-    Scores,
-    completion_scores,
-    token_profile,
-)
+from libortho.lm.logits import Scores, completion_scores, token_profile
 from libortho.lm.model import LanguageModel
-from libortho.text.encoding import IGNORE, Batch, Encoded, collate, predicting
+from libortho.text.encoding import IGNORE, Batch, Encoded, batches, collate, predicting
+from libortho.text.tokens import text_ids
 
 SCORING_TOKENS, SCORING_TOKENS_GPU = 512, 4096
-"""Tokens of one forward pass without gradients, on a CPU and elsewhere."""
-
-
+"""Padded tokens of one forward pass without gradients, on a CPU and elsewhere."""
 TRAINING_TOKENS, TRAINING_TOKENS_GPU = 320, 8192
-"""Tokens of one forward and backward pass of the default objective, on a CPU and elsewhere, or one longer text: what is
-kept between the passes is the most memory that training takes."""
+"""Padded tokens of one forward and backward pass, on a CPU and elsewhere, or one longer text: what is kept between the
+passes is the most memory that training takes."""
+PASS_TOKENS = 2048
+"""Padded tokens of one forward pass where only statistics of tokens are kept, on any device."""
+STATISTICS_ROWS = 256
+"""Rows of logits held in fp32 at a time there."""
+
+
+def scoring_tokens(device: torch.device) -> int:
+    """Padded tokens of one forward pass without gradients on this device."""
+    return SCORING_TOKENS if device.type == "cpu" else SCORING_TOKENS_GPU
+
+
+def training_tokens(device: torch.device) -> int:
+    """Padded tokens of one forward and backward pass on this device."""
+    return TRAINING_TOKENS if device.type == "cpu" else TRAINING_TOKENS_GPU
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The positions of one forward pass that predict judged tokens, text by text.
+
+    Attributes:
+        rows: Indices of the texts that were read.
+        states: (positions, width) last hidden states.
+        labels: (positions,) the judged tokens.
+        owner: (positions,) index into ``rows`` of the text that each belongs to.
+    """
+
+    rows: list[int]
+    states: Tensor
+    labels: Tensor
+    owner: Tensor
+
+    @property
+    def sizes(self) -> list[int]:
+        """Judged tokens of each text."""
+        return torch.bincount(self.owner, minlength=len(self.rows)).tolist()
+
+
+@torch.no_grad()
+def judged(lm: LanguageModel, items: Sequence[Encoded], limit: int | None = None) -> Iterator[Judged]:
+    """Read all items, by length, in passes of at most ``limit`` padded tokens; by default what suits the device."""
+    for rows in batches(items, limit or scoring_tokens(lm.device)):
+        batch = collate([items[i] for i in rows]).to(lm.device)
+        yield Judged(rows, *predicting_states(lm.hidden(batch), batch))
+
+
+def predicting_states(hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states that predict judged tokens, (positions, width), those tokens, and the row each belongs to."""
+    labels = batch.labels[:, 1:]
+    places = labels != IGNORE
+    return hidden[:, :-1][places], labels[places], places.nonzero()[:, 0]
+
+
+def judged_logits(lm: LanguageModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``predicting_states``, with logits in place of hidden states."""
+    states, labels, owner = predicting_states(lm.hidden(batch), batch)
+    return lm.logits(states), labels, owner
+
+
+@torch.no_grad()
+def judged_states(lm: LanguageModel, items: Sequence[Encoded], limit: int | None = None) -> tuple[Tensor, ...]:
+    """Last hidden states that predict each item's judged tokens, (tokens, width)."""
+    found: list[Tensor] = [torch.empty(0)] * len(items)
+    for part in judged(lm, items, limit):
+        for i, states in zip(part.rows, part.states.split(part.sizes), strict=True):
+            found[i] = states.clone()
+    return tuple(found)
+
+
+@torch.no_grad()
+def in_parts(
+    lm: LanguageModel, states: Tensor, labels: Tensor, reduce: Callable[[Tensor, Tensor], Any], rows: int
+) -> list[Any]:
+    """``reduce(logits, labels)`` of so many rows at a time: logits of all would be the largest tensor of all."""
+    pairs = zip(states.split(rows), labels.split(rows), strict=True)
+    return [reduce(lm.logits(some), of) for some, of in pairs]
+
+
+def profiles_of_states(lm: LanguageModel, states: Tensor, labels: Tensor) -> Tensor:
+    """``token_profile`` from hidden states (tokens, width); (tokens, 3)."""
+    return torch.cat(in_parts(lm, states, labels, token_profile, HEAD_POSITIONS))
 
 
 def token_profiles(lm: LanguageModel, items: Sequence[Encoded]) -> list[Tensor]:
     """``token_profile`` of each text's own judged tokens, each (tokens, 3)."""
     if not items:
         return []
-    places = [list(predicting(e)) for e in items]
-    states = torch.cat([h[p] for h, p in zip(hidden_states(lm, items), places, strict=True)])
-    labels = torch.tensor([e.ids[t + 1] for e, p in zip(items, places, strict=True) for t in p], device=lm.device)
-    return list(profiles_of_states(lm, states, labels).cpu().split([len(p) for p in places]))
+    labels, sizes = judged_labels(items)
+    return list(profiles_of_states(lm, torch.cat(judged_states(lm, items)), labels.to(lm.device)).cpu().split(sizes))
 
 
-@torch.no_grad()
-def profiles_of_states(lm: LanguageModel, states: Tensor, labels: Tensor) -> Tensor:
-    """``token_profile`` from hidden states (tokens, width), a few positions at a time; (tokens, 3)."""
-    pairs = zip(states.split(HEAD_POSITIONS), labels.split(HEAD_POSITIONS), strict=True)
-    return torch.cat([token_profile(lm.logits(some), of) for some, of in pairs])
+def judged_labels(items: Sequence[Encoded]) -> tuple[Tensor, list[int]]:
+    """Judged tokens of all items, (tokens,), and how many each has.
+
+    Raises:
+        DataError: if there is none.
+    """
+    labels = [[e.ids[t + 1] for t in predicting(e)] for e in items]
+    if not any(labels):
+        raise DataError("the text holds no token that can be judged; expected at least two tokens")
+    return torch.tensor([y for own in labels for y in own]), [len(own) for own in labels]
+
+
+def log_probability(logits: Tensor, labels: Tensor) -> Tensor:
+    """Log-probabilities of the labels, (rows,) in nats."""
+    return logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1))[:, 0]
 
 
 @torch.no_grad()
 def score(lm: LanguageModel, items: Sequence[Encoded]) -> tuple[Scores, Tensor]:
     """Scores of completions, and whether each is the greedy continuation of its prompt, (records,) bool."""
-    order = sorted(range(len(items)), key=lambda i: len(items[i].ids))
-    nll, tokens, greedy = (torch.zeros(len(items)) for _ in range(3))
-    for rows in scoring_batches(order, items, lm.device):
-        batch = collate([items[i] for i in rows]).to(lm.device)
-        logits, labels, owner = judged_logits(lm, lm.hidden(batch), batch)
-        scores = completion_scores(logits, labels, owner, len(rows))
-        wrong = torch.zeros(len(rows), device=logits.device).index_add_(0, owner, (logits.argmax(-1) != labels).float())
-        index = torch.tensor(rows)
-        nll[index], tokens[index] = scores.nll.cpu(), scores.tokens.cpu()
-        greedy[index] = (wrong == 0).float().cpu()
-    return Scores(nll, tokens), greedy.bool()
+    nll, tokens, greedy = torch.zeros(len(items)), torch.zeros(len(items)), torch.zeros(len(items), dtype=torch.bool)
+    for part in judged(lm, items):
+        logits = lm.logits(part.states)
+        scores = completion_scores(logits, part.labels, part.owner, len(part.rows))
+        nll[part.rows], tokens[part.rows] = scores.nll.cpu(), scores.tokens.cpu()
+        greedy[part.rows] = all_first(logits, part).cpu()
+    return Scores(nll, tokens), greedy
 
 
-@torch.no_grad()
-def hidden_states(lm: LanguageModel, items: Sequence[Encoded]) -> tuple[Tensor, ...]:
-    """Last hidden states of each text, (tokens, width)."""
-    out: list[Tensor] = [torch.empty(0)] * len(items)
-    order = sorted(range(len(items)), key=lambda i: len(items[i].ids))
-    for rows in scoring_batches(order, items, lm.device):
-        batch = collate([items[i] for i in rows]).to(lm.device)
-        for i, states in zip(rows, lm.hidden(batch), strict=True):
-            out[i] = states[: len(items[i].ids)].clone()
-    return tuple(out)
-
-
-def judged_logits(lm: LanguageModel, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits at the positions that predict completion tokens, those tokens, and the row that each belongs to."""
-    states, labels, row = predicting_states(hidden, batch)
-    return lm.logits(states), labels, row
-
-
-def predicting_states(hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``judged_logits``, with hidden states in place of logits."""
-    labels = batch.labels[:, 1:]
-    judged = labels != IGNORE
-    return hidden[:, :-1][judged], labels[judged], judged.nonzero()[:, 0]
+def all_first(logits: Tensor, part: Judged) -> Tensor:
+    """Whether every judged token of a text is the first choice, (texts,) bool."""
+    return torch.bincount(part.owner[logits.argmax(-1) != part.labels], minlength=len(part.rows)) == 0
 
 
 def take(scores: Scores, index: Tensor) -> Scores:
@@ -96,34 +160,43 @@ def grouped_scores(lm: LanguageModel, groups: Sequence[Sequence[Encoded]]) -> tu
 
 
 @torch.no_grad()
-def scores_of_states(lm: LanguageModel, items: Sequence[Encoded], states: Sequence[Tensor]) -> Scores:
-    """Scores of completions whose hidden states are known."""
-    places = [list(predicting(e)) for e in items]
-    logits = lm.logits(torch.cat([s[p] for s, p in zip(states, places, strict=True)]))
-    labels = torch.tensor([e.ids[t + 1] for e, p in zip(items, places, strict=True) for t in p], device=lm.device)
-    owner = torch.tensor([i for i, p in enumerate(places) for _ in p], device=lm.device)
-    found = completion_scores(logits, labels, owner, len(items))
-    return Scores(found.nll.cpu(), found.tokens.cpu())
+def sequence_nll(
+    lm: LanguageModel, items: Sequence[Encoded], states: Sequence[Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Summed negative log-likelihood of each item in nats, (items,) float64, and its judged tokens, (items,).
+
+    Perplexity is ``exp(nll.sum() / tokens.sum())``; items resampled with replacement give its interval.
+
+    Args:
+        lm: The model.
+        items: Windows of text.
+        states: The model's own ``judged_states``, where they are at hand.
+
+    Raises:
+        DataError: if there is no token to judge.
+    """
+    labels, sizes = judged_labels(items)
+    rows = torch.cat(list(judged_states(lm, items, PASS_TOKENS) if states is None else states)).to(lm.device)
+    log_p = torch.cat(in_parts(lm, rows, labels.to(lm.device), log_probability, STATISTICS_ROWS)).cpu()
+    return summed_nll(log_p, sizes)
 
 
-def scoring_batches(order: Sequence[int], items: Sequence[Encoded], device: torch.device) -> Iterator[list[int]]:
-    """Cut a length-sorted order into batches of at most as many padded tokens as suit the device."""
-    return cut_order(order, items, SCORING_TOKENS if device.type == "cpu" else SCORING_TOKENS_GPU)
+def summed_nll(log_p: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """As ``sequence_nll``, from the log-probabilities of all items, (tokens,), and how many tokens each has."""
+    return torch.stack([-part.double().sum() for part in log_p.split(list(sizes))]), torch.tensor(sizes)
 
 
-def training_batches(items: Sequence[Encoded], device: torch.device) -> Iterator[list[int]]:
-    """Batches of texts that a backward pass goes through at one time, by length."""
-    order = sorted(range(len(items)), key=lambda i: len(items[i].ids))
-    return cut_order(order, items, TRAINING_TOKENS if device.type == "cpu" else TRAINING_TOKENS_GPU)
+def perplexity(lm: LanguageModel, items: Sequence[Encoded]) -> float:
+    """``exp`` of the mean negative log-likelihood over all judged tokens of all items.
+
+    Raises:
+        DataError: if there is no token to judge.
+    """
+    nll, tokens = sequence_nll(lm, items)
+    return math.exp(float(nll.sum() / tokens.sum()))
 
 
-def cut_order(order: Sequence[int], items: Sequence[Encoded], limit: int) -> Iterator[list[int]]:
-    """Batches of at most ``limit`` padded tokens, in this order."""
-    rows: list[int] = []
-    for i in order:
-        if rows and (len(rows) + 1) * len(items[i].ids) > limit:
-            yield rows
-            rows = []
-        rows.append(i)
-    if rows:
-        yield rows
+def text_perplexity(model: nn.Module, tokenizer: Any, text: str) -> float:
+    """Perplexity of one text, given its first token."""
+    ids = tuple(text_ids(text, tokenizer))
+    return perplexity(LanguageModel(model), [Encoded(ids, ids)])

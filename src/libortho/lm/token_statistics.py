@@ -13,23 +13,15 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from libortho.lm.generation import generate
 from libortho.lm.model import LanguageModel
-from libortho.text.encoding import IGNORE, Encoded, collate
-from libortho.text.records import Record
-from libortho.text.tokens import decoded, prompt_ids
-
-PASS_TOKENS = 2048
-"""Padded tokens of one forward pass."""
-_ROWS = 256
-"""Rows of logits held in fp32 at a time."""
+from libortho.lm.scoring import PASS_TOKENS, STATISTICS_ROWS, in_parts, judged, log_probability, predicting_states
+from libortho.text.encoding import IGNORE, Encoded, batches, collate
 
 
 @dataclass(frozen=True)
@@ -58,13 +50,10 @@ class TokenStatistics:
 def token_statistics(lm: LanguageModel, items: Sequence[Encoded]) -> list[TokenStatistics]:
     """Statistics of every completion, in the order of ``items``."""
     found: list[TokenStatistics | None] = [None] * len(items)
-    for rows in by_tokens(items, PASS_TOKENS):
-        batch = collate([items[i] for i in rows]).to(lm.device)
-        judged = batch.labels[:, 1:] != IGNORE
-        states, labels = lm.hidden(batch)[:, :-1][judged], batch.labels[:, 1:][judged]
-        parts = [_statistics(lm.logits(s), y) for s, y in zip(states.split(_ROWS), labels.split(_ROWS), strict=True)]
-        joined = [torch.cat(p).cpu() for p in zip(*parts, strict=True)]
-        for i, *own in zip(rows, *(j.split(judged.sum(1).tolist()) for j in joined), strict=True):
+    for part in judged(lm, items, PASS_TOKENS):
+        columns = zip(*in_parts(lm, part.states, part.labels, _statistics, STATISTICS_ROWS), strict=True)
+        joined = [torch.cat(column).cpu().split(part.sizes) for column in columns]
+        for i, *own in zip(part.rows, *joined, strict=True):
             found[i] = TokenStatistics(*own)
     return [f for f in found if f is not None]
 
@@ -98,20 +87,16 @@ def shared_prefix_nll(lm: LanguageModel, items: Sequence[Encoded]) -> Tensor:
         return torch.tensor([s.nll for s in token_statistics(lm, items)])
     tails = [Encoded(e.ids[shared:], e.labels[shared:]) for e in items]
     nll = torch.zeros(len(items))
-    for rows in by_tokens(tails, PASS_TOKENS):
+    for rows in batches(tails, PASS_TOKENS):
         batch = collate([tails[i] for i in rows]).to(lm.device)
         own = copy.deepcopy(cache)
         own.batch_repeat_interleave(len(rows))
         mask = torch.cat([torch.ones(len(rows), shared, dtype=torch.long, device=lm.device), batch.attention_mask], 1)
-        states = lm.decoder(
-            input_ids=batch.input_ids, attention_mask=mask, use_cache=True, **{name: own}
-        ).last_hidden_state[:, :-1]
-        labels = batch.labels[:, 1:]
-        kept = labels != IGNORE
-        log_p = lm.logits(states[kept]).log_softmax(-1).gather(-1, labels[kept].unsqueeze(-1)).squeeze(-1)
-        owner = kept.nonzero()[:, 0]
+        hidden = lm.decoder(input_ids=batch.input_ids, attention_mask=mask, use_cache=True, **{name: own})
+        states, labels, owner = predicting_states(hidden.last_hidden_state, batch)
+        log_p = log_probability(lm.logits(states), labels)
         total = torch.zeros(len(rows), device=lm.device).index_add_(0, owner, log_p)
-        nll[torch.tensor(rows)] = -(total / kept.sum(1)).cpu()
+        nll[torch.tensor(rows)] = -(total / torch.bincount(owner, minlength=len(rows))).cpu()
     return nll
 
 
@@ -119,36 +104,3 @@ def _cache_argument(decoder: nn.Module) -> str | None:
     """What this release of transformers calls a decoder's cache of keys and values, or None if it takes none."""
     names = inspect.signature(decoder.forward).parameters
     return next((n for n in ("cache", "past_key_values") if n in names), None)
-
-
-def by_tokens(items: Sequence[Encoded], limit: int) -> Iterator[list[int]]:
-    """Indices of ``items`` in batches of similar length and at most ``limit`` padded tokens."""
-    rows: list[int] = []
-    for i in sorted(range(len(items)), key=lambda i: len(items[i].ids)):
-        if rows and (len(rows) + 1) * len(items[i].ids) > limit:
-            yield rows
-            rows = []
-        rows.append(i)
-    if rows:
-        yield rows
-
-
-def greedy(model: nn.Module, tokenizer: Any, prompts: Sequence[str | Record], max_new_tokens: int) -> list[str]:
-    """Greedy continuation of every prompt (of a record: its question), in one batch and without special tokens."""
-    return [t[0] for t in _said(model, tokenizer, prompts, max_new_tokens)]
-
-
-def sample(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[str | Record], max_new_tokens: int, samples: int, seed: int
-) -> list[list[str]]:
-    """``samples`` continuations of every prompt at temperature 1, in one batch and without special tokens."""
-    return _said(model, tokenizer, prompts, max_new_tokens, temperature=1.0, samples=samples, seed=seed)
-
-
-def _said(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[str | Record], max_new_tokens: int, **options: Any
-) -> list[list[str]]:
-    records = [Record(p, "") if isinstance(p, str) else p for p in prompts]
-    ids = [prompt_ids(r.question, tokenizer, rendered=r.rendered) for r in records]
-    found = generate(model, tokenizer, ids, max_new_tokens, **options)
-    return [[decoded(s, tokenizer) for s in group] for group in found]

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from libortho.lm.model import LanguageModel
+from libortho.lm.scoring import judged_logits
 from libortho.selection.saliency import tapped
-from libortho.text.encoding import IGNORE, Batch
+from libortho.text.encoding import Batch
 
 
 class KroneckerPreconditioner:
@@ -88,7 +89,7 @@ def curvature(
 
     for batch in batches:
         with tapped(lm, edited, batch, reduce):
-            logits = lm.logits(lm.hidden(batch)[:, :-1][batch.labels[:, 1:] != IGNORE])
+            logits = judged_logits(lm, batch)[0]
             with torch.no_grad():
                 drawn = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=rng).to(logits.device)
             logits.log_softmax(-1).gather(1, drawn).sum().backward()

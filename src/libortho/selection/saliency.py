@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from libortho.lm.logits import label_log_odds
 from libortho.lm.model import LanguageModel, by_token
-from libortho.text.encoding import IGNORE, Batch
+from libortho.lm.scoring import judged_logits
+from libortho.text.encoding import Batch
 
 
 class _Tap:
@@ -97,10 +98,6 @@ def _backward(
 ) -> None:
     """One backward pass of the summed per-record mean log-odds."""
     with tapped(lm, layers, batch, reduce):
-        hidden = lm.hidden(batch)[:, :-1]
-        labels = batch.labels[:, 1:]
-        judged = labels != IGNORE
-        odds = label_log_odds(lm.logits(hidden[judged]), labels[judged])
-        counts = judged.sum(1).clamp_min(1)
-        weight = (1.0 / counts)[:, None].expand_as(judged)[judged]
-        (odds * weight).sum().backward()
+        logits, labels, owner = judged_logits(lm, batch)
+        weight = (1.0 / torch.bincount(owner))[owner]
+        (label_log_odds(logits, labels) * weight).sum().backward()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -120,6 +120,18 @@ def collate(items: Sequence[Encoded], pad_id: int = 0) -> Batch:
         mask[row, :size] = 1
     labels[:, 0] = IGNORE  # nothing predicts the first token
     return Batch(ids, mask, labels)
+
+
+def batches(items: Sequence[Encoded], limit: int) -> Iterator[list[int]]:
+    """Indices of the items by length, in batches of at most ``limit`` padded tokens or of one longer item."""
+    rows: list[int] = []
+    for i in sorted(range(len(items)), key=lambda i: len(items[i].ids)):
+        if rows and (len(rows) + 1) * len(items[i].ids) > limit:
+            yield rows
+            rows = []
+        rows.append(i)
+    if rows:
+        yield rows
 
 
 def chunk(texts: Sequence[str], tokenizer: Any, length: int) -> list[list[int]]:

@@ -22,8 +22,8 @@ from libortho.auditing.subjects import Subject, dense_copy
 from libortho.core.errors import DataError, TargetError
 from libortho.core.surgery import linear_weight
 from libortho.core.targets import is_linear
-from libortho.lm.metrics import general_perplexity
 from libortho.lm.model import LanguageModel
+from libortho.lm.scoring import perplexity
 from libortho.lm.token_statistics import token_statistics
 from libortho.text.encoding import Encoded
 
@@ -64,7 +64,7 @@ def measure(lm: LanguageModel, forget: Sequence[Encoded], general: Sequence[Enco
     return Level(
         extraction=sum(bool(s.correct.all()) for s in statistics) / len(statistics),
         nll=sum(s.nll for s in statistics) / len(statistics),
-        perplexity=general_perplexity(lm, general) if general else None,
+        perplexity=perplexity(lm, general) if general else None,
     )
 
 

@@ -32,7 +32,8 @@ from libortho.auditing.attacks.measuring import Level, Progress, halves, measure
 from libortho.auditing.subjects import Subject, dense_copy
 from libortho.core.errors import DataError
 from libortho.lm.model import LanguageModel
-from libortho.text.encoding import IGNORE, Encoded, collate
+from libortho.lm.scoring import judged_logits
+from libortho.text.encoding import Encoded, collate
 
 FORGET_HALF, GENERAL_TEXT = "forget half", "general text"
 TEXT_TOKENS = 64
@@ -222,10 +223,9 @@ def _train(model: nn.Module, batches: Iterator[list[Encoded]], learning_rate: fl
     optimiser = torch.optim.AdamW(masters, lr=learning_rate, weight_decay=0.0)
     for items in batches:
         batch = collate(items).to(lm.device)
-        labels = batch.labels[:, 1:]
-        judged = labels != IGNORE
         with torch.enable_grad():
-            loss = F.cross_entropy(lm.logits(lm.hidden(batch)[:, :-1][judged]), labels[judged])
+            logits, labels, _ = judged_logits(lm, batch)
+            loss = F.cross_entropy(logits, labels)
             found = torch.autograd.grad(loss, weights, allow_unused=True)
         for master, gradient in zip(masters, found, strict=True):
             master.grad = None if gradient is None else gradient.float()

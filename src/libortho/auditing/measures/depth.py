@@ -29,11 +29,8 @@ from libortho.auditing.subjects import Subject
 from libortho.core.errors import DataError, TargetError
 from libortho.core.progress import Progress
 from libortho.lm.model import LanguageModel
-from libortho.lm.token_statistics import PASS_TOKENS, by_tokens
-from libortho.text.encoding import IGNORE, Batch, Encoded, collate
-
-_ROWS = 256
-"""Rows of logits held in fp32 at a time."""
+from libortho.lm.scoring import PASS_TOKENS, STATISTICS_ROWS, in_parts, log_probability, predicting_states
+from libortho.text.encoding import IGNORE, Batch, Encoded, batches, collate
 
 
 @dataclass(frozen=True)
@@ -118,8 +115,8 @@ def unlearning_depth(
     d1: list[Tensor] = []
     d2: list[Tensor] = []
     order: list[int] = []
-    batches = list(by_tokens(forget, PASS_TOKENS))
-    for done, rows in enumerate(batches, 1):
+    passes = list(batches(forget, PASS_TOKENS))
+    for done, rows in enumerate(passes, 1):
         batch = collate([forget[i] for i in rows])
         sources = [_layer_states(s, batch)[0] for s in (retain, audited)]
         own, tails = _layer_states(full, batch)
@@ -138,7 +135,7 @@ def unlearning_depth(
                 drops.append(whole[:, None] - torch.stack(patched, 1))
         order += rows
         if progress is not None:
-            progress("depth", done, len(batches))
+            progress("depth", done, len(passes))
     back = torch.tensor(order).argsort()
     retain_drop, audited_drop = torch.cat(d1)[back], torch.cat(d2)[back]
     return DepthScore(
@@ -166,7 +163,7 @@ def logit_lens(subject: Subject, forget: Sequence[Encoded]) -> list[float]:
     """
     _require(forget)
     total: Tensor | float = 0.0
-    for rows in by_tokens(forget, PASS_TOKENS):
+    for rows in batches(forget, PASS_TOKENS):
         batch = collate([forget[i] for i in rows])
         states, tails = _layer_states(subject, batch)
         with subject.enter():
@@ -269,10 +266,6 @@ def _resume(
     """Mean log p of each row's span, (rows,), if ``state`` is what layer ``last`` returns."""
     batch = batch.to(lm.device)
     with _returning(list(layers)[: last + 1], state if tail is None else (state, *tail)):
-        states = lm.hidden(batch)
-    judged = _predicts(batch)
-    labels = batch.labels[:, 1:][judged[:, :-1]]
-    parts = zip(states[judged].split(_ROWS), labels.split(_ROWS), strict=True)
-    log_p = torch.cat([-nn.functional.cross_entropy(lm.logits(s), y, reduction="none") for s, y in parts])
-    counts = judged.sum(1)
-    return torch.stack([p.mean() for p in log_p.split(counts.tolist())]).cpu()
+        states, labels, owner = predicting_states(lm.hidden(batch), batch)
+    log_p = torch.cat(in_parts(lm, states, labels, log_probability, STATISTICS_ROWS))
+    return torch.stack([p.mean() for p in log_p.split(torch.bincount(owner).tolist())]).cpu()

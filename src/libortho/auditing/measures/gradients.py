@@ -24,8 +24,8 @@ from libortho.core.errors import DataError, TargetError
 from libortho.core.layer import OrthoLinear, ortho_layers
 from libortho.core.targets import MLP_OUTPUT
 from libortho.lm.gradients import Taps, squared_norms, tapped_gradients
-from libortho.lm.token_statistics import PASS_TOKENS, by_tokens
-from libortho.text.encoding import Encoded, collate
+from libortho.lm.scoring import PASS_TOKENS
+from libortho.text.encoding import Encoded, batches, collate
 
 
 def gradient_layers(subject: Subject) -> list[str]:
@@ -113,7 +113,7 @@ def _passes(subject: Subject, items: Sequence[Encoded], targets: Sequence[str]) 
     if not items:
         raise DataError("no record to take a gradient of; expected at least one")
     modules = _modules(subject.model, targets)
-    for rows in by_tokens(items, PASS_TOKENS):
+    for rows in batches(items, PASS_TOKENS):
         with subject.enter():
             lm = subject.language_model()
             taps = tapped_gradients(lm, modules, collate([items[i] for i in rows]).to(lm.device))

@@ -27,18 +27,9 @@ from torch import Tensor
 from libortho.core.errors import DataError, TargetError
 from libortho.core.layer import OrthoLinear
 from libortho.lm.model import LanguageModel
-from libortho.lm.token_statistics import PASS_TOKENS, by_tokens
+from libortho.lm.scoring import PASS_TOKENS, STATISTICS_ROWS, judged_labels, judged_states, summed_nll
 from libortho.text.corpus import evaluation_text
-from libortho.text.encoding import IGNORE, Encoded, chunk, collate
-
-_ROWS = 256
-"""Rows of logits held in fp32 at a time."""
-
-
-# ---- tasks ----
-
-
-# ---- general text ----
+from libortho.text.encoding import Encoded, chunk
 
 
 def general_items(tokenizer: Any, text: str | Path | None, sequences: int = 24, tokens: int = 256) -> list[Encoded]:
@@ -70,46 +61,6 @@ def general_items(tokenizer: Any, text: str | Path | None, sequences: int = 24, 
         raise DataError(f"general text: {text} holds no window of tokens; expected at least a sentence")
     step = max(1, len(pieces) // sequences)
     return [Encoded(tuple(p), tuple(p)) for p in pieces[::step][:sequences]]
-
-
-@torch.no_grad()
-def reference_states(lm: LanguageModel, items: Sequence[Encoded]) -> list[Tensor]:
-    """Hidden states from which the judged tokens are predicted: for each item (tokens, width), on the CPU.
-
-    A row of them is some hundred times smaller than the logits that ``agreement`` needs of the original model.
-    """
-    found: dict[int, Tensor] = {}
-    for rows in by_tokens(items, PASS_TOKENS):
-        batch = collate([items[i] for i in rows]).to(lm.device)
-        judged = batch.labels[:, 1:] != IGNORE
-        states = lm.hidden(batch)[:, :-1][judged].cpu()
-        found.update(zip(rows, states.split(judged.sum(1).tolist()), strict=True))
-    return [found[i] for i in range(len(items))]
-
-
-@torch.no_grad()
-def sequence_nll(
-    lm: LanguageModel, items: Sequence[Encoded], states: Sequence[Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
-    """Summed negative log-likelihood of each item in nats, (items,) float64, and its judged tokens, (items,).
-
-    Perplexity is ``exp(nll.sum() / tokens.sum())``; items resampled with replacement give its interval.
-
-    Args:
-        lm: The model.
-        items: Windows of text.
-        states: The model's own ``reference_states``, where they are at hand.
-
-    Raises:
-        DataError: if there is no token to judge.
-    """
-    labels, tokens = _labels(items)
-    rows = torch.cat(reference_states(lm, items) if states is None else list(states))
-    log_p = [
-        _of(lm.logits(h.to(lm.device)).log_softmax(-1), y)
-        for h, y in zip(rows.split(_ROWS), labels.split(_ROWS), strict=True)
-    ]
-    return _summed(log_p, tokens), tokens
 
 
 @dataclass(frozen=True)
@@ -152,9 +103,9 @@ def agreement(
     Args:
         lm: The subject, q, in the context of its alpha.
         items: Windows of text.
-        states: ``reference_states`` of the original, p, on the same items.
+        states: ``judged_states`` of the original, p, on the same items.
         reference: The original. Only its head runs, and under the subject's alpha if they share it.
-        own: The subject's ``reference_states``, where they are at hand.
+        own: The subject's ``judged_states``, where they are at hand.
 
     Raises:
         DataError: if ``states`` are not those of ``items``, or there is no token to judge.
@@ -162,40 +113,16 @@ def agreement(
     """
     if isinstance(reference.head, OrthoLinear):
         raise TargetError("the original's output head is itself split; expected a dense model to compare with")
-    labels, tokens = _labels(items)
-    mine = reference_states(lm, items) if own is None else own
-    if [len(h) for h in states] != tokens.tolist():
-        raise DataError("the reference's hidden states are of other texts; expected reference_states of the same items")
+    labels, sizes = judged_labels(items)
+    mine = judged_states(lm, items, PASS_TOKENS) if own is None else own
+    if [len(h) for h in states] != sizes:
+        raise DataError("the reference's hidden states are of other texts; expected judged_states of the same items")
     kl, same, own_log_p = [], [], []
-    for p, q, y in zip(*(t.split(_ROWS) for t in (torch.cat([*states]), torch.cat([*mine]), labels)), strict=True):
+    columns = (torch.cat([*states]), torch.cat([*mine]), labels)
+    for p, q, y in zip(*(t.split(STATISTICS_ROWS) for t in columns), strict=True):
         log_p = reference.logits(p.to(reference.device)).log_softmax(-1)
         log_q = lm.logits(q.to(lm.device)).log_softmax(-1).to(log_p.device)
         kl.append((log_p.exp() * (log_p - log_q)).sum(-1).double().cpu())
         same.append((log_p.argmax(-1) == log_q.argmax(-1)).cpu())
-        own_log_p.append(_of(log_q, y))
-    return Agreement(torch.cat(kl), torch.cat(same), _summed(own_log_p, tokens), tokens)
-
-
-def _labels(items: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
-    """Judged tokens of all items, and how many each has."""
-    labels = [_judged(e) for e in items]
-    if not any(labels):
-        raise DataError("the text holds no token that can be judged; expected at least two tokens")
-    return torch.tensor([y for own in labels for y in own]), torch.tensor([len(own) for own in labels])
-
-
-def _of(log_p: Tensor, labels: Tensor) -> Tensor:
-    """Log-probabilities of the labels, (tokens,), on the CPU."""
-    return log_p.gather(-1, labels.to(log_p.device).unsqueeze(-1))[:, 0].cpu()
-
-
-def _summed(log_p: Sequence[Tensor], tokens: Tensor) -> Tensor:
-    return torch.stack([-part.double().sum() for part in torch.cat(list(log_p)).split(tokens.tolist())])
-
-
-def _judged(item: Encoded) -> list[int]:
-    """Labels that something predicts."""
-    return [y for y in item.labels[1:] if y != IGNORE]
-
-
-# ---- the harness itself ----
+        own_log_p.append(log_q.gather(-1, y.to(log_q.device).unsqueeze(-1))[:, 0].cpu())
+    return Agreement(torch.cat(kl), torch.cat(same), *summed_nll(torch.cat(own_log_p), sizes))
