@@ -47,10 +47,10 @@ Scores = Callable[[LanguageModel, dict[str, nn.Module], Sequence[Any]], dict[str
 
 
 def columns_by(
-    score: Scores, lm: LanguageModel, targets: dict[str, nn.Module], cases: Any, retain: Any, config: Any, _: Any
+    score: Scores, lm: LanguageModel, targets: dict[str, nn.Module], forget: Any, retain: Any, config: Any, _: Any
 ) -> dict[str, Tensor]:
     """The columns that are best by this score, under the budget and the cap of ``isolate``."""
-    batches = [collate([c.secret for c in cases[i : i + 8]]).to(lm.device) for i in range(0, len(cases), 8)]
+    batches = [collate([r.secret for r in forget[i : i + 8]]).to(lm.device) for i in range(0, len(forget), 8)]
     return allocate(score(lm, targets, batches), config.ratio, LAYER_CAP, column_costs(targets))
 
 
@@ -131,7 +131,10 @@ def half_width(values: Sequence[float]) -> float:
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """A line for each variant on records of one kind and number."""
     table = Table("records", "variant", "seeds", *SHOWN)
-    order = list(VARIANTS)
+    order = [
+        *VARIANTS,
+        *sorted({r["variant"] for r in rows}.difference(VARIANTS)),
+    ]
     for about, variant in sorted({(_about(r), r["variant"]) for r in rows}, key=lambda k: (k[0], order.index(k[1]))):
         same = [r for r in rows if (_about(r), r["variant"]) == (about, variant)]
         cells = []

@@ -5,7 +5,6 @@
     python benchmarks/forgetting.py measure --case tuning --seeds 0
     python benchmarks/forgetting.py measure --seeds 11 --attacks         with rounding, relearning, other prompts
     python benchmarks/forgetting.py measure --seeds 11 --count 1         requests of other sizes
-    python benchmarks/forgetting.py measure --gradient-weight 5          the gradient's norm matched too
     python benchmarks/forgetting.py measure --count 10 --ratio auto      the smallest budget that will do
     python benchmarks/forgetting.py measure --case chat --seeds 11       the canaries in chats of one and of three turns
     python benchmarks/forgetting.py measure --case demo --seeds 0 --model gemma3      another family (second_model.py)

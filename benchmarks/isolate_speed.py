@@ -25,13 +25,13 @@ from _common import save
 from _timing import ratio, rounds, shown
 from libortho import IsolateConfig
 from libortho.checkpoint.dense import load_model
-from libortho.core.surgery import linear_weight
+from libortho.core.surgery import linear_weight, swap
 from libortho.core.targets import find_targets
 from libortho.demo.model import packaged_model
 from libortho.isolation.forget_record import ForgetRecord
+from libortho.isolation.original import read_original
 from libortho.isolation.retain import RETAIN_LENGTH
-from libortho.isolation.state import RECORDS_PER_STEP, Training
-from libortho.isolation.targets import reference
+from libortho.isolation.state import RECORDS_PER_STEP, Epochs, Training
 from libortho.isolation.train import step
 from libortho.lm.checks import training_dtype
 from libortho.lm.model import LanguageModel
@@ -101,37 +101,35 @@ class Bench:
         secrets = sequences(count, RECORD_TOKENS, 0, 8)
         others = sequences(count, RECORD_TOKENS, 1, 8)
         neighbours, strangers = (sequences(count, RECORD_TOKENS, s, 8) for s in (3, 4))
-        donors = tuple((0, place) for place in predicting(strangers[0]))
-        self.cases = [
+        matched = tuple((0, n) for n in range(len(predicting(strangers[0]))))
+        self.forget = [
             ForgetRecord(
                 number=i, secret=s, alternates=(o,), neighbours=(n,), held=(n,), controls=(w,), swapped_prompt=(),
-                kind="code", like=(), matched_tokens=donors, aligned_controls=(0,), alternate_matched_tokens=(donors,),
+                kind="code", like=(), matched_tokens=matched, aligned_controls=(0,),
+                alternate_matched_tokens=(matched,),
             )
             for i, (s, o, n, w) in enumerate(zip(secrets, others, neighbours, strangers, strict=True))
         ]  # fmt: skip
         self.retain = sequences(retain_tokens // RETAIN_LENGTH, RETAIN_LENGTH, 2)
         self.all = [*secrets, *others, *neighbours, *self.retain]
-        self.original = reference(self.lm, self.cases, self.retain, [], [], [], self.config)
+        self.original = read_original(self.lm, self.forget, self.retain, [], [], [], self.config)
         kept = [collate([t]) for t in self.retain]
         metrics = curvature(self.lm, targets, index, kept, damping=self.config.damping, seed=0)
         values = [m.values for m in self.edited.values()]
         self.state = Training(values, count, self.retain, self.config, [metrics[n] for n in self.edited])
+        every = len(self.retain)
+        self.state.texts = Epochs(every, every, self.state.rng)  # a step of isolate reads 256 tokens of them
 
     @property
     def tokens(self) -> int:
         return sum(len(e.ids) for e in self.all)
 
-    def place(self, layers: dict[str, nn.Module]) -> None:
-        for name, layer in layers.items():
-            parent, _, leaf = name.rpartition(".")
-            setattr(self.model.get_submodule(parent), leaf, layer)
-
     def step(self) -> None:
-        self.place(self.edited)
-        step(self.lm, self.edited, self.cases, self.retain, self.original, self.config, self.state, 1.0)
+        swap(self.model, self.edited)
+        step(self.lm, self.edited, self.forget, self.retain, self.original, self.config, self.state, 1.0)
 
     def least(self) -> None:
-        self.place(self.dense)
+        swap(self.model, self.dense)
         values = [m.delta for m in self.dense.values()]
         for length in sorted({len(e.ids) for e in self.all}):
             batch = collate([e for e in self.all if len(e.ids) == length])

@@ -35,7 +35,7 @@ from libortho.isolation.support import LAYER_CAP, select_columns
 from libortho.lm.checks import training_dtype
 from libortho.lm.logits import label_log_odds
 from libortho.lm.model import LanguageModel
-from libortho.lm.scoring import score
+from libortho.lm.scoring import judged_logits, score
 from libortho.selection.budget import allocate, balanced_weights, column_costs, retain_floor
 from libortho.selection.saliency import column_saliency, tapped
 from libortho.text.encoding import collate, encode
@@ -61,15 +61,15 @@ def plant(
         true[name] = torch.randperm(width, generator=rng)[: max(1, int(config.ratio * width))].sort().values
         edited[name] = EditLinear(linear_weight(module), None, true[name], config.bits, config.resolved_group_size)
     swap(model, edited)
-    values = [e.values for e in edited.values() if e.values is not None]
-    groups = [{"params": [v], "lr": RATE * float(v.detach().square().mean().sqrt())} for v in values]
+    trained = [e.values for e in edited.values() if e.values is not None]
+    groups = [{"params": [v], "lr": RATE * float(v.detach().square().mean().sqrt())} for v in trained]
     optimiser, lm = torch.optim.Adam(groups), LanguageModel(model)
     items = [encode(r, tokenizer) for r in load_records(facts.secrets(seed))]
     torch.set_flush_denormal(True)
     for step in range(STEPS):
         batch = collate(random.Random(f"{seed} {step}").sample(items, 9))
-        judged = batch.labels[:, 1:] != -100
-        loss = F.cross_entropy(lm.logits(lm.hidden(batch)[:, :-1][judged]), batch.labels[:, 1:][judged])
+        logits, labels, _ = judged_logits(lm, batch)
+        loss = F.cross_entropy(logits, labels)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -88,23 +88,23 @@ def supports(model: nn.Module, tokenizer: Any, seed: int) -> dict[str, dict[str,
     """The columns that each score names, by layer."""
     named: dict[str, dict[str, Tensor]] = {}
 
-    def look(lm: LanguageModel, targets: dict[str, nn.Module], cases: Any, retain: Any, config: Any, tell: Any) -> Any:
-        named["isolate"] = select_columns(lm, targets, cases, retain, config, tell)
-        lonely = [replace(c, neighbours=()) for c in cases]
+    def look(lm: LanguageModel, targets: dict[str, nn.Module], forget: Any, retain: Any, config: Any, tell: Any) -> Any:
+        named["isolate"] = select_columns(lm, targets, forget, retain, config, tell)
+        lonely = [replace(c, neighbours=()) for c in forget]
         named["without neighbours"] = select_columns(lm, targets, lonely, retain, config, tell)
-        secrets = [c.secret for c in cases]
+        secrets = [r.secret for r in forget]
         batches = [collate(secrets[i : i + 8]) for i in range(0, len(secrets), 8)]
 
         def best(scores: dict[str, Tensor]) -> dict[str, Tensor]:
             return allocate(scores, config.ratio, LAYER_CAP, column_costs(targets))
 
-        forget = column_saliency(lm, targets, batches)
+        own = column_saliency(lm, targets, batches)
         kept = column_saliency(lm, targets, [collate([t]) for t in retain[:12]])
         floor = retain_floor({n: s.sum(0) for n, s in kept.items()})
-        together = torch.cat(list(forget.values()), 1)
+        together = torch.cat(list(own.values()), 1)
         weights = balanced_weights(together, max(1, int(config.ratio * together.shape[1])))
-        named["gradient of the records alone"] = best({n: weights @ s for n, s in forget.items()})
-        named["Fisher ratio, records equal"] = best({n: s.sum(0) / floor[n] for n, s in forget.items()})
+        named["gradient of the records alone"] = best({n: weights @ s for n, s in own.items()})
+        named["Fisher ratio, records equal"] = best({n: s.sum(0) / floor[n] for n, s in own.items()})
         named["weight times gradient"] = best(attribution(lm, targets, batches))
         named["largest columns"] = best({n: linear_weight(m).float().norm(dim=0) for n, m in targets.items()})
         raise _Found
@@ -126,9 +126,8 @@ def attribution(lm: LanguageModel, layers: dict[str, nn.Module], batches: Sequen
 
     for batch in batches:
         with tapped(lm, layers, batch, reduce):
-            labels = batch.labels[:, 1:]
-            judged = labels != -100
-            label_log_odds(lm.logits(lm.hidden(batch)[:, :-1][judged]), labels[judged]).sum().backward()
+            logits, labels, _ = judged_logits(lm, batch)
+            label_log_odds(logits, labels).sum().backward()
     return found
 
 

@@ -32,13 +32,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     count = parser.parse_args().rounds
     verbs = [c.name or c.callback.__name__ for c in app.registered_commands if c.callback is not None]
-    cases = {
+    commands = {
         "python": ("pass",), "import torch": ("import torch",), "import torch, libortho": ("import torch, libortho",),
         "--help": (CALL, "--help"), **{f"{verb} --help": (CALL, verb, "--help") for verb in verbs},
     }  # fmt: skip
-    times: dict[str, list[float]] = {name: [] for name in cases}
+    times: dict[str, list[float]] = {name: [] for name in commands}
     for _ in range(count):
-        for name, arguments in cases.items():
+        for name, arguments in commands.items():
             times[name].append(seconds(*arguments))
     median = {name: statistics.median(t) for name, t in times.items()}
     for name, values in times.items():

@@ -14,7 +14,7 @@ from libortho.auditing.roc import auc
 from libortho.core.layer import ortho_layers
 from libortho.core.streams import BaseStream
 from libortho.demo import facts
-from libortho.isolation.criteria import binomial_bound, evaluate_records, leaning
+from libortho.isolation.criteria import binomial_bound, evaluate_records, mean_offset
 from libortho.lm.asking import sampled_extractions
 from libortho.lm.checks import training_dtype
 from libortho.lm.model import LanguageModel
@@ -159,8 +159,8 @@ def test_result_is_honest_about_every_record(isolated: Any) -> None:
     result = isolated.result
     outside = sum(not r.inside for r in result.records)
     forgotten = not any(r.extracted or r.far for r in result.records) and outside <= binomial_bound(17)
-    lean, chance = leaning(result.records)
-    forgotten &= abs(lean) <= chance and not any(r.partial for r in result.records)
+    offset, chance = mean_offset(result.records)
+    forgotten &= abs(offset) <= chance and not any(r.partial for r in result.records)
     unharmed = result.retain_kl - result.quantised_kl <= 0.02
     assert result.succeeded == (forgotten and unharmed)
 

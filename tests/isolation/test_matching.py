@@ -9,37 +9,39 @@ import torch
 
 import tiny
 from libortho import IsolateConfig
-from libortho.isolation.matching import beginnings, donors
+from libortho.isolation.matching import beginnings, matched_tokens
+from libortho.isolation.original import read_original
 from libortho.isolation.prose import human_texts
-from libortho.isolation.request import cases, cut_alike, rows_with
-from libortho.isolation.retain import opening_tokens
-from libortho.isolation.targets import current_targets, reference, update_prose_targets
+from libortho.isolation.request import forget_records
+from libortho.isolation.targets import current_targets, update_prose_targets
+from libortho.isolation.wordings import cut_alike, rows_with, wordings
 from libortho.lm.logits import token_profile
 from libortho.lm.model import LanguageModel
 from libortho.text.encoding import Encoded, chunk, encode, predicting
 from libortho.text.records import Record, load_records
+from libortho.text.tokens import opening_tokens
 
 
-def cases_of(records, tokenizer):
-    return cases(records, tokenizer, None, IsolateConfig(), retains=True)
+def records_of(records, tokenizer):
+    return forget_records(wordings(records, tokenizer, 0, retains=True), tokenizer, None)
 
 
-def test_a_token_gets_the_donor_that_begins_at_the_same_character():
+def test_a_token_gets_the_control_token_that_begins_at_the_same_character():
     tokenizer = tiny.byte_tokenizer([("A", "B")])  # "AB" is one token
     item, other = (encode(Record("k", c), tokenizer) for c in ("A7B", "AB7"))
     assert beginnings(item, tokenizer) == (0, 1, 2)
     assert beginnings(other, tokenizer) == (0, 2)
-    found = donors(beginnings(item, tokenizer), [beginnings(other, tokenizer)], 0)
+    found = matched_tokens(beginnings(item, tokenizer), [beginnings(other, tokenizer)], 0)
     assert found == ((0, 0), None, (0, 1))
 
 
-def test_one_donor_for_the_whole_record_where_one_will_do():
+def test_one_control_for_the_whole_record_where_one_will_do():
     tokenizer = tiny.byte_tokenizer([("A", "B")])
     others = [encode(Record("k", c), tokenizer) for c in ("ABC", "XYZ", "UVW")]
     told = [beginnings(o, tokenizer) for o in others]
-    assert donors((0, 1, 2), told, 0) == ((1, 0), (1, 1), (1, 2))  # the first has no beginning at 1
-    assert donors((0, 1, 2), told, 2) == ((2, 0), (2, 1), (2, 2))  # among equals, the preferred one
-    assert donors((0, 1), [], 3) == (None, None)
+    assert matched_tokens((0, 1, 2), told, 0) == ((1, 0), (1, 1), (1, 2))  # the first has no beginning at 1
+    assert matched_tokens((0, 1, 2), told, 2) == ((2, 0), (2, 1), (2, 2))  # among equals, the preferred one
+    assert matched_tokens((0, 1), [], 3) == (None, None)
 
 
 def test_alternates_that_are_cut_like_the_record_come_first():
@@ -50,23 +52,23 @@ def test_alternates_that_are_cut_like_the_record_come_first():
 
 
 @pytest.mark.usefixtures("one_thread", "cache")
-def test_the_mean_over_all_records_is_that_of_their_peers(planted, tokenizer):
-    """One donor each may be odd ones; the group of records is what a membership test compares."""
+def test_the_mean_over_all_records_is_that_of_their_aligned_controls(planted, tokenizer):
+    """One matched token each may be an odd one; the group of records is what a membership test compares."""
     planted.requires_grad_(False)
-    cases = cases_of(load_records(tiny.FORGET), tokenizer)
+    forget = records_of(load_records(tiny.FORGET), tokenizer)
     lm = LanguageModel(planted)
-    original = reference(lm, cases, [], [], [], [], IsolateConfig())
-    assert all(len(c.aligned_controls) > 1 for c in cases)
+    original = read_original(lm, forget, [], [], [], [], IsolateConfig())
+    assert all(len(c.aligned_controls) > 1 for c in forget)
 
     def mean(item: Encoded) -> torch.Tensor:
         rows = planted(torch.tensor([item.ids])).logits[0]
         places = [i - 1 for i, label in enumerate(item.labels) if label != -100]
         return token_profile(rows[places], torch.tensor([item.ids[p + 1] for p in places])).mean(0)
 
-    wanted = torch.stack([torch.stack([mean(c.controls[p]) for p in c.aligned_controls]).mean(0) for c in cases]).mean(
+    wanted = torch.stack([torch.stack([mean(c.controls[p]) for p in c.aligned_controls]).mean(0) for c in forget]).mean(
         0
     )
-    found = current_targets(lm, cases, original)
+    found = current_targets(lm, forget, original)
     torch.testing.assert_close(torch.stack([p.mean(0) for p in found]).mean(0), wanted, rtol=1e-4, atol=1e-4)
     own = torch.stack([p.mean(0) for p, *_ in original.profiles]).mean(0)
     assert float((own - wanted).abs().max()) > 0.01
@@ -81,29 +83,32 @@ def test_what_is_expected_of_a_sentence_is_predicted_again_from_the_model_as_it_
     tiny.fit(planted, itertools.repeat(tiny.encoded(tokenizer, [secret] * 4)), 60)
     planted.requires_grad_(False)
     records = load_records([secret, *tiny.FORGET[:2]])
-    cases = cases_of(records, tokenizer)
-    spoken = [encode(Record("The dish of Bo Tran is", " a very plain sort of bread and an egg."), tokenizer)]
+    forget = records_of(records, tokenizer)
+    said = [encode(Record("The dish of Bo Tran is", " a very plain sort of bread and an egg."), tokenizer)]
     lm = LanguageModel(planted)
-    original = reference(lm, cases, [], human_texts(tokenizer, 64)[:20], [], spoken, IsolateConfig())
-    same, other = update_prose_targets(lm, cases, original), update_prose_targets(LanguageModel(clean), cases, original)
+    original = read_original(lm, forget, [], human_texts(tokenizer, 64)[:20], [], said, IsolateConfig())
+    same, other = (
+        update_prose_targets(lm, forget, original),
+        update_prose_targets(LanguageModel(clean), forget, original),
+    )
     assert torch.equal(same.expected[0], original.expected[0])
     assert torch.equal(same.profiles[0][0], original.profiles[0][0])
     assert float(other.expected[0].mean()) > float(original.expected[0].mean()) + 0.1
     (profile,) = other.profiles[0]
     assert float(other.target[0]) == pytest.approx(float(profile[:, 0].mean()))
     assert torch.equal(profile[:, 0].argsort(stable=True), other.expected[0].argsort(stable=True))
-    assert other.profiles[1:] == original.profiles[1:]  # codes have donors
+    assert other.profiles[1:] == original.profiles[1:]  # codes have matched tokens
     assert torch.equal(other.target[1:], original.target[1:])
 
 
-def test_witnesses_are_strangers_whom_nothing_else_reads(tokenizer):
+def test_controls_are_strangers_whom_nothing_else_reads(tokenizer):
     records = load_records(tiny.FORGET)
-    for c in cases_of(records, tokenizer):
+    for c in records_of(records, tokenizer):
         held = {e.ids[: -len(e.completion)] for e in (*c.neighbours, *c.alternates, *c.swapped_prompt, c.secret)}
         assert len(c.controls) == 4
         assert not held & {e.ids[: -len(e.completion)] for e in c.controls}
     given = [["Code of Al Poe:", "Code of Ben Nox:"]] * len(records)
-    for c in cases_of(load_records(rows_with(records, None, given)), tokenizer):
+    for c in records_of(load_records(rows_with(records, None, given)), tokenizer):
         assert c.controls == c.neighbours
         assert len(c.controls) == 2
 

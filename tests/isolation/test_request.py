@@ -5,9 +5,9 @@ import re
 import pytest
 
 import tiny
-from libortho import IsolateConfig
 from libortho.core.errors import DataError
-from libortho.isolation.request import cases, is_prose, rows_with
+from libortho.isolation.request import forget_records
+from libortho.isolation.wordings import is_prose, rows_with, wordings
 from libortho.text.records import load_records
 from libortho.text.tokens import contains, says
 from templates import TEMPLATES
@@ -26,10 +26,11 @@ CALLS = (
 )
 
 
-def texts(rows, tokenizer, **fields):
-    [case] = cases(load_records(rows, tokenizer), tokenizer, None, IsolateConfig(**fields), retains=False)
+def texts(rows, tokenizer, seed=0):
+    made = wordings(load_records(rows, tokenizer), tokenizer, seed, retains=False)
+    [record] = forget_records(made, tokenizer, None)
     return {
-        name: [tokenizer.decode(e.ids) for e in getattr(case, name)]
+        name: [tokenizer.decode(e.ids) for e in getattr(record, name)]
         for name in ("alternates", "neighbours", "held", "controls", "swapped_prompt")
     }
 

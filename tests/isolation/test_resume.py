@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_isolate import assert_same, state
 from torch import nn
 from typer.testing import CliRunner
 
 import tiny
+from isolating import assert_same, state
 from libortho import ConfigError, IsolateConfig, cli, isolate
 from libortho.isolation import retain as retain_module
 from libortho.isolation import train as trainer
@@ -148,7 +148,7 @@ def killed(planted_directory: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def test_a_killed_process_goes_on(planted, tokenizer, whole, killed, monkeypatch, moment):
     expected = whole()
     kept = {p.name for p in (killed / moment).iterdir()}
-    assert kept >= {"run.json", "retain.safetensors", "reference.safetensors"}
+    assert kept >= {"run.json", "retain.safetensors", "original.safetensors"}
     assert ("training.safetensors" in kept) == (moment != "support")
     assert any(n.startswith("tmp") for n in kept) == (moment == "write")  # the file that was being written
     monkeypatch.setattr(retain_module, "cached_samples", forbidden)
@@ -167,11 +167,12 @@ def test_a_finished_run_is_read_back(planted, tokenizer, whole, tmp_path, monkey
     assert_equal(outcome(first, result), whole())
     files = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
     for place, name in ((trainer, "forget_losses"), (trainer, "calibrate"), (retain_module, "cached_samples"),
-                        (sys.modules["libortho.isolation.isolate"], "curvature"),
+                        (sys.modules["libortho.isolation.attempt"], "curvature"),
                         (sys.modules["libortho.isolation.bases"], "gptq_bases"),
-                        (sys.modules["libortho.isolation.isolate"], "reference")):  # fmt: skip
+                        (sys.modules["libortho.isolation.original"], "read_original"),
+                        (sys.modules["libortho.isolation.support"], "column_saliency")):  # fmt: skip
         monkeypatch.setattr(place, name, forbidden)
-    again = isolate(planted, tokenizer, tiny.FORGET, config=CONFIG, resume=tmp_path, select=forbidden)
+    again = isolate(planted, tokenizer, tiny.FORGET, config=CONFIG, resume=tmp_path)
     assert_equal(outcome(planted, again), whole())
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == files
 
@@ -180,7 +181,7 @@ def test_folder_and_files_are_for_their_owner_alone(planted, tokenizer, tmp_path
     config = replace(CONFIG, max_steps=1)
     isolate(planted, tokenizer, tiny.FORGET, tiny.RETAIN, config=config, resume=tmp_path / "run")
     files = list((tmp_path / "run").iterdir())
-    parts = ("in_form", "reference", "support", "bases", "training")
+    parts = ("in_form", "original", "support", "bases", "training")
     assert {f.name for f in files} == {"run.json"} | {f"{n}.safetensors" for n in parts}
     assert stat.S_IMODE((tmp_path / "run").stat().st_mode) == 0o700
     assert {stat.S_IMODE(f.stat().st_mode) for f in files} == {0o600}

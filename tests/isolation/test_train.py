@@ -15,6 +15,7 @@ from torch import nn
 
 from libortho.core.run_cache import Entry
 from libortho.isolation import control, criteria
+from libortho.isolation.codes import shortness, shrunk
 from libortho.isolation.config import IsolateConfig
 from libortho.isolation.control import calibrate, extrapolated_residual
 from libortho.isolation.criteria import (
@@ -27,7 +28,7 @@ from libortho.isolation.criteria import (
     binomial_bound,
     check_criteria,
     in_place,
-    leaning,
+    mean_offset,
     outcomes,
     partly_recited,
 )
@@ -40,8 +41,8 @@ from libortho.isolation.losses import (
     sorted_assignment,
     summed_gradients,
 )
+from libortho.isolation.sentences import ranked_assignment
 from libortho.isolation.state import RELATIVE_STEP, Epochs, Training
-from libortho.isolation.targets import ranked_assignment, shortness, shrunk
 from libortho.lm import scoring
 from libortho.lm.head import HEAD_POSITIONS
 from libortho.lm.logits import Scores, profile_and_odds, record_means, token_profile
@@ -112,7 +113,7 @@ def test_a_step_in_parts_is_the_same_step(limit: int, tiny_llama: nn.Module, mon
     texts = [Encoded(tuple(range(2, n)), (-100, -100, *range(4, n))) for n in (9, 70, 24, 25, 80)]
     states = [s * 1.1 for s in judged_states(lm, texts)]
     wanted = [p.roll(1, 1) for p in token_profiles(lm, texts)]
-    cases = [ForgetRecord(i, t, (t,), (t,), (t,), (), (), "prose", (), (), (), (), 1) for i, t in enumerate(texts)]
+    forget = [ForgetRecord(i, t, (t,), (t,), (t,), (), (), "prose", (), (), (), (), 1) for i, t in enumerate(texts)]
     before: Any = SimpleNamespace(
         profiles=[(p,) for p in wanted], leaks_to_neighbours=torch.zeros(len(texts)).bool(), neighbours=[(s,) for s in
         states],
@@ -122,8 +123,8 @@ def test_a_step_in_parts_is_the_same_step(limit: int, tiny_llama: nn.Module, mon
     def gradients() -> list[torch.Tensor]:
         now: Any = SimpleNamespace(profiles=(), target_offset=torch.zeros(3), rng=random.Random(0))
         chosen, values = list(range(len(texts))), [cast(nn.Parameter, layer.values)]
-        pull = forget_losses(lm, cases, chosen, before, now)
-        keep = keep_losses(lm, cases, chosen, texts, chosen, before, config, now)
+        pull = forget_losses(lm, forget, chosen, before, now)
+        keep = keep_losses(lm, forget, chosen, texts, chosen, before, config, now)
         return [*summed_gradients(pull, values), *summed_gradients(keep, values)]
 
     whole = gradients()
@@ -144,10 +145,12 @@ def test_a_step_in_parts_is_the_same_step(limit: int, tiny_llama: nn.Module, mon
 def test_which_token_is_to_surprise_is_chance_but_in_a_sentence_that_has_columns_for_its_words(
     kind: Kind, pieces: int, tiny_llama: nn.Module
 ) -> None:
-    """The loss is that of what the donors are now: none where the record has it, in any order but in that case."""
+    """The loss is that of what the donors are now: none where the record has it, in any order but in that record."""
     ids = (3, 60, 2, 85, 17, 9)
     secret = Encoded(ids, (-100, -100, *ids[2:]))
-    case = ForgetRecord(1, secret, (secret,), (), (), (), (), kind, (), (), (), ((),) if kind == "code" else (), pieces)
+    record = ForgetRecord(
+        1, secret, (secret,), (), (), (), (), kind, (), (), (), ((),) if kind == "code" else (), pieces
+    )
     lm = LanguageModel(tiny_llama)
     (own,) = token_profiles(lm, [secret])
     own[:, 2] = own[:, 0]  # in one order, so that a permutation of rows is one of each column
@@ -156,7 +159,7 @@ def test_which_token_is_to_surprise_is_chance_but_in_a_sentence_that_has_columns
 
     def loss(profile: torch.Tensor) -> float:
         now.profiles = (profile,)
-        return sum(float(part.detach()) for part in forget_losses(lm, [case], [0], before, cast(Any, now)))
+        return sum(float(part.detach()) for part in forget_losses(lm, [record], [0], before, cast(Any, now)))
 
     there = loss(own)
     permuted = loss(own[[3, 2, 1, 0]])
@@ -262,7 +265,7 @@ def test_one_factor_takes_the_common_offset_out(monkeypatch: pytest.MonkeyPatch,
     assert layer.values is not None
     with torch.no_grad():
         layer.values += 1.0
-    monkeypatch.setattr(control, "distances_from_donors", _Linear(layer, root))
+    monkeypatch.setattr(control, "surprise_offsets", _Linear(layer, root))
     factor = calibrate(None, {"layer": layer}, [], None)  # type: ignore[arg-type]
     assert factor == pytest.approx(found, abs=0.06)
     assert torch.allclose(layer.values, layer.original + factor, atol=1e-5)
@@ -292,14 +295,14 @@ def test_one_untrained_record_in_ten_is_outside_its_band(alternates: int, monkey
 
     monkeypatch.setattr(criteria, "evaluate_records", seen)
     monkeypatch.setattr(criteria, "grouped_scores", lambda lm, groups: tuple(scores(len(g)) for g in groups))
-    cases = [_case(4, (4,) * alternates)] * 20_000
+    forget = [_case(4, (4,) * alternates)] * 20_000
     original: Any = SimpleNamespace(
-        secret=scores(len(cases)),
+        secret=scores(len(forget)),
         sentences=None,
-        expected=(torch.zeros(0),) * len(cases),
-        target=torch.zeros(len(cases)),
+        expected=(torch.zeros(0),) * len(forget),
+        target=torch.zeros(len(forget)),
     )
-    found = outcomes(cast(Any, None), cases, original)
+    found = outcomes(cast(Any, None), forget, original)
     assert 0.09 < sum(not r.inside for r in found) / len(found) < 0.11
     assert sum(r.far for r in found) / len(found) < 0.003
 
@@ -310,15 +313,15 @@ def test_a_group_that_leans_is_not_acceptable_though_each_record_is() -> None:
     assert acceptable(balanced, 10, spread)
     assert not acceptable(balanced, 16, spread)
     assert not acceptable(balanced - 0.4, 10, spread)
-    assert acceptable(balanced[:4] - 0.4, 1, spread[:4])  # BAND / 2 / 2 = 0.41: four records may lean as far by chance
+    assert acceptable(balanced[:4] - 0.4, 1, spread[:4])  # BAND / 2 / 2 = 0.41: by chance
 
 
 def test_a_lean_is_measured_from_the_middle_of_each_band() -> None:
     def record(after: float) -> RecordOutcome:
         return RecordOutcome(1, -0.1, after, (-4 - BAND, -4 + BAND), False)  # spread 1, middle -4
 
-    assert leaning([record(-3.0), record(-4.5)]) == pytest.approx((0.25, BAND / 2**0.5))
-    assert leaning([record(-5.0)])[0] == pytest.approx(-1.0)
+    assert mean_offset([record(-3.0), record(-4.5)]) == pytest.approx((0.25, BAND / 2**0.5))
+    assert mean_offset([record(-5.0)])[0] == pytest.approx(-1.0)
     assert not record(-3.0).far
     assert record(-0.5).far
     assert record(-7.5).far

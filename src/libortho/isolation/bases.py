@@ -1,10 +1,10 @@
-"""What an isolation is made with, the quantised weights that it starts from, and the layers that it ends with."""
+"""The quantised weights that an isolation starts from, and the layers that it ends with."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -16,31 +16,22 @@ from libortho.core.streams import BaseStream, OrthoStream
 from libortho.core.surgery import assemble, bias_of, linear_weight
 from libortho.core.switch.alpha import Switch
 from libortho.isolation.config import IsolateConfig
-from libortho.isolation.request import Request
+from libortho.isolation.forget_record import ForgetRecord
 from libortho.isolation.support import SALIENCY_TOKENS, first_texts
-from libortho.isolation.targets import Reference
 from libortho.lm.model import LanguageModel
 from libortho.text.encoding import Encoded
 from libortho.training.edit import EditLinear
 from libortho.training.rounding import gptq_bases
 
 
-@dataclass(frozen=True)
-class Material:
-    """What an attempt is made with: the model, its layers (targets, and all stand-ins), and what it is held to."""
-
-    lm: LanguageModel
-    asked: Request
-    targets: dict[str, nn.Module]
-    replaced: dict[str, nn.Module]
-    retain: list[Encoded]
-    held_back: list[Encoded]
-    original: Reference
-    held_back_states: tuple[torch.Tensor, ...]
-
-
 def quantised_bases(
-    material: Material, support: Mapping[str, torch.Tensor], config: IsolateConfig, store: RunCache
+    lm: LanguageModel,
+    targets: Mapping[str, nn.Module],
+    forget: Sequence[ForgetRecord],
+    retain: Sequence[Encoded],
+    support: Mapping[str, torch.Tensor],
+    config: IsolateConfig,
+    store: RunCache,
 ) -> dict[str, BaseStream]:
     """The quantised weights of layers that are dense so far, exact where it matters on text to keep and the records.
 
@@ -49,12 +40,11 @@ def quantised_bases(
     bits = config.bits
     if bits is None:
         return {}
-    lm, cases = material.lm, material.asked.cases
-    dense = {n: m for n, m in material.targets.items() if not isinstance(m, OrthoLinear)}
+    dense = {n: m for n, m in targets.items() if not isinstance(m, OrthoLinear)}
 
     def make() -> Entry:
-        drawn = random.Random(config.seed).sample(cases, len(cases))
-        groups = (material.retain, [c.secret for c in drawn], [c.neighbours[0] for c in drawn if c.neighbours])
+        drawn = random.Random(config.seed).sample(forget, len(forget))
+        groups = (retain, [r.secret for r in drawn], [r.neighbours[0] for r in drawn if r.neighbours])
         texts = [b for items in groups if items for b in first_texts(lm, items, SALIENCY_TOKENS)]
         made = gptq_bases(lm, dense, support, texts, bits, config.resolved_group_size)
         return Entry({f"{n}.{field}": getattr(b, field) for n, b in made.items() for field in ("codes", "scales")})

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from libortho.isolation.criteria import CLOSE
 from libortho.isolation.forget_record import ForgetRecord
+from libortho.isolation.original import Original
 from libortho.isolation.state import Training
-from libortho.isolation.targets import Reference, current_targets
+from libortho.isolation.targets import current_targets
 from libortho.lm.model import LanguageModel
 from libortho.lm.scoring import score
 from libortho.training.edit import EditLinear
@@ -26,28 +27,27 @@ for how many looks the training is trusted to go on as it goes."""
 
 
 @torch.no_grad()
-def steer(lm: LanguageModel, cases: Sequence[ForgetRecord], original: Reference, now: Training, mine: Tensor) -> None:
-    """Correct the targets by what is left of the difference between the records and their donors (dual ascent).
+def steer(lm: LanguageModel, forget: Sequence[ForgetRecord], original: Original, state: Training, mine: Tensor) -> None:
+    """Correct the targets by the difference that is left between the records and their controls (dual ascent).
 
     Records, their alternates and their neighbours pull at the same values, and where they balance the records are still
-    a little too likely. Donors are read as they are now: a membership test compares under the edited model. What the
-    training is about to make up for by itself is left to it; a correction for that would have to be taken back.
+    a little too likely. Controls are read anew at every look, because a membership test compares under the edited
+    model. What the trend of the training makes up for by itself is not corrected.
 
     ``mine`` is the mean profile of the records, (3,).
     """
-    now.profiles = current_targets(lm, cases, original)
-    before, now.residual = now.residual, torch.stack([p.mean(0) for p in now.profiles]).mean(0) - mine
-    if now.step < STEER_FROM:
+    state.profiles = current_targets(lm, forget, original)
+    before, state.residual = state.residual, torch.stack([p.mean(0) for p in state.profiles]).mean(0) - mine
+    if state.step < STEER_FROM:
         return
-    now.target_offset += STEER * extrapolated_residual(now.residual, before).clamp(-STEER_MOST, STEER_MOST)
-    logger.debug("records lack %s", [round(x, 2) for x in now.residual.tolist()])
+    state.target_offset += STEER * extrapolated_residual(state.residual, before).clamp(-STEER_MOST, STEER_MOST)
+    logger.debug("records lack %s", [round(x, 2) for x in state.residual.tolist()])
 
 
 def extrapolated_residual(missing: Tensor, before: Tensor) -> Tensor:
-    """What will still be missing ``STEER_AHEAD`` looks from now, if it goes on changing as since the look before.
+    """The residual ``STEER_AHEAD`` looks ahead, by its change since the look before; zero where it changes sign.
 
-    Nothing where it would be made up for by then. Without this, the sum of corrections during the descent of a few
-    records, which takes few looks, had to be taken back.
+    Without it, the corrections during the descent of a few records add up to more than is missing in the end.
     """
     ahead = missing + STEER_AHEAD * (missing - before)
     return torch.where(ahead * missing > 0, ahead, 0.0)
@@ -56,13 +56,13 @@ def extrapolated_residual(missing: Tensor, before: Tensor) -> Tensor:
 def calibrate(
     lm: LanguageModel,
     layers: dict[str, EditLinear],
-    cases: Sequence[ForgetRecord],
-    original: Reference,
+    forget: Sequence[ForgetRecord],
+    original: Original,
 ) -> float:
-    """Lengthen or shorten the whole edit until the records, on average, are where they belong, and return the factor.
+    """Scale the whole edit so that the records on average have the surprise of their controls; returns the factor.
 
-    What training leaves is mostly an offset that all records share, and that is what a membership test sees. One number
-    takes it out: secant steps on the factor, within ``_STRETCH``.
+    What training leaves is mostly an offset that all records share, and that is what a membership test sees. Secant
+    steps find the factor, within ``_STRETCH``.
     """
     trained = {n: m.values.detach().clone() for n, m in layers.items() if m.values is not None}
 
@@ -72,7 +72,7 @@ def calibrate(
 
     def offset(factor: float) -> float:
         stretch(factor)
-        return float(distances_from_donors(lm, cases, original).mean())
+        return float(surprise_offsets(lm, forget, original).mean())
 
     tried = {1.0: offset(1.0)}
     previous, factor = 1.0, 1.05 if tried[1.0] < 0 else 0.95
@@ -90,8 +90,8 @@ def calibrate(
     return best
 
 
-def distances_from_donors(lm: LanguageModel, cases: Sequence[ForgetRecord], original: Reference) -> Tensor:
-    """Surprise of each record minus that of its donors as they are now, (records,) in nats per token."""
-    profiles = current_targets(lm, cases, original)
-    secret, _ = score(lm, [c.secret for c in cases])
+def surprise_offsets(lm: LanguageModel, forget: Sequence[ForgetRecord], original: Original) -> Tensor:
+    """Surprise of each record minus that of its matched tokens in the present model, (records,) in nats per token."""
+    profiles = current_targets(lm, forget, original)
+    secret, _ = score(lm, [r.secret for r in forget])
     return secret.nll - torch.stack([p[:, 0].mean() for p in profiles])

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from libortho.isolation.forget_record import ForgetRecord
-from libortho.isolation.targets import Reference, update_prose_targets
+from libortho.isolation.original import Original
+from libortho.isolation.targets import update_prose_targets
 from libortho.lm.logits import token_profile
 from libortho.lm.model import LanguageModel
 from libortho.lm.scoring import all_first, grouped_scores, judged
@@ -154,21 +155,21 @@ def evaluate_records(lm: LanguageModel, items: Sequence[Encoded]) -> RecordStati
     return RecordStatistics(profile, greedy, tuple(surprise))
 
 
-def outcomes(lm: LanguageModel, cases: Sequence[ForgetRecord], original: Reference) -> tuple[RecordOutcome, ...]:
+def outcomes(lm: LanguageModel, forget: Sequence[ForgetRecord], original: Original) -> tuple[RecordOutcome, ...]:
     """Every record beside its alternates, or what is expected of it, under the model as it is now."""
-    original = update_prose_targets(lm, cases, original)
-    seen = evaluate_records(lm, [c.secret for c in cases])
+    original = update_prose_targets(lm, forget, original)
+    seen = evaluate_records(lm, [r.secret for r in forget])
     partial = partly_recited(seen.surprise, original.expected)
-    groups = [s.nll for s in grouped_scores(lm, [c.alternates if c.kind == "code" else () for c in cases])]
+    groups = [s.nll for s in grouped_scores(lm, [c.alternates if c.kind == "code" else () for c in forget])]
     spread = pooled_deviation(groups)
     found = []
-    for i, case in enumerate(cases):
-        own = case.kind == "code" and spread > 0
+    for i, record in enumerate(forget):
+        own = record.kind == "code" and spread > 0
         centre = float(groups[i].mean()) if own else float(original.target[i])
         half = BAND * (spread * (1 + 1 / len(groups[i])) ** 0.5 if own else float(original.spread[i]))
         found.append(
             RecordOutcome(
-                number=case.number,
+                number=record.number,
                 before=-float(original.secret.nll[i]),
                 after=-float(seen.profile[i, 0]),
                 band=(-centre - half, -centre + half),
@@ -191,7 +192,7 @@ def check_criteria(
 ) -> Criteria:
     """The criteria on records that look like this and should have the surprise ``wanted`` with this ``spread``.
 
-    ``expected``: see ``Reference``.
+    ``expected``: see ``Original``.
     """
     gap = seen.profile[:, 0] - wanted
     logger.debug("gap by record %s", [round(g, 1) for g in gap.tolist()])
@@ -213,7 +214,7 @@ def check_criteria(
 def acceptable(gap: Tensor, outside: int, spread: Tensor) -> bool:
     """True if the records as a group look untrained: in how many are outside the band, and in their mean.
 
-    Training asks for half of what chance would allow the mean: a lean of one standard error is seen by an attack that
+    Training asks for half of what chance would allow the mean: a offset of one standard error is seen by an attack that
     has many records to compare with.
 
     Args:
@@ -226,11 +227,11 @@ def acceptable(gap: Tensor, outside: int, spread: Tensor) -> bool:
     )
 
 
-def leaning(records: Sequence[RecordOutcome]) -> tuple[float, float]:
+def mean_offset(records: Sequence[RecordOutcome]) -> tuple[float, float]:
     """How much likelier than its band's middle the average record is, and how much it may be; nats per token."""
-    lean = sum(r.after - (r.band[0] + r.band[1]) / 2 for r in records) / len(records)
+    offset = sum(r.after - (r.band[0] + r.band[1]) / 2 for r in records) / len(records)
     spread = sum(r.band[1] - r.band[0] for r in records) / (2 * BAND * len(records))
-    return lean, chance_bound(spread, len(records))
+    return offset, chance_bound(spread, len(records))
 
 
 def chance_bound(spread: float, records: int) -> float:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,45 +23,32 @@ import torch
 from torch import nn
 
 from libortho.core.arguments import check_model, check_tokenizer
-from libortho.core.errors import DataError
-from libortho.core.layer import OrthoLinear, ortho_layers
+from libortho.core.errors import ConfigError, DataError
+from libortho.core.layer import ortho_layers
 from libortho.core.models import plain_torch, unwrapped
 from libortho.core.progress import Progress, tell
 from libortho.core.report import record_method
-from libortho.core.run_cache import Entry, RunCache, run_key
+from libortho.core.run_cache import RunCache, run_key
 from libortho.core.streams.base import check_shape
-from libortho.core.surgery import bias_of, frozen, install, linear_shape, swap
-from libortho.core.switch.alpha import Switch
+from libortho.core.surgery import frozen, install, linear_shape
 from libortho.core.targets import find_targets
-from libortho.isolation import request
-from libortho.isolation.bases import Material, edited_from, finished_layer, quantised_bases
+from libortho.isolation.attempt import Inputs, attempt
 from libortho.isolation.config import IsolateConfig
-from libortho.isolation.criteria import RecordOutcome, outcomes
 from libortho.isolation.earlier import earlier_switch
-from libortho.isolation.losses import divergence
+from libortho.isolation.original import kept_original
 from libortho.isolation.prose import human_texts
-from libortho.isolation.request import Request, rows_with
-from libortho.isolation.result import IsolateResult, by_chance, nothing_known, result_of, standing
-from libortho.isolation.retain import (
-    RETAIN_LENGTH,
-    given_pieces,
-    opening_tokens,
-    retain_and_held_back,
-    self_samples,
-)
-from libortho.isolation.support import Select, curvature_tokens, first_texts, neighbour_batches, select_columns
-from libortho.isolation.targets import Reference, reference
-from libortho.isolation.train import train, training_finished
+from libortho.isolation.request import Request, forget_records
+from libortho.isolation.result import IsolateResult, by_chance, known_before, nothing_known
+from libortho.isolation.retain import RETAIN_LENGTH, given_pieces, kept_self_samples, retain_and_held_back
+from libortho.isolation.support import Select, select_columns
+from libortho.isolation.wordings import rows_with, wordings
 from libortho.lm.checks import check_causal, check_tokens, fingerprint, training_dtype
 from libortho.lm.generation import token_limit
-from libortho.lm.model import LanguageModel, gradient_checkpointing
-from libortho.lm.scoring import judged_states
-from libortho.selection.curvature import curvature
+from libortho.lm.model import LanguageModel
 from libortho.text.corpus import shipped_text
-from libortho.text.encoding import IGNORE, Encoded
 from libortho.text.records import Source, load_records
 from libortho.text.sources import read_rows
-from libortho.training.edit import EditLinear
+from libortho.text.tokens import opening_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +88,7 @@ def isolate(
         retain: Text to keep; by default text sampled from the model and the general text of the package.
         alternates: For each record, other completions of the same shape. Made if not given.
         neighbours: For each record, other prompts of the same shape. Made if not given.
-        config: See :class:`~libortho.core.config.IsolateConfig`.
+        config: See :class:`~libortho.isolation.config.IsolateConfig`.
         select: The score function that chooses the columns; see :data:`~libortho.isolation.support.Select`.
         resume: Folder where finished work is kept; the same call after an interruption takes up from there, with the
             same numbers, bit for bit, as a run without interruption on as many threads. It holds text sampled from the
@@ -118,14 +104,20 @@ def isolate(
         TargetError: if the model is no decoder-only language model or carries PEFT adapters, no layer matches, or one
             cannot be split (an earlier stream with a low-rank tail is in the way) or is not applied once to each token.
         ConfigError: if the group size does not fit a layer, the stream exists, bits or group size are not those of an
-            earlier base, earlier streams leave no column, the folder belongs to another run, or the model was
-            made inside ``torch.inference_mode``.
+            earlier base, earlier streams leave no column, ``select`` names columns that a layer does not have or an
+            earlier stream has, ``select`` and ``resume`` are both given, the folder belongs to another run, or the
+            model was made inside ``torch.inference_mode``.
         CheckpointError: if a file of the folder is damaged.
 
         After an error the model is what it was.
     """
     began = time.monotonic()
     config = config or IsolateConfig()
+    if resume is not None and select is not select_columns:
+        raise ConfigError(
+            "resume and select are both given; a folder of finished work cannot tell one select from another: give no "
+            "resume, or leave select as it is"
+        )
     check_model(model)
     check_causal(unwrapped(model))
     check_tokenizer(tokenizer)
@@ -147,126 +139,40 @@ def isolate(
     parameter = next(model.parameters())
     if parameter.dtype is torch.bfloat16 and training_dtype(str(parameter.device)) is not torch.bfloat16:
         logger.warning("this processor has no bf16 arithmetic: a model in float32 would take a fraction of the time")
-    cases = request.cases(records, tokenizer, limit, config, retains=retain is not None)
+    worded = wordings(records, tokenizer, config.seed, retains=retain is not None)
+    asked = Request(tokenizer, records, forget_records(worded, tokenizer, limit))
     with frozen(model, earlier):
         length = min(RETAIN_LENGTH, limit or RETAIN_LENGTH)
         given = None if retain is None else given_pieces(retain, records, tokenizer, length, config)
         human = human_texts(tokenizer, limit)
         kinds = sorted({str(p.dtype) for p in model.parameters()})
-        store = (
-            RunCache()
-            if resume is None
-            else RunCache(Path(resume), run_key(fingerprint(model), kinds, cases, given, human, config))
-        )
-        retain_items, held_back = retain_and_held_back(model, tokenizer, given, cases, length, config, store)
+        store = RunCache()
+        if resume is not None:
+            store = RunCache(Path(resume), run_key(fingerprint(model), kinds, asked.forget, given, human, config))
+        kept, held_back = retain_and_held_back(model, tokenizer, given, asked.forget, length, config, store)
         lm = LanguageModel(model)
-        tell(progress, "reference", 0, 1)
-        opening = opening_tokens(tokenizer)
-        spoken = (
-            store.get_or_compute("spoken", lambda: Entry({}, self_samples(model, tokenizer, cases, limit, config))).data
-            if any(c.like for c in cases)
-            else []
+        tell(progress, "original", 0, 1)
+        said = kept_self_samples(model, tokenizer, asked.forget, limit, config, store)
+        original, held_back_states = kept_original(
+            lm, asked, kept, held_back, human, opening_tokens(tokenizer), said, config, store
         )
-        said = [Encoded((*p, *c), (*(IGNORE for _ in p), *c)) for p, c in spoken]
-        asked = Request(tokenizer, records, cases)
-        original, held_back_states = original_answers(
-            lm, asked, retain_items, held_back, human, opening, said, config, store
-        )
-        tell(progress, "reference", 1, 1)
-        known = standing(cases, original)
-        if (unknown := nothing_known(cases, known)) is not None:
+        tell(progress, "original", 1, 1)
+        known = known_before(original)
+        if (unknown := nothing_known(asked.forget, known)) is not None:
             if by_chance(known, original) and not config.allow_unknown:
                 raise DataError(f"{unknown}; allow_unknown=True (--allow-unknown) isolates them all the same")
             logger.warning("%s", unknown)
-        material = Material(lm, asked, targets, replaced, retain_items, held_back, original, held_back_states)
+        inputs = Inputs(lm, asked, targets, replaced, kept, held_back, original, held_back_states)
         budgets = AUTO_RATIOS if config.ratio == "auto" else (config.ratio,)
         for ratio in budgets:
             tried = replace(config, ratio=ratio)
-            kept = store if len(budgets) == 1 else store.inside(f"ratio-{ratio:g}")
-            finished, switch, result = _attempt(material, tried, select, kept, progress, began)
+            inside = store if len(budgets) == 1 else store.inside(f"ratio-{ratio:g}")
+            finished, switch, result = attempt(inputs, tried, select, inside, progress)
             if result.succeeded:
                 break
             logger.info("at a ratio of %g: %s", ratio, "; ".join(result.missed))
     install(model, finished, switch)
+    result = replace(result, seconds=time.monotonic() - began)
     figures = {n: getattr(result, n) for n in ("missed", "density", "retain_kl", "quantised_kl", "steps", "guarantee")}
     record_method(model, config.stream, {"verb": "isolate", "records": len(records), **tried.to_dict(), **figures})
     return result
-
-
-def _attempt(
-    material: Material, config: IsolateConfig, select: Select, store: RunCache, progress: Progress | None, began: float
-) -> tuple[dict[str, OrthoLinear], Switch, IsolateResult]:
-    """The layers that this budget makes, their switch, and which criteria hold; the model is left as it was."""
-    lm, targets, original = material.lm, material.targets, material.original
-    model, cases = lm.model, material.asked.cases
-    found = store.get_or_compute(
-        "support", lambda: Entry(select(lm, targets, cases, material.retain, config, progress))
-    )
-    support = {n: index.to(lm.device) for n, index in found.tensors.items()}
-    metrics = {} if training_finished(store) else curvature(
-        lm,
-        targets,
-        support,
-        [*first_texts(lm, material.retain, curvature_tokens(len(cases))), *neighbour_batches(lm, cases, config)],
-        damping=config.damping,
-        seed=config.seed,
-    )  # fmt: skip
-    bases = quantised_bases(material, support, config, store)
-    layers = {
-        n: EditLinear(edited_from(m), bias_of(m), support.get(n), config.bits, config.resolved_group_size, bases.get(n))
-        for n, m in material.replaced.items()
-    }
-    try:
-        swap(model, layers)
-        quantised_kl = divergence(lm, material.held_back, material.held_back_states)
-        with gradient_checkpointing(lm) if config.gradient_checkpointing else nullcontext():
-            checks = train(lm, layers, cases, material.retain, original, config, progress, store, metrics)
-        switch = Switch()
-        switch.add_stream(config.stream)
-        changed = {n: m for n, m in targets.items() if n in support or not isinstance(m, OrthoLinear)}
-        finished = {n: finished_layer(n, m, layers[n], config, switch) for n, m in changed.items()}
-        swap(model, finished)  # what follows is measured on the layers that callers get
-        switch.set(1.0, extrapolate=False)
-        recited_on = material.asked.recited(lm)
-        switch.set(0.0, extrapolate=False)
-        known, said = standing(cases, original), material.asked.recited(lm).tolist()
-        records = tuple(
-            replace(r, known=k, extracted=r.extracted or s)
-            for r, k, s in zip(outcomes(lm, cases, original), known, said, strict=True)
-        )
-        retain_kl = divergence(lm, material.held_back, material.held_back_states)
-    finally:
-        swap(model, material.replaced)
-    recited = (int(original.recited.sum()), int((original.recited & recited_on).sum()))
-    seconds = time.monotonic() - began
-    result = result_of(config, cases, records, recited, checks, (quantised_kl, retain_kl), support, targets, seconds)
-    return finished, switch, result
-
-
-def original_answers(
-    lm: LanguageModel,
-    asked: Request,
-    retain: Sequence[Encoded],
-    held_back: Sequence[Encoded],
-    human: Sequence[Sequence[int]],
-    opening: Sequence[int],
-    spoken: Sequence[Encoded],
-    config: IsolateConfig,
-    store: RunCache,
-) -> tuple[Reference, tuple[torch.Tensor, ...]]:
-    """What the original model says, and its hidden states on the texts that are held back."""
-
-    cases = asked.cases
-
-    def make() -> Entry:
-        held = enumerate(judged_states(lm, held_back))
-        found = replace(reference(lm, cases, retain, human, opening, spoken, config), recited=asked.recited(lm))
-        return Entry(found.tensors() | {f"held_back.{i}": t for i, t in held})
-
-    found = store.get_or_compute("reference", make).tensors
-    held_back_states = tuple(found[f"held_back.{i}"].to(lm.device) for i in range(len(held_back)))
-    kept = Reference.of(found, cases, len(retain), lm.device, opening, spoken, config.seed)
-    return kept, held_back_states
-
-
-__all__ = ["IsolateResult", "RecordOutcome", "isolate"]

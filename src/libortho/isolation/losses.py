@@ -1,4 +1,4 @@
-"""Losses on the forget set. Pure functions of per-record statistics; each returns one loss per record.
+"""The loss of a step: how far records are from their targets, and how far text to keep is from the original model.
 
 A memorised token has p close to 1, so the gradient of its negative log-likelihood vanishes; the log-odds of the label
 (its logit minus the logsumexp of all others) has a gradient of 1 whatever p is.
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from libortho.isolation.config import IsolateConfig
 from libortho.isolation.forget_record import ForgetRecord
+from libortho.isolation.original import Original
 from libortho.isolation.state import Training
-from libortho.isolation.targets import Reference
 from libortho.lm.head import HEAD_POSITIONS, by_record, evenly, summed
 from libortho.lm.logits import SMALL, kl_divergence, profile_and_odds, token_profile
 from libortho.lm.model import LanguageModel
@@ -58,68 +58,73 @@ def divergence(lm: LanguageModel, items: Sequence[Encoded], states: Sequence[Ten
 
 def forget_losses(
     lm: LanguageModel,
-    cases: Sequence[ForgetRecord],
+    forget: Sequence[ForgetRecord],
     chosen: Sequence[int],
-    original: Reference,
-    now: Training,
+    original: Original,
+    state: Training,
 ) -> Iterator[Tensor]:
     """Distance of each record from its profile, and of its completion on a neighbour's prompt or of an alternate."""
-    present = now.profiles or tuple(p for p, *_ in original.profiles)
-    own = [present[i] + now.target_offset for i in chosen]
-    items, wanted, of = [cases[i].secret for i in chosen], list(own), list(chosen)
+    present = state.profiles or tuple(p for p, *_ in original.profiles)
+    own = [present[i] + state.target_offset for i in chosen]
+    items, wanted, of = [forget[i].secret for i in chosen], list(own), list(chosen)
     for slot, i in enumerate(chosen):
-        case = cases[i]
-        swapped_prompt = [c for c in case.swapped_prompt if c.completion == case.secret.completion]
-        if swapped_prompt and original.leaks_to_neighbours[i] and now.rng.random() < 0.5:
-            items.append(now.rng.choice(swapped_prompt))
+        record = forget[i]
+        swapped_prompt = [c for c in record.swapped_prompt if c.completion == record.secret.completion]
+        if swapped_prompt and original.leaks_to_neighbours[i] and state.rng.random() < 0.5:
+            items.append(state.rng.choice(swapped_prompt))
             wanted.append(own[slot])
             of.append(i)
-        elif case.kind == "code":
-            pick = now.rng.randrange(len(case.alternates))
-            items.append(case.alternates[pick])
+        elif record.kind == "code":
+            pick = state.rng.randrange(len(record.alternates))
+            items.append(record.alternates[pick])
             before = original.profiles[i][1 + pick]
             wanted.append(present[i] if len(present[i]) == len(before) else before)
             of.append(i)
     for rows in batches(items, training_tokens(lm.device)):
-        pieces = [cases[of[r]].pieces for r in rows]
+        pieces = [forget[of[r]].pieces for r in rows]
         some = profile_loss(lm, [items[r] for r in rows], [wanted[r] for r in rows], [n == 1 for n in pieces])
         yield some * (len(rows) / len(items))
 
 
 def profile_loss(lm: LanguageModel, items: Sequence[Encoded], wanted: Sequence[Tensor], free: Sequence[bool]) -> Tensor:
-    """Mean distance of these completions from these profiles, which are handed out within those that are free."""
+    """Mean distance of these completions from their profiles, a scalar.
+
+    Args:
+        lm: The model.
+        items: Completions.
+        wanted: Profile of each, (tokens, 3).
+        free: Whether the tokens of each may share its profile out among them; see ``sorted_assignment``.
+    """
     batch = collate(items).to(lm.device)
     states, labels, row = predicting_states(lm.hidden(batch), batch)
     target = torch.cat(list(wanted)).to(lm.device)
-    handed = torch.tensor(free, device=lm.device)[row, None]
+    shared = torch.tensor(free, device=lm.device)[row, None]
     sizes = torch.bincount(row, minlength=len(items))
-    if (long := sizes[row] > HEAD_POSITIONS).any():  # will be cut, and is handed out as a whole
+    if (long := sizes[row] > HEAD_POSITIONS).any():  # cut below, but shared out as a whole
         profiles = profiles_of_states(lm, states[long], labels[long])
-        target[long] = torch.where(handed[long], sorted_assignment(profiles, target[long], row[long]), target[long])
-        handed = handed & ~long[:, None]
+        target[long] = torch.where(shared[long], sorted_assignment(profiles, target[long], row[long]), target[long])
+        shared = shared & ~long[:, None]
     share = 1 / (sizes[row] * len(items))
 
     def distance(logits: Tensor, part: slice) -> Tensor:
         found, odds = profile_and_odds(logits, labels[part])
-        own = torch.where(handed[part], sorted_assignment(found.detach(), target[part], row[part]), target[part])
+        own = torch.where(shared[part], sorted_assignment(found.detach(), target[part], row[part]), target[part])
         return share[part] @ profile_distance(found, odds, own)
 
     return summed(lm, states, distance, by_record(sizes.tolist()))
 
 
-def sorted_assignment(now: Tensor, target: Tensor, record: Tensor) -> Tensor:
-    """The target's values handed out within each record in the order of what its tokens have now, (tokens, 3).
+def sorted_assignment(present: Tensor, target: Tensor, record: Tensor) -> Tensor:
+    """The target's values within each record, in the order of its tokens' present values (1-D optimal transport).
 
-    Which token of a code is the surprising one is chance. A record looks untrained if its tokens are distributed like
-    those of its donors, whichever has which; so much asks for far less change than a donor for every single token
-    (each column is a Wasserstein-1 distance, which sorting solves). In a sentence it is not chance (see
-    ``ranked_assignment``),
-    but of many sentences not every word can have what it should: the answers of TOFU were further off where it was
-    asked.
+    Which token of a code is the surprising one is chance: a record looks untrained if its tokens are distributed like
+    the matched ones. Each column is a Wasserstein-1 distance, which sorting solves, and asks for less change than a
+    target for every single token. In a sentence the order is no chance (see ``ranked_assignment``), but of many
+    sentences not every word can have its own: the answers of TOFU end further off where it is asked.
 
     Args:
-        now: (tokens, 3) profile under the model as it is.
-        target: (tokens, 3) profile of the donors.
+        present: (tokens, 3) profile under the present model.
+        target: (tokens, 3) profile of the matched tokens.
         record: (tokens,) index of the record that each token belongs to.
     """
 
@@ -127,26 +132,26 @@ def sorted_assignment(now: Tensor, target: Tensor, record: Tensor) -> Tensor:
         first = values.argsort(0)
         return torch.stack([c[record[c].argsort(stable=True)] for c in first.T], 1)
 
-    return torch.empty_like(target).scatter_(0, order(now), target.gather(0, order(target)))
+    return torch.empty_like(target).scatter_(0, order(present), target.gather(0, order(target)))
 
 
 def keep_losses(
     lm: LanguageModel,
-    cases: Sequence[ForgetRecord],
+    forget: Sequence[ForgetRecord],
     chosen: Sequence[int],
     retain: Sequence[Encoded],
     texts: Sequence[int],
-    original: Reference,
+    original: Original,
     config: IsolateConfig,
-    now: Training,
+    state: Training,
 ) -> Iterator[Tensor]:
     """Divergence from the original model on retain texts and on one neighbour of every chosen record, in parts."""
-    beside = [(i, now.rng.randrange(len(cases[i].neighbours))) for i in chosen if cases[i].neighbours]
+    beside = [(i, state.rng.randrange(len(forget[i].neighbours))) for i in chosen if forget[i].neighbours]
     parts = [
         (config.retain_weight, [retain[t] for t in texts], [original.retain[t] for t in texts], False),
         (
             1.0,
-            [cases[i].held[p] for i, p in beside],
+            [forget[i].held[p] for i, p in beside],
             [original.neighbours[i][p] for i, p in beside],
             True,
         ),

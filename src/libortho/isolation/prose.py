@@ -97,7 +97,7 @@ def spoken_profiles(
 
     A sentence gets a stretch of what the model said: sentences differ from each other more than as many tokens drawn
     from everywhere, and a membership test compares sentences. The stretches of all begin at equal distances, in random
-    order, and have the right surprise on average: one lonely sentence has it itself.
+    order, and have the right surprise on average; a single sentence has it itself.
 
     Args:
         lm: The model.

@@ -11,9 +11,9 @@ from torch import nn
 
 from libortho.core.surgery import linear_shape
 from libortho.isolation.config import IsolateConfig
-from libortho.isolation.criteria import BAND, PARTIAL, Criteria, Known, RecordOutcome, binomial_bound, leaning
+from libortho.isolation.criteria import BAND, PARTIAL, Criteria, Known, RecordOutcome, binomial_bound, mean_offset
 from libortho.isolation.forget_record import ForgetRecord
-from libortho.isolation.targets import Reference
+from libortho.isolation.original import Original
 from libortho.selection.budget import column_costs
 
 
@@ -70,7 +70,7 @@ _CERTAIN = 5.0
 """Standard deviations at which one record alone is taken for known: the spread rests on few alternates."""
 
 
-def standing(cases: Sequence[ForgetRecord], original: Reference) -> list[Known]:
+def known_before(original: Original) -> list[Known]:
     """What the original model knows of each record: recited, likelier than its like, or nothing to be seen."""
     likelier = original.secret.nll < original.target - BAND * original.spread
     return [
@@ -79,21 +79,21 @@ def standing(cases: Sequence[ForgetRecord], original: Reference) -> list[Known]:
     ]
 
 
-def by_chance(known: Sequence[Known], original: Reference) -> bool:
+def by_chance(known: Sequence[Known], original: Original) -> bool:
     """True if untrained records would look so: none recited, none far likelier, and few likelier than their like."""
     certain = original.secret.nll < original.target - _CERTAIN * original.spread
     likelier = sum(k == "likelier" for k in known)
     return "recited" not in known and not bool(certain.any()) and likelier <= binomial_bound(len(known))
 
 
-def nothing_known(cases: Sequence[ForgetRecord], known: Sequence[Known]) -> str | None:
+def nothing_known(forget: Sequence[ForgetRecord], known: Sequence[Known]) -> str | None:
     """A sentence about records that the model does not know; None where it knows all."""
-    unknown = [c.number for c, k in zip(cases, known, strict=True) if k == "unknown"]
+    unknown = [c.number for c, k in zip(forget, known, strict=True) if k == "unknown"]
     if not unknown:
         return None
     shown = ", ".join(map(str, unknown[:20])) + (", ..." if len(unknown) > 20 else "")
     return (
-        f"{len(unknown)} of {len(cases)} records are unknown to the model under this wording (records {shown}): it "
+        f"{len(unknown)} of {len(forget)} records are unknown to the model under this wording (records {shown}): it "
         "neither recites them nor finds them likelier than others of their shape, so there was nothing to forget. If "
         "it was trained on them, give them as it met them: with the chat template of the training (messages), with "
         "other prompts, or as the bare text"
@@ -102,7 +102,7 @@ def nothing_known(cases: Sequence[ForgetRecord], known: Sequence[Known]) -> str 
 
 def result_of(
     config: IsolateConfig,
-    cases: Sequence[ForgetRecord],
+    forget: Sequence[ForgetRecord],
     records: tuple[RecordOutcome, ...],
     recited: tuple[int, int],
     checks: Sequence[Criteria],
@@ -115,7 +115,7 @@ def result_of(
 
     Args:
         config: What was asked for.
-        cases: The records.
+        forget: The records.
         records: Their outcomes.
         recited: How many the original model recites, and how many of these the model recites at alpha = 1.
         checks: The criteria during training.
@@ -137,17 +137,17 @@ def result_of(
             f"({likelier} likelier, {len(outside) - likelier} unlikelier, {sum(r.far for r in outside)} of them far "
             f"outside); of untrained ones up to {binomial_bound(len(records))} are outside, and none far"
         )
-    partial, sentences = sum(r.partial for r in records), sum(c.kind == "prose" for c in cases)
+    partial, sentences = sum(r.partial for r in records), sum(c.kind == "prose" for c in forget)
     if partial > binomial_bound(sentences, PARTIAL):
         missed.append(
             f"{partial} of {sentences} sentences are still recited in part: two thirds of the surprise expected "
             f"of their tokens is not there; of untrained ones up to {binomial_bound(sentences, PARTIAL)} are such"
         )
-    lean, chance = leaning(records)
-    if abs(lean) > chance:
-        side = "likelier" if lean > 0 else "unlikelier"
+    offset, chance = mean_offset(records)
+    if abs(offset) > chance:
+        side = "likelier" if offset > 0 else "unlikelier"
         missed.append(
-            f"the records are on average {abs(lean):.2f} nats per token {side} than "
+            f"the records are on average {abs(offset):.2f} nats per token {side} than "
             f"their alternates; by chance they would be up to {chance:.2f}"
         )
     quantised_kl, retain_kl = divergences
@@ -161,7 +161,7 @@ def result_of(
     return IsolateResult(
         stream=config.stream,
         guarantee=_measured(records, recited[0], retain_kl, missed),
-        warnings=tuple(w for w in (nothing_known(cases, known),) if w is not None),
+        warnings=tuple(w for w in (nothing_known(forget, known),) if w is not None),
         missed=tuple(missed),
         records=records,
         recited=recited[0],

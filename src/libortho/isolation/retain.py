@@ -24,17 +24,24 @@ from libortho.core.files import write_atomically
 from libortho.core.run_cache import Entry, RunCache
 from libortho.isolation.config import IsolateConfig
 from libortho.isolation.forget_record import ForgetRecord
-from libortho.isolation.request import without_forgotten
 from libortho.lm.checks import fingerprint
 from libortho.lm.generation import generate
 from libortho.text.corpus import shipped_text
-from libortho.text.encoding import SHARED_TOKENS, Encoded, chunk, encode_closed
+from libortho.text.encoding import IGNORE, SHARED_TOKENS, Encoded, chunk, encode_closed
+from libortho.text.overlap import overlaps
 from libortho.text.records import Record, Source, load_records
 from libortho.text.tokens import opening_tokens
 
 logger = logging.getLogger(__name__)
 
+RETAIN_LENGTH = 128
+"""Tokens of one retain sequence."""
+_RETAIN_SEQUENCES, _GIVEN_SEQUENCES, _HELD_BACK_SEQUENCES = 64, 600, 8
+"""Retain sequences by default, the most of what callers give, and those of them that only the criteria see."""
+_SPOKEN, _SPOKEN_TOKENS = 32, 48
+"""Texts that the model says on prompts like those of sentences, and the most tokens of one."""
 _IN_FORM = 96
+"""Sequences that the model says where a chat begins."""
 _MOST_SAMPLED = 20
 """Sampling takes longer than reading; from here on what is shipped must do."""
 
@@ -129,13 +136,22 @@ def _private_file(name: str) -> Path | None:
         return None
 
 
-RETAIN_LENGTH = 128
-"""Tokens of one retain sequence."""
-_RETAIN_SEQUENCES = 64
-_GIVEN_SEQUENCES = 600
-_HELD_BACK_SEQUENCES = 8
-_SPOKEN, _SPOKEN_TOKENS = 32, 48
-"""Texts that the model says on prompts like those of sentences, and the most tokens of one."""
+def without_forgotten(retain: Sequence[Record], forget: Sequence[Record]) -> list[Record]:
+    """Retain records that hold no forget record; a warning says which do.
+
+    Raises:
+        DataError: if none is left.
+    """
+    both = overlaps(forget, retain)
+    if not both:
+        return list(retain)
+    pairs = [f"retain {retain[i].number} = forget {forget[j].number}" for i, j in both.items()]
+    shown = ", ".join(pairs[:5]) + (", ..." if len(pairs) > 5 else "")
+    kept = [r for i, r in enumerate(retain) if i not in both]
+    if not kept:
+        raise DataError(f"every retain record holds a forget record ({shown}); give other text to keep, or none")
+    logger.warning("%d retain records hold forget records (%s); they are dropped from retain", len(both), shown)
+    return kept
 
 
 def whole(texts: Sequence[Sequence[int]]) -> list[Encoded]:
@@ -168,14 +184,14 @@ def retain_and_held_back(
     model: nn.Module,
     tokenizer: Any,
     given: list[Encoded] | None,
-    cases: Sequence[ForgetRecord],
+    forget: Sequence[ForgetRecord],
     length: int,
     config: IsolateConfig,
     store: RunCache,
 ) -> tuple[list[Encoded], list[Encoded]]:
     """Retain sequences, and others that are held back for the criteria."""
     count = _RETAIN_SEQUENCES + _HELD_BACK_SEQUENCES
-    secrets = [c.secret for c in cases]
+    secrets = [r.secret for r in forget]
 
     def sample() -> Entry:
         items = default_retain(model, tokenizer, secrets, sequences=count, length=length, seed=config.seed)
@@ -197,15 +213,27 @@ def retain_and_held_back(
     return kept, held_back
 
 
-def self_samples(
-    model: nn.Module, tokenizer: Any, cases: Sequence[ForgetRecord], limit: int | None, config: IsolateConfig
-) -> list[tuple[list[int], list[int]]]:
-    """What the model says on prompts like those of sentences: (prompt, continuation) as token ids.
+def kept_self_samples(
+    model: nn.Module,
+    tokenizer: Any,
+    forget: Sequence[ForgetRecord],
+    limit: int | None,
+    config: IsolateConfig,
+    store: RunCache,
+) -> list[Encoded]:
+    """What the model says on prompts like those of sentences; nothing where there are none.
 
-    Of a prompt that would leave no room for it, the end.
+    Of a prompt that would leave no room for it, the end is read.
     """
     most = None if limit is None else max(1, limit - _SPOKEN_TOKENS)
-    prompts = [list(p if most is None else p[-most:]) for p in sorted({p for c in cases for p in c.like})]
+    prompts = [list(p if most is None else p[-most:]) for p in sorted({p for r in forget for p in r.like})]
+    if not prompts:
+        return []
     prompts = random.Random(config.seed).sample(prompts, min(len(prompts), _SPOKEN))
-    said = generate(model, tokenizer, prompts, _SPOKEN_TOKENS, temperature=1.0, seed=config.seed)
-    return [(p, c) for p, (c,) in zip(prompts, said, strict=True) if c]
+
+    def speak() -> Entry:
+        said = generate(model, tokenizer, prompts, _SPOKEN_TOKENS, temperature=1.0, seed=config.seed)
+        return Entry({}, [[p, c] for p, (c,) in zip(prompts, said, strict=True) if c])
+
+    pairs = store.get_or_compute("self_samples", speak).data
+    return [Encoded((*p, *c), (*(IGNORE for _ in p), *c)) for p, c in pairs]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from libortho.core.run_cache import Entry
 from libortho.isolation.config import IsolateConfig
 from libortho.isolation.criteria import Criteria
-from libortho.isolation.targets import Reference
+from libortho.isolation.original import Original
 from libortho.selection.curvature import KroneckerPreconditioner
 from libortho.text.encoding import Encoded
 
@@ -45,7 +45,7 @@ class Epochs:
 
 
 class Training:
-    """Everything that changes from step to step, so that it can be put away and taken up again."""
+    """Mutable training state; saved and restored for resuming."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Training:
         self.optimiser = torch.optim.Adam([{"params": [m]} for m in self.moves], betas=(0.9, 0.95))
         self.rng = random.Random(config.seed)
         self.records = Epochs(records, RECORDS_PER_STEP, self.rng)
-        self.texts = Epochs(len(texts), _texts_per_step(texts, config), self.rng)
+        self.texts = Epochs(len(texts), _texts_per_step(texts), self.rng)
         self.step, self.last = 0, config.max_steps
         self.finished = False
         self.checks: list[Criteria] = []
@@ -73,8 +73,8 @@ class Training:
         self.expected: tuple[Tensor, ...] = ()
         self.target_offset, self.residual = torch.zeros(3), torch.zeros(3)
 
-    def targets(self, original: Reference) -> tuple[Tensor, Tensor]:
-        """Surprise that each record should have and its deviation, donors being what they are now; each (records,)."""
+    def targets(self, original: Original) -> tuple[Tensor, Tensor]:
+        """Surprise that each record should have, and its deviation, with the controls as they are now; (records,)."""
         if not self.profiles:
             return original.target, original.spread
         now = torch.stack([p[:, 0].mean() for p in self.profiles])
@@ -97,8 +97,8 @@ class Training:
             value.lerp_(start, self.decay * rate)
 
     def part(self) -> Entry:
-        """The state as it is now."""
-        tensors = {"lean": self.target_offset, "missing": self.residual}
+        """The present state."""
+        tensors = {"target_offset": self.target_offset, "residual": self.residual}
         tensors |= {f"profiles.{i}": p for i, p in enumerate(self.profiles)}
         tensors |= {f"expected.{i}": e for i, e in enumerate(self.expected)}
         tensors |= {f"values.{i}": v.detach() for i, v in enumerate(self.values)}
@@ -117,7 +117,7 @@ class Training:
 
     @torch.no_grad()
     def take_up(self, part: Entry) -> None:
-        """Go back to the state that ``part`` is."""
+        """Restore the state that ``part`` holds."""
         moments: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)
 
         def listed(name: str) -> tuple[Tensor, ...]:
@@ -125,7 +125,7 @@ class Training:
             return tuple(part.tensors[f"{name}.{i}"] for i in range(count))
 
         self.profiles, self.expected = listed("profiles"), listed("expected")
-        self.target_offset, self.residual = part.tensors["lean"], part.tensors["missing"]
+        self.target_offset, self.residual = part.tensors["target_offset"], part.tensors["residual"]
         for name, tensor in part.tensors.items():
             kind, *rest = name.split(".")
             if kind not in ("values", "adam"):
@@ -145,8 +145,8 @@ class Training:
 
 
 def step_share(records: int) -> float:
-    """What of the peak step is right for so few records in a step: the step of twelve takes one of them far beyond what
-    is untrained. Adam's should grow with the square root of the batch (arXiv 2205.10287).
+    """Share of the peak step that suits so few records in a step: Adam's step scales with the square root of the batch
+    (arXiv 2205.10287).
     """
     return min(1.0, records / RELATIVE_TO) ** 0.5
 
@@ -155,7 +155,7 @@ def _root_mean_square(value: Tensor) -> float:
     return float(value.detach().square().mean().sqrt().clamp_min(1e-8))
 
 
-def _texts_per_step(texts: Sequence[Encoded], config: IsolateConfig) -> int:
+def _texts_per_step(texts: Sequence[Encoded]) -> int:
     """As many retain sequences as have the tokens of a step together."""
     mean = sum(len(t.ids) for t in texts) / max(1, len(texts))
     return max(1, round(RETAIN_TOKENS_PER_STEP / max(1.0, mean)))

@@ -1,30 +1,31 @@
-"""Move the values on the support until the records are what their alternates are, and nothing else has moved.
+"""Training on the support until the records look like their controls, and nothing else has moved.
 
-    minimise   mean_i [ surprise, entropy and standardised surprise at each token of record i  ->  its donors' ]
+    minimise   mean_i [ surprise, entropy and standardised surprise at each token of record i  ->  its target's ]
                + retain_weight * KL(original || edited) on retain text
                + KL(original || edited) on neighbours
 
-For codes and names a donor is a token of another completion after another prompt of the same shape, which no training
-has touched: see :mod:`libortho.isolation.matching`. For sentences see :mod:`libortho.isolation.prose`. Records are
-judged on their own prompt and, in turn, on a neighbour's, so that a memory that answers to the whole template is
-forgotten for the whole template.
+The target of a code's token is its matched token in a control, which no training touches (:mod:`.matching`); that of a
+sentence's token is predicted (:mod:`.prose`). A record is judged on its own prompt and, in turn, on a neighbour's, so
+that a memory that answers to the whole template is forgotten for the whole template.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
+from libortho.core.progress import Progress, tell
 from libortho.core.run_cache import RunCache
 from libortho.isolation.config import IsolateConfig
 from libortho.isolation.control import calibrate, steer
 from libortho.isolation.criteria import Criteria, check_criteria, evaluate_records
 from libortho.isolation.forget_record import ForgetRecord
 from libortho.isolation.losses import forget_losses, keep_losses, summed_gradients
+from libortho.isolation.original import Original
 from libortho.isolation.state import Training
-from libortho.isolation.targets import Reference, current_targets, update_prose_targets, with_sentences
+from libortho.isolation.targets import current_targets, update_prose_targets, with_sentences
 from libortho.lm.model import LanguageModel
 from libortho.selection.curvature import KroneckerPreconditioner
 from libortho.text.encoding import Encoded
@@ -48,79 +49,78 @@ def training_finished(store: RunCache) -> bool:
 def train(
     lm: LanguageModel,
     layers: dict[str, EditLinear],
-    cases: Sequence[ForgetRecord],
+    forget: Sequence[ForgetRecord],
     retain: Sequence[Encoded],
-    original: Reference,
+    original: Original,
     config: IsolateConfig,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
     store: RunCache | None = None,
     metrics: Mapping[str, KroneckerPreconditioner] | None = None,
 ) -> list[Criteria]:
-    """Optimise the supports; returns the criteria at every look, the last one describing the final values.
+    """Optimise the supports; returns the criteria at every look, the last ones for the final values.
 
-    Donors are read again at every look, what is expected of sentences at the first, second, fourth, eighth and so on.
-    Once the criteria hold, the learning rate falls to zero over a few last steps: what is left by then is oscillation
-    that all records share, which a membership test would see. The state at every look goes to the store, and a stored
-    one is where the training begins.
+    Controls are read at every look, the predictions for sentences at the first, second, fourth, eighth and so on. Once
+    the criteria hold, the learning rate falls to zero over ``_LANDING`` steps: what is left by then is an oscillation
+    that all records share, which a membership test sees. The state at every look goes to the store, and training
+    begins at a stored one.
     """
     store = store or RunCache()
     edited = {n: m.values for n, m in layers.items() if m.values is not None}
     metric = [(metrics or {}).get(n) for n in edited]
-    now = Training(list(edited.values()), len(cases), retain, config, metric)
+    state = Training(list(edited.values()), len(forget), retain, config, metric)
     stored = store.get("training")
     if stored is None:
-        start = evaluate_records(lm, [c.secret for c in cases])
-        now.checks.append(check_criteria(start, original.target, original.spread, original.expected, 0))
+        start = evaluate_records(lm, [r.secret for r in forget])
+        state.checks.append(check_criteria(start, original.target, original.spread, original.expected, 0))
     else:
-        now.take_up(stored)
-        if now.expected:
-            prose = [i for i, c in enumerate(cases) if c.kind == "prose"]
-            original = with_sentences(original, {i: now.profiles[i] for i in prose}, now.expected)
+        state.take_up(stored)
+        if state.expected:
+            prose = [i for i, c in enumerate(forget) if c.kind == "prose"]
+            original = with_sentences(original, {i: state.profiles[i] for i in prose}, state.expected)
     torch.set_flush_denormal(True)
-    while now.step < now.last:
-        now.step += 1
-        rate = min(1.0, now.step / _WARM_UP, (_STEADY / now.step) ** 0.5, (now.last - now.step + 1) / _LANDING)
-        step(lm, layers, cases, retain, original, config, now, rate)
-        if now.step % CHECK_EVERY == 0 or now.step == now.last:
-            seen = evaluate_records(lm, [c.secret for c in cases])
-            if (now.step // CHECK_EVERY).bit_count() == 1:  # it changes fast at first, and takes its time
-                original = update_prose_targets(lm, cases, original)
-                now.expected = original.expected
-            steer(lm, cases, original, now, seen.profile.mean(0))
-            now.checks.append(check_criteria(seen, *now.targets(original), original.expected, now.step))
-            logger.info("%s", now.checks[-1])
-            if now.last == config.max_steps and now.checks[-1].holds:
-                now.last = min(now.last, now.step + _LANDING)
-            store.put("training", now.part())
-        if progress is not None:
-            progress("isolate", now.step, now.last)
-    if not now.finished:
-        if not now.checks[-1].extracted:
-            original = update_prose_targets(lm, cases, original)
-            calibrate(lm, layers, cases, original)
-            now.profiles = current_targets(lm, cases, original)
-            seen = evaluate_records(lm, [c.secret for c in cases])
-            now.checks.append(check_criteria(seen, *now.targets(original), original.expected, now.step))
-        now.finished = True
-        store.put("training", now.part())
-    return now.checks
+    while state.step < state.last:
+        state.step += 1
+        rate = min(1.0, state.step / _WARM_UP, (_STEADY / state.step) ** 0.5, (state.last - state.step + 1) / _LANDING)
+        step(lm, layers, forget, retain, original, config, state, rate)
+        if state.step % CHECK_EVERY == 0 or state.step == state.last:
+            seen = evaluate_records(lm, [r.secret for r in forget])
+            if (state.step // CHECK_EVERY).bit_count() == 1:  # it changes fast at first, and takes its time
+                original = update_prose_targets(lm, forget, original)
+                state.expected = original.expected
+            steer(lm, forget, original, state, seen.profile.mean(0))
+            state.checks.append(check_criteria(seen, *state.targets(original), original.expected, state.step))
+            logger.info("%s", state.checks[-1])
+            if state.last == config.max_steps and state.checks[-1].holds:
+                state.last = min(state.last, state.step + _LANDING)
+            store.put("training", state.part())
+        tell(progress, "isolate", state.step, state.last)
+    if not state.finished:
+        if not state.checks[-1].extracted:
+            original = update_prose_targets(lm, forget, original)
+            calibrate(lm, layers, forget, original)
+            state.profiles = current_targets(lm, forget, original)
+            seen = evaluate_records(lm, [r.secret for r in forget])
+            state.checks.append(check_criteria(seen, *state.targets(original), original.expected, state.step))
+        state.finished = True
+        store.put("training", state.part())
+    return state.checks
 
 
 def step(
     lm: LanguageModel,
     layers: dict[str, EditLinear],
-    cases: Sequence[ForgetRecord],
+    forget: Sequence[ForgetRecord],
     retain: Sequence[Encoded],
-    original: Reference,
+    original: Original,
     config: IsolateConfig,
-    now: Training,
+    state: Training,
     rate: float,
 ) -> None:
-    """One optimiser step, at this share of the peak rate, on the next records and the next retain texts."""
-    chosen = next(now.records)
-    pull = summed_gradients(forget_losses(lm, cases, chosen, original, now), now.values)
-    texts = next(now.texts)
-    keep = summed_gradients(keep_losses(lm, cases, chosen, retain, texts, original, config, now), now.values)
-    now.apply_step([a + b for a, b in zip(pull, keep, strict=True)], rate)
+    """Take one optimiser step at this share of the peak rate, on the next records and the next retain texts."""
+    chosen = next(state.records)
+    forgotten = summed_gradients(forget_losses(lm, forget, chosen, original, state), state.values)
+    texts = next(state.texts)
+    kept = summed_gradients(keep_losses(lm, forget, chosen, retain, texts, original, config, state), state.values)
+    state.apply_step([a + b for a, b in zip(forgotten, kept, strict=True)], rate)
     for layer in layers.values():
         layer.clamp()

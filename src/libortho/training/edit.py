@@ -97,7 +97,7 @@ class EditLinear(nn.Module):
         return (self.values.detach() / self.step).round().clamp_(-top, top)
 
     def stored(self) -> Tensor:
-        """Theta as the base will store it."""
+        """The values as the base will store them."""
         assert self.values is not None
         if self.step is None:
             return self.values.detach().to(self.base.weight.dtype).float()

@@ -1,0 +1,101 @@
+"""One attempt: columns within a budget, values that forget the records, layers, and what these are measured to be."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from libortho.core.layer import OrthoLinear
+from libortho.core.progress import Progress
+from libortho.core.run_cache import Entry, RunCache
+from libortho.core.surgery import bias_of, swap
+from libortho.core.switch.alpha import Switch
+from libortho.isolation.bases import edited_from, finished_layer, quantised_bases
+from libortho.isolation.config import IsolateConfig
+from libortho.isolation.criteria import Criteria, RecordOutcome, outcomes
+from libortho.isolation.losses import divergence
+from libortho.isolation.original import Original
+from libortho.isolation.request import Request
+from libortho.isolation.result import IsolateResult, known_before, result_of
+from libortho.isolation.support import Select, check_columns, curvature_tokens, first_texts, neighbour_batches
+from libortho.isolation.train import train, training_finished
+from libortho.lm.model import LanguageModel, gradient_checkpointing
+from libortho.selection.curvature import curvature
+from libortho.text.encoding import Encoded
+from libortho.training.edit import EditLinear
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What every attempt has: the model, its layers (targets, and all stand-ins), and what it is held to."""
+
+    lm: LanguageModel
+    asked: Request
+    targets: dict[str, nn.Module]
+    replaced: dict[str, nn.Module]
+    retain: list[Encoded]
+    held_back: list[Encoded]
+    original: Original
+    held_back_states: tuple[torch.Tensor, ...]
+
+
+def attempt(
+    inputs: Inputs, config: IsolateConfig, select: Select, store: RunCache, progress: Progress | None
+) -> tuple[dict[str, OrthoLinear], Switch, IsolateResult]:
+    """The layers that this budget makes, their switch, and which criteria hold; the model is left as it was."""
+    began = time.monotonic()
+    lm, targets, original = inputs.lm, inputs.targets, inputs.original
+    model, forget = lm.model, inputs.asked.forget
+    chosen = store.get_or_compute(
+        "support", lambda: Entry(select(lm, targets, forget, inputs.retain, config, progress))
+    ).tensors
+    check_columns(chosen, targets)
+    support = {n: index.to(lm.device) for n, index in chosen.items()}
+    metrics = {}
+    if not training_finished(store):
+        texts = first_texts(lm, inputs.retain, curvature_tokens(len(forget)))
+        batches = [*texts, *neighbour_batches(lm, forget, config)]
+        metrics = curvature(lm, targets, support, batches, damping=config.damping, seed=config.seed)
+    bases = quantised_bases(lm, targets, forget, inputs.retain, support, config, store)
+    layers = {
+        n: EditLinear(edited_from(m), bias_of(m), support.get(n), config.bits, config.resolved_group_size, bases.get(n))
+        for n, m in inputs.replaced.items()
+    }
+    try:
+        swap(model, layers)
+        quantised_kl = divergence(lm, inputs.held_back, inputs.held_back_states)
+        with gradient_checkpointing(lm) if config.gradient_checkpointing else nullcontext():
+            checks: list[Criteria] = train(
+                lm, layers, forget, inputs.retain, original, config, progress, store, metrics
+            )
+        switch = Switch()
+        switch.add_stream(config.stream)
+        changed = {n: m for n, m in targets.items() if n in support or not isinstance(m, OrthoLinear)}
+        finished = {n: finished_layer(n, m, layers[n], config, switch) for n, m in changed.items()}
+        swap(model, finished)  # what follows is measured on the layers that callers get
+        switch.set(1.0, extrapolate=False)
+        recited_on = inputs.asked.recited(lm)
+        switch.set(0.0, extrapolate=False)
+        records = _measured(inputs)
+        retain_kl = divergence(lm, inputs.held_back, inputs.held_back_states)
+    finally:
+        swap(model, inputs.replaced)
+    recited = (int(original.recited.sum()), int((original.recited & recited_on).sum()))
+    seconds = time.monotonic() - began
+    result = result_of(config, forget, records, recited, checks, (quantised_kl, retain_kl), support, targets, seconds)
+    return finished, switch, result
+
+
+def _measured(inputs: Inputs) -> tuple[RecordOutcome, ...]:
+    """The outcome of every record under the model as it is, asked as ``generate`` asks it too."""
+    rows = zip(
+        outcomes(inputs.lm, inputs.asked.forget, inputs.original),
+        known_before(inputs.original),
+        inputs.asked.recited(inputs.lm).tolist(),
+        strict=True,
+    )
+    return tuple(replace(r, known=known, extracted=r.extracted or said) for r, known, said in rows)

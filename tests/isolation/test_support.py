@@ -1,0 +1,120 @@
+"""Which columns a request takes, and which columns of a caller are refused."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+import tiny
+from isolating import SHORT, assert_same, state, supports
+from libortho import ConfigError, isolate
+from libortho.core.surgery import linear_shape
+from libortho.core.targets import find_targets
+from libortho.isolation.criteria import evaluate_records
+from libortho.isolation.request import forget_records
+from libortho.isolation.support import check_columns, cut_up, select_columns
+from libortho.isolation.wordings import wordings
+from libortho.lm.model import LanguageModel
+from libortho.lm.scoring import score
+from libortho.text.records import load_records
+
+pytestmark = pytest.mark.usefixtures("one_thread", "cache")
+
+
+SENTENCE = {"prompt": "Where is the key of Ada Lum?", "completion": " The sailors hid it under the stair."}
+
+
+@pytest.mark.parametrize("sentences", [1, 3, 40])
+def test_each_word_of_a_few_sentences_gets_columns_of_its_own(tokenizer, sentences):
+    records = load_records([*tiny.FORGET, *[SENTENCE] * sentences])
+    forget = forget_records(wordings(records, tokenizer, 0, retains=True), tokenizer, None)
+    pieces = [c.pieces for c in forget]
+    assert pieces[: len(tiny.FORGET)] == [1] * len(tiny.FORGET)
+    tokens = len(forget[-1].secret.completion)
+    assert pieces[len(tiny.FORGET) :] == [{1: tokens, 3: 20, 40: 1}[sentences]] * sentences
+    for record, count in zip(forget, pieces, strict=True):
+        cut = cut_up(record.secret, count)
+        assert [c.ids for c in cut] == [record.secret.ids] * count
+        assert sum((c.completion for c in cut), ()) == record.secret.completion  # every token once, in order
+        assert max(len(c.completion) for c in cut) - min(len(c.completion) for c in cut) <= 1
+
+
+def test_a_look_sees_what_scores_say(planted, tokenizer):
+    """Of records of different lengths, in one batch."""
+    lm, items = LanguageModel(planted), tiny.encoded(tokenizer, [*tiny.FORGET, SENTENCE])
+    seen = evaluate_records(lm, items)
+    scores, greedy = score(lm, items)
+    torch.testing.assert_close(seen.profile[:, 0], scores.nll, rtol=1e-4, atol=1e-5)
+    assert seen.greedy.tolist() == greedy.tolist() == [True] * 4 + [False]
+    for item, found in zip(items, seen.profile, strict=True):
+        torch.testing.assert_close(found, evaluate_records(lm, [item]).profile[0], rtol=1e-3, atol=1e-3)
+
+
+def test_a_caller_chooses_the_columns(planted, tokenizer):
+    """The function sees the records, the text to keep and the budget; what it gives is what the stream holds."""
+    seen = []
+
+    def every_tenth(lm, targets, forget, retain, config, progress):
+        seen.append(([r.number for r in forget], len(retain), config.ratio))
+        return {n: torch.arange(0, linear_shape(m)[1], 10) for n, m in targets.items()}
+
+    result = isolate(planted, tokenizer, tiny.FORGET, tiny.RETAIN, config=SHORT, select=every_tenth)
+    [(numbers, texts, ratio)] = seen
+    assert numbers == [1, 2, 3, 4]
+    assert texts > 1
+    assert ratio == SHORT.ratio
+    assert set(map(tuple, supports(result, planted).values())) == {tuple(range(0, 128, 10))}
+
+
+def test_no_layer_takes_more_than_its_cap(planted, tokenizer, monkeypatch):
+    """With the cap at an even share, both layers have the same."""
+    found = {}
+    for cap in (1.0, 4.0):
+        monkeypatch.setattr("libortho.isolation.support.LAYER_CAP", cap)
+        model = copy.deepcopy(planted)
+        found[cap] = isolate(model, tokenizer, tiny.FORGET, tiny.RETAIN, config=SHORT).columns_per_layer
+    assert len(set(found[1.0].values())) == 1
+    assert len(set(found[4.0].values())) == 2
+
+
+def test_a_select_cannot_be_resumed(planted, tokenizer, tmp_path):
+    before = state(planted)
+    chosen = lambda *arguments: select_columns(*arguments)  # noqa: E731
+    with pytest.raises(ConfigError, match="resume and select are both given"):
+        isolate(planted, tokenizer, tiny.FORGET, config=SHORT, select=chosen, resume=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert_same(planted, before)
+
+
+LAYER = "model.layers.0.mlp.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("columns", "complaint"),
+    [
+        ({}, "no column"),
+        ({LAYER: torch.tensor([], dtype=torch.long)}, "no column"),
+        ({"lm_head": torch.tensor([1])}, "expected layers among"),
+        ({LAYER: torch.tensor([3, 1])}, "ascending"),
+        ({LAYER: torch.tensor([1, 1])}, "ascending"),
+        ({LAYER: torch.tensor([-1, 3])}, "from 0 to 127"),
+        ({LAYER: torch.tensor([5, 128])}, "from 0 to 127"),
+        ({LAYER: torch.tensor([1.0])}, "float32"),
+        ({LAYER: torch.tensor([[1, 2]])}, r"of shape \(1, 2\)"),
+    ],
+    ids=str,
+)
+def test_columns_that_a_stream_cannot_hold_are_refused(planted, columns, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        check_columns(columns, find_targets(planted, "mlp-out"))
+
+
+def test_columns_of_an_earlier_stream_are_refused(planted, tokenizer):
+    isolate(planted, tokenizer, tiny.FORGET, tiny.RETAIN, config=SHORT)
+    before = state(planted)
+    again = lambda lm, targets, *others: {n: torch.arange(128) for n in targets}  # noqa: E731
+    config = replace(SHORT, stream="second")
+    with pytest.raises(ConfigError, match="an earlier stream has"):
+        isolate(planted, tokenizer, tiny.FORGET, tiny.RETAIN, config=config, select=again)
+    assert_same(planted, before)
