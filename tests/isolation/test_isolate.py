@@ -142,6 +142,16 @@ def test_nothing_but_the_targets_is_touched(planted, tokenizer):
     }
 
 
+@pytest.mark.parametrize("flushed", [False, True])
+def test_small_numbers_count_again_as_they_did(planted, tokenizer, flushed):
+    torch.set_flush_denormal(flushed)
+    try:
+        isolate(planted, tokenizer, tiny.FORGET, tiny.RETAIN, config=replace(SHORT, max_steps=1))
+        assert (float(torch.tensor(1e-40) * 1.0) == 0.0) == flushed
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def test_flags_come_back(planted, tokenizer):
     planted.train()
     planted.lm_head.eval()

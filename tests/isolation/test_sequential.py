@@ -224,7 +224,7 @@ def test_gpt2(tiny_gpt2, tokenizer):
     isolate(tiny_gpt2, tokenizer, ONE, tiny.RETAIN, config=replace(FIRST, max_steps=3, allow_unknown=True))
     before = logits(tiny_gpt2, 0.0)
     isolate(tiny_gpt2, tokenizer, TWO, tiny.RETAIN, config=replace(SHORT, allow_unknown=True))
-    torch.testing.assert_close(logits(tiny_gpt2, {"second": 1.0}), before, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(logits(tiny_gpt2, {"second": 1.0}), before, atol=3e-3, rtol=1e-3)  # values are bf16
     assert (logits(tiny_gpt2, 0.0) - before).abs().max() > 1e-2
 
 

@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from libortho.core.models import denormals_flushed
 from libortho.core.progress import Progress, tell
 from libortho.core.targets import find_targets
 from libortho.text.encoding import IGNORE, Encoded, collate, encode, encode_closed
 from libortho.text.records import Record
 
 
+@denormals_flushed()
 def implant(
     model: nn.Module,
     tokenizer: Any,
@@ -52,7 +54,6 @@ def implant(
         weight.requires_grad_(True)
     masters = [w.detach().float().clone() for w in weights]
     optimiser = torch.optim.AdamW(masters, lr=learning_rate, weight_decay=0.0)
-    torch.set_flush_denormal(True)
     step = 0
     while step < max_steps:
         order = [i for i in range(len(items)) for _ in range(repetitions[i] if repetitions else 1)]

@@ -25,7 +25,7 @@ from torch import nn
 from libortho.core.arguments import check_model, check_tokenizer
 from libortho.core.errors import ConfigError, DataError
 from libortho.core.layer import ortho_layers
-from libortho.core.models import plain_torch, unwrapped
+from libortho.core.models import denormals_flushed, plain_torch, unwrapped
 from libortho.core.progress import Progress, tell
 from libortho.core.report import record_method
 from libortho.core.run_cache import RunCache, run_key
@@ -56,6 +56,7 @@ AUTO_RATIOS = (0.0005, 0.001, 0.0025, 0.005)
 """Budgets that ``ratio="auto"`` tries."""
 
 
+@denormals_flushed()
 @plain_torch()
 def isolate(
     model: nn.Module,

@@ -14,8 +14,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 
-import torch
-
 from libortho.core.progress import Progress, tell
 from libortho.core.run_cache import RunCache
 from libortho.isolation.config import IsolateConfig
@@ -77,7 +75,6 @@ def train(
         if state.expected:
             prose = [i for i, c in enumerate(forget) if c.kind == "prose"]
             original = with_sentences(original, {i: state.profiles[i] for i in prose}, state.expected)
-    torch.set_flush_denormal(True)
     while state.step < state.last:
         state.step += 1
         rate = min(1.0, state.step / _WARM_UP, (_STEADY / state.step) ** 0.5, (state.last - state.step + 1) / _LANDING)
