@@ -25,12 +25,12 @@ from libortho.auditing.measures.utility import general_items
 from libortho.checkpoint.dense import load_model
 from libortho.core.targets import find_targets
 from libortho.demo import facts
-from libortho.isolation.losses import divergence
 from libortho.lm.model import LanguageModel
 from libortho.lm.scoring import judged_states, perplexity, score
 from libortho.text.corpus import shipped_text
 from libortho.text.encoding import Encoded, chunk, collate, encode
 from libortho.text.records import load_records
+from libortho.training.keep import divergence
 from libortho.training.rounding import gptq_bases
 
 FORMATS = ((8, -1), (4, 64), (4, 32))

@@ -208,8 +208,8 @@ def test_a_training_goes_on_where_it_was_put_away() -> None:
         drawn = []
         for _ in range(count):
             drawn.append((next(training.records), next(training.texts), training.rng.random()))
-            gradients = [v.detach() ** 2 + n + drawn[-1][0][0] for n, v in enumerate(training.values)]
-            training.apply_step(gradients, 0.5)
+            gradients = [v.detach() ** 2 + n + drawn[-1][0][0] for n, v in enumerate(training.optimiser.values)]
+            training.optimiser.step(gradients, 0.5)
             training.step += 1
         return drawn
 
@@ -224,7 +224,7 @@ def test_a_training_goes_on_where_it_was_put_away() -> None:
     other.take_up(Entry(kept, json.loads(json.dumps(part.data))))
     steps(first, 1)  # what was put away does not move with it
     assert begun + steps(other, 4) == expected
-    assert all(torch.equal(a, b) for a, b in zip(whole.values, other.values, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(whole.optimiser.values, other.optimiser.values, strict=True))
     assert (other.step, other.last, other.finished) == (7, config.max_steps, False)
     assert other.checks == [Criteria(3, 1, 2, 0, 0.1, False)]
 
@@ -351,7 +351,7 @@ def test_a_step_of_the_training_goes_downhill_at_the_peak_rate(
 ) -> None:
     value = nn.Parameter(torch.full((2, 3), 0.5))
     training = Training([value], records, TEXTS, IsolateConfig(decay=0.0, **options), [metric])
-    training.apply_step([torch.tensor([[1.0, -2.0, 3.0], [-4.0, 5.0, -6.0]])], 0.5)
+    training.optimiser.step([torch.tensor([[1.0, -2.0, 3.0], [-4.0, 5.0, -6.0]])], 0.5)
     expected = 0.5 - 0.5 * peak * torch.tensor([[1.0, -1.0, 1.0], [-1.0, 1.0, -1.0]])
     torch.testing.assert_close(value.detach(), expected)
 
@@ -361,9 +361,9 @@ def test_what_nothing_asks_for_fades() -> None:
     training = Training([value], 5, TEXTS, IsolateConfig(decay=0.25), [None])
     with torch.no_grad():
         value.add_(torch.tensor([[1.0, -1.0]]))
-    training.apply_step([torch.zeros(1, 2)], 1.0)
+    training.optimiser.step([torch.zeros(1, 2)], 1.0)
     torch.testing.assert_close(value.detach(), torch.tensor([[1.25, -0.25]]))
-    training.apply_step([torch.zeros(1, 2)], 0.0)  # landed
+    training.optimiser.step([torch.zeros(1, 2)], 0.0)  # landed
     torch.testing.assert_close(value.detach(), torch.tensor([[1.25, -0.25]]))
 
 

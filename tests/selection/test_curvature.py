@@ -7,11 +7,11 @@ from torch import Tensor, nn
 import tiny
 from libortho.core.surgery import linear_weight
 from libortho.core.targets import find_targets
-from libortho.isolation.losses import divergence
 from libortho.lm.model import LanguageModel
 from libortho.lm.scoring import judged_states
 from libortho.selection.curvature import KroneckerPreconditioner, curvature
 from libortho.text.encoding import Encoded, collate
+from libortho.training.keep import divergence
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

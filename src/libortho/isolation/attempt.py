@@ -17,7 +17,6 @@ from libortho.core.switch.alpha import Switch
 from libortho.isolation.bases import edited_from, finished_layer, quantised_bases
 from libortho.isolation.config import IsolateConfig
 from libortho.isolation.criteria import Criteria, RecordOutcome, outcomes
-from libortho.isolation.losses import divergence
 from libortho.isolation.original import Original
 from libortho.isolation.request import Request
 from libortho.isolation.result import IsolateResult, known_before, result_of
@@ -27,6 +26,7 @@ from libortho.lm.model import LanguageModel, gradient_checkpointing
 from libortho.selection.curvature import curvature
 from libortho.text.encoding import Encoded
 from libortho.training.edit import EditLinear
+from libortho.training.keep import divergence
 
 
 @dataclass(frozen=True)

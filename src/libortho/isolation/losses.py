@@ -19,7 +19,7 @@ from libortho.isolation.state import Training
 from libortho.lm.head import HEAD_POSITIONS, by_record, evenly, summed
 from libortho.lm.logits import SMALL, kl_divergence, profile_and_odds, token_profile
 from libortho.lm.model import LanguageModel
-from libortho.lm.scoring import judged_states, predicting_states, profiles_of_states, training_tokens
+from libortho.lm.scoring import predicting_states, profiles_of_states, training_tokens
 from libortho.text.encoding import Encoded, batches, collate
 
 _LEAST_SURPRISE = 1e-3
@@ -42,18 +42,6 @@ def profile_distance(found: Tensor, odds: Tensor, target: Tensor) -> Tensor:
     surprise = target[:, 0].clamp_min(_LEAST_SURPRISE)
     excess = (odds + surprise + torch.log(-torch.expm1(-surprise))).relu()
     return distance + F.smooth_l1_loss(excess, torch.zeros_like(excess), reduction="none")
-
-
-@torch.no_grad()
-def divergence(lm: LanguageModel, items: Sequence[Encoded], states: Sequence[Tensor]) -> float:
-    """Mean KL(original || edited) per token, in nats, over texts whose original ``judged_states`` are given."""
-    total, count = 0.0, 0
-    for item, before in zip(items, states, strict=True):
-        [after] = judged_states(lm, [item])
-        for part in evenly(len(after)):
-            total += float(kl_divergence(lm.logits(before[part]), lm.logits(after[part])).sum())
-        count += len(after)
-    return total / max(1, count)
 
 
 def forget_losses(

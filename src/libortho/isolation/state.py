@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -16,6 +15,7 @@ from libortho.isolation.criteria import Criteria
 from libortho.isolation.original import Original
 from libortho.selection.curvature import KroneckerPreconditioner
 from libortho.text.encoding import Encoded
+from libortho.training.optimiser import PreconditionedAdam
 
 RELATIVE_STEP, RELATIVE_TO = 0.08, 12
 """Peak step of Adam as a share of the root mean square of the values that it moves, and records in a step for which it
@@ -55,14 +55,10 @@ class Training:
         config: IsolateConfig,
         metrics: Sequence[KroneckerPreconditioner | None],
     ) -> None:
-        self.values, self.metrics = values, metrics
         # The values stand at the original weights here, which say how large a step is.
         share = step_share(min(records, RECORDS_PER_STEP))
-        self.rates = [config.learning_rate or share * RELATIVE_STEP * _root_mean_square(v) for v in values]
-        self.start, self.decay = [v.detach().clone() for v in values], config.decay
-        # Adam moves steps, which begin at zero every time, in the metric's basis.
-        self.moves = [nn.Parameter(torch.zeros_like(v)) for v in values]
-        self.optimiser = torch.optim.Adam([{"params": [m]} for m in self.moves], betas=(0.9, 0.95))
+        rates = [config.learning_rate or share * RELATIVE_STEP * _root_mean_square(v) for v in values]
+        self.optimiser = PreconditionedAdam(values, rates, metrics, config.decay)
         self.rng = random.Random(config.seed)
         self.records = Epochs(records, RECORDS_PER_STEP, self.rng)
         self.texts = Epochs(len(texts), _texts_per_step(texts), self.rng)
@@ -81,29 +77,12 @@ class Training:
         wider = float(now.std() / original.target.std().clamp_min(1e-6)) if len(now) > 2 else 1.0
         return now, original.spread * max(1.0, wider)
 
-    @torch.no_grad()
-    def apply_step(self, gradients: Sequence[Tensor], rate: float) -> None:
-        """One step of Adam at this share of the peak rates, and one of the decay towards the original values."""
-        for group, peak, move, metric, gradient in zip(
-            self.optimiser.param_groups, self.rates, self.moves, self.metrics, gradients, strict=True
-        ):
-            group["lr"] = peak * rate
-            move.zero_()
-            move.grad = gradient if metric is None else metric.rotated(gradient)
-        self.optimiser.step()
-        for value, move, metric in zip(self.values, self.moves, self.metrics, strict=True):
-            value.add_(move if metric is None else metric.step(move))
-        for value, start in zip(self.values, self.start, strict=True):
-            value.lerp_(start, self.decay * rate)
-
     def part(self) -> Entry:
         """The present state."""
         tensors = {"target_offset": self.target_offset, "residual": self.residual}
         tensors |= {f"profiles.{i}": p for i, p in enumerate(self.profiles)}
         tensors |= {f"expected.{i}": e for i, e in enumerate(self.expected)}
-        tensors |= {f"values.{i}": v.detach() for i, v in enumerate(self.values)}
-        for i, moments in self.optimiser.state_dict()["state"].items():
-            tensors |= {f"adam.{i}.{name}": t for name, t in moments.items()}
+        tensors |= self.optimiser.tensors()
         data = {
             "step": self.step,
             "last": self.last,
@@ -115,10 +94,8 @@ class Training:
         }
         return Entry(tensors, data)
 
-    @torch.no_grad()
     def take_up(self, part: Entry) -> None:
         """Restore the state that ``part`` holds."""
-        moments: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)
 
         def listed(name: str) -> tuple[Tensor, ...]:
             count = sum(n.startswith(f"{name}.") for n in part.tensors)
@@ -126,16 +103,7 @@ class Training:
 
         self.profiles, self.expected = listed("profiles"), listed("expected")
         self.target_offset, self.residual = part.tensors["target_offset"], part.tensors["residual"]
-        for name, tensor in part.tensors.items():
-            kind, *rest = name.split(".")
-            if kind not in ("values", "adam"):
-                continue
-            index, *moment = rest
-            if kind == "values":
-                self.values[int(index)].copy_(tensor)
-            else:
-                moments[int(index)][moment[0]] = tensor
-        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": dict(moments)})
+        self.optimiser.load(part.tensors)
         data = part.data
         self.step, self.last, self.finished = data["step"], data["last"], data["finished"]
         self.checks = [Criteria(**c) for c in data["checks"]]

@@ -114,10 +114,10 @@ def step(
     rate: float,
 ) -> None:
     """Take one optimiser step at this share of the peak rate, on the next records and the next retain texts."""
-    chosen = next(state.records)
-    forgotten = summed_gradients(forget_losses(lm, forget, chosen, original, state), state.values)
+    chosen, values = next(state.records), state.optimiser.values
+    forgotten = summed_gradients(forget_losses(lm, forget, chosen, original, state), values)
     texts = next(state.texts)
-    kept = summed_gradients(keep_losses(lm, forget, chosen, retain, texts, original, config, state), state.values)
-    state.apply_step([a + b for a, b in zip(forgotten, kept, strict=True)], rate)
+    kept = summed_gradients(keep_losses(lm, forget, chosen, retain, texts, original, config, state), values)
+    state.optimiser.step([a + b for a, b in zip(forgotten, kept, strict=True)], rate)
     for layer in layers.values():
         layer.clamp()
