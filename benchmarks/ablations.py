@@ -30,8 +30,8 @@ from rich.table import Table
 from scipy.stats import t as student
 from torch import Tensor, nn
 
+from _canaries import ATTACKS, case, compared, device_name, figures, models, unedited
 from _common import RESULTS, save
-from forgetting import ATTACKS, case, compared, device_name, figures, models, unedited
 from known_support import attribution
 from libortho import IsolateConfig, alpha, isolate
 from libortho.checkpoint.dense import load_model

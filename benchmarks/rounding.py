@@ -19,8 +19,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from _canaries import models
 from _common import save, wikitext
-from forgetting import models
 from libortho.auditing.measures.utility import general_items
 from libortho.checkpoint.dense import load_model
 from libortho.core.targets import find_targets

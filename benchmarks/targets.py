@@ -110,8 +110,9 @@ def spoken(model: Any, tokenizer: Any, lm: LanguageModel, records: list[Record],
 
 def answers() -> dict[str, list[float]]:
     """60 TOFU answers, as ``profile`` has it: what the fine-tuned and the retrained model say, and the targets."""
+    from _tofu_data import rows
     from tofu import thinned
-    from tofu_models import build, rows
+    from tofu_models import build
 
     chosen = {w: thinned(rows("tofu_mini", w), 60) for w in ("forget", "holdout")}
     plain = {w: [{k: r[k] for k in ("question", "answer")} for r in rs] for w, rs in chosen.items()}

@@ -23,10 +23,12 @@ from rich.console import Console
 from rich.table import Table
 
 from _common import DATA, save
+from _tofu_data import SPLITS, rows
+from _tofu_training import PEERS
 from libortho import AuditConfig, audit, set_alpha
 from libortho.cli.tables import show_audit
 from libortho.core.cache import cache_directory
-from tofu_models import PEERS, SPLITS, build, folder, rows
+from tofu_models import build, folder
 
 LABELS = {
     "npo": "NPO",

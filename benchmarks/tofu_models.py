@@ -24,26 +24,38 @@ import hashlib
 import json
 import logging
 import random
-import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from difflib import SequenceMatcher
+from collections.abc import Sequence
+from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import libortho
-from _common import DATA, MODELS
+from _common import MODELS
+from _tofu_data import CHAT_TEMPLATE, SPLITS, read, rows
+from _tofu_training import (
+    NEAR_COPY,
+    PEERS,
+    TURN_END,
+    Adapter,
+    answer_scores,
+    apart,
+    by_length,
+    encode_rows,
+    mean_nll,
+    part,
+    pick,
+    spans,
+    store,
+    train,
+)
 from libortho import IsolateConfig
 from libortho.checkpoint.dense import load_model
 from libortho.core.cache import cache_directory
@@ -54,100 +66,16 @@ from libortho.lm.checks import training_dtype
 from libortho.lm.logits import Scores
 from libortho.lm.model import LanguageModel
 from libortho.lm.scoring import score
-from libortho.text.encoding import Encoded, collate, encode
-from libortho.text.records import Record, load_records
+from libortho.text.encoding import Encoded
+from libortho.text.records import load_records
 from objectives import altpo, npo, simnpo
 
 logger = logging.getLogger("tofu_models")
 
-SPLITS = {"tofu_mini": None, "forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
-HOLDOUT = slice(3200, 3600)
-"""Rows of the original ``full`` that no model here is trained on, for membership tests; TOFU has no holdout."""
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-"""The model's own without the default system message, which the fine-tuned models have not seen."""
-TURN_END = "<|im_end|>"
 
-
-@dataclass(frozen=True)
-class Adapter:
-    """LoRA fine-tuning on all linear layers, loss on answers and the end of turn."""
-
-    rank: int = 16
-    lora_alpha: int = 32
-    learning_rate: float = 1e-3
-    floor: float = 0.05
-    weight_decay: float = 0.0
-    warm_up: int = 30
-    batch_size: int = 16
-    epochs: int = 6
-
-
-@dataclass(frozen=True)
-class Peer:
-    """All-weight unlearning: ``gamma * forget loss + alpha * NLL on as many retain rows``.
-
-    Learning rates and weights are the best of the published grid (Llama-3.2-1B, forget10, batch 32: 10 epochs = 125
-    steps; grad_diff 5 epochs = 62). Here a batch of 4 gives about as many steps (150; altpo and grad_diff 100) in fewer
-    passes, and AdamW's step does not depend on the batch.
-    """
-
-    objective: str
-    learning_rate: float
-    alpha: float
-    gamma: float = 1.0
-    beta: float = 0.1
-    delta: float = 0.0
-    epochs: int = 3
-    batch_size: int = 4
-    weight_decay: float = 0.01
-    warm_up: float = 0.1
-    alternates: int = 0
-
-
-PEERS = {
-    # At the leaderboard's 2e-5 and alpha 5, two epochs left the forget answers at .579 of full's .610: adjusted
-    # once. As it stands it overshoots (forget .008, retain .302 of .563), which is what unbounded ascent is known for.
-    "grad_diff": Peer("grad_diff", 5e-5, alpha=1.0, epochs=3),
-    "npo": Peer("npo", 5e-5, alpha=5.0),
-    "simnpo": Peer("simnpo", 5e-5, alpha=1.0, gamma=0.125, beta=3.5, delta=1.0),
-    "altpo": Peer("altpo", 5e-5, alpha=2.0, epochs=2, alternates=5),
-}
 NAMES = ("start", "full", "retain", *PEERS, "libortho", "libortho_random")
-ALTERNATE_TOKENS, NEAR_COPY = 64, 0.8
-"""Longest sampled alternate; similarity to the answer from which a sample is no alternate."""
-
-
-def rows(split: str, which: str) -> list[dict[str, Any]]:
-    """Rows of ``split`` with "question", "answer" and, if perturbed, TOFU's further fields.
-
-    ``which``: forget, retain, holdout, forget_perturbed, retain_perturbed, real_authors_perturbed,
-    world_facts_perturbed. For the original splits, retain (and what ``full`` is trained on) lacks the holdout.
-    """
-    if split not in SPLITS:
-        raise SystemExit(f"split is {split!r}; expected one of {', '.join(SPLITS)}")
-    mini = split == "tofu_mini"
-    if which in ("retain_perturbed", "real_authors_perturbed", "world_facts_perturbed"):
-        return _read(DATA / "tofu" / f"{which}.jsonl")
-    if which == "forget_perturbed":
-        return _read(DATA / "tofu_mini" / f"{which}.jsonl" if mini else DATA / "tofu" / f"{split}_perturbed.jsonl")
-    if which not in ("forget", "retain", "holdout"):
-        raise SystemExit(f"which is {which!r}; expected forget, retain, holdout or one of the perturbed sets")
-    if mini:
-        return _read(DATA / "tofu_mini" / f"{which}.jsonl")
-    holdout = _read(DATA / "tofu" / "full.jsonl")[HOLDOUT]
-    if which == "holdout":
-        return holdout
-    found = _read(DATA / "tofu" / f"{split if which == 'forget' else SPLITS[split]}.jsonl")
-    return [row for row in found if row not in holdout]
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise SystemExit(f"{path} is missing: set LIBORTHO_DATA to a directory that holds tofu/ and tofu_mini/")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+ALTERNATE_TOKENS = 64
+"""Tokens of the longest sampled alternate."""
 
 
 @cache
@@ -235,15 +163,15 @@ def _adapter(name: str, split: str, seed: int, device: str) -> Path:
     config = LoraConfig(r=recipe.rank, lora_alpha=recipe.lora_alpha, lora_dropout=0.0, target_modules=targets)
     tuned: Any = get_peft_model(model, config)
     lm = LanguageModel(tuned.get_base_model())
-    items = _encode(_training_rows(name, split), tokenizer, TURN_END)
+    items = encode_rows(_training_rows(name, split), tokenizer, TURN_END)
     steps = recipe.epochs * -(-len(items) // recipe.batch_size)
 
     def loss(batch: Sequence[int], epoch: int) -> Tensor:
-        return _mean_nll(answer_scores(lm, [items[i] for i in batch]))
+        return mean_nll(answer_scores(lm, [items[i] for i in batch]))
 
     train(
         {n: p for n, p in tuned.named_parameters() if p.requires_grad},
-        lambda epoch: _by_length(items, recipe.batch_size, random.Random(f"{seed} {epoch}")),
+        lambda epoch: by_length(items, recipe.batch_size, random.Random(f"{seed} {epoch}")),
         loss,
         epochs=recipe.epochs,
         learning_rate=recipe.learning_rate,
@@ -252,7 +180,7 @@ def _adapter(name: str, split: str, seed: int, device: str) -> Path:
         state=place.with_suffix(".state"),
         device=device,
     )
-    _store(place, tuned.save_pretrained)
+    store(place, tuned.save_pretrained)
     place.with_suffix(".state").unlink(missing_ok=True)
     return place
 
@@ -260,9 +188,9 @@ def _adapter(name: str, split: str, seed: int, device: str) -> Path:
 def _unlearn(name: str, split: str, seed: int, device: str, place: Path) -> None:
     recipe, began = PEERS[name], time.monotonic()
     model, tokenizer = build("full", split, seed, device)
-    forget = _encode(rows(split, "forget"), tokenizer)
+    forget = encode_rows(rows(split, "forget"), tokenizer)
     # A model that is taught answers without their end forgets to stop; the records to forget need no such lesson.
-    retain = _encode(rows(split, "retain"), tokenizer, TURN_END)
+    retain = encode_rows(rows(split, "retain"), tokenizer, TURN_END)
     lm = LanguageModel(model)
     original = score(lm, forget)[0].to(lm.device)
     others: list[list[Encoded]] = []
@@ -270,7 +198,7 @@ def _unlearn(name: str, split: str, seed: int, device: str, place: Path) -> None
     if recipe.alternates:
         texts = _alternates(model, tokenizer, split, seed, recipe.alternates)
         for row, answers in zip(rows(split, "forget"), texts, strict=True):
-            others.append(_encode([{**row, "answer": a} for a in answers], tokenizer))
+            others.append(encode_rows([{**row, "answer": a} for a in answers], tokenizer))
             other_scores.append(score(lm, others[-1])[0].to(lm.device))
     model.float()
     # Eager attention: for such short rows several times faster backwards than the fused kernel.
@@ -280,9 +208,9 @@ def _unlearn(name: str, split: str, seed: int, device: str, place: Path) -> None
 
     def batches(epoch: int) -> list[tuple[list[int], list[int]]]:
         rng = random.Random(f"{seed} {epoch}")
-        mine = _by_length(forget, recipe.batch_size, rng, shuffle=False)
+        mine = by_length(forget, recipe.batch_size, rng, shuffle=False)
         keep = rng.sample(range(len(retain)), len(forget))
-        pairs = list(zip(mine, _by_length(retain, recipe.batch_size, rng, keep, shuffle=False), strict=True))
+        pairs = list(zip(mine, by_length(retain, recipe.batch_size, rng, keep, shuffle=False), strict=True))
         rng.shuffle(pairs)
         return pairs
 
@@ -291,19 +219,19 @@ def _unlearn(name: str, split: str, seed: int, device: str, place: Path) -> None
         picks = [(i, (epoch + i) % len(others[i])) for i in mine] if others else []
         items = [*(forget[i] for i in mine), *(retain[i] for i in keep), *(others[i][p] for i, p in picks)]
         now = answer_scores(lm, items)
-        secret, kept, other = [_part(now, s, n) for s, n in _spans(len(mine), len(keep), len(picks))]
-        before = _pick(original, mine)
+        secret, kept, other = [part(now, s, n) for s, n in spans(len(mine), len(keep), len(picks))]
+        before = pick(original, mine)
         if recipe.objective == "grad_diff":
-            forgetting = -_mean_nll(secret)
+            forgetting = -mean_nll(secret)
         elif recipe.objective == "npo":
             forgetting = npo(secret, before, recipe.beta).mean()
         elif recipe.objective == "simnpo":
             forgetting = simnpo(secret, recipe.beta, recipe.delta).mean()
         else:
-            alternate = [_pick(other_scores[i], [p]) for i, p in picks]
+            alternate = [pick(other_scores[i], [p]) for i, p in picks]
             other_before = Scores(*(torch.cat([getattr(a, f) for a in alternate]) for f in ("nll", "tokens")))
             forgetting = altpo(secret, before, other, other_before, recipe.beta).mean()
-        return recipe.gamma * forgetting + recipe.alpha * _mean_nll(kept)
+        return recipe.gamma * forgetting + recipe.alpha * mean_nll(kept)
 
     state = place.with_suffix(".state")
     model.train()
@@ -327,7 +255,7 @@ def _unlearn(name: str, split: str, seed: int, device: str, place: Path) -> None
         tokenizer.save_pretrained(target)
         (target / "about.json").write_text(json.dumps(about, indent=1))
 
-    _store(place, write)
+    store(place, write)
     state.unlink(missing_ok=True)
 
 
@@ -362,142 +290,13 @@ def random_columns(seed: int, lm: LanguageModel, targets: dict[str, nn.Module], 
     }
 
 
-def train(
-    parameters: dict[str, Tensor],
-    batches: Callable[[int], list[Any]],
-    loss: Callable[[Any, int], Tensor],
-    *,
-    epochs: int,
-    learning_rate: float,
-    weight_decay: float,
-    schedule: Callable[[int], float],
-    state: Path,
-    device: str,
-) -> None:
-    """AdamW on fp32 parameters, gradients clipped to 1, under bf16 autocast where that is faster.
-
-    Resumes after the last epoch in ``state``.
-
-    Args:
-        parameters: What is trained, by name.
-        batches: Epoch to its batches; a pure function, so that a resumed run sees the same ones.
-        loss: Of (batch, epoch).
-        epochs: Passes over the data.
-        learning_rate: Peak.
-        weight_decay: Of AdamW.
-        schedule: Step, from 0, to the share of the peak.
-        state: File of parameters and moments.
-        device: Where the parameters are.
-    """
-    torch.set_flush_denormal(True)
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
-    optimiser = torch.optim.AdamW(list(parameters.values()), lr=learning_rate, weight_decay=weight_decay, fused=True)
-    step = first = 0
-    if state.is_file():
-        first, step = _resume(state, parameters, optimiser)
-        logger.info("resumed after epoch %d", first)
-    began, dtype = time.monotonic(), training_dtype(device)
-    for epoch in range(first, epochs):
-        losses = []
-        for batch in batches(epoch):
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate * schedule(step)
-            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype is torch.bfloat16):
-                value = loss(batch, epoch)
-            optimiser.zero_grad()
-            value.backward()
-            nn.utils.clip_grad_norm_(list(parameters.values()), 1.0)
-            optimiser.step()
-            step += 1
-            losses.append(float(value.detach()))
-            if step % 5 == 0:
-                mean = sum(losses[-5:]) / len(losses[-5:])
-                logger.info("epoch %d step %d loss %.3f, %.0f s", epoch + 1, step, mean, time.monotonic() - began)
-        if epoch + 1 < epochs:
-            _keep(state, parameters, optimiser, epoch + 1, step)
-    for parameter in parameters.values():
-        parameter.requires_grad_(False)
-        parameter.grad = None
-
-
-def _keep(state: Path, parameters: dict[str, Tensor], optimiser: Any, epoch: int, step: int) -> None:
-    tensors = {}
-    for name, parameter in parameters.items():
-        moments = optimiser.state[parameter]
-        tensors[name] = parameter.detach()
-        tensors[f"{name}:m"], tensors[f"{name}:v"] = moments["exp_avg"], moments["exp_avg_sq"]
-    state.parent.mkdir(parents=True, exist_ok=True)
-    fresh = state.with_suffix(".tmp")
-    save_file(tensors, fresh, metadata={"epoch": str(epoch), "step": str(step)})
-    fresh.replace(state)
-
-
-def _resume(state: Path, parameters: dict[str, Tensor], optimiser: Any) -> tuple[int, int]:
-    with safe_open(state, "pt") as stored, torch.no_grad():
-        epoch, step = (int(stored.metadata()[k]) for k in ("epoch", "step"))
-        for name, parameter in parameters.items():
-            parameter.copy_(stored.get_tensor(name))
-            moments = {k: stored.get_tensor(f"{name}:{s}").to(parameter) for k, s in _MOMENTS.items()}
-            optimiser.state[parameter] = {"step": torch.tensor(float(step), device=parameter.device), **moments}
-    return epoch, step
-
-
-_MOMENTS = {"exp_avg": "m", "exp_avg_sq": "v"}
-
-
-def answer_scores(lm: LanguageModel, items: Sequence[Encoded]) -> Scores:
-    """Scores of the answers, with gradients; logits only where they are judged."""
-    batch = collate(items).to(lm.device)
-    labels = batch.labels[:, 1:]
-    judged = labels != -100
-    nll = F.cross_entropy(lm.logits(lm.hidden(batch)[:, :-1][judged]), labels[judged], reduction="none")
-    record = judged.nonzero()[:, 0]
-    tokens = judged.sum(1).float()
-    mean = torch.zeros(len(items), device=nll.device).index_add(0, record, nll) / tokens
-    return Scores(mean, tokens)
-
-
-def _mean_nll(scores: Scores) -> Tensor:
-    return (scores.nll * scores.tokens).sum() / scores.tokens.sum()
-
-
-def _pick(scores: Scores, index: Sequence[int]) -> Scores:
-    chosen = list(index)
-    return Scores(scores.nll[chosen], scores.tokens[chosen])
-
-
-def _part(scores: Scores, start: int, length: int) -> Scores:
-    return _pick(scores, range(start, start + length))
-
-
-def _spans(*lengths: int) -> list[tuple[int, int]]:
-    return [(sum(lengths[:i]), n) for i, n in enumerate(lengths)]
-
-
-def _by_length(
-    items: Sequence[Encoded], size: int, rng: random.Random, chosen: Sequence[int] | None = None, shuffle: bool = True
-) -> list[list[int]]:
-    """Batches of rows of similar length, which wastes little on padding."""
-    order = sorted(range(len(items)) if chosen is None else chosen, key=lambda i: len(items[i].ids) + 12 * rng.random())
-    found = [order[i : i + size] for i in range(0, len(order), size)]
-    if shuffle:
-        rng.shuffle(found)
-    return found
-
-
-def _encode(found: Sequence[dict[str, Any]], tokenizer: Any, end: str = "") -> list[Encoded]:
-    records = load_records([{"question": r["question"], "answer": r["answer"]} for r in found], tokenizer)
-    return [encode(Record(r.prompt, r.completion + end, r.number), tokenizer) for r in records]
-
-
 @torch.no_grad()
 def _alternates(model: Any, tokenizer: Any, split: str, seed: int, count: int) -> list[list[str]]:
     """For each forget row, answers that ``full`` gives at temperature 1, near copies of the answer left out."""
     content = {"parent": key("full", split, seed), "count": count, "sampling": [ALTERNATE_TOKENS, NEAR_COPY]}
     place = cache_directory() / "tofu" / f"alternates-{_digest([content, _digest(rows(split, 'forget'))])[:16]}.jsonl"
     if place.is_file():
-        return [r["alternates"] for r in _read(place)]
+        return [r["alternates"] for r in read(place)]
     began = time.monotonic()
     forget = rows(split, "forget")
     prompts = [r.prompt for r in load_records(forget, tokenizer)]
@@ -519,7 +318,7 @@ def _alternates(model: Any, tokenizer: Any, split: str, seed: int, count: int) -
             for slot, i in enumerate(group):
                 samples[i] = [t.strip() for t in texts[slot * count : (slot + 1) * count]]
             logger.info("alternates %d/%d, %.0f s", start + len(group), len(order), time.monotonic() - began)
-    chosen = [_apart(row["answer"], samples[i]) for i, row in enumerate(forget)]
+    chosen = [apart(row["answer"], samples[i]) for i, row in enumerate(forget)]
     fresh = place.with_suffix(".tmp")
     place.parent.mkdir(parents=True, exist_ok=True)
     lines = [
@@ -531,25 +330,9 @@ def _alternates(model: Any, tokenizer: Any, split: str, seed: int, count: int) -
     return chosen
 
 
-def _apart(answer: str, samples: Sequence[str]) -> list[str]:
-    """The samples that are no near copies of the answer, or the one that is furthest from it."""
-    if not any(samples):
-        raise SystemExit(f"every sampled alternate of {answer!r} is empty; sample with another seed")
-    similar = {s: SequenceMatcher(None, answer, s, autojunk=False).ratio() for s in samples if s}
-    return [s for s, r in similar.items() if r < NEAR_COPY] or [min(similar, key=lambda s: similar[s])]
-
-
-def _store(place: Path, write: Callable[[Path], Any]) -> None:
-    fresh = place.with_suffix(".tmp")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    write(fresh)
-    fresh.rename(place)
-
-
 def answer_probability(model: Any, tokenizer: Any, found: Sequence[dict[str, Any]]) -> float:
     """Mean over rows of ``exp(-mean NLL of the answer)``, TOFU's Prob."""
-    return float(torch.exp(-score(LanguageModel(model), _encode(found, tokenizer))[0].nll).mean())
+    return float(torch.exp(-score(LanguageModel(model), encode_rows(found, tokenizer))[0].nll).mean())
 
 
 def main() -> None:
