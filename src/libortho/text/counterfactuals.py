@@ -153,22 +153,8 @@ def _shape(text: str) -> tuple[str, ...]:
     return tuple(alphabet(c) or c for c in text)
 
 
-def resample(
-    text: str, rng: random.Random, *, words: bool = True, opens: bool = True, keep: Collection[int] = ()
-) -> str:
-    """Another text of the same shape; the same text if nothing in it carries information.
-
-    Args:
-        text: Any text.
-        rng: Source of randomness.
-        words: Replace content words too, not only codes and names.
-        opens: The text begins a sentence, so that its first capital need not be a name.
-        keep: Positions of characters that stay: characters of a code, or whole runs of any kind.
-    """
-    return _resampled(text, _scan(text, opens), rng, words=words, keep=keep)
-
-
 def _resampled(text: str, runs: Sequence[_Run], rng: random.Random, *, words: bool, keep: Collection[int]) -> str:
+    """Another text of the same shape, of codes, names and, if ``words``, other words; what stands at ``keep`` stays."""
     out, position = [], 0
     for number, run in enumerate(runs):
         word, sort = run.text, run.kind
@@ -192,7 +178,15 @@ def _resampled(text: str, runs: Sequence[_Run], rng: random.Random, *, words: bo
 def alternates(
     completion: str, count: int, rng: random.Random, *, opens: bool = False, keep: Collection[int] = ()
 ) -> list[str]:
-    """``count`` different completions of the same shape (fewer where so many do not exist); see ``resample``."""
+    """``count`` different completions of the same shape, fewer where so many do not exist.
+
+    Args:
+        completion: What is exchanged: codes, names and content words. Nothing of it, nothing is made.
+        count: How many.
+        rng: Source of randomness.
+        opens: The text begins a sentence, so that its first capital need not be a name.
+        keep: Positions of characters that stay: characters of a code, or whole runs of any kind.
+    """
     runs = _scan(completion, opens)
     return _distinct(lambda: _resampled(completion, runs, rng, words=True, keep=keep), completion, count)
 
