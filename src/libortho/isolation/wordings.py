@@ -114,8 +114,10 @@ def wordings(records: Sequence[Record], tokenizer: Any, seed: int, *, retains: b
         others = _alternates(record, keep, tokenizer, most, prose, rng)
         beside = _neighbours(record, recombined, most, prose and retains, rng)
         strangers: list[str] | None = []
-        if not prose and record.prompt:
-            strangers = None if record.neighbours else _others(record, beside, controls, rng)
+        if not prose and record.neighbours:
+            strangers = None
+        elif not prose and record.prompt:
+            strangers = _others(record, beside, controls, rng)
         found.append(
             Wording(
                 record=record,
