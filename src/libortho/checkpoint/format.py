@@ -6,8 +6,7 @@
 
 On little-endian machines the lanes of an int32 are the bytes that :class:`~libortho.core.streams.BaseStream` holds
 (INT8: sign bit flipped; INT4: as they are), so that writing and reading move bytes and never touch a code. With
-``bits=None``
-a layer is a plain ``X.weight``.
+``bits=None`` a layer is a plain ``X.weight``.
 """
 
 from __future__ import annotations

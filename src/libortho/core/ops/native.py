@@ -2,10 +2,10 @@
 
 :func:`build` compiles them, with the user's compiler, into the library's cache directory; nothing else does. A build is
 loaded when this module is imported, if there is one for this very source, this torch, this Python and this machine, and
-nobody but this user or root can have put it there (:func:`libortho.core.cache.private_path`). The
-callers ask :data:`int8_linear` and :data:`add_columns`, and where these are None they take torch's own kernels. What
-they compute is the same to rounding. One build runs on every processor of an architecture: it chooses its instructions
-when it is loaded.
+nobody but this user or root can have put it there (:func:`libortho.core.cache.private_path`). The callers ask
+:data:`int8_linear` and :data:`add_columns`, and where these are None they take torch's own kernels. What they compute
+is the same to rounding. One build runs on every processor of an architecture: it chooses its instructions when it is
+loaded.
 
 ``LIBORTHO_KERNELS=torch`` in the environment leaves a build alone.
 """
