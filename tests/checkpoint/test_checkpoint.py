@@ -32,7 +32,7 @@ from transformers import (
 
 import libortho
 from libortho import AlphaError, CheckpointError, SplitConfig
-from libortho.checkpoint import inspect, load, save, stream_files, writing
+from libortho.checkpoint import directories, inspect, load, save, stream_files, writing
 from libortho.core.dtypes import DTYPES
 from libortho.core.layer import OrthoLinear, ortho_layers
 from libortho.core.streams import BaseStream, Columns, OrthoStream
@@ -689,7 +689,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "report forged": (
         lambda d: edit(d / "ortho/default/manifest.json", lambda m: m["layers"][LAYER]["report"].update(rank="x")),
-        "not numbers",
+        "'rank' is 'x', expected a int",
     ),
 }
 
@@ -805,7 +805,7 @@ def place(request: pytest.FixtureRequest, saved: Path, tmp_path: Path) -> Iterat
 def test_a_failure_leaves_the_old_directory(
     where: Any, name: str, place: Path, tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writing, "swap", lambda first, second: False)  # as where the system cannot exchange names
+    monkeypatch.setattr(directories, "swap", lambda first, second: False)  # as where the system cannot exchange names
     monkeypatch.setattr(where, name, _raise)
     with pytest.raises(OSError, match="disk full"):
         save(tiny_llama, None, place)
@@ -816,7 +816,7 @@ def test_a_failure_leaves_the_old_directory(
 def test_a_failure_to_move_the_old_directory_aside_leaves_it(
     place: Path, tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writing, "swap", lambda first, second: False)  # as where the system cannot exchange names
+    monkeypatch.setattr(directories, "swap", lambda first, second: False)  # as where the system cannot exchange names
     monkeypatch.setattr(os, "rename", _raise)
     with pytest.raises(OSError, match="disk full"):
         save(tiny_llama, None, place)

@@ -21,7 +21,9 @@ import tiny
 from libortho import AuditConfig, CheckpointError, SplitConfig, cli
 from libortho.auditing.subjects import base_sha256
 from libortho.checkpoint import attach, detach, hub, inspect, load, model_card, push_to_hub, save, verify_certificate
-from libortho.checkpoint.format import file_sha256
+from libortho.checkpoint.json_files import file_sha256
+from libortho.checkpoint.manifest import BaseManifest
+from libortho.checkpoint.tensor_files import TensorFiles
 from libortho.core.layer import ortho_layers
 from libortho.core.streams import BaseStream
 
@@ -231,15 +233,10 @@ def base_from(model: Any, tmp_path: Path, change: Callable[[dict[str, torch.Tens
     tensors = load_file(place / "model.safetensors")
     change(tensors)
     save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
-    base = libortho.checkpoint.format.BaseManifest.read(place)
-    files = libortho.checkpoint.format.TensorFiles(place)
-    hashed = base.scheme.hashed_names(base.shapes)
-    ours = {n for layer in base.shapes for n in base.scheme.tensor_names(layer)}
-    edit(place / "libortho.json", lambda m: m.update(
-        base_sha256=files.sha256(hashed), rest_sha256=files.sha256(set(files.names()) - ours)))  # fmt: skip
-    for manifest in place.glob("ortho/*/manifest.json"):
-        edit(manifest, lambda m: m.update(
-            base_sha256=files.sha256(hashed), rest_sha256=files.sha256(set(files.names()) - set(ours))))  # fmt: skip
+    base = BaseManifest.read(place)
+    both = dict(zip(("base_sha256", "rest_sha256"), base.scheme.hashes(base.shapes, TensorFiles(place)), strict=True))
+    for manifest in (place / "libortho.json", *place.glob("ortho/*/manifest.json")):
+        edit(manifest, lambda m: m.update(both))
     load(place)
     return place
 

@@ -28,7 +28,7 @@ import libortho
 import tiny
 from libortho import CheckpointError, LibOrthoError, SplitConfig
 from libortho.checkpoint import detach, load, save, stream_files
-from libortho.checkpoint.format import file_sha256
+from libortho.checkpoint.json_files import file_sha256
 from libortho.core.layer import ortho_layers
 from libortho.core.streams import Entries, OrthoStream
 

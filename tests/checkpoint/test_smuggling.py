@@ -21,7 +21,9 @@ from test_fuzz import contents, two_streams, write
 import tiny
 from libortho import CheckpointError
 from libortho.checkpoint import attach, detach, save, verify_certificate
-from libortho.checkpoint.format import BaseManifest, TensorFiles, file_sha256
+from libortho.checkpoint.json_files import file_sha256
+from libortho.checkpoint.manifest import BaseManifest
+from libortho.checkpoint.tensor_files import TensorFiles
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EMBEDDING = "model.embed_tokens.weight"
@@ -66,9 +68,8 @@ def blob(d: Path) -> str:
 
 def fit(d: Path) -> None:
     """Make all hashes of a source fit what it holds."""
-    base, files = BaseManifest.read(d), TensorFiles(d)
-    hashed, ours = base.scheme.hashed_names(base.shapes), set(base.tensor_names())
-    both = {"base_sha256": files.sha256(hashed), "rest_sha256": files.sha256(set(files.names()) - ours)}
+    base = BaseManifest.read(d)
+    both = dict(zip(("base_sha256", "rest_sha256"), base.scheme.hashes(base.shapes, TensorFiles(d)), strict=True))
     listed = {f: None if h is None else file_sha256(d / f) for f, h in base.files.items()}
     edit(d / "libortho.json", lambda m: m.update(both, files=listed))
     for manifest in d.glob("ortho/*/manifest.json"):

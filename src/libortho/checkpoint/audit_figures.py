@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from libortho.checkpoint.format import AGAIN, VERSION_TEXT, BaseManifest
 from libortho.checkpoint.json_files import (
+    AGAIN,
     check_keys,
     count,
     field,
@@ -18,6 +18,7 @@ from libortho.checkpoint.json_files import (
     sha256_field,
     text_field,
 )
+from libortho.checkpoint.manifest import VERSION_TEXT, BaseManifest
 from libortho.checkpoint.stream_files import checked_name
 from libortho.core.errors import CheckpointError
 

@@ -15,15 +15,24 @@ from typing import Any
 
 from libortho.checkpoint.audit_figures import check_figures
 from libortho.checkpoint.files import HUB_CACHE, LATER, STREAMS, is_known
-from libortho.checkpoint.format import AGAIN, BASE_MANIFEST, VERSION_TEXT
-from libortho.checkpoint.json_files import check_keys, count, field, number, read_written_json, sha256_field, text_field
-from libortho.checkpoint.stream_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ENTRIES_WEIGHTS, MANIFEST, checked_name
+from libortho.checkpoint.json_files import (
+    AGAIN,
+    check_keys,
+    count,
+    field,
+    number,
+    read_written_json,
+    sha256_field,
+    text_field,
+)
+from libortho.checkpoint.manifest import BASE_MANIFEST, VERSION_TEXT
+from libortho.checkpoint.stream_files import STREAM_FILES, checked_name
+from libortho.checkpoint.tensor_files import holds_tensors
 from libortho.core.errors import CheckpointError
 
 SCHEMA = "libortho-certificate/2"
 _EARLIER = "libortho-certificate/1"
 _WHEN = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
-_STREAM_FILES = (MANIFEST, ADAPTER_CONFIG, ADAPTER_WEIGHTS, ENTRIES_WEIGHTS)
 _DENSEST = 1e3
 
 CHECKED = (
@@ -64,7 +73,7 @@ _NOT_CHECKED = (
 
 def not_checked(files: Iterable[str]) -> tuple[str, ...]:
     """What a certificate of these files leaves open, in words."""
-    texts = sorted(f for f in files if is_known(f) and not f.endswith((".safetensors", ".safetensors.index.json")))
+    texts = sorted(f for f in files if is_known(f) and not holds_tensors(f))
     return (
         f"what these files say and how they are called, beyond the search for bytes and numbers: {', '.join(texts)}",
         *_NOT_CHECKED,
@@ -206,7 +215,7 @@ class Certificate:
 def _check_file(name: str, path: Path) -> None:
     """Refuse a name that no file of a detached checkpoint has."""
     parts = name.split("/")
-    of_stream = len(parts) == 3 and parts[0] == STREAMS and parts[2] in _STREAM_FILES
+    of_stream = len(parts) == 3 and parts[0] == STREAMS and parts[2] in STREAM_FILES
     if of_stream:
         checked_name(parts[1])
     elif name != BASE_MANIFEST and not is_known(name):

@@ -20,21 +20,21 @@ from safetensors import safe_open
 from libortho.checkpoint.absence import Traces
 from libortho.checkpoint.audit_figures import figures_of
 from libortho.checkpoint.certificate import CHECKED, Certificate, RemovedStream, not_checked
-from libortho.checkpoint.checks import check_new_place, check_room
-from libortho.checkpoint.files import CERTIFICATE, HUB_CACHE, LATER, STREAMS, check_directory, strangers
-from libortho.checkpoint.format import BASE_MANIFEST, BaseManifest
-from libortho.checkpoint.info import StreamInfo, inspect
+from libortho.checkpoint.directories import check_new_place, check_room, publish, staging
+from libortho.checkpoint.files import CERTIFICATE, HUB_CACHE, LATER, STREAMS, strangers
+from libortho.checkpoint.info import stream_info
 from libortho.checkpoint.json_files import field, file_sha256, read_json, sha256_field, write_json
-from libortho.checkpoint.proof import check_base, check_held
+from libortho.checkpoint.manifest import BASE_MANIFEST, BaseManifest
+from libortho.checkpoint.proof import check_held
 from libortho.checkpoint.stream_files import (
     ADAPTER_CONFIG,
     MANIFEST,
     StreamManifest,
     checked_name,
+    choose,
     read_stream,
     stream_names,
 )
-from libortho.checkpoint.writing import publish, staging
 from libortho.core.errors import CheckpointError
 
 
@@ -77,30 +77,29 @@ def detach(
         raise CheckpointError(f"{target} lies inside {root}; choose a place outside the checkpoint")
     base = BaseManifest.read(root)
     check_room(target, sum((root / f).stat().st_size for f in base.files if (root / f).is_file()))
-    check_directory(root, {*base.files, BASE_MANIFEST}, BASE_MANIFEST)
+    base.check_directory(root)
     base.check_files(root)
     removed = choose(root, streams)
-    kept = [n for n in stream_names(root) if n not in removed]
-    infos = {s.name: s for s in inspect(root).streams}
+    manifests = {name: StreamManifest.read(root, name, base) for name in stream_names(root)}
+    if not removed:
+        raise CheckpointError(f"{root} has no stream to detach; it has {list(manifests)}")
+    kept = [n for n in manifests if n not in removed]
     figures = None if audit is None else figures_of(Path(audit), base, removed)
-    gone = {name: read_stream(root, name, base) for name in removed}
-    for name in kept:
-        read_stream(root, name, base)
-    stay = {name: files_of_stream(root, name, base) for name in kept}
-    names = [*base.files, BASE_MANIFEST, *(f for files in stay.values() for f in files)]
-    check_held(root, base, stay)
+    held = {name: read_stream(root, name, base) for name in manifests}
+    names = [*base.file_names, *(path for name in kept for path in manifests[name].paths)]
+    check_held(root, base, names)
     with staging(target) as staged:
         files = {name: _copy(root / name, staged / name) for name in names}
-        check_held(staged, base, stay)
-        traces = Traces(gone)
-        _check_no_copy(files, {f: n for n in removed for f in files_of_stream(root, n, base)}, root)
+        check_held(staged, base, names)
+        traces = Traces({name: held[name] for name in removed})
+        _check_no_copy(files, {path: name for name in removed for path in manifests[name].paths}, root)
         compared = _check_absent(staged, files, traces)
         result = Certificate(
             libortho=__version__,
             when=(when or datetime.now(UTC)).astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             base_sha256=base.base_sha256,
             rest_sha256=base.rest_sha256,
-            removed=tuple(_removed(root, infos[name], base) for name in removed),
+            removed=tuple(_removed(root, manifests[name], base) for name in removed),
             kept=tuple(kept),
             files=files,
             compared=compared,
@@ -139,13 +138,12 @@ def verify_certificate(directory: str | Path) -> Certificate:
     names = stream_names(root)
     if tuple(names) != found.kept:
         raise CheckpointError(f"{root} holds the streams {names}, {CERTIFICATE} names {list(found.kept)}")
-    stay = {name: files_of_stream(root, name, base) for name in names}
-    belong = {*base.files, BASE_MANIFEST, *(f for files in stay.values() for f in files)}
+    belong = {*base.file_names, *(path for n in names for path in StreamManifest.read(root, n, base).paths)}
     if belong != set(found.files):
         name = min(belong ^ set(found.files))
         raise CheckpointError(f"{BASE_MANIFEST} and {CERTIFICATE} of {root} disagree about the file {name}")
     base.check_files(root)
-    check_held(root, base, stay)
+    check_held(root, base, sorted(belong))
     for name in names:
         read_stream(root, name, base)
     return found.beside(beside)
@@ -198,7 +196,7 @@ def attach(directory: str | Path, stream: str | Path, *, name: str | None = None
     """
     root = Path(os.path.realpath(directory))
     base = BaseManifest.read(root)
-    check_directory(root, {*base.files, BASE_MANIFEST}, BASE_MANIFEST)
+    base.check_directory(root)
     stream_names(root)
     source = Path(stream)
     if source.is_file():
@@ -229,27 +227,6 @@ def attach(directory: str | Path, stream: str | Path, *, name: str | None = None
         (root / STREAMS).mkdir(exist_ok=True)
         publish(folder, root / STREAMS / name)
     return name
-
-
-def files_of_stream(root: Path, name: str, base: BaseManifest) -> list[str]:
-    """The files that make up a stream, relative to the checkpoint; what else lies in its folder is no part of it."""
-    return [f"{STREAMS}/{name}/{file}" for file in StreamManifest.read(root, name, base).files]
-
-
-def choose(root: Path, streams: str | Iterable[str]) -> list[str]:
-    """Names of the wanted streams, which must be there and at least one."""
-    present = stream_names(root)
-    if isinstance(streams, str):
-        if streams != "all":
-            raise CheckpointError(f"streams is {streams!r}; expected 'all', or a list such as [{streams!r}]")
-        names = present
-    else:
-        names = list(dict.fromkeys(checked_name(s) for s in streams))
-    missing = [n for n in names if n not in present]
-    if missing or not names:
-        what = f"no stream {missing[0]!r}" if missing else "no stream to detach"
-        raise CheckpointError(f"{root} has {what}; it has {present}")
-    return names
 
 
 def _copy(source: Path, target: Path) -> str:
@@ -303,19 +280,14 @@ def _told(what: str, owner: str | None) -> str | None:
     return None if owner is None else f"{what} of stream {owner!r}"
 
 
-def _removed(root: Path, info: StreamInfo, base: BaseManifest) -> RemovedStream:
+def _removed(root: Path, manifest: StreamManifest, base: BaseManifest) -> RemovedStream:
+    info = stream_info(root, manifest, base, (base.base_sha256, base.rest_sha256))
     return RemovedStream(
         name=info.name,
         manifest_sha256=file_sha256(root / STREAMS / info.name / MANIFEST),
-        weights_sha256=StreamManifest.read(root, info.name, base).weights_sha256,
+        weights_sha256=manifest.weights_sha256,
         density=info.density,
         tail_density=info.tail_density,
         layers=info.layers,
         bytes=info.bytes_on_disk,
     )
-
-
-__all__ = [
-    "CERTIFICATE", "Certificate", "RemovedStream", "attach", "check_base", "choose", "detach", "files_of_stream",
-    "verify_certificate",
-]  # fmt: skip

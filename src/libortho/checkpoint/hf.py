@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
 
-from libortho.checkpoint.format import AGAIN, CONFIG, read_json
+from libortho.checkpoint.json_files import AGAIN, read_json
+from libortho.checkpoint.manifest import CONFIG
 from libortho.core.errors import CheckpointError
 
 _COUNTS = frozenset({"num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"})
@@ -49,7 +52,7 @@ def described(root: Path, tensors: int, dtype: torch.dtype | None = None) -> Pre
     if _REDIRECT in stored:
         raise CheckpointError(f"{path} names other weights ({_REDIRECT}), which no saved model does; {AGAIN}")
     check_configuration(stored, tensors, path)
-    try:
+    with building(path):
         config = AutoConfig.from_pretrained(root, trust_remote_code=False, local_files_only=True)
         if getattr(config, "quantization_config", None) is not None:
             del config.quantization_config
@@ -60,10 +63,17 @@ def described(root: Path, tensors: int, dtype: torch.dtype | None = None) -> Pre
         with torch.device("meta"):
             model = kind(config)
         return model.to(wanted)
+
+
+@contextmanager
+def building(config: Path) -> Iterator[None]:
+    """Raise what transformers raises while it builds the model of a configuration as CheckpointError."""
+    try:
+        yield
+    except CheckpointError:
+        raise
     except LOAD_ERRORS as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"transformers cannot build the model of {path}: {error}; {AGAIN}") from error
+        raise CheckpointError(f"transformers cannot build the model of {config}: {error}; {AGAIN}") from error
 
 
 def check_loading(info: Mapping[str, Any]) -> None:
@@ -115,3 +125,20 @@ def of_split_layer(key: str, layers: Collection[str]) -> bool:
     """True if a state-dict key lies under a split layer."""
     parts = key.split(".")
     return any(".".join(parts[:i]) in layers for i in range(1, len(parts)))
+
+
+def outside_split_layers(tensors: Mapping[str, Tensor], layers: Collection[str]) -> dict[str, Tensor]:
+    """What transformers holds beside the base of the split layers: all other tensors, and the layers' biases."""
+    return {k: v for k, v in tensors.items() if not of_split_layer(k, layers) or k.endswith(".bias")}
+
+
+def kept_in_fp32(model: PreTrainedModel) -> frozenset[str]:
+    """Parts of names of the tensors that transformers keeps in fp32 in a model of another dtype."""
+    kinds = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    return frozenset(name for kind in kinds for name in getattr(model, kind, None) or ())
+
+
+def refuse_renamed(names: Iterable[str]) -> None:
+    """Raise CheckpointError if there is a layer or tensor that transformers stores under another name than it has."""
+    for name in names:
+        raise CheckpointError(f"transformers stores {name} of this model family under another name; not supported")

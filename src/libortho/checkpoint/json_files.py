@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 import stat
@@ -208,8 +207,3 @@ def check_free(value: Any, where: Path, *, key: str, size: int) -> None:
         raise CheckpointError(f"{where}: {key!r} cannot be written as JSON: {error}; {AGAIN}") from error
     if length > size:
         raise CheckpointError(f"{where}: {key!r} takes {length} bytes, expected at most {size}; {AGAIN}")
-
-
-def finite(value: Any) -> bool:
-    """True for a number that is neither NaN nor infinite, and no bool."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,18 +23,9 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import save_file
 from torch import Tensor
 
-from libortho.checkpoint.files import check_stream_folder, stream_folders
-from libortho.checkpoint.format import (
-    AGAIN,
-    STREAMS,
-    VERSION,
-    BaseManifest,
-    check_libraries,
-    check_version,
-    libraries,
-    report_from_json,
-)
+from libortho.checkpoint.files import STREAMS, check_stream_folder, stream_folders
 from libortho.checkpoint.json_files import (
+    AGAIN,
     check_free,
     check_keys,
     count,
@@ -46,11 +37,16 @@ from libortho.checkpoint.json_files import (
     sha256_field,
     write_json,
 )
+from libortho.checkpoint.manifest import (
+    VERSION,
+    BaseManifest,
+    check_libraries,
+    check_version,
+    libraries,
+    report_from_json,
+)
 from libortho.checkpoint.stream_tensors import (
-    MAX_RANK,
     adapter_config,
-    check_rank,
-    check_stream,
     decode_entries,
     decode_lora,
     encode_entries,
@@ -68,11 +64,14 @@ MANIFEST = "manifest.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ENTRIES_WEIGHTS = "ortho.safetensors"
+STREAM_FILES = (MANIFEST, ADAPTER_CONFIG, ADAPTER_WEIGHTS, ENTRIES_WEIGHTS)
+"""Names that a file of a stream can have."""
 _METHOD_BYTES = 2**20
 _REQUIRED = (
     "libortho_format", "stream", "position", "needs_libortho", "base_sha256", "weights_file", "weights_sha256",
     "method", "layers",
 )  # fmt: skip
+_SIZES = ("columns", "entries", "tail_rank")
 
 
 @dataclass(frozen=True)
@@ -82,22 +81,18 @@ class StreamFile:
     Attributes:
         name: Name of the stream and of its folder.
         position: Place among the streams of the model; sums run in this order, so that logits do not depend on names.
-        base_sha256: Hash of the base that the stream belongs to.
         layers: Split layer to its part of the stream; layers without any are left out.
         reports: Split layer to its report, for all split layers.
         method: What made the stream, JSON-ready; None if unknown.
-        rest_sha256: Hash of the other tensors of that base; None in checkpoints that were written without it.
         alpha: At which alpha it stands when it is loaded.
     """
 
     name: str
     position: int
-    base_sha256: str
     layers: dict[str, OrthoStream]
     reports: dict[str, LayerReport | None]
     method: dict[str, Any] | None
-    rest_sha256: str | None = None
-    alpha: float = 0.0
+    alpha: float
 
     @property
     def needs_libortho(self) -> bool:
@@ -113,35 +108,31 @@ def alpha_of(method: Mapping[str, Any] | None) -> float:
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def write_stream(directory: Path, stream: StreamFile, shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Write the folder of one stream under the checkpoint ``directory``."""
+def write_stream(directory: Path, stream: StreamFile, base: BaseManifest) -> None:
+    """Write the folder of one stream under the checkpoint ``directory``, for the base that is there."""
     folder = directory / STREAMS / stream.name
     folder.mkdir(parents=True)
     tensors: dict[str, Tensor] = {}
     for layer, part in stream.layers.items():
-        tensors |= encode_entries(layer, part) if stream.needs_libortho else encode_lora(layer, part, shapes[layer])
-    weights = folder / (ENTRIES_WEIGHTS if stream.needs_libortho else ADAPTER_WEIGHTS)
+        free = stream.needs_libortho
+        tensors |= encode_entries(layer, part) if free else encode_lora(layer, part, base.shapes[layer])
+    weights = folder / _weights_file(stream.needs_libortho)
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, weights, metadata={"format": "pt"})
     if not stream.needs_libortho:
         write_json(folder / ADAPTER_CONFIG, adapter_config({n: sum(sizes(s)) for n, s in stream.layers.items()}))
     layers: dict[str, Any] = {}
-    for layer in shapes:
-        columns, entries, rank = sizes(stream.layers.get(layer, OrthoStream()))
+    for layer in base.shapes:
         report = stream.reports.get(layer)
-        layers[layer] = {
-            "columns": columns,
-            "entries": entries,
-            "tail_rank": rank,
-            "report": None if report is None else report.to_dict(),
-        }
+        held = dict(zip(_SIZES, sizes(stream.layers.get(layer, OrthoStream())), strict=True))
+        layers[layer] = held | {"report": None if report is None else report.to_dict()}
     manifest = {
         "libortho_format": VERSION,
         "stream": stream.name,
         "position": stream.position,
         "needs_libortho": stream.needs_libortho,
         "alpha": stream.alpha,
-        "base_sha256": stream.base_sha256,
-        "rest_sha256": stream.rest_sha256,
+        "base_sha256": base.base_sha256,
+        "rest_sha256": base.rest_sha256,
         "weights_file": weights.name,
         "weights_sha256": file_sha256(weights),
         "method": stream.method,
@@ -171,6 +162,29 @@ def checked_name(name: Any) -> str:
         raise CheckpointError(str(error)) from error
 
 
+def choose(directory: Path, streams: str | Iterable[str]) -> list[str]:
+    """Names of the wanted streams of a checkpoint directory, each once: ``"all"``, or a list of names.
+
+    Raises:
+        CheckpointError: if a name is impossible or no stream has it, or a single name is given in place of a list.
+    """
+    present = stream_names(directory)
+    if isinstance(streams, str):
+        if streams != "all":
+            raise CheckpointError(f"streams is {streams!r}; expected 'all', or a list such as [{streams!r}]")
+        return present
+    names = list(dict.fromkeys(checked_name(s) for s in streams))
+    missing = [n for n in names if n not in present]
+    if missing:
+        raise CheckpointError(f"{directory} has no stream {missing[0]!r}; it has {present}")
+    return names
+
+
+def stream_file_names(needs_libortho: bool) -> list[str]:
+    """Names of the files of a stream in its folder: its manifest, its values, and what PEFT reads."""
+    return [MANIFEST, _weights_file(needs_libortho), *([] if needs_libortho else [ADAPTER_CONFIG])]
+
+
 @dataclass(frozen=True)
 class StreamManifest:
     """What ``manifest.json`` of a stream says, checked for form.
@@ -181,6 +195,7 @@ class StreamManifest:
         alpha: At which alpha it stands when it is loaded.
     """
 
+    name: str
     position: int
     needs_libortho: bool
     base_sha256: str
@@ -198,30 +213,36 @@ class StreamManifest:
 
     @property
     def files(self) -> list[str]:
-        """Names of all files of the stream."""
-        return [MANIFEST, self.weights_file, *([] if self.needs_libortho else [ADAPTER_CONFIG])]
+        """Names of the files of the stream in its folder; what else lies there is no part of it."""
+        return stream_file_names(self.needs_libortho)
 
-    def check_base(self, name: str, base_sha256: str, rest_sha256: str) -> None:
+    @property
+    def paths(self) -> list[str]:
+        """The files of the stream, relative to the checkpoint."""
+        return [f"{STREAMS}/{self.name}/{file}" for file in self.files]
+
+    def check_base(self, base: BaseManifest) -> None:
         """Compare the base that the stream was made for with the base beside it.
 
         Raises:
             CheckpointError: if the split layers or any other tensor differ.
         """
-        if self.base_sha256 != base_sha256:
+        if self.base_sha256 != base.base_sha256:
             raise CheckpointError(
-                f"stream {name!r} was made for the base {self.base_sha256[:12]}..., this directory holds "
-                f"{base_sha256[:12]}...; load it with its own base"
+                f"stream {self.name!r} was made for the base {self.base_sha256[:12]}..., this directory holds "
+                f"{base.base_sha256[:12]}...; load it with its own base"
             )
         if self.rest_sha256 is None:
             logger.warning(
                 "the manifest of stream %r names the split layers of its base alone (of an earlier version), so the "
                 "other tensors were not compared; save the checkpoint again to name them",
-                name,
+                self.name,
             )
-        elif self.rest_sha256 != rest_sha256:
+        elif self.rest_sha256 != base.rest_sha256:
             raise CheckpointError(
-                f"stream {name!r} was made for a base with other embeddings or other tensors beside the split layers "
-                f"({self.rest_sha256[:12]}..., this directory holds {rest_sha256[:12]}...); load it with its own base"
+                f"stream {self.name!r} was made for a base with other embeddings or other tensors beside the split "
+                f"layers ({self.rest_sha256[:12]}..., this directory holds {base.rest_sha256[:12]}...); load it with "
+                "its own base"
             )
 
     @classmethod
@@ -246,12 +267,9 @@ class StreamManifest:
         found: dict[str, tuple[int, int, int]] = {}
         reports: dict[str, LayerReport | None] = {}
         for layer, entry in layers.items():
-            check_keys(entry, ("columns", "entries", "tail_rank", "report"), path, what=layer)
-            found[layer] = (
-                count(entry, "columns", path),
-                count(entry, "entries", path),
-                count(entry, "tail_rank", path),
-            )
+            check_keys(entry, (*_SIZES, "report"), path, what=layer)
+            columns, entries, tail_rank = (count(entry, key, path) for key in _SIZES)
+            found[layer] = columns, entries, tail_rank
             reports[layer] = report_from_json(entry["report"], layer, base.shapes[layer], path)
         needs_libortho = field(data, "needs_libortho", bool, path)
         kind = "columns" if needs_libortho else "free entries"
@@ -262,6 +280,7 @@ class StreamManifest:
         method = None if data["method"] is None else field(data, "method", dict, path)
         check_free(method, path, key="method", size=_METHOD_BYTES)
         return cls(
+            name=name,
             position=count(data, "position", path),
             needs_libortho=needs_libortho,
             base_sha256=sha256_field(data, "base_sha256", path),
@@ -287,7 +306,7 @@ def read_stream(directory: Path, name: str, base: BaseManifest) -> StreamFile:
     manifest = StreamManifest.read(directory, name, base)
     folder = directory / STREAMS / name
     check_stream_folder(folder, manifest.files)
-    manifest.check_base(name, base.base_sha256, base.rest_sha256)
+    manifest.check_base(base)
     tensors = _read_weights(folder / manifest.weights_file, manifest.weights_sha256)
     layers: dict[str, OrthoStream] = {}
     ranks: dict[str, int] = {}
@@ -303,10 +322,7 @@ def read_stream(directory: Path, name: str, base: BaseManifest) -> StreamFile:
         )
     if not manifest.needs_libortho and read_json(folder / ADAPTER_CONFIG) != adapter_config(ranks):
         raise CheckpointError(f"{folder / ADAPTER_CONFIG} does not describe the adapter beside it; {AGAIN}")
-    return StreamFile(
-        name, manifest.position, manifest.base_sha256, layers, manifest.reports, manifest.method,
-        rest_sha256=manifest.rest_sha256, alpha=manifest.alpha,
-    )  # fmt: skip
+    return StreamFile(name, manifest.position, layers, manifest.reports, manifest.method, manifest.alpha)
 
 
 def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
@@ -323,9 +339,3 @@ def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
         raise CheckpointError(f"cannot read {path}: {error}; {AGAIN}") from error
     tensor_header(content, path)
     return tensors
-
-
-__all__ = [
-    "ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "ENTRIES_WEIGHTS", "MANIFEST", "MAX_RANK", "StreamFile", "StreamManifest",
-    "alpha_of", "check_rank", "check_stream", "checked_name", "read_stream", "sizes", "stream_names", "write_stream",
-]  # fmt: skip

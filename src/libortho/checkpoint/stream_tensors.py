@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from libortho.checkpoint.format import AGAIN, expect
+from libortho.checkpoint.json_files import AGAIN
+from libortho.checkpoint.packing import expect
 from libortho.core.dtypes import DTYPES
 from libortho.core.errors import CheckpointError
 from libortho.core.streams import Columns, Entries, Factors, OrthoStream

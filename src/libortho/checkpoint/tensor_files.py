@@ -44,6 +44,11 @@ class _Place:
     shape: tuple[int, ...]
 
 
+def holds_tensors(name: str) -> bool:
+    """True for the name of a file of tensors, or of an index of such files; their hashes are those of the tensors."""
+    return name.endswith((".safetensors", ".safetensors.index.json"))
+
+
 class TensorFiles:
     """The tensors of a model directory by name, in one file or in shards.
 

@@ -8,7 +8,6 @@ The plain values are written to disk by ``decrypt`` alone. Needs ``pyrage`` (ext
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import tarfile
@@ -16,10 +15,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from libortho.checkpoint.checks import check_new_place
-from libortho.checkpoint.format import check_version, field, read_json, sha256_field
-from libortho.checkpoint.stream_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ENTRIES_WEIGHTS, MANIFEST, checked_name
-from libortho.checkpoint.writing import publish, staging
+from libortho.checkpoint.directories import check_new_place, publish, staging
+from libortho.checkpoint.json_files import field, file_sha256, read_json, sha256_field
+from libortho.checkpoint.manifest import check_version
+from libortho.checkpoint.stream_files import MANIFEST, STREAM_FILES, checked_name, stream_file_names
 from libortho.core import keys
 from libortho.core.errors import CheckpointError
 from libortho.core.extras import require
@@ -168,14 +167,13 @@ def _check_stream(folder: Path) -> list[str]:
     check_version(manifest, where)
     checked_name(field(manifest, "stream", str, where))
     sha256_field(manifest, "base_sha256", where)
-    weights = ENTRIES_WEIGHTS if field(manifest, "needs_libortho", bool, where) else ADAPTER_WEIGHTS
-    names = [MANIFEST, weights] if weights == ENTRIES_WEIGHTS else [MANIFEST, weights, ADAPTER_CONFIG]
+    names = stream_file_names(field(manifest, "needs_libortho", bool, where))
     missing = [n for n in names if not (folder / n).is_file()]
     if missing:
         raise CheckpointError(f"{folder / missing[0]} is missing; expected the folder of a stream")
-    with (folder / weights).open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != sha256_field(manifest, "weights_sha256", where):
-            raise CheckpointError(f"{folder / weights} does not have the hash that its manifest names; it is damaged")
+    weights = folder / names[1]
+    if file_sha256(weights) != sha256_field(manifest, "weights_sha256", where):
+        raise CheckpointError(f"{weights} does not have the hash that its manifest names; it is damaged")
     return sorted(names)
 
 
@@ -196,7 +194,7 @@ def _pack(folder: Path) -> bytes:
 
 def _unpack(content: bytes, source: Path) -> dict[str, bytes]:
     """The members of the tar; anything but the plain files of a stream is refused."""
-    known = {MANIFEST: _MAX_JSON, ADAPTER_CONFIG: _MAX_JSON, ADAPTER_WEIGHTS: MAX_BYTES, ENTRIES_WEIGHTS: MAX_BYTES}
+    known = {name: _MAX_JSON if name.endswith(".json") else MAX_BYTES for name in STREAM_FILES}
     files: dict[str, bytes] = {}
     try:
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:

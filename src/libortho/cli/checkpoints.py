@@ -102,7 +102,7 @@ def encrypt(
     For recipients, or by a passphrase, which is asked for.
     """
     from libortho.checkpoint import encrypt as encrypt_stream
-    from libortho.checkpoint.checks import check_new_place
+    from libortho.checkpoint.directories import check_new_place
 
     require("vault", "encryption")
     if passphrase_env is None:
@@ -129,7 +129,7 @@ def decrypt(
 ) -> None:
     """Unlock an age file into the folder of a stream, for attach."""
     from libortho.checkpoint import decrypt as decrypt_stream
-    from libortho.checkpoint.checks import check_new_place
+    from libortho.checkpoint.directories import check_new_place
 
     require("vault", "decryption")
     if passphrase_env is None:
