@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -44,8 +45,9 @@ def check_version(data: Mapping[str, Any], where: Path) -> None:
         raise CheckpointError(f"{where} has format version {version}, this library reads {VERSION}; update libortho")
 
 
-def libraries() -> dict[str, str]:
-    """Versions of what a checkpoint was written with."""
+@functools.cache
+def libraries() -> Mapping[str, str]:
+    """Versions of what a checkpoint is written with; looking them up takes as long as writing a small one."""
     from libortho.core.version import __version__
 
     return {"libortho": __version__, **{name: metadata.version(name) for name in _LIBRARIES}}
