@@ -1,6 +1,7 @@
 """Checkpoints that are made once; each test gets a copy of its own."""
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,16 @@ def key() -> Any:
     return pytest.importorskip("pyrage").x25519.Identity.generate()
 
 
+@pytest.fixture(scope="session")
+def made_locked(made: Path, key: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("made") / "default.age"
+    return encrypt(made / "ortho/default", place, recipients=[str(key.to_public())])
+
+
 @pytest.fixture
-def locked(made: Path, key: Any, tmp_path: Path) -> Path:
+def locked(made_locked: Path, tmp_path: Path) -> Path:
     """The stream "default" of the source, encrypted."""
-    return encrypt(made / "ortho/default", tmp_path / "default.age", recipients=[str(key.to_public())])
+    return shutil.copy(made_locked, tmp_path / "default.age")
 
 
 @pytest.fixture

@@ -35,8 +35,8 @@ class Disk:
         return counted
 
 
-def fails_cleanly_everywhere(act: Callable[[], Any], place: Path, disk: Disk) -> int:
-    """Run ``act`` with the disk full at its first call, its second, and so on until none is left; their number."""
+def fails_cleanly_everywhere(act: Callable[[], Any], place: Path, disk: Disk, step: int = 1) -> int:
+    """Run ``act`` with the disk full at each call, or each ``step``-th, until none is left; how often it failed."""
     before = contents(place)
     failures = position = 0
     while True:
@@ -55,7 +55,7 @@ def fails_cleanly_everywhere(act: Callable[[], Any], place: Path, disk: Disk) ->
             assert failed.errno == errno.ENOSPC
             assert contents(place) == before, position
             assert not [p for p in place.rglob("*") if p.name.startswith(".")]
-        position += 1
+        position += step
 
 
 def restore(place: Path, before: dict[str, bytes]) -> None:

@@ -86,7 +86,7 @@ def test_mutations_load_the_same_model_or_are_refused(
     assert examine(tmp_path, expected, identical=True) == "loaded"
 
 
-@pytest.mark.parametrize("count", [50, pytest.param(200, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("count", [25, pytest.param(200, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("seed", range(2))
 def test_mutations_whose_hashes_were_forged(seed: int, count: int, whole: Path, tmp_path: Path) -> None:
     """Somebody who knows the format repairs the hashes, so that every parser sees the damage."""

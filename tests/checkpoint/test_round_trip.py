@@ -41,9 +41,15 @@ from libortho.checkpoint import load, save
 from libortho.core.layer import OrthoLinear, ortho_layers
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("stream", STREAMS)
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(
+    ("base", "stream", "dtype"),
+    [
+        *((base, stream, torch.float32) for base in BASES for stream in STREAMS),
+        *((base, "columns-tail", torch.bfloat16) for base in BASES),
+        ("int8-channel", "columns", torch.bfloat16),
+        ("int4-g32", "entries-tail", torch.bfloat16),
+    ],
+)
 def test_codes_scales_values_and_logits_come_back_identical(
     base: str, stream: str, dtype: torch.dtype, tiny_llama: PreTrainedModel, tokens: torch.Tensor, tmp_path: Path
 ) -> None:
