@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from libortho.checkpoint.json_files import (
-    AGAIN,
+    DAMAGE,
     check_keys,
     count,
     field,
@@ -128,7 +128,7 @@ def check_figures(figures: Any, where: Path, *, optional: tuple[str, ...] = ()) 
     text_field(figures, "profile", _WORD, where)
     count(figures, "records", where)
     if abs(field(figures, "seed", int, where)) > 2**64:
-        raise CheckpointError(f"{where}: 'seed' is {figures['seed']}, expected at most 64 bits; {AGAIN}")
+        raise CheckpointError(f"{where}: 'seed' is {figures['seed']}, expected at most 64 bits; {DAMAGE}")
     _check_model(figures["model"], where)
     for verdict in _rows(figures, "verdicts", _MOST_VERDICTS, where):
         _check_verdict(verdict, where)
@@ -136,7 +136,7 @@ def check_figures(figures: Any, where: Path, *, optional: tuple[str, ...] = ()) 
     check_keys(figures["utility"], ("perplexity", "kl"), where, what="utility")
     attacks = field(figures, "membership_auc", dict, where)
     if len(attacks) > _MOST_ATTACKS or not all(_WORD.fullmatch(k) for k in attacks):
-        raise CheckpointError(f"{where}: 'membership_auc' names no attacks; {AGAIN}")
+        raise CheckpointError(f"{where}: 'membership_auc' names no attacks; {DAMAGE}")
     for estimate in (*figures["memory"].values(), *attacks.values(), figures["utility"]["perplexity"]):
         _check_estimate(estimate, where)
     _optional_number(figures["utility"], "kl", where)
@@ -163,7 +163,7 @@ def _check_verdict(verdict: Any, where: Path) -> None:
         for key in ("name", "target"):
             text = field(check, key, str, where)
             if len(text) > _MOST_TEXT or not text.isprintable():
-                raise CheckpointError(f"{where}: {key!r} is {text!r:.80}, expected one printable line; {AGAIN}")
+                raise CheckpointError(f"{where}: {key!r} is {text!r:.80}, expected one printable line; {DAMAGE}")
         _optional_number(check, "value", where)
         if check["ok"] is not None:
             field(check, "ok", bool, where)
@@ -185,5 +185,5 @@ def _optional_number(data: Mapping[str, Any], key: str, where: Path) -> None:
 def _rows(data: Mapping[str, Any], key: str, most: int, where: Path) -> Iterator[Any]:
     rows = field(data, key, list, where)
     if len(rows) > most:
-        raise CheckpointError(f"{where}: {key!r} has {len(rows)} entries, expected at most {most}; {AGAIN}")
+        raise CheckpointError(f"{where}: {key!r} has {len(rows)} entries, expected at most {most}; {DAMAGE}")
     return iter(rows)

@@ -16,7 +16,7 @@ from typing import Any
 from libortho.checkpoint.audit_figures import check_figures
 from libortho.checkpoint.files import HUB_CACHE, LATER, STREAMS, is_known
 from libortho.checkpoint.json_files import (
-    AGAIN,
+    DAMAGE,
     check_keys,
     count,
     field,
@@ -111,7 +111,7 @@ class RemovedStream:
         """
         names = [f.name for f in fields(cls)]
         if not isinstance(data, dict) or set(data) != set(names):
-            raise CheckpointError(f"{where}: 'removed' has other fields than {names}: {data!r:.80}; {AGAIN}")
+            raise CheckpointError(f"{where}: 'removed' has other fields than {names}: {data!r:.80}; {DAMAGE}")
         return cls(
             name=checked_name(data["name"]),
             manifest_sha256=sha256_field(data, "manifest_sha256", where),
@@ -195,7 +195,9 @@ class Certificate:
         )
         names = [*(r.name for r in found.removed), *found.kept]
         if not found.removed or len(set(names)) < len(names):
-            raise CheckpointError(f"{path}: 'removed' and 'kept' name no stream, or one twice: {names!r:.200}; {AGAIN}")
+            raise CheckpointError(
+                f"{path}: 'removed' and 'kept' name no stream, or one twice: {names!r:.200}; {DAMAGE}"
+            )
         for key, words in (("checked", found.checked), ("not_checked", found.not_checked)):
             if data[key] != list(words):
                 raise CheckpointError(
@@ -219,7 +221,7 @@ def _check_file(name: str, path: Path) -> None:
     if of_stream:
         checked_name(parts[1])
     elif name != BASE_MANIFEST and not is_known(name):
-        raise CheckpointError(f"{path} names the file {name!r:.80}, which no checkpoint has; {AGAIN}")
+        raise CheckpointError(f"{path} names the file {name!r:.80}, which no checkpoint has; {DAMAGE}")
 
 
 def _time(data: dict[str, Any], path: Path) -> str:
@@ -227,5 +229,5 @@ def _time(data: dict[str, Any], path: Path) -> str:
     try:
         datetime.fromisoformat(when)
     except ValueError as error:
-        raise CheckpointError(f"{path}: 'when' is {when}, which is no time: {error}; {AGAIN}") from error
+        raise CheckpointError(f"{path}: 'when' is {when}, which is no time: {error}; {DAMAGE}") from error
     return when

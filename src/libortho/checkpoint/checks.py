@@ -7,13 +7,12 @@ import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from libortho.checkpoint.directories import check_room
-from libortho.checkpoint.files import STREAMS, strangers
-from libortho.checkpoint.hf import LOAD_ERRORS, causal_class, kept_in_fp32, of_split_layer, refuse_renamed
+from libortho.checkpoint.files import STREAMS, unlisted
+from libortho.checkpoint.hf import LOAD_ERRORS, causal_class, kept_in_fp32, of_split_layer, refuse_renamed, skeleton
 from libortho.checkpoint.manifest import BASE_MANIFEST, BaseManifest
 from libortho.checkpoint.stream_files import stream_names
 from libortho.core.arguments import check_model
@@ -88,12 +87,6 @@ def check_saveable(model: nn.Module, layers: Collection[str], bits: int | None) 
     return _check_tensors(model, layers, bits)
 
 
-def skeleton(model: PreTrainedModel) -> PreTrainedModel:
-    """The model as transformers builds it from its configuration, without data."""
-    with torch.device("meta"):
-        return type(model)(model.config)
-
-
 def _check_earlier(target: Path, streams: Collection[str]) -> None:
     """Refuse to replace what is not an earlier checkpoint, or to lose a stream or a file that only it holds."""
     if not target.is_dir():
@@ -108,7 +101,7 @@ def _check_earlier(target: Path, streams: Collection[str]) -> None:
             f"{target} holds the streams {lost}, which this model has not, and which would be lost; choose another "
             "directory, or delete their folders first"
         )
-    foreign = next(strangers(target, BaseManifest.read(target).file_names, unread=(STREAMS,)), None)
+    foreign = next(unlisted(target, BaseManifest.read(target).file_names, unread=(STREAMS,)), None)
     if foreign is not None:
         raise CheckpointError(
             f"{target} holds {foreign.name}, which save did not write, and which would be lost; move it, or choose "

@@ -58,7 +58,7 @@ def refuse_checkpoint(name: str | Path, what: str = "the model") -> None:
         what: What the caller calls the model.
 
     Raises:
-        CheckpointError: then; the message names the streams.
+        CheckpointError: if it is one; the message names the streams.
     """
     from libortho.checkpoint import is_checkpoint, stream_names
 

@@ -21,17 +21,17 @@ from libortho.checkpoint.absence import Traces
 from libortho.checkpoint.audit_figures import figures_of
 from libortho.checkpoint.certificate import CHECKED, Certificate, RemovedStream, not_checked
 from libortho.checkpoint.directories import check_new_place, check_room, publish, staging
-from libortho.checkpoint.files import CERTIFICATE, HUB_CACHE, LATER, STREAMS, strangers
+from libortho.checkpoint.files import CERTIFICATE, HUB_CACHE, LATER, STREAMS, unlisted
 from libortho.checkpoint.info import stream_info
 from libortho.checkpoint.json_files import field, file_sha256, read_json, sha256_field, write_json
 from libortho.checkpoint.manifest import BASE_MANIFEST, BaseManifest
-from libortho.checkpoint.proof import check_held
+from libortho.checkpoint.proof import check_contents
 from libortho.checkpoint.stream_files import (
     ADAPTER_CONFIG,
     MANIFEST,
     StreamManifest,
     checked_name,
-    choose,
+    choose_streams,
     read_stream,
     stream_names,
 )
@@ -79,7 +79,7 @@ def detach(
     check_room(target, sum((root / f).stat().st_size for f in base.files if (root / f).is_file()))
     base.check_directory(root)
     base.check_files(root)
-    removed = choose(root, streams)
+    removed = choose_streams(root, streams)
     manifests = {name: StreamManifest.read(root, name, base) for name in stream_names(root)}
     if not removed:
         raise CheckpointError(f"{root} has no stream to detach; it has {list(manifests)}")
@@ -87,10 +87,10 @@ def detach(
     figures = None if audit is None else figures_of(Path(audit), base, removed)
     held = {name: read_stream(root, name, base) for name in manifests}
     names = [*base.file_names, *(path for name in kept for path in manifests[name].paths)]
-    check_held(root, base, names)
+    check_contents(root, base, names)
     with staging(target) as staged:
         files = {name: _copy(root / name, staged / name) for name in names}
-        check_held(staged, base, names)
+        check_contents(staged, base, names)
         traces = Traces({name: held[name] for name in removed})
         _check_no_copy(files, {path: name for name in removed for path in manifests[name].paths}, root)
         compared = _check_absent(staged, files, traces)
@@ -143,7 +143,7 @@ def verify_certificate(directory: str | Path) -> Certificate:
         name = min(belong ^ set(found.files))
         raise CheckpointError(f"{BASE_MANIFEST} and {CERTIFICATE} of {root} disagree about the file {name}")
     base.check_files(root)
-    check_held(root, base, sorted(belong))
+    check_contents(root, base, sorted(belong))
     for name in names:
         read_stream(root, name, base)
     return found.beside(beside)
@@ -153,7 +153,7 @@ def _beside(root: Path, certificate: Certificate) -> list[str]:
     """What is in a directory besides the files of its certificate, and may be; anything else is refused."""
     beside = [HUB_CACHE + "/"] if (root / HUB_CACHE).is_dir() else []
     present = {*certificate.files, CERTIFICATE}
-    for found in strangers(root, present, unread=(HUB_CACHE,)):
+    for found in unlisted(root, present, unread=(HUB_CACHE,)):
         if found.kind != "file" or found.name not in LATER:
             inside = _first_file(root / found.name) if found.kind == "folder" else None
             place, kind = (root / found.name, found.kind) if inside is None else (inside, "file")
@@ -264,10 +264,10 @@ def _check_absent(staged: Path, files: Iterable[str], traces: Traces) -> int:
                     tensor = tensors.get_tensor(key)
                     if found is None and tensor.is_floating_point():
                         compared += 1 + (sum(tensor.shape) if tensor.dim() == 2 else 0)
-                        found = _told(f"the tensor {key} of {file} holds values", traces.in_tensor(tensor))
+                        found = _finding(f"the tensor {key} of {file} holds values", traces.in_tensor(tensor))
         else:
-            found = _told(f"{file} holds values", traces.in_text((staged / file).read_bytes()))
-        found = found or _told(f"{file} holds bytes", traces.in_file(staged / file))
+            found = _finding(f"{file} holds values", traces.in_text((staged / file).read_bytes()))
+        found = found or _finding(f"{file} holds bytes", traces.in_file(staged / file))
         if found is not None:
             raise CheckpointError(
                 f"{found}, which was to be removed; remove the stream that shares them too, or ask how they came into "
@@ -276,7 +276,7 @@ def _check_absent(staged: Path, files: Iterable[str], traces: Traces) -> int:
     return compared
 
 
-def _told(what: str, owner: str | None) -> str | None:
+def _finding(what: str, owner: str | None) -> str | None:
     return None if owner is None else f"{what} of stream {owner!r}"
 
 

@@ -26,7 +26,7 @@ def check_new_place(path: str | Path, needed: int = 0) -> Path:
         The absolute path.
 
     Raises:
-        CheckpointError: then, or if the disk has not ``needed`` bytes left.
+        CheckpointError: if something is there, its parent cannot be written, or the disk has no ``needed`` bytes left.
     """
     target = Path(os.path.abspath(path))
     if os.path.lexists(target):
@@ -37,11 +37,7 @@ def check_new_place(path: str | Path, needed: int = 0) -> Path:
 
 
 def check_room(target: Path, needed: int) -> None:
-    """Refuse a disk that cannot take so many bytes.
-
-    Raises:
-        CheckpointError: then.
-    """
+    """Raise CheckpointError if the disk of ``target`` has fewer than ``needed`` bytes left."""
     place = next(p for p in (target, *target.parents) if p.is_dir())
     free = shutil.disk_usage(place).free
     if free < needed:

@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
 
-from libortho.checkpoint.json_files import AGAIN, read_json
+from libortho.checkpoint.json_files import DAMAGE, read_json
 from libortho.checkpoint.manifest import CONFIG
 from libortho.core.errors import CheckpointError
 
@@ -35,8 +35,14 @@ def causal_class(config: Any) -> Any:
     return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
 
 
-def described(root: Path, tensors: int, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model that ``config.json`` describes, without data.
+def skeleton(model: PreTrainedModel) -> PreTrainedModel:
+    """The model as transformers builds it from its configuration, without data."""
+    with torch.device("meta"):
+        return type(model)(model.config)
+
+
+def stored_skeleton(root: Path, tensors: int, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model that the ``config.json`` of a checkpoint describes, without data.
 
     Args:
         root: A checkpoint directory.
@@ -50,7 +56,7 @@ def described(root: Path, tensors: int, dtype: torch.dtype | None = None) -> Pre
     path = root / CONFIG
     stored = read_json(path)
     if _REDIRECT in stored:
-        raise CheckpointError(f"{path} names other weights ({_REDIRECT}), which no saved model does; {AGAIN}")
+        raise CheckpointError(f"{path} names other weights ({_REDIRECT}), which no saved model does; {DAMAGE}")
     check_configuration(stored, tensors, path)
     with building(path):
         config = AutoConfig.from_pretrained(root, trust_remote_code=False, local_files_only=True)
@@ -59,7 +65,7 @@ def described(root: Path, tensors: int, dtype: torch.dtype | None = None) -> Pre
         wanted = dtype or config.dtype
         kind = causal_class(config)
         if kind is None or not isinstance(wanted, torch.dtype):
-            raise CheckpointError(f"{path} names no causal language model with a dtype; {AGAIN}")
+            raise CheckpointError(f"{path} names no causal language model with a dtype; {DAMAGE}")
         with torch.device("meta"):
             model = kind(config)
         return model.to(wanted)
@@ -73,7 +79,7 @@ def building(config: Path) -> Iterator[None]:
     except CheckpointError:
         raise
     except LOAD_ERRORS as error:
-        raise CheckpointError(f"transformers cannot build the model of {config}: {error}; {AGAIN}") from error
+        raise CheckpointError(f"transformers cannot build the model of {config}: {error}; {DAMAGE}") from error
 
 
 def check_loading(info: Mapping[str, Any]) -> None:
@@ -81,15 +87,11 @@ def check_loading(info: Mapping[str, Any]) -> None:
     problems = {k: sorted(map(str, v)) for k, v in info.items() if v}
     if problems:
         kind, names = next(iter(problems.items()))
-        raise CheckpointError(f"the weights do not fit the model of config.json: {kind} {names[:3]}; {AGAIN}")
+        raise CheckpointError(f"the weights do not fit the model of config.json: {kind} {names[:3]}; {DAMAGE}")
 
 
 def check_configuration(config: Any, tensors: int, where: Any) -> None:
-    """Refuse a config.json with more layers than there are tensors, or that names code of the hub to run.
-
-    Raises:
-        CheckpointError: then.
-    """
+    """Raise CheckpointError if config.json has more layers than there are tensors, or names code of the hub to run."""
     todo = [config]
     while todo:
         part = todo.pop()
@@ -97,7 +99,7 @@ def check_configuration(config: Any, tensors: int, where: Any) -> None:
             if isinstance(value, dict):
                 todo.append(value)
             elif isinstance(value, int) and key in _COUNTS and value > tensors:
-                raise CheckpointError(f"{where}: {key} is {value}, but only {tensors} tensors are stored; {AGAIN}")
+                raise CheckpointError(f"{where}: {key} is {value}, but only {tensors} tensors are stored; {DAMAGE}")
             if _CODE.search(key) and "/" in json.dumps(value):
                 raise CheckpointError(
                     f"{where}: {key} is {value!r:.80}, which names a repository whose code would run; expected one of "
@@ -117,7 +119,7 @@ def check_size(skeleton: Any, stored: int, where: Any) -> None:
     if parameters > 2 * stored or buffers > stored + _BUFFERS:
         raise CheckpointError(
             f"{where} describes a model of {parameters} parameters and {buffers} numbers beside them, but {stored} are "
-            f"stored; {AGAIN}"
+            f"stored; {DAMAGE}"
         )
 
 

@@ -13,7 +13,7 @@ from libortho.checkpoint.card import model_card
 from libortho.checkpoint.files import CERTIFICATE, README
 from libortho.checkpoint.manifest import BaseManifest
 from libortho.checkpoint.proof import check_base
-from libortho.checkpoint.stream_files import StreamManifest, choose, read_stream
+from libortho.checkpoint.stream_files import StreamManifest, choose_streams, read_stream
 from libortho.core.errors import CheckpointError
 
 
@@ -48,7 +48,7 @@ def push_to_hub(
     root = Path(directory)
     base = BaseManifest.read(root)
     base.check_files(root)
-    names = [] if streams is None else choose(root, streams)
+    names = [] if streams is None else choose_streams(root, streams)
     if streams is not None and not names:
         raise CheckpointError(f"{root} has no stream to upload: streams is {streams!r}; None uploads the base alone")
     check_base(root, base)

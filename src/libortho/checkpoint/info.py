@@ -23,7 +23,7 @@ class StreamInfo:
         tail_density: Stored values of the tail / weights of all split layers.
         bytes_on_disk: All files of its folder.
         needs_libortho: False if it is a PEFT adapter.
-        alpha: At which alpha it stands when it is loaded.
+        alpha: Alpha at which it is loaded.
         base_matches: True if it belongs to the base beside it, as that base is now: the split layers and all other
             tensors (in checkpoints whose streams name the split layers alone: those).
         method: What made it; None if unknown.

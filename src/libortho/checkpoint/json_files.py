@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from libortho.core.errors import CheckpointError
 
-AGAIN = "the file is damaged or was changed; copy the checkpoint again or save it again"
+DAMAGE = "the file is damaged or was changed; copy the checkpoint again or save it again"
 MAX_JSON = 2**28
 """Largest JSON file that is read, in bytes."""
 MAX_COUNT = 2**53
@@ -33,10 +33,10 @@ def open_regular(path: Path) -> BinaryIO:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; expected a directory written by libortho.save") from error
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}; {AGAIN}") from error
+        raise CheckpointError(f"cannot read {path}: {error}; {DAMAGE}") from error
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise CheckpointError(f"cannot read {path}: it is no ordinary file; {AGAIN}")
+        raise CheckpointError(f"cannot read {path}: it is no ordinary file; {DAMAGE}")
     return os.fdopen(handle, "rb")
 
 
@@ -50,7 +50,7 @@ def file_sha256(path: Path) -> str:
         with open_regular(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error}; {AGAIN}") from error
+        raise CheckpointError(f"cannot read {path}: {error}; {DAMAGE}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -73,11 +73,11 @@ def read_written_json(path: Path) -> dict[str, Any]:
     try:
         forms = {json.dumps(data, indent=indent, allow_nan=False).encode() for indent in (2, None)}
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} holds a number that JSON does not know: {error}; {AGAIN}") from error
+        raise CheckpointError(f"{path} holds a number that JSON does not know: {error}; {DAMAGE}") from error
     if content.removesuffix(b"\n") not in forms:
         raise CheckpointError(
             f"{path} holds the same object in another form than save writes (blanks, digits, escapes), which could "
-            f"carry something; {AGAIN}"
+            f"carry something; {DAMAGE}"
         )
     return data
 
@@ -87,9 +87,9 @@ def _content(path: Path) -> bytes:
         with open_regular(path) as file:
             content = file.read(MAX_JSON + 1)
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error}; {AGAIN}") from error
+        raise CheckpointError(f"cannot read {path}: {error}; {DAMAGE}") from error
     if len(content) > MAX_JSON:
-        raise CheckpointError(f"{path} is longer than {MAX_JSON} bytes; {AGAIN}")
+        raise CheckpointError(f"{path} is longer than {MAX_JSON} bytes; {DAMAGE}")
     return content
 
 
@@ -97,9 +97,9 @@ def _parsed(content: bytes, path: Path) -> dict[str, Any]:
     try:
         data = json.loads(content.decode("utf-8"), object_pairs_hook=_object, parse_int=_integer)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}; {AGAIN}") from error
+        raise CheckpointError(f"cannot read {path}: {error}; {DAMAGE}") from error
     if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds a {type(data).__name__}, expected a JSON object; {AGAIN}")
+        raise CheckpointError(f"{path} holds a {type(data).__name__}, expected a JSON object; {DAMAGE}")
     return data
 
 
@@ -146,20 +146,20 @@ def check_keys(
     """
     place = f"{where}{what and f', {what}'}"
     if not isinstance(data, dict):
-        raise CheckpointError(f"{place} is {data!r:.60}, expected a dict; {AGAIN}")
+        raise CheckpointError(f"{place} is {data!r:.60}, expected a dict; {DAMAGE}")
     missing = [k for k in required if k not in data]
     if missing:
-        raise CheckpointError(f"{place}: {missing[0]!r} is missing; {AGAIN}")
+        raise CheckpointError(f"{place}: {missing[0]!r} is missing; {DAMAGE}")
     unknown = [k for k in data if k not in required and k not in optional]
     if unknown:
-        raise CheckpointError(f"{place}: {unknown[0]!r:.80} is unknown; {AGAIN}")
+        raise CheckpointError(f"{place}: {unknown[0]!r:.80} is unknown; {DAMAGE}")
 
 
 def field(data: Mapping[str, Any], key: str, kind: type, where: Path) -> Any:
     """``data[key]`` if it has the expected type, or CheckpointError."""
     value = data.get(key)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise CheckpointError(f"{where}: {key!r:.80} is {value!r:.60}, expected a {kind.__name__}; {AGAIN}")
+        raise CheckpointError(f"{where}: {key!r:.80} is {value!r:.60}, expected a {kind.__name__}; {DAMAGE}")
     return value
 
 
@@ -167,7 +167,7 @@ def count(data: Mapping[str, Any], key: str, where: Path, most: int = MAX_COUNT)
     """A whole number of at least 0 and at most ``most``, or CheckpointError."""
     value = field(data, key, int, where)
     if not 0 <= value <= most:
-        raise CheckpointError(f"{where}: {key!r} is {value}, expected a number of at least 0, at most {most}; {AGAIN}")
+        raise CheckpointError(f"{where}: {key!r} is {value}, expected a number of at least 0, at most {most}; {DAMAGE}")
     return int(value)
 
 
@@ -175,7 +175,7 @@ def number(data: Mapping[str, Any], key: str, where: Path, low: float = 0.0, hig
     """A finite number in [``low``, ``high``], or CheckpointError."""
     value = data.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise CheckpointError(f"{where}: {key!r} is {value!r:.60}, expected a number in [{low:g}, {high:g}]; {AGAIN}")
+        raise CheckpointError(f"{where}: {key!r} is {value!r:.60}, expected a number in [{low:g}, {high:g}]; {DAMAGE}")
     return value
 
 
@@ -183,7 +183,7 @@ def text_field(data: Mapping[str, Any], key: str, pattern: re.Pattern[str], wher
     """A string that the pattern matches whole, or CheckpointError."""
     value = str(field(data, key, str, where))
     if not pattern.fullmatch(value):
-        raise CheckpointError(f"{where}: {key!r:.80} is {value!r:.80}, expected {pattern.pattern}; {AGAIN}")
+        raise CheckpointError(f"{where}: {key!r:.80} is {value!r:.80}, expected {pattern.pattern}; {DAMAGE}")
     return value
 
 
@@ -191,19 +191,20 @@ def sha256_field(data: Mapping[str, Any], key: str, where: Path) -> str:
     """A SHA-256 in lower-case hexadecimal, or CheckpointError."""
     value = str(field(data, key, str, where))
     if not _SHA256.fullmatch(value):
-        raise CheckpointError(f"{where}: {key!r:.80} is {value!r:.80}, expected 64 hexadecimal digits; {AGAIN}")
+        raise CheckpointError(f"{where}: {key!r:.80} is {value!r:.80}, expected 64 hexadecimal digits; {DAMAGE}")
     return value
 
 
-def check_free(value: Any, where: Path, *, key: str, size: int) -> None:
-    """Refuse a free part of a manifest that is not small, or holds numbers that are not finite.
+def check_free_form(value: Any, where: Path, *, key: str, size: int) -> None:
+    """Refuse a part of a manifest without a form of its own, unless it is small and can be written again.
 
     Raises:
-        CheckpointError: then; also if it is nested so deeply that it cannot be written again.
+        CheckpointError: if it takes more than ``size`` bytes as JSON, is nested too deeply, or holds a number that is
+            not finite.
     """
     try:
         length = len(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where}: {key!r} cannot be written as JSON: {error}; {AGAIN}") from error
+        raise CheckpointError(f"{where}: {key!r} cannot be written as JSON: {error}; {DAMAGE}") from error
     if length > size:
-        raise CheckpointError(f"{where}: {key!r} takes {length} bytes, expected at most {size}; {AGAIN}")
+        raise CheckpointError(f"{where}: {key!r} takes {length} bytes, expected at most {size}; {DAMAGE}")

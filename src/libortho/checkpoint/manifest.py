@@ -12,7 +12,7 @@ from typing import Any
 
 from libortho.checkpoint.files import STREAMS, check_directory, is_known
 from libortho.checkpoint.json_files import (
-    AGAIN,
+    DAMAGE,
     check_keys,
     count,
     field,
@@ -66,7 +66,7 @@ def report_from_json(data: Any, name: str, shape: tuple[int, int], where: Path) 
     if data is None:
         return None
     if not isinstance(data, dict) or data.get("name") != name or data.get("shape") != list(shape):
-        raise CheckpointError(f"{where}: the report of {name} belongs to another layer; {AGAIN}")
+        raise CheckpointError(f"{where}: the report of {name} belongs to another layer; {DAMAGE}")
     kinds = {f.name: str(f.type) for f in fields(LayerReport)}
     unsaid = ("output_error",)  # in reports of earlier versions
     check_keys(data, [n for n in kinds if n not in unsaid], where, optional=unsaid, what=f"the report of {name}")
@@ -148,18 +148,18 @@ class BaseManifest:
         bits, group = data["bits"], field(data, "group_size", int, path)
         known = bits is None or (type(bits) is int and bits in (4, 8))
         if not known or (group != -1 and (group < 1 or bits is None)):
-            raise CheckpointError(f"{path}: bits {bits!r:.60} and group_size {group} do not describe a base; {AGAIN}")
+            raise CheckpointError(f"{path}: bits {bits!r:.60} and group_size {group} do not describe a base; {DAMAGE}")
         shapes: dict[str, tuple[int, int]] = {}
         reports: dict[str, LayerReport | None] = {}
         for name, layer in field(data, "layers", dict, path).items():
             if not _LAYER_NAME.fullmatch(name):
-                raise CheckpointError(f"{path} names the layer {name!r:.80}; expected a dotted path; {AGAIN}")
+                raise CheckpointError(f"{path} names the layer {name!r:.80}; expected a dotted path; {DAMAGE}")
             shapes[name] = _shape(layer, name, Scheme(bits, group), path)
             reports[name] = report_from_json(layer.get("report"), name, shapes[name], path)
             if reports[name] != base_report(reports[name]):
-                raise CheckpointError(f"{path}: the report of {name} speaks of a stream; {AGAIN}")
+                raise CheckpointError(f"{path}: the report of {name} speaks of a stream; {DAMAGE}")
         if not shapes:
-            raise CheckpointError(f"{path} names no split layer; {AGAIN}")
+            raise CheckpointError(f"{path} names no split layer; {DAMAGE}")
         return cls(
             scheme=Scheme(bits, group),
             shapes=shapes,
@@ -196,11 +196,11 @@ class BaseManifest:
             name = min(listed ^ set(tensors.files))
             raise CheckpointError(
                 f"{directory}: {name} is {'listed but not read' if name in listed else 'read but not listed'}: the "
-                f"weights are {sorted(tensors.files)}, {BASE_MANIFEST} names {sorted(listed)}; {AGAIN}"
+                f"weights are {sorted(tensors.files)}, {BASE_MANIFEST} names {sorted(listed)}; {DAMAGE}"
             )
         missing = [n for n in self.tensor_names() if n not in tensors]
         if missing:
-            raise CheckpointError(f"the tensor {missing[0]} is missing from {directory}; {AGAIN}")
+            raise CheckpointError(f"the tensor {missing[0]} is missing from {directory}; {DAMAGE}")
         return tensors
 
     def check_directory(self, directory: Path) -> None:
@@ -228,10 +228,10 @@ class BaseManifest:
 def _shape(layer: Any, name: str, scheme: Scheme, path: Path) -> tuple[int, int]:
     sizes = layer.get("shape") if isinstance(layer, dict) else None
     if not isinstance(sizes, list) or len(sizes) != 2 or not all(type(s) is int and 0 < s <= _MOST for s in sizes):
-        raise CheckpointError(f"{path}: the shape of {name} is {sizes!r:.60}, expected two numbers; {AGAIN}")
+        raise CheckpointError(f"{path}: the shape of {name} is {sizes!r:.60}, expected two numbers; {DAMAGE}")
     check_keys(layer, ("shape",), path, optional=("report",), what=name)
     if (scheme.group_size != -1 and sizes[1] % scheme.group_size) or (scheme.bits == 4 and sizes[1] % 2):
-        raise CheckpointError(f"{path}: {name} with {sizes[1]} inputs does not fit its scheme; {AGAIN}")
+        raise CheckpointError(f"{path}: {name} with {sizes[1]} inputs does not fit its scheme; {DAMAGE}")
     return sizes[0], sizes[1]
 
 
@@ -242,7 +242,7 @@ def _files(data: Mapping[str, Any], path: Path) -> dict[str, str | None]:
     if unhashed and all(isinstance(f, str) for f in files) and len(set(files)) == len(files):
         files = dict.fromkeys(files)
     if not isinstance(files, dict):
-        raise CheckpointError(f"{path}: 'files' is {files!r:.60}, expected names and their hashes; {AGAIN}")
+        raise CheckpointError(f"{path}: 'files' is {files!r:.60}, expected names and their hashes; {DAMAGE}")
     for name in files:
         if name.startswith((".", "/")) or ".." in name.split("/") or name.split("/")[0] == STREAMS:
             raise CheckpointError(f"{path} names the file {name!r:.80}; expected a path inside the directory")

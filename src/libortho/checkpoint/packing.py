@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from libortho.checkpoint.json_files import AGAIN
+from libortho.checkpoint.json_files import DAMAGE
 from libortho.checkpoint.tensor_files import TensorFiles
 from libortho.core.dtypes import DTYPES
 from libortho.core.errors import CheckpointError
@@ -119,14 +119,14 @@ def decode_base(name: str, tensors: Mapping[str, Tensor], shape: tuple[int, int]
         return BaseStream(None, weight=weight)
     stored = expect(tensors, f"{name}.weight_shape", (2,), (torch.int64,)).tolist()
     if stored != [rows, columns]:
-        raise CheckpointError(f"{name}.weight_shape says {stored}, expected {[rows, columns]}; {AGAIN}")
+        raise CheckpointError(f"{name}.weight_shape says {stored}, expected {[rows, columns]}; {DAMAGE}")
     groups = 1 if scheme.group_size == -1 else columns // scheme.group_size
     packed = expect(tensors, f"{name}.weight_packed", (rows, -(-columns * scheme.bits // 32)), (torch.int32,))
     scales = expect(tensors, f"{name}.weight_scale", (rows, groups), tuple(DTYPES.values()))
     if not bool((scales > 0).all()):
-        raise CheckpointError(f"{name}.weight_scale holds values that are not positive; {AGAIN}")
+        raise CheckpointError(f"{name}.weight_scale holds values that are not positive; {DAMAGE}")
     if bool(packed.view(torch.uint8)[:, columns * scheme.bits // 8 :].any()):
-        raise CheckpointError(f"{name}.weight_packed holds bits behind the last column of a row; {AGAIN}")
+        raise CheckpointError(f"{name}.weight_packed holds bits behind the last column of a row; {DAMAGE}")
     codes = packed.view(torch.uint8)[:, : columns * scheme.bits // 8]
     codes = codes.bitwise_xor_(0x80).view(torch.int8) if scheme.bits == 8 else codes
     return BaseStream(scheme.bits, codes=codes.contiguous(), scales=scales)
@@ -139,11 +139,11 @@ def expect(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], dty
         CheckpointError: if it is missing, has another shape or dtype, or holds NaN or infinite values.
     """
     if name not in tensors:
-        raise CheckpointError(f"the tensor {name} is missing; {AGAIN}")
+        raise CheckpointError(f"the tensor {name} is missing; {DAMAGE}")
     tensor = tensors[name]
     if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
         wanted = " or ".join(map(str, dtypes))
-        raise CheckpointError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {wanted} {shape}; {AGAIN}")
+        raise CheckpointError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {wanted} {shape}; {DAMAGE}")
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        raise CheckpointError(f"{name} holds NaN or infinite values; {AGAIN}")
+        raise CheckpointError(f"{name} holds NaN or infinite values; {DAMAGE}")
     return tensor

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from libortho.checkpoint.files import STREAMS
-from libortho.checkpoint.hf import LOAD_ERRORS, described, kept_in_fp32
-from libortho.checkpoint.json_files import AGAIN, read_written_json
+from libortho.checkpoint.hf import LOAD_ERRORS, kept_in_fp32, stored_skeleton
+from libortho.checkpoint.json_files import DAMAGE, read_written_json
 from libortho.checkpoint.manifest import BASE_MANIFEST, CONFIG, BaseManifest
 from libortho.checkpoint.packing import decode_base
 from libortho.checkpoint.tensor_files import WEIGHTS_INDEX, TensorFiles
@@ -28,11 +28,11 @@ def check_base(root: Path, base: BaseManifest) -> TensorFiles:
     found = base.scheme.hashes(base.shapes, files)
     for sha256, wanted in zip(found, (base.base_sha256, base.rest_sha256), strict=True):
         if sha256 != wanted:
-            raise CheckpointError(f"the base of {root} has the hash {sha256}, {BASE_MANIFEST} names {wanted}; {AGAIN}")
+            raise CheckpointError(f"the base of {root} has the hash {sha256}, {BASE_MANIFEST} names {wanted}; {DAMAGE}")
     return files
 
 
-def check_held(root: Path, base: BaseManifest, names: Iterable[str]) -> None:
+def check_contents(root: Path, base: BaseManifest, names: Iterable[str]) -> None:
     """Refuse a directory whose tensors or manifests hold anything besides the model and its split layers.
 
     Args:
@@ -54,12 +54,12 @@ def check_held(root: Path, base: BaseManifest, names: Iterable[str]) -> None:
 
 def _check_tensors(root: Path, base: BaseManifest, files: TensorFiles) -> None:
     ours = base.tensor_names()
-    model = described(root, len(files.names()))
+    model = stored_skeleton(root, len(files.names()))
     for name, shape in base.shapes.items():
         tensors = {n: files.get(n) for n in base.scheme.tensor_names(name)}
         for key, tensor in tensors.items():
             if tensor.is_floating_point() and tensor.dtype != model.dtype:
-                raise CheckpointError(f"{key} is {tensor.dtype}, the model of {root / CONFIG} {model.dtype}; {AGAIN}")
+                raise CheckpointError(f"{key} is {tensor.dtype}, the model of {root / CONFIG} {model.dtype}; {DAMAGE}")
         decode_base(name, tensors, shape, base.scheme)
     expected = _expected(model)
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
@@ -69,13 +69,13 @@ def _check_tensors(root: Path, base: BaseManifest, files: TensorFiles) -> None:
         if wanted is None or tuple(wanted.shape) != stored:
             raise CheckpointError(
                 f"{root} holds the tensor {name!r:.120} of shape {stored}, the model of {CONFIG} has "
-                f"{'none of that name' if wanted is None else tuple(wanted.shape)}; {AGAIN}"
+                f"{'none of that name' if wanted is None else tuple(wanted.shape)}; {DAMAGE}"
             )
         if name in tied and tied[name] in files:
-            raise CheckpointError(f"{root} holds {name} beside {tied[name]}, to which {CONFIG} ties it; {AGAIN}")
+            raise CheckpointError(f"{root} holds {name} beside {tied[name]}, to which {CONFIG} ties it; {DAMAGE}")
         _check_dtype(name, dtype, wanted, model, root)
         if bool(files.get(name).isnan().any()):
-            raise CheckpointError(f"{name} holds NaN; {AGAIN}")
+            raise CheckpointError(f"{name} holds NaN; {DAMAGE}")
 
 
 def _expected(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -92,4 +92,4 @@ def _expected(model: PreTrainedModel) -> dict[str, Tensor]:
 def _check_dtype(name: str, dtype: torch.dtype, wanted: Tensor, model: PreTrainedModel, root: Path) -> None:
     fits = dtype == model.dtype if wanted.is_floating_point() else dtype == wanted.dtype
     if not fits and not (dtype is torch.float32 and any(part in name for part in kept_in_fp32(model))):
-        raise CheckpointError(f"{name} is {dtype}, the model of {root / CONFIG} is in {model.dtype}; {AGAIN}")
+        raise CheckpointError(f"{name} is {dtype}, the model of {root / CONFIG} is in {model.dtype}; {DAMAGE}")

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from libortho.checkpoint.hf import building, check_loading, check_size, described, outside_split_layers
-from libortho.checkpoint.json_files import AGAIN, read_json
+from libortho.checkpoint.hf import building, check_loading, check_size, outside_split_layers, stored_skeleton
+from libortho.checkpoint.json_files import DAMAGE, read_json
 from libortho.checkpoint.manifest import BASE_MANIFEST, CONFIG, BaseManifest
 from libortho.checkpoint.packing import Scheme, decode_base
-from libortho.checkpoint.stream_files import choose, read_stream
+from libortho.checkpoint.stream_files import choose_streams, read_stream
 from libortho.checkpoint.tensor_files import sha256_of
 from libortho.core.errors import CheckpointError
 from libortho.core.layer import OrthoLinear
@@ -41,8 +41,8 @@ def load(
 ) -> tuple[PreTrainedModel, Any]:
     """Read a checkpoint into split layers.
 
-    What ``isolate`` and ``tune`` put away stands at alpha = 0, and so does a stream of which nothing is known; a stream
-    of ``split`` is part of the weights and stands at 1. The manifest of each stream says which.
+    Each stream gets the alpha of its manifest: 1 if ``split`` made it, as it is part of the weights, and 0 if
+    ``isolate`` or ``tune`` did, or if nothing is known of it.
 
     Args:
         directory: What :func:`save` wrote.
@@ -69,7 +69,7 @@ def load(
     base.check_directory(root)
     base.check_files(root)
     _check_quantization(root, base.scheme)
-    wanted = [read_stream(root, name, base) for name in ([] if streams is None else choose(root, streams))]
+    wanted = [read_stream(root, name, base) for name in ([] if streams is None else choose_streams(root, streams))]
     wanted.sort(key=lambda s: (s.position, s.name))
     switch = Switch()
     for stream in wanted:
@@ -115,7 +115,7 @@ def _check_quantization(root: Path, scheme: Scheme) -> None:
         targets = group.get("targets") if isinstance(group, dict) else None
         wanted = scheme.quantization_config(targets if isinstance(targets, list) else [])
     if found != wanted:
-        raise CheckpointError(f"{root / CONFIG}: quantization_config does not describe the base beside it; {AGAIN}")
+        raise CheckpointError(f"{root / CONFIG}: quantization_config does not describe the base beside it; {DAMAGE}")
 
 
 def _read_tensors(root: Path, base: BaseManifest) -> dict[str, Tensor]:
@@ -130,7 +130,7 @@ def _read_tensors(root: Path, base: BaseManifest) -> dict[str, Tensor]:
         if found != wanted:
             raise CheckpointError(
                 f"the {what} of {root} have the hash {found[:12]}..., {BASE_MANIFEST} and the streams expect "
-                f"{wanted[:12]}...; {AGAIN}"
+                f"{wanted[:12]}...; {DAMAGE}"
             )
     return tensors
 
@@ -139,7 +139,7 @@ def _build(
     root: Path, rest: dict[str, Tensor], shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype | None
 ) -> PreTrainedModel:
     """The dense model around the split layers, whose weights are a stand-in of one number until they are replaced."""
-    skeleton = described(root, len(rest) + len(shapes), dtype)
+    skeleton = stored_skeleton(root, len(rest) + len(shapes), dtype)
     kind: Any = type(skeleton)
     config, wanted = skeleton.config, skeleton.dtype
     stored = sum(t.numel() for t in rest.values()) + sum(rows * columns for rows, columns in shapes.values())
@@ -148,7 +148,7 @@ def _build(
     for name, shape in shapes.items():
         found = modules.get(name)
         if type(found) is not nn.Linear or (found.out_features, found.in_features) != shape:
-            raise CheckpointError(f"{root / CONFIG} describes no linear layer {name} of shape {shape}; {AGAIN}")
+            raise CheckpointError(f"{root / CONFIG} describes no linear layer {name} of shape {shape}; {DAMAGE}")
     stand_ins = {f"{n}.weight": torch.zeros((), dtype=wanted).expand(s) for n, s in shapes.items()}
     with building(root / CONFIG):
         model, info = kind.from_pretrained(
@@ -166,4 +166,4 @@ def _load_tokenizer(root: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(root, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the tokenizers library raises no narrower class
-        raise CheckpointError(f"transformers cannot read the tokenizer of {root}: {error}; {AGAIN}") from error
+        raise CheckpointError(f"transformers cannot read the tokenizer of {root}: {error}; {DAMAGE}") from error

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from libortho.checkpoint.files import STREAMS, check_stream_folder, stream_folders
 from libortho.checkpoint.json_files import (
-    AGAIN,
-    check_free,
+    DAMAGE,
+    check_free_form,
     check_keys,
     count,
     field,
@@ -84,7 +84,7 @@ class StreamFile:
         layers: Split layer to its part of the stream; layers without any are left out.
         reports: Split layer to its report, for all split layers.
         method: What made the stream, JSON-ready; None if unknown.
-        alpha: At which alpha it stands when it is loaded.
+        alpha: Alpha at which it is loaded.
     """
 
     name: str
@@ -162,7 +162,7 @@ def checked_name(name: Any) -> str:
         raise CheckpointError(str(error)) from error
 
 
-def choose(directory: Path, streams: str | Iterable[str]) -> list[str]:
+def choose_streams(directory: Path, streams: str | Iterable[str]) -> list[str]:
     """Names of the wanted streams of a checkpoint directory, each once: ``"all"``, or a list of names.
 
     Raises:
@@ -192,7 +192,7 @@ class StreamManifest:
     Attributes:
         sizes: Split layer to its columns, free entries and tail directions.
         rest_sha256: Hash of the other tensors of its base; None if it does not say.
-        alpha: At which alpha it stands when it is loaded.
+        alpha: Alpha at which it is loaded.
     """
 
     name: str
@@ -274,11 +274,13 @@ class StreamManifest:
         needs_libortho = field(data, "needs_libortho", bool, path)
         kind = "columns" if needs_libortho else "free entries"
         if any(s[0] if needs_libortho else s[1] for s in found.values()):
-            raise CheckpointError(f"{path}: needs_libortho is {needs_libortho}, but layers have {kind}; {AGAIN}")
+            raise CheckpointError(f"{path}: needs_libortho is {needs_libortho}, but layers have {kind}; {DAMAGE}")
         if data["weights_file"] != _weights_file(needs_libortho):
-            raise CheckpointError(f"{path}: weights_file is {data['weights_file']!r:.80}, which no stream has; {AGAIN}")
+            raise CheckpointError(
+                f"{path}: weights_file is {data['weights_file']!r:.80}, which no stream has; {DAMAGE}"
+            )
         method = None if data["method"] is None else field(data, "method", dict, path)
-        check_free(method, path, key="method", size=_METHOD_BYTES)
+        check_free_form(method, path, key="method", size=_METHOD_BYTES)
         return cls(
             name=name,
             position=count(data, "position", path),
@@ -318,10 +320,10 @@ def read_stream(directory: Path, name: str, base: BaseManifest) -> StreamFile:
         layers[layer] = decode(layer, tensors, base.shapes[layer], entries + columns, rank)
     if tensors:
         raise CheckpointError(
-            f"{folder / manifest.weights_file} holds the unknown tensor {min(tensors)!r:.120}; {AGAIN}"
+            f"{folder / manifest.weights_file} holds the unknown tensor {min(tensors)!r:.120}; {DAMAGE}"
         )
     if not manifest.needs_libortho and read_json(folder / ADAPTER_CONFIG) != adapter_config(ranks):
-        raise CheckpointError(f"{folder / ADAPTER_CONFIG} does not describe the adapter beside it; {AGAIN}")
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG} does not describe the adapter beside it; {DAMAGE}")
     return StreamFile(name, manifest.position, layers, manifest.reports, manifest.method, manifest.alpha)
 
 
@@ -332,10 +334,10 @@ def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
     except (OSError, CheckpointError) as error:
         raise CheckpointError(f"cannot read {path}: {error}; copy the whole folder of the stream") from error
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise CheckpointError(f"{path} does not have the hash that its manifest names; {AGAIN}")
+        raise CheckpointError(f"{path} does not have the hash that its manifest names; {DAMAGE}")
     try:
         tensors = load_bytes(content)  # each tensor has memory of its own
     except (SafetensorError, ValueError, LookupError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}; {AGAIN}") from error
+        raise CheckpointError(f"cannot read {path}: {error}; {DAMAGE}") from error
     tensor_header(content, path)
     return tensors

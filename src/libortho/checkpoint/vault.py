@@ -55,7 +55,7 @@ def encrypt(
     pyrage = _pyrage()
     keys.check_no_secret(stream=stream, out=out)
     target = check_new_place(out)
-    chosen = _chosen(recipients, passphrase, "recipients")
+    chosen = _keys(recipients, passphrase, "recipients")
     content = _pack(Path(stream))
     try:
         if passphrase is not None:
@@ -95,7 +95,7 @@ def decrypt(
     pyrage = _pyrage()
     keys.check_no_secret(file=file, out=out)
     source, target = Path(file), check_new_place(out)
-    chosen = _chosen(identities, passphrase, "identities")
+    chosen = _keys(identities, passphrase, "identities")
     locked = _read_locked(source)
     try:
         if passphrase is not None:
@@ -127,7 +127,7 @@ def _pyrage() -> Any:
     return pyrage
 
 
-def _chosen(given: Iterable[Any] | None, passphrase: str | None, kind: str) -> list[Any]:
+def _keys(given: Iterable[Any] | None, passphrase: str | None, kind: str) -> list[Any]:
     """What to lock or open with; empty for a passphrase."""
     if isinstance(given, str | bytes | Path):
         raise CheckpointError(f"{kind} is one {'path' if isinstance(given, Path) else 'string'}; expected a list")

@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from libortho.checkpoint.checks import check_destination, check_saveable, skeleton
+from libortho.checkpoint.checks import check_destination, check_saveable
 from libortho.checkpoint.directories import replace, staging
-from libortho.checkpoint.hf import LOAD_ERRORS, check_loading, outside_split_layers, refuse_renamed
+from libortho.checkpoint.hf import LOAD_ERRORS, check_loading, outside_split_layers, refuse_renamed, skeleton
 from libortho.checkpoint.json_files import file_sha256, read_json, write_json
 from libortho.checkpoint.manifest import BASE_MANIFEST, CONFIG, BaseManifest, base_report
 from libortho.checkpoint.packing import Scheme, encode_base, scheme_of
@@ -34,8 +34,8 @@ def save(model: nn.Module, tokenizer: Any, directory: str | Path, *, max_shard_s
     """Write a split model so that nothing of ours is needed to load it.
 
     The new directory replaces an earlier checkpoint of the same place in one rename; after an error the earlier one is
-    intact. The alpha of the moment is not stored: a stream of ``split`` stands at 1 when it is loaded, as it is part of
-    the weights, and any other at 0.
+    intact. The current alpha is not stored: a stream of ``split`` is loaded at 1, as it is part of the weights, and any
+    other at 0.
 
     Args:
         model: A transformers causal language model after ``split``, ``isolate``, ``tune`` or ``load``.
