@@ -174,7 +174,7 @@ def test_a_model_that_is_not_split(tiny_llama: PreTrainedModel, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("other", "message"), [((4, 32), "have bits"), ((8, 32), "have group sizes"), ((None, -1), "have bits")]
+    ("other", "message"), [((4, 32), "have bits"), ((8, 32), "have group_size"), ((None, -1), "have bits")]
 )
 def test_mixed_schemes(
     other: tuple[int | None, int], message: str, tiny_llama: PreTrainedModel, tmp_path: Path

@@ -179,20 +179,21 @@ def number(data: Mapping[str, Any], key: str, where: Path, low: float = 0.0, hig
     return value
 
 
-def text_field(data: Mapping[str, Any], key: str, pattern: re.Pattern[str], where: Path) -> str:
-    """A string that the pattern matches whole, or CheckpointError."""
+def text_field(
+    data: Mapping[str, Any], key: str, pattern: re.Pattern[str], where: Path, expected: str | None = None
+) -> str:
+    """A string that the pattern matches whole, or CheckpointError, which names what was ``expected``."""
     value = str(field(data, key, str, where))
     if not pattern.fullmatch(value):
-        raise CheckpointError(f"{where}: {key!r:.80} is {value!r:.80}, expected {pattern.pattern}; {DAMAGE}")
+        raise CheckpointError(
+            f"{where}: {key!r:.80} is {value!r:.80}, expected {expected or pattern.pattern}; {DAMAGE}"
+        )
     return value
 
 
 def sha256_field(data: Mapping[str, Any], key: str, where: Path) -> str:
     """A SHA-256 in lower-case hexadecimal, or CheckpointError."""
-    value = str(field(data, key, str, where))
-    if not _SHA256.fullmatch(value):
-        raise CheckpointError(f"{where}: {key!r:.80} is {value!r:.80}, expected 64 hexadecimal digits; {DAMAGE}")
-    return value
+    return text_field(data, key, _SHA256, where, "64 hexadecimal digits")
 
 
 def check_free_form(value: Any, where: Path, *, key: str, size: int) -> None:

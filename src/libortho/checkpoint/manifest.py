@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
@@ -53,12 +53,21 @@ def libraries() -> Mapping[str, str]:
     return {"libortho": __version__, **{name: metadata.version(name) for name in _LIBRARIES}}
 
 
-def check_libraries(data: Mapping[str, Any], where: Path) -> None:
-    """Raise CheckpointError if the entry ``libraries`` of a manifest holds more than versions."""
+def read_manifest(path: Path, required: Collection[str], optional: Collection[str]) -> dict[str, Any]:
+    """A manifest with these keys and those that every manifest has: format version, and versions of its writer.
+
+    Raises:
+        CheckpointError: if it is missing or no JSON object, a newer library wrote it, a key is missing or unknown, or
+            ``libraries`` holds more than versions.
+    """
+    data = read_json(path)
+    check_version(data, path)
+    check_keys(data, ("libortho_format", *required), path, optional=("libraries", *optional))
     versions = data.get("libraries", {})
-    check_keys(versions, (), where, optional=("libortho", *_LIBRARIES), what="libraries")
+    check_keys(versions, (), path, optional=("libortho", *_LIBRARIES), what="libraries")
     for name in versions:
-        text_field(versions, name, VERSION_TEXT, where)
+        text_field(versions, name, VERSION_TEXT, path)
+    return data
 
 
 def report_from_json(data: Any, name: str, shape: tuple[int, int], where: Path) -> LayerReport | None:
@@ -138,13 +147,7 @@ class BaseManifest:
             CheckpointError: if it is missing or malformed.
         """
         path = directory / BASE_MANIFEST
-        data = read_json(path)
-        check_version(data, path)
-        check_keys(
-            data, ("libortho_format", "bits", "group_size", "base_sha256", "rest_sha256", "layers", "files"), path,
-            optional=("libraries",),
-        )  # fmt: skip
-        check_libraries(data, path)
+        data = read_manifest(path, ("bits", "group_size", "base_sha256", "rest_sha256", "layers", "files"), ())
         bits, group = data["bits"], field(data, "group_size", int, path)
         known = bits is None or (type(bits) is int and bits in (4, 8))
         if not known or (group != -1 and (group < 1 or bits is None)):

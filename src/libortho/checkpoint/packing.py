@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,8 @@ from libortho.core.dtypes import DTYPES
 from libortho.core.errors import CheckpointError
 from libortho.core.layer import OrthoLinear
 from libortho.core.streams import BaseStream
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -76,22 +78,19 @@ def scheme_of(layers: Mapping[str, OrthoLinear]) -> Scheme:
     Raises:
         CheckpointError: if they differ.
     """
-    widths = {layer.base.bits for layer in layers.values()}
-    if len(widths) > 1:
-        raise CheckpointError(
-            f"the layers have bits {sorted(map(str, widths))}; stock loaders take one scheme per checkpoint: split all "
-            "layers with the same bits to save them"
-        )
-    bits = widths.pop()
+    bits = _only("bits", {layer.base.bits for layer in layers.values()})
     if bits is None or all(layer.base.scales.shape[1] == 1 for layer in layers.values()):
         return Scheme(bits, -1)
-    sizes = {layer.base.group_size for layer in layers.values()}
-    if len(sizes) > 1:
+    return Scheme(bits, _only("group_size", {layer.base.group_size for layer in layers.values()}))
+
+
+def _only(name: str, found: set[T]) -> T:
+    if len(found) > 1:
         raise CheckpointError(
-            f"the layers have group sizes {sorted(sizes)}; stock loaders take one scheme per checkpoint: split all "
-            "layers with the same group_size to save them"
+            f"the layers have {name} {sorted(map(str, found))}; stock loaders take one scheme per checkpoint: split "
+            f"all layers with the same {name} to save them"
         )
-    return Scheme(bits, sizes.pop())
+    return found.pop()
 
 
 def encode_base(name: str, base: BaseStream) -> dict[str, Tensor]:

@@ -40,9 +40,8 @@ from libortho.checkpoint.json_files import (
 from libortho.checkpoint.manifest import (
     VERSION,
     BaseManifest,
-    check_libraries,
-    check_version,
     libraries,
+    read_manifest,
     report_from_json,
 )
 from libortho.checkpoint.stream_tensors import (
@@ -68,8 +67,7 @@ STREAM_FILES = (MANIFEST, ADAPTER_CONFIG, ADAPTER_WEIGHTS, ENTRIES_WEIGHTS)
 """Names that a file of a stream can have."""
 _METHOD_BYTES = 2**20
 _REQUIRED = (
-    "libortho_format", "stream", "position", "needs_libortho", "base_sha256", "weights_file", "weights_sha256",
-    "method", "layers",
+    "stream", "position", "needs_libortho", "base_sha256", "weights_file", "weights_sha256", "method", "layers",
 )  # fmt: skip
 _SIZES = ("columns", "entries", "tail_rank")
 
@@ -253,12 +251,9 @@ class StreamManifest:
             CheckpointError: if it is missing, malformed, or speaks of other layers than the base.
         """
         path = directory / STREAMS / checked_name(name) / MANIFEST
-        data = read_json(path)
-        check_version(data, path)
+        data = read_manifest(path, _REQUIRED, ("alpha", "rest_sha256"))
         if field(data, "stream", str, path) != name:
             raise CheckpointError(f"{path} belongs to stream {data['stream']!r:.80}; name its folder so")
-        check_keys(data, _REQUIRED, path, optional=("alpha", "rest_sha256", "libraries"))
-        check_libraries(data, path)
         layers = field(data, "layers", dict, path)
         if list(layers) != list(base.shapes):
             raise CheckpointError(
