@@ -23,7 +23,7 @@ from libortho.checkpoint.certificate import CHECKED, Certificate, RemovedStream,
 from libortho.checkpoint.directories import check_new_place, check_room, publish, staging
 from libortho.checkpoint.files import CERTIFICATE, HUB_CACHE, LATER, STREAMS, unlisted
 from libortho.checkpoint.info import stream_info
-from libortho.checkpoint.json_files import field, file_sha256, read_json, sha256_field, write_json
+from libortho.checkpoint.json_files import Fields, file_sha256, read_json, write_json
 from libortho.checkpoint.manifest import BASE_MANIFEST, BaseManifest
 from libortho.checkpoint.proof import check_contents
 from libortho.checkpoint.stream_files import (
@@ -205,20 +205,20 @@ def attach(directory: str | Path, stream: str | Path, *, name: str | None = None
                 f"{source} is a file; expected the folder of a stream (if the file is encrypted, decrypt it first)"
             )
         source = source.parent
-    manifest = read_json(source / MANIFEST)
-    made_for = sha256_field(manifest, "base_sha256", source / MANIFEST)
+    manifest = Fields(read_json(source / MANIFEST), source / MANIFEST)
+    made_for = manifest.sha256("base_sha256")
     if made_for != base.base_sha256:
         raise CheckpointError(
             f"the stream in {source} was made for the base {made_for}, {root} holds {base.base_sha256}; attach it to "
             "its own base"
         )
-    name = checked_name(field(manifest, "stream", str, source / MANIFEST) if name is None else name)
+    name = checked_name(manifest.value("stream", str) if name is None else name)
     if os.path.lexists(root / STREAMS / name):
         raise CheckpointError(f"{root} has a stream {name!r} already; give another name, or delete that folder first")
     with staging(root) as staged:
         folder = staged / STREAMS / name
         folder.mkdir(parents=True, mode=0o700)
-        write_json(folder / MANIFEST, manifest | {"stream": name})
+        write_json(folder / MANIFEST, {**manifest.data, "stream": name})
         kind = StreamManifest.read(staged, name, base)
         for file in kind.files:
             if file != MANIFEST:

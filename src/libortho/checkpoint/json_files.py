@@ -8,6 +8,7 @@ import os
 import re
 import stat
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -129,71 +130,80 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 # -- fields ------------------------------------------------------------------------------------------------------------
 
 
-def check_keys(
-    data: Any, required: Collection[str], where: Path, *, optional: Collection[str] = (), what: str = ""
-) -> None:
-    """Refuse an object with other keys.
+@dataclass(frozen=True)
+class Fields:
+    """An object of a JSON file, whose values are checked when they are asked for.
 
-    Args:
-        data: What was read.
-        required: Keys that must be there.
+    Every method raises CheckpointError for a value that is missing, or of another type, range or pattern.
+
+    Attributes:
+        data: The object.
         where: Its file.
-        optional: Keys that may be there.
-        what: What of the file it is, for the message.
-
-    Raises:
-        CheckpointError: if it is no object, or a key is missing or unknown.
     """
-    place = f"{where}{what and f', {what}'}"
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{place} is {data!r:.60}, expected a dict; {DAMAGE}")
-    missing = [k for k in required if k not in data]
-    if missing:
-        raise CheckpointError(f"{place}: {missing[0]!r} is missing; {DAMAGE}")
-    unknown = [k for k in data if k not in required and k not in optional]
-    if unknown:
-        raise CheckpointError(f"{place}: {unknown[0]!r:.80} is unknown; {DAMAGE}")
 
+    data: Mapping[str, Any]
+    where: Path
 
-def field(data: Mapping[str, Any], key: str, kind: type, where: Path) -> Any:
-    """``data[key]`` if it has the expected type, or CheckpointError."""
-    value = data.get(key)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise CheckpointError(f"{where}: {key!r:.80} is {value!r:.60}, expected a {kind.__name__}; {DAMAGE}")
-    return value
+    @classmethod
+    def of(
+        cls, data: Any, where: Path, required: Collection[str], optional: Collection[str] = (), what: str = ""
+    ) -> Fields:
+        """An object with the required keys, and none besides them and the optional ones.
 
+        Args:
+            data: What was read.
+            where: Its file.
+            required: Keys that must be there.
+            optional: Keys that may be there.
+            what: What of the file it is, for the message.
+        """
+        place = f"{where}{what and f', {what}'}"
+        if not isinstance(data, dict):
+            raise CheckpointError(f"{place} is {data!r:.60}, expected a dict; {DAMAGE}")
+        missing = [k for k in required if k not in data]
+        if missing:
+            raise CheckpointError(f"{place}: {missing[0]!r} is missing; {DAMAGE}")
+        unknown = [k for k in data if k not in required and k not in optional]
+        if unknown:
+            raise CheckpointError(f"{place}: {unknown[0]!r:.80} is unknown; {DAMAGE}")
+        return cls(data, where)
 
-def count(data: Mapping[str, Any], key: str, where: Path, most: int = MAX_COUNT) -> int:
-    """A whole number of at least 0 and at most ``most``, or CheckpointError."""
-    value = field(data, key, int, where)
-    if not 0 <= value <= most:
-        raise CheckpointError(f"{where}: {key!r} is {value}, expected a number of at least 0, at most {most}; {DAMAGE}")
-    return int(value)
+    def value(self, key: str, kind: type) -> Any:
+        """A value of this type; a bool is no int."""
+        value = self.data.get(key)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise CheckpointError(f"{self.where}: {key!r:.80} is {value!r:.60}, expected a {kind.__name__}; {DAMAGE}")
+        return value
 
+    def count(self, key: str, most: int = MAX_COUNT) -> int:
+        """A whole number of at least 0 and at most ``most``."""
+        value = self.value(key, int)
+        if not 0 <= value <= most:
+            raise CheckpointError(
+                f"{self.where}: {key!r} is {value}, expected a number of at least 0, at most {most}; {DAMAGE}"
+            )
+        return int(value)
 
-def number(data: Mapping[str, Any], key: str, where: Path, low: float = 0.0, high: float = 1e12) -> float:
-    """A finite number in [``low``, ``high``], or CheckpointError."""
-    value = data.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise CheckpointError(f"{where}: {key!r} is {value!r:.60}, expected a number in [{low:g}, {high:g}]; {DAMAGE}")
-    return value
+    def number(self, key: str, low: float = 0.0, high: float = 1e12) -> float:
+        """A finite number in [``low``, ``high``]."""
+        value = self.data.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise CheckpointError(
+                f"{self.where}: {key!r} is {value!r:.60}, expected a number in [{low:g}, {high:g}]; {DAMAGE}"
+            )
+        return value
 
+    def text(self, key: str, pattern: re.Pattern[str], expected: str | None = None) -> str:
+        """A string that the pattern matches whole; ``expected`` says in words what that is."""
+        value = str(self.value(key, str))
+        if not pattern.fullmatch(value):
+            wanted = expected or pattern.pattern
+            raise CheckpointError(f"{self.where}: {key!r:.80} is {value!r:.80}, expected {wanted}; {DAMAGE}")
+        return value
 
-def text_field(
-    data: Mapping[str, Any], key: str, pattern: re.Pattern[str], where: Path, expected: str | None = None
-) -> str:
-    """A string that the pattern matches whole, or CheckpointError, which names what was ``expected``."""
-    value = str(field(data, key, str, where))
-    if not pattern.fullmatch(value):
-        raise CheckpointError(
-            f"{where}: {key!r:.80} is {value!r:.80}, expected {expected or pattern.pattern}; {DAMAGE}"
-        )
-    return value
-
-
-def sha256_field(data: Mapping[str, Any], key: str, where: Path) -> str:
-    """A SHA-256 in lower-case hexadecimal, or CheckpointError."""
-    return text_field(data, key, _SHA256, where, "64 hexadecimal digits")
+    def sha256(self, key: str) -> str:
+        """A SHA-256 in lower-case hexadecimal."""
+        return self.text(key, _SHA256, "64 hexadecimal digits")
 
 
 def check_free_form(value: Any, where: Path, *, key: str, size: int) -> None:

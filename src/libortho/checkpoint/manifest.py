@@ -11,17 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from libortho.checkpoint.files import STREAMS, check_directory, is_known
-from libortho.checkpoint.json_files import (
-    DAMAGE,
-    check_keys,
-    count,
-    field,
-    file_sha256,
-    number,
-    read_json,
-    sha256_field,
-    text_field,
-)
+from libortho.checkpoint.json_files import DAMAGE, Fields, file_sha256, read_json
 from libortho.checkpoint.packing import Scheme
 from libortho.checkpoint.tensor_files import TensorFiles, holds_tensors
 from libortho.core.errors import CheckpointError
@@ -40,7 +30,7 @@ _MOST = 2**31
 
 def check_version(data: Mapping[str, Any], where: Path) -> None:
     """Raise CheckpointError if a newer library wrote the manifest."""
-    version = count(data, "libortho_format", where)
+    version = Fields(data, where).count("libortho_format")
     if version != VERSION:
         raise CheckpointError(f"{where} has format version {version}, this library reads {VERSION}; update libortho")
 
@@ -53,7 +43,7 @@ def libraries() -> Mapping[str, str]:
     return {"libortho": __version__, **{name: metadata.version(name) for name in _LIBRARIES}}
 
 
-def read_manifest(path: Path, required: Collection[str], optional: Collection[str]) -> dict[str, Any]:
+def read_manifest(path: Path, required: Collection[str], optional: Collection[str] = ()) -> Fields:
     """A manifest with these keys and those that every manifest has: format version, and versions of its writer.
 
     Raises:
@@ -62,12 +52,11 @@ def read_manifest(path: Path, required: Collection[str], optional: Collection[st
     """
     data = read_json(path)
     check_version(data, path)
-    check_keys(data, ("libortho_format", *required), path, optional=("libraries", *optional))
-    versions = data.get("libraries", {})
-    check_keys(versions, (), path, optional=("libortho", *_LIBRARIES), what="libraries")
-    for name in versions:
-        text_field(versions, name, VERSION_TEXT, path)
-    return data
+    found = Fields.of(data, path, ("libortho_format", *required), ("libraries", *optional))
+    versions = Fields.of(data.get("libraries", {}), path, (), ("libortho", *_LIBRARIES), "libraries")
+    for name in versions.data:
+        versions.text(name, VERSION_TEXT)
+    return found
 
 
 def report_from_json(data: Any, name: str, shape: tuple[int, int], where: Path) -> LayerReport | None:
@@ -78,16 +67,16 @@ def report_from_json(data: Any, name: str, shape: tuple[int, int], where: Path) 
         raise CheckpointError(f"{where}: the report of {name} belongs to another layer; {DAMAGE}")
     kinds = {f.name: str(f.type) for f in fields(LayerReport)}
     unsaid = ("output_error",)  # in reports of earlier versions
-    check_keys(data, [n for n in kinds if n not in unsaid], where, optional=unsaid, what=f"the report of {name}")
+    found = Fields.of(data, where, [n for n in kinds if n not in unsaid], unsaid, f"the report of {name}")
     for key, kind in kinds.items():
         if key in ("name", "shape") or (kind.endswith("None") and data.get(key) is None):
             continue
         if kind == "bool":
-            field(data, key, bool, where)
+            found.value(key, bool)
         elif kind == "int":
-            count(data, key, where)
+            found.count(key)
         else:
-            number(data, key, where)
+            found.number(key)
     return LayerReport(**{**data, "shape": shape})
 
 
@@ -147,14 +136,14 @@ class BaseManifest:
             CheckpointError: if it is missing or malformed.
         """
         path = directory / BASE_MANIFEST
-        data = read_manifest(path, ("bits", "group_size", "base_sha256", "rest_sha256", "layers", "files"), ())
-        bits, group = data["bits"], field(data, "group_size", int, path)
+        found = read_manifest(path, ("bits", "group_size", "base_sha256", "rest_sha256", "layers", "files"))
+        bits, group = found.data["bits"], found.value("group_size", int)
         known = bits is None or (type(bits) is int and bits in (4, 8))
         if not known or (group != -1 and (group < 1 or bits is None)):
             raise CheckpointError(f"{path}: bits {bits!r:.60} and group_size {group} do not describe a base; {DAMAGE}")
         shapes: dict[str, tuple[int, int]] = {}
         reports: dict[str, LayerReport | None] = {}
-        for name, layer in field(data, "layers", dict, path).items():
+        for name, layer in found.value("layers", dict).items():
             if not _LAYER_NAME.fullmatch(name):
                 raise CheckpointError(f"{path} names the layer {name!r:.80}; expected a dotted path; {DAMAGE}")
             shapes[name] = _shape(layer, name, Scheme(bits, group), path)
@@ -167,9 +156,9 @@ class BaseManifest:
             scheme=Scheme(bits, group),
             shapes=shapes,
             reports=reports,
-            base_sha256=sha256_field(data, "base_sha256", path),
-            rest_sha256=sha256_field(data, "rest_sha256", path),
-            files=_files(data, path),
+            base_sha256=found.sha256("base_sha256"),
+            rest_sha256=found.sha256("rest_sha256"),
+            files=_files(found.data["files"], path),
         )
 
     def tensor_names(self) -> list[str]:
@@ -232,15 +221,14 @@ def _shape(layer: Any, name: str, scheme: Scheme, path: Path) -> tuple[int, int]
     sizes = layer.get("shape") if isinstance(layer, dict) else None
     if not isinstance(sizes, list) or len(sizes) != 2 or not all(type(s) is int and 0 < s <= _MOST for s in sizes):
         raise CheckpointError(f"{path}: the shape of {name} is {sizes!r:.60}, expected two numbers; {DAMAGE}")
-    check_keys(layer, ("shape",), path, optional=("report",), what=name)
+    Fields.of(layer, path, ("shape",), ("report",), name)
     if (scheme.group_size != -1 and sizes[1] % scheme.group_size) or (scheme.bits == 4 and sizes[1] % 2):
         raise CheckpointError(f"{path}: {name} with {sizes[1]} inputs does not fit its scheme; {DAMAGE}")
     return sizes[0], sizes[1]
 
 
-def _files(data: Mapping[str, Any], path: Path) -> dict[str, str | None]:
+def _files(files: Any, path: Path) -> dict[str, str | None]:
     """The listed files, each with its hash; none for files of tensors, and where a list names them alone."""
-    files = data["files"]
     unhashed = isinstance(files, list)
     if unhashed and all(isinstance(f, str) for f in files) and len(set(files)) == len(files):
         files = dict.fromkeys(files)
@@ -255,5 +243,5 @@ def _files(data: Mapping[str, Any], path: Path) -> dict[str, str | None]:
                 "delete the file and its entry, or save the model again"
             )
         if files[name] is not None or not (holds_tensors(name) or unhashed):
-            sha256_field(files, name, path)
+            Fields(files, path).sha256(name)
     return dict(files)

@@ -26,15 +26,11 @@ from torch import Tensor
 from libortho.checkpoint.files import STREAMS, check_stream_folder, stream_folders
 from libortho.checkpoint.json_files import (
     DAMAGE,
+    Fields,
     check_free_form,
-    check_keys,
-    count,
-    field,
     file_sha256,
-    number,
     open_regular,
     read_json,
-    sha256_field,
     write_json,
 )
 from libortho.checkpoint.manifest import (
@@ -251,42 +247,42 @@ class StreamManifest:
             CheckpointError: if it is missing, malformed, or speaks of other layers than the base.
         """
         path = directory / STREAMS / checked_name(name) / MANIFEST
-        data = read_manifest(path, _REQUIRED, ("alpha", "rest_sha256"))
-        if field(data, "stream", str, path) != name:
-            raise CheckpointError(f"{path} belongs to stream {data['stream']!r:.80}; name its folder so")
-        layers = field(data, "layers", dict, path)
+        found = read_manifest(path, _REQUIRED, ("alpha", "rest_sha256"))
+        if found.value("stream", str) != name:
+            raise CheckpointError(f"{path} belongs to stream {found.data['stream']!r:.80}; name its folder so")
+        layers = found.value("layers", dict)
         if list(layers) != list(base.shapes):
             raise CheckpointError(
                 f"{path} names other layers than the base; the stream was made for another checkpoint"
             )
-        found: dict[str, tuple[int, int, int]] = {}
+        parts: dict[str, tuple[int, int, int]] = {}
         reports: dict[str, LayerReport | None] = {}
         for layer, entry in layers.items():
-            check_keys(entry, (*_SIZES, "report"), path, what=layer)
-            columns, entries, tail_rank = (count(entry, key, path) for key in _SIZES)
-            found[layer] = columns, entries, tail_rank
+            held = Fields.of(entry, path, (*_SIZES, "report"), what=layer)
+            columns, entries, tail_rank = (held.count(key) for key in _SIZES)
+            parts[layer] = columns, entries, tail_rank
             reports[layer] = report_from_json(entry["report"], layer, base.shapes[layer], path)
-        needs_libortho = field(data, "needs_libortho", bool, path)
+        needs_libortho = found.value("needs_libortho", bool)
         kind = "columns" if needs_libortho else "free entries"
-        if any(s[0] if needs_libortho else s[1] for s in found.values()):
+        if any(s[0] if needs_libortho else s[1] for s in parts.values()):
             raise CheckpointError(f"{path}: needs_libortho is {needs_libortho}, but layers have {kind}; {DAMAGE}")
-        if data["weights_file"] != _weights_file(needs_libortho):
+        if found.data["weights_file"] != _weights_file(needs_libortho):
             raise CheckpointError(
-                f"{path}: weights_file is {data['weights_file']!r:.80}, which no stream has; {DAMAGE}"
+                f"{path}: weights_file is {found.data['weights_file']!r:.80}, which no stream has; {DAMAGE}"
             )
-        method = None if data["method"] is None else field(data, "method", dict, path)
+        method = None if found.data["method"] is None else found.value("method", dict)
         check_free_form(method, path, key="method", size=_METHOD_BYTES)
         return cls(
             name=name,
-            position=count(data, "position", path),
+            position=found.count("position"),
             needs_libortho=needs_libortho,
-            base_sha256=sha256_field(data, "base_sha256", path),
-            weights_sha256=sha256_field(data, "weights_sha256", path),
+            base_sha256=found.sha256("base_sha256"),
+            weights_sha256=found.sha256("weights_sha256"),
             method=method,
-            sizes=found,
+            sizes=parts,
             reports=reports,
-            rest_sha256=sha256_field(data, "rest_sha256", path) if "rest_sha256" in data else None,
-            alpha=float(number(data, "alpha", path, 0.0, 1.0)) if "alpha" in data else alpha_of(method),
+            rest_sha256=found.sha256("rest_sha256") if "rest_sha256" in found.data else None,
+            alpha=float(found.number("alpha", 0.0, 1.0)) if "alpha" in found.data else alpha_of(method),
         )
 
 

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from libortho.checkpoint.json_files import DAMAGE, check_keys, count, field, open_regular, read_json
+from libortho.checkpoint.json_files import DAMAGE, Fields, open_regular, read_json
 from libortho.core.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
@@ -130,13 +130,11 @@ class TensorFiles:
 
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor to shard, from an index that says nothing else."""
-    data = read_json(index)
-    check_keys(data, ("weight_map",), index, optional=("metadata",))
-    metadata = data.get("metadata", {})
-    check_keys(metadata, (), index, optional=("total_size", "total_parameters"), what="metadata")
-    for key in metadata:
-        count(metadata, key, index)
-    found = field(data, "weight_map", dict, index)
+    fields = Fields.of(read_json(index), index, ("weight_map",), ("metadata",))
+    metadata = Fields.of(fields.data.get("metadata", {}), index, (), ("total_size", "total_parameters"), "metadata")
+    for key in metadata.data:
+        metadata.count(key)
+    found = fields.value("weight_map", dict)
     if not found or not all(isinstance(f, str) for f in found.values()):
         raise CheckpointError(f"{index}: weight_map does not map names to files; {DAMAGE}")
     bad = [f for f in found.values() if not _SHARD.fullmatch(f)]

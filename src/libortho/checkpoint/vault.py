@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from libortho.checkpoint.directories import check_new_place, publish, staging
-from libortho.checkpoint.json_files import field, file_sha256, read_json, sha256_field
+from libortho.checkpoint.json_files import Fields, file_sha256, read_json
 from libortho.checkpoint.manifest import check_version
 from libortho.checkpoint.stream_files import MANIFEST, STREAM_FILES, checked_name, stream_file_names
 from libortho.core import keys
@@ -162,17 +162,16 @@ def _read_locked(path: Path) -> bytes:
 
 def _check_stream(folder: Path) -> list[str]:
     """The files of a stream folder, after a check of what can be checked without its base."""
-    manifest = read_json(folder / MANIFEST)
-    where = folder / MANIFEST
-    check_version(manifest, where)
-    checked_name(field(manifest, "stream", str, where))
-    sha256_field(manifest, "base_sha256", where)
-    names = stream_file_names(field(manifest, "needs_libortho", bool, where))
+    manifest = Fields(read_json(folder / MANIFEST), folder / MANIFEST)
+    check_version(manifest.data, manifest.where)
+    checked_name(manifest.value("stream", str))
+    manifest.sha256("base_sha256")
+    names = stream_file_names(manifest.value("needs_libortho", bool))
     missing = [n for n in names if not (folder / n).is_file()]
     if missing:
         raise CheckpointError(f"{folder / missing[0]} is missing; expected the folder of a stream")
     weights = folder / names[1]
-    if file_sha256(weights) != sha256_field(manifest, "weights_sha256", where):
+    if file_sha256(weights) != manifest.sha256("weights_sha256"):
         raise CheckpointError(f"{weights} does not have the hash that its manifest names; it is damaged")
     return sorted(names)
 
