@@ -135,7 +135,7 @@ def _check_names(model: PreTrainedModel, original: PreTrainedModel, layers: Coll
 
 
 def _check_configuration(model: PreTrainedModel) -> None:
-    """Write what accompanies the weights, once, to a place of its own."""
+    """Write the configuration to a temporary folder, to find out whether transformers refuses to."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             model.config.save_pretrained(folder)
@@ -149,7 +149,7 @@ def _check_configuration(model: PreTrainedModel) -> None:
 
 
 def _check_tensors(model: PreTrainedModel, layers: Collection[str], bits: int | None) -> int:
-    """One dtype and no NaN, as stock transformers reads the model back; the bytes of the base."""
+    """Check that the model is in one dtype and holds no NaN; return the bytes of the base."""
     if model.dtype not in DTYPES.values():
         raise CheckpointError(
             f"the model is in {model.dtype}; expected one of {', '.join(DTYPES)}: convert it with .to() first"

@@ -42,7 +42,7 @@ def load_model(name: str | Path, dtype: torch.dtype | str = "auto", device: str 
 
 
 def forget_quantisation(model: Any) -> None:
-    """Drop the marks that a loader leaves on a model it has dequantised, which is an ordinary dense one."""
+    """Remove the marks of quantisation from a model that its loader has dequantised: it is an ordinary dense one."""
     for name in ("hf_quantizer", "quantization_method"):
         if hasattr(model, name):
             setattr(model, name, None)

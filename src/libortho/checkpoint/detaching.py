@@ -150,7 +150,7 @@ def verify_certificate(directory: str | Path) -> Certificate:
 
 
 def _beside(root: Path, certificate: Certificate) -> list[str]:
-    """What is in a directory besides the files of its certificate, and may be; anything else is refused."""
+    """Names of what may lie beside the files of a certificate; refuses anything else."""
     beside = [HUB_CACHE + "/"] if (root / HUB_CACHE).is_dir() else []
     present = {*certificate.files, CERTIFICATE}
     for found in unlisted(root, present, unread=(HUB_CACHE,)):
@@ -230,7 +230,7 @@ def attach(directory: str | Path, stream: str | Path, *, name: str | None = None
 
 
 def _copy(source: Path, target: Path) -> str:
-    """Copy one file; its hash, after both sides were read and found equal."""
+    """Copy one file, read both sides, and return their common hash."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if not source.is_file():
         raise CheckpointError(f"{source} is missing; expected a directory written by libortho.save")
@@ -254,7 +254,7 @@ def _check_no_copy(files: Mapping[str, str], gone: Mapping[str, str], root: Path
 
 
 def _check_absent(staged: Path, files: Iterable[str], traces: Traces) -> int:
-    """Search what was written for anything of the removed streams; the number of tensors, rows and columns."""
+    """Search the written files for the removed streams; return how many tensors, rows and columns were searched."""
     compared = 0
     for file in files:
         found = None

@@ -1,6 +1,6 @@
 """Which files belong to a checkpoint, which may lie beside them, and what else is there.
 
-A file that transformers, tokenizers or PEFT find in a directory is obeyed, whoever put it there. So the files of a
+transformers, tokenizers and PEFT read any file of a known name in a directory, whoever put it there. So the files of a
 checkpoint have known names, ``libortho.json`` lists them, and everything else is refused, but for a few names that no
 loader reads.
 """
@@ -131,7 +131,7 @@ def check_stream_folder(folder: Path, files: Collection[str]) -> None:
 
 
 def stream_folders(root: Path) -> list[str]:
-    """Names of the folders of streams, sorted; folders that a killed process left unfinished are none.
+    """Names of the folders of streams, sorted; unfinished folders of a killed process are left out.
 
     Raises:
         CheckpointError: if the folder of streams is a link, or holds anything but folders and ``*.md``.

@@ -25,7 +25,7 @@ def push_to_hub(
     streams: str | Iterable[str] | None = None,
     token: str | None = None,
 ) -> str:
-    """Upload a checkpoint. Files that ``save`` did not write stay here, but for README.md and a certificate.
+    """Upload a checkpoint: files that ``save`` wrote, README.md and a certificate, and nothing else.
 
     A stream that an earlier upload brought to the repository stays in it, and in its history; delete the repository to
     take it back.

@@ -37,7 +37,7 @@ def check_version(data: Mapping[str, Any], where: Path) -> None:
 
 @functools.cache
 def libraries() -> Mapping[str, str]:
-    """Versions of what a checkpoint is written with; looking them up takes as long as writing a small one."""
+    """Versions of the libraries that write a checkpoint; looked up once, since that is slow."""
     from libortho.core.version import __version__
 
     return {"libortho": __version__, **{name: metadata.version(name) for name in _LIBRARIES}}

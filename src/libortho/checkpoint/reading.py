@@ -119,7 +119,7 @@ def _check_quantization(root: Path, scheme: Scheme) -> None:
 
 
 def _read_tensors(root: Path, base: BaseManifest) -> dict[str, Tensor]:
-    """All tensors of the base directory, after their hashes were found to be the manifest's."""
+    """All tensors of the base directory, checked against the hashes of the manifest."""
     files = base.open_tensors(root)
     tensors = {name: files.get(name) for name in files.names()}
     hashed = sorted(base.scheme.hashed_names(base.shapes)), sorted(set(tensors) - set(base.tensor_names()))

@@ -1,4 +1,4 @@
-"""What torch offers on a CPU for few tokens, and which of it is used when.
+"""torch's CPU kernels for few tokens, and when each is used.
 
 Measured (one thread, AVX-512 with bf16, weights out of cache): reading the integers and never building a dense weight
 wins up to about 8 tokens for INT8 and 32 for INT4; beyond, one conversion and one matrix product win. The kernels fall
