@@ -4,14 +4,13 @@ import inspect
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
 
 import pytest
 
 from commands import call
 from libortho import AuditConfig, IsolateConfig, SplitConfig
 from libortho.cli.commands import app
-from libortho.core.field_docs import documented, fields_help
+from libortho.core.field_docs import fields_help
 
 VERBS = [c.name or c.callback.__name__ for c in app.registered_commands]
 CONFIGS = {"split": SplitConfig, "isolate": IsolateConfig, "audit": AuditConfig}
@@ -61,24 +60,3 @@ def test_no_default_of_a_config_stands_in_the_command_line(verb):
     [command] = [c for c in app.registered_commands if c.callback.__name__ == verb]
     taken = inspect.signature(command.callback).parameters
     assert {taken[name].default for name in fields_help(CONFIGS[verb]) if name in taken} == {None}
-
-
-def test_without_the_source_fields_have_no_words_but_their_defaults(monkeypatch):
-    @dataclass(frozen=True)
-    class Config:
-        """A config."""
-
-        size: int = 3
-        """How large."""
-        name: str | None = None
-        """How called."""
-
-    assert fields_help(documented(Config)) == {"size": "How large. Default: 3.", "name": "How called."}
-
-    def no_source(cls):
-        raise OSError("source code not available")
-
-    monkeypatch.setattr(inspect, "getsource", no_source)
-    assert fields_help(documented(Config)) == {"size": "How large. Default: 3.", "name": "How called."}
-    del Config.__field_docs__
-    assert fields_help(documented(Config)) == {"size": "Default: 3.", "name": ""}
