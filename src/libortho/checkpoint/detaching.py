@@ -85,13 +85,15 @@ def detach(
         raise CheckpointError(f"{root} has no stream to detach; it has {list(manifests)}")
     kept = [n for n in manifests if n not in removed]
     figures = None if audit is None else figures_of(Path(audit), base, removed)
-    held = {name: read_stream(root, name, base) for name in manifests}
+    gone = {name: read_stream(root, name, base) for name in removed}
+    for name in kept:
+        read_stream(root, name, base)
     names = [*base.file_names, *(path for name in kept for path in manifests[name].paths)]
     check_contents(root, base, names)
     with staging(target) as staged:
         files = {name: _copy(root / name, staged / name) for name in names}
         check_contents(staged, base, names)
-        traces = Traces({name: held[name] for name in removed})
+        traces = Traces(gone)
         _check_no_copy(files, {path: name for name in removed for path in manifests[name].paths}, root)
         compared = _check_absent(staged, files, traces)
         result = Certificate(

@@ -19,20 +19,19 @@ logger = logging.getLogger(__name__)
 _AT_CWD, _EXCHANGE = -100, 2  # AT_FDCWD of fcntl.h and RENAME_EXCHANGE of linux/fs.h
 
 
-def check_new_place(path: str | Path, needed: int = 0) -> Path:
+def check_new_place(path: str | Path) -> Path:
     """Refuse a place that is taken, or where nothing can be written.
 
     Returns:
         The absolute path.
 
     Raises:
-        CheckpointError: if something is there, its parent cannot be written, or the disk has no ``needed`` bytes left.
+        CheckpointError: if something is there, or its parent cannot be written.
     """
     target = Path(os.path.abspath(path))
     if os.path.lexists(target):
         raise CheckpointError(f"{target} exists; choose another name")
     check_new_entry(target, CheckpointError)
-    check_room(target, needed)
     return target
 
 
