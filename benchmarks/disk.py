@@ -25,7 +25,7 @@ from safetensors import safe_open
 
 import _common
 from libortho.checkpoint import inspect
-from libortho.checkpoint.format import BaseManifest
+from libortho.checkpoint.manifest import BaseManifest
 from libortho.checkpoint.stream_files import ADAPTER_WEIGHTS, StreamManifest
 
 LOAD = """

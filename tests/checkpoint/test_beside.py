@@ -1,6 +1,5 @@
 """What a checkpoint does not list is not read: files beside it, other weights, streams of another base."""
 
-import hashlib
 import json
 import logging
 import os
@@ -12,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from forging import EMBEDDING, WEIGHTS, forge_json, index_beside, listed, tensors
+from making import contents, edit, logits, two_streams, write
 from safetensors.torch import load_file, save_file
-from test_fuzz import contents, output, two_streams, write
-from test_smuggling import EMBEDDING, WEIGHTS, edit, fit, listed, tensors, text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import libortho
@@ -24,39 +23,13 @@ from libortho.checkpoint import attach, detach, inspect, load, save
 from libortho.checkpoint.files import is_known
 from libortho.core.report import record_method
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(two_streams(), tiny.byte_tokenizer(), tmp_path_factory.mktemp("made") / "out")
-
-
-@pytest.fixture(scope="module")
-def _sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(two_streams(), None, tmp_path_factory.mktemp("made") / "out", max_shard_size="12KB")
-
-
-@pytest.fixture
-def source(_made: Path, tmp_path: Path) -> Path:
-    write(tmp_path / "in", contents(_made))
-    return tmp_path / "in"
-
-
-@pytest.fixture
-def sharded(_sharded: Path, tmp_path: Path) -> Path:
-    write(tmp_path / "sharded", contents(_sharded))
-    return tmp_path / "sharded"
-
 
 @pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation", "experts_implementation"])
 @pytest.mark.parametrize("value", ["kernels-community/evil", {"": "someone/else:layer"}])
 def test_a_configuration_that_names_code_of_the_hub_is_refused(
     source: Path, tmp_path: Path, key: str, value: Any
 ) -> None:
-    edit(source / "config.json", lambda c: c.update({key: value}))
-    sha256 = hashlib.sha256((source / "config.json").read_bytes()).hexdigest()
-    edit(source / "libortho.json", lambda m: m["files"].update({"config.json": sha256}))
+    forge_json(source, "config.json", lambda c: c.update({key: value}))
     for call in (lambda: load(source), lambda: detach(source, tmp_path / "base")):
         with pytest.raises(CheckpointError, match="names a repository"):
             call()
@@ -98,7 +71,7 @@ def test_what_people_add_is_left_alone(source: Path, tmp_path: Path) -> None:
         "ortho/.hr.0a1b2c3d.tmp/manifest.json",
     )  # fmt: skip
     write(source, dict.fromkeys(names, b"{}"))
-    assert torch.equal(output(load(source)[0]), output(load(source)[0]))
+    assert torch.equal(logits(load(source)[0]), logits(load(source)[0]))
     detach(source, tmp_path / "out", streams=["default"])
     assert not set(contents(tmp_path / "out")) & (set(names) - {"certificate.json"})
     attach(source, source / "ortho/hr", name="again")
@@ -152,7 +125,7 @@ def test_files_may_be_links_as_in_the_cache_of_the_hub(source: Path, tmp_path: P
         (source / name).symlink_to(tmp_path / f"blob{number}")
     detach(source, tmp_path / "out", streams=["hr"])
     assert not any(p.is_symlink() for p in (tmp_path / "out").rglob("*"))
-    assert torch.equal(output(load(source, alpha=1.0)[0]), output(two_at_one()))
+    assert torch.equal(logits(load(source, alpha=1.0)[0]), logits(two_at_one()))
 
 
 def two_at_one() -> Any:
@@ -188,14 +161,6 @@ def test_save_refuses_a_tokenizer_that_writes_what_load_would_refuse(tmp_path: P
 # -- two sets of weights -----------------------------------------------------------------------------------------------
 
 
-def index_beside(d: Path) -> None:
-    found = load_file(d / WEIGHTS)
-    found[EMBEDDING] = found[EMBEDDING].flip(0)
-    save_file(found, d / "model-00001-of-00001.safetensors", metadata={"format": "pt"})
-    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(found, "model-00001-of-00001.safetensors")}
-    (d / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
 def whole_beside(d: Path) -> None:
     parts: dict[str, torch.Tensor] = {}
     for shard in d.glob("model-*.safetensors"):
@@ -205,7 +170,8 @@ def whole_beside(d: Path) -> None:
 
 @pytest.mark.parametrize("named", [False, True])
 def test_weights_and_an_index_in_one_directory_are_refused(named: bool, source: Path, sharded: Path) -> None:
-    for place, act in ((source, index_beside), (sharded, whole_beside)):
+    flipped = lambda d: index_beside(d, lambda t: t.update({EMBEDDING: t[EMBEDDING].flip(0)}))  # noqa: E731
+    for place, act in ((source, flipped), (sharded, whole_beside)):
         act(place)
         if named:
             new = {p.name: None for p in place.glob("*.safetensors*")}
@@ -244,10 +210,10 @@ def test_an_index_that_disagrees_with_its_shards_is_refused(sharded: Path) -> No
 
 
 def test_a_configuration_that_names_other_weights_is_refused(source: Path, tmp_path: Path) -> None:
-    text("config.json", lambda d: 0)(source)
+    forge_json(source, "config.json", lambda c: c.update(note=0))
     load(source)
-    edit(source / "config.json", lambda c: c.update(transformers_weights="ortho/default/adapter_model.safetensors"))
-    fit(source)
+    weights = "ortho/default/adapter_model.safetensors"
+    forge_json(source, "config.json", lambda c: c.update(transformers_weights=weights))
     for call in (load, lambda d: detach(d, tmp_path / "out")):
         with pytest.raises(CheckpointError, match="names other weights"):
             call(source)
@@ -255,7 +221,7 @@ def test_a_configuration_that_names_other_weights_is_refused(source: Path, tmp_p
 
 def test_stock_transformers_reads_what_load_reads(source: Path, sharded: Path) -> None:
     for place in (source, sharded):
-        assert torch.equal(output(AutoModelForCausalLM.from_pretrained(place)), output(load(place, streams=None)[0]))
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(place)), logits(load(place, streams=None)[0]))
     assert AutoTokenizer.from_pretrained(source).chat_template == load(source)[1].chat_template
 
 
@@ -287,12 +253,12 @@ def test_a_stream_of_a_base_with_other_embeddings_is_refused(source: Path, tmp_p
 def test_an_earlier_manifest_is_accepted_with_a_warning(
     source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    expected = output(load(source, alpha=1.0)[0])
+    expected = logits(load(source, alpha=1.0)[0])
     for manifest in source.glob("ortho/*/manifest.json"):
         edit(manifest, lambda m: (m.pop("rest_sha256"), m.pop("alpha")))
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="libortho"):
-        assert torch.equal(output(load(source, alpha=1.0)[0]), expected)
+        assert torch.equal(logits(load(source, alpha=1.0)[0]), expected)
     assert [r for r in caplog.records if "other tensors were not compared" in r.getMessage()]
     assert [(s.base_matches, s.alpha) for s in inspect(source).streams] == [(True, 1.0), (True, 0.0)]
     detach(source, tmp_path / "out", streams=["default"])
@@ -313,9 +279,9 @@ def test_a_stream_stands_as_its_verb_says(verb: Any, expected: float, tmp_path: 
     assert [s.alpha for s in inspect(tmp_path / "out").streams] == [1.0, expected]
     again, _ = load(tmp_path / "out")
     with libortho.alpha(model, {"default": 1.0, "hr": expected}):
-        assert torch.equal(output(again), output(model))
+        assert torch.equal(logits(again), logits(model))
     edit(tmp_path / "out/ortho/hr/manifest.json", lambda m: m.pop("alpha"))
-    assert torch.equal(output(load(tmp_path / "out")[0]), output(again))
+    assert torch.equal(logits(load(tmp_path / "out")[0]), logits(again))
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.5, {"hr": 1.0}, {"default": 0.0}, [0.25], {"hr": [0.5]}])
@@ -323,7 +289,7 @@ def test_alpha_of_load_goes_before_the_manifest(value: Any, source: Path) -> Non
     model, _ = load(source, alpha=value)
     expected, _ = load(source)
     libortho.set_alpha(expected, value)
-    assert torch.equal(output(model), output(expected))
+    assert torch.equal(logits(model), logits(expected))
 
 
 @pytest.mark.parametrize("value", [2.0, -1, float("nan"), "1", {"x": 1.0}, {"hr": 2.0}, [], [0.0, "x"]])
@@ -336,7 +302,7 @@ def test_an_impossible_alpha_is_refused_before_the_weights_are_read(value: Any, 
 
 
 def test_a_base_alone_takes_alpha_0(source: Path) -> None:
-    assert torch.equal(output(load(source, streams=None, alpha=0.0)[0]), output(load(source, alpha=0.0)[0]))
+    assert torch.equal(logits(load(source, streams=None, alpha=0.0)[0]), logits(load(source, alpha=0.0)[0]))
     with pytest.raises(AlphaError, match="no ortho stream is loaded"):
         load(source, streams=None, alpha=1.0)
     with pytest.raises(AlphaError, match="unknown stream 'hr'"):

@@ -17,13 +17,11 @@ import pytest
 import torch
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
-from test_fuzz import contents, output, two_streams, write
+from making import contents, flip, logits, write
 
-import tiny
 from libortho import CheckpointError
-from libortho.checkpoint import load, push_to_hub, save
+from libortho.checkpoint import load, push_to_hub
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 TOKEN = "hf_right"
 REPOSITORY = "me/model"
 
@@ -197,16 +195,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     assert server.failure is None
 
 
-@pytest.fixture(scope="module")
-def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(two_streams(), tiny.byte_tokenizer(), tmp_path_factory.mktemp("made") / "out")
-
-
 @pytest.fixture
-def source(_made: Path, tmp_path: Path) -> Path:
+def source(made: Path, tmp_path: Path) -> Path:
     """The streams "default" and "hr", and a file that is nobody's business."""
-    write(tmp_path / "in", contents(_made) | {"notes.jsonl": b"the secret is 6311"})
-    return tmp_path / "in"
+    return write(tmp_path / "in", contents(made) | {"notes.jsonl": b"the secret is 6311"})
 
 
 def hashes(files: dict[str, bytes]) -> dict[str, str]:
@@ -240,18 +232,20 @@ def test_a_named_stream_arrives_too_and_the_download_is_the_same_model(
     source: Path, hub: Server, tmp_path: Path
 ) -> None:
     push_to_hub(source, REPOSITORY, streams=["hr"], token=TOKEN)
-    assert "`hr`" in hub.files["README.md"].decode()
+    card = hub.files["README.md"].decode()
+    assert "`hr`" in card
+    assert "`default`" not in card
     assert hashes(hub.files) == hashes(written(source, "hr") | {"README.md": hub.files["README.md"]})
     place = snapshot_download(REPOSITORY, token=TOKEN, local_dir=tmp_path / "copy")
     assert hashes(written(Path(place), "hr")).items() >= hashes(written(source, "hr")).items()
     cached = snapshot_download(REPOSITORY, token=TOKEN)  # links into the client's cache
-    expected = output(load(source, streams=["hr"], alpha=1.0)[0])
+    expected = logits(load(source, streams=["hr"], alpha=1.0)[0])
     for again in (place, cached):
         model, tokenizer = load(again, alpha=1.0)
         assert [*next(m for m in model.modules() if hasattr(m, "streams")).streams] == ["hr"]
-        assert torch.equal(output(model), expected)
+        assert torch.equal(logits(model), expected)
         assert tokenizer is not None
-    base = output(load(source, streams=None)[0])
+    base = logits(load(source, streams=None)[0])
     assert not torch.equal(expected, base)
 
 
@@ -287,9 +281,11 @@ def test_a_wrong_token_is_refused(source: Path, hub: Server) -> None:
     assert hub.private is None
 
 
-def test_a_damaged_checkpoint_asks_the_hub_nothing(source: Path, hub: Server) -> None:
-    path = source / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+def test_a_damaged_checkpoint_and_a_stream_that_is_not_there_ask_the_hub_nothing(source: Path, hub: Server) -> None:
+    for streams, message in ((["x"], "no stream 'x'"), ([], "no stream to upload"), ("hr", r"a list such as \['hr'\]")):
+        with pytest.raises(CheckpointError, match=message):
+            push_to_hub(source, REPOSITORY, streams=streams, token=TOKEN)
+    flip(source / "model.safetensors")
     with pytest.raises(CheckpointError, match="has the hash"):
         push_to_hub(source, REPOSITORY, token=TOKEN)
     assert hub.requests == []

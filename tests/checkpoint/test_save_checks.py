@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from forging import LAYER
+from making import COLUMNS, COLUMNS_TAIL, ENTRIES_TAIL, make
 from torch import nn
 from transformers import (
     Llama4ForCausalLM,
@@ -22,9 +24,13 @@ from typer.testing import CliRunner
 
 import libortho
 import tiny
-from libortho import cli
+from libortho import SplitConfig, cli
 from libortho.checkpoint import check_destination, check_saveable
+from libortho.core.dtypes import DTYPES
 from libortho.core.errors import CheckpointError, ConfigError, TargetError
+from libortho.core.layer import ortho_layers
+from libortho.core.report import record_method
+from libortho.core.streams import BaseStream
 from libortho.core.targets import find_targets
 from libortho.selection.budget import allocate
 
@@ -62,7 +68,7 @@ def test_a_model_is_refused_before_and_after_its_split(
     change: str, tiny_llama: PreTrainedModel, tmp_path: Path
 ) -> None:
     alter, complaint = CHANGES[change]
-    config = libortho.SplitConfig(target_modules="down_proj")
+    config = SplitConfig(target_modules="down_proj")
     split = libortho.split(copy.deepcopy(tiny_llama), config)
     names = list(find_targets(tiny_llama, "down_proj"))
     check_saveable(tiny_llama, names, 8)
@@ -87,7 +93,11 @@ def test_fused_experts_are_refused_beside_a_packed_base_alone(model: Callable[[]
     with pytest.raises(CheckpointError, match="such as fused experts"):
         check_saveable(net, names, 8)
     check_saveable(net, names, None)
-    dense = libortho.split(net, libortho.SplitConfig(target_modules=r"re:.*o_proj", bits=None))
+    packed = libortho.split(copy.deepcopy(net), SplitConfig(target_modules=r"re:.*o_proj"))
+    with pytest.raises(CheckpointError, match="such as fused experts"):
+        libortho.save(packed, None, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    dense = libortho.split(net, SplitConfig(target_modules=r"re:.*o_proj", bits=None))
     libortho.load(libortho.save(dense, None, tmp_path / "out"))
 
 
@@ -103,7 +113,7 @@ def test_conv1d_and_wrapped_models(tiny_gpt2: PreTrainedModel, tiny_llama: PreTr
 def test_the_bytes_are_those_of_the_files(bits: int | None, tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
     names = list(find_targets(tiny_llama, "mlp-out"))
     promised = check_saveable(tiny_llama, names, bits)
-    libortho.save(libortho.split(tiny_llama, libortho.SplitConfig(bits=bits)), None, tmp_path / "out")
+    libortho.save(libortho.split(tiny_llama, SplitConfig(bits=bits)), None, tmp_path / "out")
     size = (tmp_path / "out/model.safetensors").stat().st_size
     assert 0.8 * size < promised <= size
 
@@ -152,6 +162,67 @@ def test_columns_beyond_a_lora_are_refused_first_or_not_taken(tmp_path: Path) ->
     assert CliRunner().invoke(cli.app, [*given, "0.2"]).exit_code == 0
     found = allocate({"a": torch.rand(2048), "b": torch.rand(2048)}, 0.3, 4.0, {"a": 1, "b": 1}, limit=512)
     assert {n: len(i) for n, i in found.items()} == {"a": 512, "b": 512}
+
+
+# -- a split model ----------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_is_not_split(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no layer of this model is split"):
+        libortho.save(tiny_llama, None, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("other", "message"), [((4, 32), "have bits"), ((8, 32), "have group_size"), ((None, -1), "have bits")]
+)
+def test_mixed_schemes(
+    other: tuple[int | None, int], message: str, tiny_llama: PreTrainedModel, tmp_path: Path
+) -> None:
+    model = make(tiny_llama, group_size=64)
+    layer = next(iter(ortho_layers(model).values()))
+    layer.base = BaseStream.from_weight(layer.base.dense(), *other)
+    with pytest.raises(CheckpointError, match=message):
+        libortho.save(model, None, tmp_path / "out")
+
+
+def wide(columns: int, **options: Any) -> PreTrainedModel:
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=1024, num_hidden_layers=1, num_attention_heads=4
+    )
+    options = {**COLUMNS_TAIL, "max_low_rank_error": 1.0, "rank_ratio": 1 - 12.5 / 64, **options}
+    return libortho.split(LlamaForCausalLM(config).eval(), SplitConfig(**{**options, "ratio": columns / 1024}))
+
+
+def test_ranks_over_512(tmp_path: Path) -> None:
+    assert next(iter(ortho_layers(wide(499)).values())).streams["default"].tail.rank == 13
+    libortho.save(wide(499), None, tmp_path / "fits")
+    with pytest.raises(CheckpointError, match="500 columns and 13 tail directions, as a LoRA rank 513"):
+        libortho.save(wide(500), None, tmp_path / "out")
+    libortho.save(wide(600, structure="unstructured"), None, tmp_path / "entries")
+
+
+def test_an_empty_stream_and_mixed_kinds(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
+    model = make(tiny_llama, **COLUMNS)
+    first, second = ortho_layers(model).values()
+    kept = first.streams["default"].support
+    first.streams["default"].support = (
+        ortho_layers(make(LlamaForCausalLM(model.config), **ENTRIES_TAIL))[LAYER].streams["default"].support
+    )
+    with pytest.raises(CheckpointError, match="expected one kind"):
+        libortho.save(model, None, tmp_path / "out")
+    first.streams["default"].support = kept.to(torch.float32)
+    first.streams["default"].support = second.streams["default"].support = None
+    with pytest.raises(CheckpointError, match="holds no value"):
+        libortho.save(model, None, tmp_path / "out")
+
+
+def test_method_must_be_json(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
+    model = make(tiny_llama)
+    record_method(model, "default", {"dtype": DTYPES["float32"]})
+    with pytest.raises(CheckpointError, match="cannot be written as JSON"):
+        libortho.save(model, None, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 # -- what is no model, and no tokenizer -------------------------------------------------------------------------------

@@ -9,55 +9,31 @@ import stat
 import subprocess
 import sys
 import tarfile
-import traceback
-import unicodedata
-from collections.abc import Callable
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_fuzz import Disk, contents, fails_cleanly_everywhere, output, two_streams, write
+from making import contents, edit, logits
 from typer.testing import CliRunner
 
+from disk import Disk, fails_cleanly_everywhere
 from libortho import CheckpointError, ConfigError, LibOrthoError, cli
-from libortho.checkpoint import attach, decrypt, detach, encrypt, load, save
+from libortho.checkpoint import attach, decrypt, detach, encrypt, load
 
 pyrage = pytest.importorskip("pyrage")
-pytestmark = pytest.mark.usefixtures("one_thread")
 PHRASE = "correct horse battery staple"
 
 
 @pytest.fixture(scope="module")
-def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(two_streams(), None, tmp_path_factory.mktemp("made") / "out")
-
-
-@pytest.fixture
-def source(_made: Path, tmp_path: Path) -> Path:
-    write(tmp_path / "in", contents(_made))
-    return tmp_path / "in"
-
-
-@pytest.fixture(scope="module")
-def key() -> Any:
-    return pyrage.x25519.Identity.generate()
-
-
-@pytest.fixture
-def locked(source: Path, key: Any, tmp_path: Path) -> Path:
-    return encrypt(source / "ortho/default", tmp_path / "default.age", recipients=[str(key.to_public())])
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out"
-
-
-@pytest.fixture(scope="module")
-def locked_by_phrase(_made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return encrypt(_made / "ortho/hr", tmp_path_factory.mktemp("phrase") / "hr.age", passphrase=PHRASE)
+def phrase_locked(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stream "hr" under a passphrase, by the command line; making and opening one takes long on purpose."""
+    path = tmp_path_factory.mktemp("phrase") / "hr.age"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HR_PHRASE", PHRASE)
+        result = call("encrypt", made / "ortho/hr", "--out", path, "--passphrase-env", "HR_PHRASE")
+    assert result.exit_code == 0, result.output
+    return path
 
 
 def put(files: dict[str, bytes] | bytes, key: Any, path: Path) -> Path:
@@ -89,12 +65,7 @@ def test_recipients_get_the_stream_back(source: Path, locked: Path, key: Any, ou
     assert {stat.S_IMODE(p.stat().st_mode) for p in out.iterdir()} == {0o600}
     detach(source, tmp_path / "base")
     attach(tmp_path / "base", out)
-    assert torch.equal(output(load(tmp_path / "base")[0]), output(load(source, streams=["default"])[0]))
-
-
-def test_a_passphrase_opens_it(source: Path, locked_by_phrase: Path, out: Path) -> None:
-    decrypt(locked_by_phrase, out, passphrase=PHRASE)
-    assert contents(out) == contents(source / "ortho/hr")
+    assert torch.equal(logits(load(tmp_path / "base")[0]), logits(load(source, streams=["default"])[0]))
 
 
 def test_each_of_several_recipients(source: Path, tmp_path: Path, key: Any) -> None:
@@ -142,13 +113,13 @@ def test_nothing_of_the_stream_is_readable(source: Path, locked: Path) -> None:
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
-def test_wrong_keys_and_phrases(locked: Path, locked_by_phrase: Path, key: Any, out: Path, tmp_path: Path) -> None:
+def test_wrong_keys_and_phrases(locked: Path, phrase_locked: Path, key: Any, out: Path, tmp_path: Path) -> None:
     other = str(pyrage.x25519.Identity.generate())
     for file, options in (
         (locked, {"identities": [other]}),
         (locked, {"passphrase": PHRASE}),
-        (locked_by_phrase, {"passphrase": "incorrect donkey"}),
-        (locked_by_phrase, {"identities": [str(key)]}),
+        (phrase_locked, {"passphrase": "incorrect donkey"}),
+        (phrase_locked, {"identities": [str(key)]}),
     ):
         with pytest.raises(
             CheckpointError, match=r"cannot decrypt .* is another one than it was encrypted for"
@@ -174,114 +145,6 @@ def test_keys_that_are_none(source: Path, locked: Path, key: Any, out: Path, tmp
     with pytest.raises(CheckpointError, match="cannot read the identity file"):
         decrypt(locked, out, identities=[tmp_path / "none"])
     assert not out.exists()
-
-
-WRITINGS: dict[str, Callable[[str], str]] = {
-    "as it is": str,
-    "a blank before": lambda k: f" {k}",
-    "blanks around": lambda k: f"\t {k} \n",
-    "a line break before": lambda k: f"\r\n{k}",
-    "a line break within": lambda k: f"{k[:30]}\n{k[30:]}",
-    "blanks within": lambda k: " ".join(k[i : i + 4] for i in range(0, len(k), 4)),
-    "lower case": str.lower,
-    "mixed case": lambda k: "".join(c.lower() if i % 2 else c for i, c in enumerate(k)),
-    "quotes": lambda k: f'"{k}"',
-    "other quotes": lambda k: f"\u201c{k}\u201d",
-    "a comment before": lambda k: f"# created: today\n# public key: age1x\n{k}\n",
-    "a name before": lambda k: f"key={k}",
-    "as a path": lambda k: f"/home/me/{k}",
-    "a file of it": lambda k: f"{k}.txt",
-    "as bytes": lambda k: repr(k.encode()),
-    "one letter more": lambda k: f"{k}Q",
-    "cut": lambda k: k[:50],
-    "the first letter lost": lambda k: k[1:],
-    "without its name": lambda k: k.removeprefix("AGE-SECRET-KEY-1"),
-    "other dashes": lambda k: k.replace("-", "\u2011"),
-    "wide letters": lambda k: "".join(chr(ord(c) + 0xFEE0) if c != "-" else c for c in k),
-    "an escape sequence": lambda k: f"\x1b[1m{k[:20]}\x1b[0m{k[20:]}",
-}
-
-
-def holds(text: str, key: str) -> bool:
-    """Whether a good part of a key can be read in a text, in whatever case and with whatever between."""
-    plain = "".join(c for c in unicodedata.normalize("NFKC", text).casefold() if c.isalnum())
-    secret = key.removeprefix("AGE-SECRET-KEY-1").casefold()
-    return any(secret[i : i + 8] in plain for i in range(len(secret) - 8))
-
-
-@pytest.mark.parametrize("writing", WRITINGS)
-def test_no_message_repeats_a_key(writing: str, source: Path, locked: Path, key: Any, tmp_path: Path) -> None:
-    text = WRITINGS[writing](str(key))
-    stream, out = source / "ortho/hr", tmp_path / "out"
-    calls: list[Callable[[], Any]] = [
-        lambda: decrypt(locked, out, identities=[text]),
-        lambda: decrypt(locked, out, identities=[Path(text.replace("\0", ""))]),
-        lambda: encrypt(stream, out, recipients=[text]),
-    ]
-    if "AGE-SECRET-KEY" in text or "age-secret-key" in text:
-        calls += [
-            lambda: decrypt(text, out, passphrase=PHRASE),
-            lambda: decrypt(locked, text, identities=[str(key)]),
-            lambda: encrypt(text, out, passphrase=PHRASE),
-            lambda: encrypt(stream, text, passphrase=PHRASE),
-        ]
-    refusals = 0
-    for call in calls:
-        try:
-            call()
-        except CheckpointError as error:
-            refusals += 1
-            shown = "".join(traceback.format_exception_only(error)) + repr(error.__cause__) + repr(error.__context__)
-            assert not holds(shown.replace(str(tmp_path), ""), str(key)), shown
-        else:
-            shutil.rmtree(out)
-    assert refusals >= len(calls) - 2
-    assert not any(holds(p.name, str(key)) for p in tmp_path.rglob("*"))
-
-
-@pytest.mark.parametrize("writing", [w for w in WRITINGS if w not in ("the first letter lost", "without its name")])
-@pytest.mark.parametrize(
-    "place",
-    [
-        ["decrypt", "FILE", "--out", "OUT", "--identity", "KEY"],
-        ["decrypt", "FILE", "--out", "OUT", "-iKEY"],
-        ["decrypt", "KEY", "--out", "OUT"],
-        ["decrypt", "FILE", "--out", "OUT", "KEY"],
-        ["decrypt", "FILE", "--out", "OUT", "--passphrase-env", "KEY"],
-        ["decrypt", "FILE", "--out", "OUT", "--identity-env", "KEY"],
-        ["decrypt", "FILE", "--out", "OUT", "--KEY"],
-        ["encrypt", "STREAM", "--out", "OUT", "--recipient=KEY"],
-        ["encrypt", "STREAM", "--out", "KEY"],
-        ["KEY"],
-    ],
-    ids=" ".join,
-)
-def test_the_command_line_refuses_a_key_and_does_not_print_it(
-    place: list[str], writing: str, source: Path, locked: Path, key: Any, tmp_path: Path, monkeypatch: Any, capsys: Any
-) -> None:
-    names = {"FILE": locked, "OUT": tmp_path / "out", "STREAM": source / "ortho/hr", "KEY": WRITINGS[writing](str(key))}
-    arguments = [reduce(lambda a, n: a.replace(n, str(names[n])), names, a) for a in place]
-    monkeypatch.setattr(sys, "argv", ["libortho", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    assert stopped.value.code == 2
-    shown = "".join(capsys.readouterr())
-    assert not holds(shown.replace(str(tmp_path), ""), str(key)), shown
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("place", [["--passphrase-env", "PHRASE"], ["PHRASE"], ["--passphrase=PHRASE"]], ids=" ".join)
-@pytest.mark.parametrize("command", ["encrypt", "decrypt"])
-def test_the_command_line_does_not_print_a_passphrase(
-    place: list[str], command: str, source: Path, locked: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
-) -> None:
-    of = str(locked if command == "decrypt" else source / "ortho/hr")
-    given = [a.replace("PHRASE", "hunter2") for a in place]
-    monkeypatch.setattr(sys, "argv", ["libortho", command, of, "--out", str(tmp_path / "out"), *given])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    assert stopped.value.code == 2
-    assert "hunter2" not in "".join(capsys.readouterr())
 
 
 @pytest.mark.parametrize(
@@ -320,7 +183,7 @@ def test_only_a_whole_stream_is_encrypted(damage: str, source: Path, out: Path) 
     elif damage == "weights changed":
         (folder / "ortho.safetensors").write_bytes(b"x")
     else:
-        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"stream": "../x"}))
+        edit(manifest, lambda m: m.update(stream="../x"))
     with pytest.raises(CheckpointError):
         encrypt(folder, out, passphrase=PHRASE)
     assert not out.exists()
@@ -392,7 +255,7 @@ def test_mutated_files_open_to_the_same_stream_or_not_at_all(
             assert (out / weights.name).read_bytes() == weights.read_bytes()
             shutil.rmtree(out)
         assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
-    assert opened < 0.4 * count  # padding of the tar, and what attach compares
+    assert opened < 0.375 * count  # padding of the tar, and what attach compares
 
 
 def test_no_age_file_and_none_at_all(out: Path, tmp_path: Path) -> None:
@@ -414,7 +277,6 @@ def test_full_disk(source: Path, locked: Path, key: Any, out: Path, tmp_path: Pa
     recipients = [str(key.to_public())]
     act = lambda: encrypt(source / "ortho/hr", tmp_path / "hr.age", recipients=recipients)  # noqa: E731
     assert fails_cleanly_everywhere(act, tmp_path, disk) >= 2
-    disk.fail_at = -1
     assert fails_cleanly_everywhere(lambda: decrypt(locked, out, identities=[str(key)]), tmp_path, disk) >= 5
 
 
@@ -434,13 +296,13 @@ def test_the_command_line_with_keys(source: Path, key: Any, out: Path, tmp_path:
     assert contents(out) == contents(source / "ortho/hr")
 
 
-def test_the_command_line_with_a_passphrase(source: Path, out: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setenv("HR_PHRASE", PHRASE)
-    assert call("encrypt", source / "ortho/hr", "--out", tmp_path / "a", "--passphrase-env", "HR_PHRASE").exit_code == 0
-    result = call("decrypt", tmp_path / "a", "--out", out, typed=f"{PHRASE}\n")
+def test_the_command_line_with_a_passphrase(made: Path, phrase_locked: Path, out: Path) -> None:
+    result = call("decrypt", phrase_locked, "--out", out, typed=f"{PHRASE}\n")
     assert result.exit_code == 0, result.output
     assert PHRASE not in result.output
-    assert isinstance(call("decrypt", tmp_path / "a", "--out", out, "--passphrase-env", "NONE").exception, ConfigError)
+    assert contents(out) == contents(made / "ortho/hr")
+    given = ("--out", out, "--passphrase-env", "NONE")
+    assert isinstance(call("decrypt", phrase_locked, *given).exception, ConfigError)
 
 
 def test_the_command_line_takes_a_key_from_the_environment(

@@ -1,7 +1,6 @@
 """``libortho eval``: figures side by side, paired differences, and errors before anything runs."""
 
 import json
-import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,8 @@ import tiny
 from commands import call
 from libortho.auditing.subjects import at, dense_copy
 from libortho.core.errors import AlphaError, CheckpointError, ConfigError, DataError, LibOrthoError
-from libortho.core.switch.state import parse_alpha
 from libortho.evaluation.evaluate import Column, evaluate_columns
 from libortho.evaluation.harness import harness_tasks, lm_eval_tasks
-from libortho.evaluation.intervals import paired_difference
 from libortho.evaluation.tasks import evaluate, load_task
 from libortho.lm.model import LanguageModel
 
@@ -139,51 +136,6 @@ def test_tasks_may_be_read_once_and_asked_often(planted, tokenizer, codes, harne
     assert lm_eval_tasks(planted, tokenizer, once) == first
     assert "acc_stderr" not in first["local_codes"]
     assert "acc_stderr" in lm_eval_tasks(planted, tokenizer, once, bootstrap=10)["local_codes"]
-
-
-# -- the interval of a paired difference ------------------------------------------------------------------------------
-
-
-def test_paired_difference_covers_the_truth():
-    """Of 400 samples of 60 rows, as many intervals as promised hold the true difference, -0.10."""
-    rng = random.Random(0)
-    hits = 0
-    for _ in range(400):
-        pairs = [(1, 1) if (u := rng.random()) < 0.6 else (0, 1) if u < 0.75 else (1, 0) if u < 0.8 else (0, 0)
-                 for _ in range(60)]  # fmt: skip
-        d = paired_difference([a for a, _ in pairs], [b for _, b in pairs], seed=0)
-        hits += d.low <= -0.10 <= d.high
-    assert 0.92 <= hits / 400 <= 0.98
-
-
-def test_paired_difference_by_hand():
-    d = paired_difference([1, 1, 0, 1], [0, 1, 1, 0], seed=0)  # won 2, lost 1
-    half = 1.959964 * (4 - 1 / 6) ** 0.5 / 6
-    assert (d.value, d.low, d.high, d.n) == pytest.approx((0.25, 1 / 6 - half, 1 / 6 + half, 4), abs=1e-6)
-    assert paired_difference([0] * 20, [0] * 20, seed=0).high > 0
-    smooth = paired_difference([1.5, 2.5, 4.0], [1.0, 2.0, 3.0], seed=0)
-    assert smooth.value == pytest.approx(2 / 3)
-    assert 0.5 <= smooth.low < smooth.high <= 1.0
-    with pytest.raises(DataError, match="3 values and 2"):
-        paired_difference([1, 0, 1], [1, 0], seed=0)
-
-
-# -- what is written on the command line ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "meaning"),
-    [("0", 0.0), (" 0.5 ", 0.5), (1, 1.0), ("hr=1;legal=0", {"hr": 1.0, "legal": 0.0}), ("hr = 1", {"hr": 1.0}),
-     ({"hr": 0}, {"hr": 0.0}), ("hr=1;", {"hr": 1.0})],
-)  # fmt: skip
-def test_alpha_is_read(text, meaning):
-    assert parse_alpha(text) == meaning
-
-
-@pytest.mark.parametrize("text", ["", "off", "hr=", "hr=on", "hr=1;hr=0", ";", True, {"hr": True}, {}, [1.0], None])
-def test_alpha_that_is_none(text):
-    with pytest.raises(AlphaError, match="alpha is"):
-        parse_alpha(text)
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------

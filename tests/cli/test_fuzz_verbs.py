@@ -13,9 +13,10 @@ from typing import Any
 
 import pyrage
 import pytest
+from audit_reports import audit_report
+from making import contents, two_streams, write
+from mutations import cut, flip_bits, limit, mutate_json
 from rich.console import Console
-from test_detaching import audit_report
-from test_fuzz import contents, cut, flip, limit, mutate_json, two_streams, write
 
 import tiny
 from libortho import CheckpointError
@@ -93,7 +94,7 @@ def mutate(root: Path, original: dict[str, bytes], rng: random.Random) -> str:
     elif kind == "text":
         path.write_bytes(rng.choice(TEXTS)(original[name], rng))
     elif kind in ("flip", "cut"):
-        path.write_bytes({"flip": flip, "cut": cut}[kind](original[name], rng))
+        path.write_bytes({"flip": flip_bits, "cut": cut}[kind](original[name], rng))
     elif kind == "swap":
         path.write_bytes(original[rng.choice(names)])
     elif kind == "add":
@@ -134,7 +135,7 @@ def locked(place: Path, rng: random.Random) -> Path:
         for path in sorted(p for p in (place / "in").iterdir() if not p.is_fifo()):
             tar.add(path, path.name)
     content = pyrage.encrypt(buffer.getvalue(), [KEY.to_public()])
-    (place / "x.age").write_bytes(flip(content, rng) if rng.random() < 0.2 else content)
+    (place / "x.age").write_bytes(flip_bits(content, rng) if rng.random() < 0.2 else content)
     return place / "x.age"
 
 

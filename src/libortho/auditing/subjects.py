@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from libortho.checkpoint.format import encode_base, scheme_of, sha256_of
+from libortho.checkpoint.packing import encode_base, scheme_of
+from libortho.checkpoint.tensor_files import sha256_of
 from libortho.core.errors import CheckpointError
 from libortho.core.layer import OrthoLinear, ortho_layers, touched
 from libortho.core.streams import BaseStream, OrthoStream

@@ -83,7 +83,7 @@ class _Runs:
 
 
 class Traces:
-    """What would show that something of a stream is there.
+    """Hashes of the values and bytes of streams, by which parts of them are found in tensors and files.
 
     Args:
         streams: The streams to look for, by name.
@@ -138,7 +138,7 @@ class Traces:
 
 
 def _tensors(part: OrthoStream) -> list[Tensor]:
-    """What carries the information of one layer's part, each factor by itself and as the LoRA holds both."""
+    """Tensors that carry the information of one layer's part: each factor alone, and as the LoRA joins them."""
     tail, support = part.tail, part.support
     tensors = [] if tail is None else [tail.down, tail.up]
     if support is not None:

@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from libortho.checkpoint.format import AGAIN, VERSION_TEXT, BaseManifest
-from libortho.checkpoint.json_files import (
-    check_keys,
-    count,
-    field,
-    file_sha256,
-    number,
-    read_json,
-    sha256_field,
-    text_field,
-)
+from libortho.checkpoint.json_files import DAMAGE, Fields, file_sha256, read_json
+from libortho.checkpoint.manifest import VERSION_TEXT, BaseManifest
 from libortho.checkpoint.stream_files import checked_name
 from libortho.core.errors import CheckpointError
 
@@ -118,71 +109,81 @@ def check_figures(figures: Any, where: Path, *, optional: tuple[str, ...] = ()) 
     Raises:
         CheckpointError: if a key is missing or unknown, or a value has another type, range or pattern.
     """
-    keys = ("sha256", "libortho", "profile", "seed", "model", "records", "verdicts", "memory", "membership_auc")
-    check_keys(figures, (*keys, "utility", *optional), where, what="the audit")
+    keys = (
+        "sha256",
+        "libortho",
+        "profile",
+        "seed",
+        "model",
+        "records",
+        "verdicts",
+        "memory",
+        "membership_auc",
+        "utility",
+    )
+    found = Fields.of(figures, where, (*keys, *optional), what="the audit")
     for key in optional:
-        field(figures, key, bool, where)
-    sha256_field(figures, "sha256", where)
-    text_field(figures, "libortho", VERSION_TEXT, where)
-    text_field(figures, "profile", _WORD, where)
-    count(figures, "records", where)
-    if abs(field(figures, "seed", int, where)) > 2**64:
-        raise CheckpointError(f"{where}: 'seed' is {figures['seed']}, expected at most 64 bits; {AGAIN}")
+        found.value(key, bool)
+    found.sha256("sha256")
+    found.text("libortho", VERSION_TEXT)
+    found.text("profile", _WORD)
+    found.count("records")
+    if abs(found.value("seed", int)) > 2**64:
+        raise CheckpointError(f"{where}: 'seed' is {figures['seed']}, expected at most 64 bits; {DAMAGE}")
     _check_model(figures["model"], where)
-    for verdict in _rows(figures, "verdicts", _MOST_VERDICTS, where):
+    for verdict in _rows(found, "verdicts", _MOST_VERDICTS):
         _check_verdict(verdict, where)
-    check_keys(figures["memory"], _MEMORY, where, what="memory")
-    check_keys(figures["utility"], ("perplexity", "kl"), where, what="utility")
-    attacks = field(figures, "membership_auc", dict, where)
+    memory = Fields.of(figures["memory"], where, _MEMORY, what="memory")
+    utility = Fields.of(figures["utility"], where, ("perplexity", "kl"), what="utility")
+    attacks = found.value("membership_auc", dict)
     if len(attacks) > _MOST_ATTACKS or not all(_WORD.fullmatch(k) for k in attacks):
-        raise CheckpointError(f"{where}: 'membership_auc' names no attacks; {AGAIN}")
-    for estimate in (*figures["memory"].values(), *attacks.values(), figures["utility"]["perplexity"]):
+        raise CheckpointError(f"{where}: 'membership_auc' names no attacks; {DAMAGE}")
+    for estimate in (*memory.data.values(), *attacks.values(), utility.data["perplexity"]):
         _check_estimate(estimate, where)
-    _optional_number(figures["utility"], "kl", where)
+    _check_optional_number(utility, "kl")
 
 
-def _check_model(model: Any, where: Path) -> None:
-    check_keys(model, ("streams", "layers", "bits", "density", "base_sha256"), where, what="the audited model")
-    for name in field(model, "streams", list, where):
+def _check_model(data: Any, where: Path) -> None:
+    model = Fields.of(data, where, ("streams", "layers", "bits", "density", "base_sha256"), what="the audited model")
+    for name in model.value("streams", list):
         checked_name(name)
-    count(model, "layers", where)
-    if model["bits"] is not None:
-        count(model, "bits", where, most=64)
-    _optional_number(model, "density", where)
-    if model["base_sha256"] is not None:
-        sha256_field(model, "base_sha256", where)
+    model.count("layers")
+    if data["bits"] is not None:
+        model.count("bits", most=64)
+    _check_optional_number(model, "density")
+    if data["base_sha256"] is not None:
+        model.sha256("base_sha256")
 
 
-def _check_verdict(verdict: Any, where: Path) -> None:
-    check_keys(verdict, ("key", "status", "checks"), where, what="a verdict")
-    text_field(verdict, "key", _WORD, where)
-    text_field(verdict, "status", _STATUS, where)
-    for check in _rows(verdict, "checks", _MOST_CHECKS, where):
-        check_keys(check, ("name", "value", "target", "ok"), where, what="a check")
+def _check_verdict(data: Any, where: Path) -> None:
+    verdict = Fields.of(data, where, ("key", "status", "checks"), what="a verdict")
+    verdict.text("key", _WORD)
+    verdict.text("status", _STATUS)
+    for row in _rows(verdict, "checks", _MOST_CHECKS):
+        check = Fields.of(row, where, ("name", "value", "target", "ok"), what="a check")
         for key in ("name", "target"):
-            text = field(check, key, str, where)
+            text = check.value(key, str)
             if len(text) > _MOST_TEXT or not text.isprintable():
-                raise CheckpointError(f"{where}: {key!r} is {text!r:.80}, expected one printable line; {AGAIN}")
-        _optional_number(check, "value", where)
-        if check["ok"] is not None:
-            field(check, "ok", bool, where)
+                raise CheckpointError(f"{where}: {key!r} is {text!r:.80}, expected one printable line; {DAMAGE}")
+        _check_optional_number(check, "value")
+        if row["ok"] is not None:
+            check.value("ok", bool)
 
 
-def _check_estimate(estimate: Any, where: Path) -> None:
-    if estimate is None:
-        return
-    check_keys(estimate, ("value", "low", "high", "n"), where, what="an estimate")
-    for key in estimate:
-        _optional_number(estimate, key, where)
+def _check_estimate(data: Any, where: Path) -> None:
+    if data is not None:
+        estimate = Fields.of(data, where, ("value", "low", "high", "n"), what="an estimate")
+        for key in data:
+            _check_optional_number(estimate, key)
 
 
-def _optional_number(data: Mapping[str, Any], key: str, where: Path) -> None:
-    if data[key] is not None:
-        number(data, key, where, -_LARGEST, _LARGEST)
+def _check_optional_number(found: Fields, key: str) -> None:
+    if found.data[key] is not None:
+        found.number(key, -_LARGEST, _LARGEST)
 
 
-def _rows(data: Mapping[str, Any], key: str, most: int, where: Path) -> Iterator[Any]:
-    rows = field(data, key, list, where)
+def _rows(found: Fields, key: str, most: int) -> list[Any]:
+    rows: list[Any] = found.value(key, list)
     if len(rows) > most:
-        raise CheckpointError(f"{where}: {key!r} has {len(rows)} entries, expected at most {most}; {AGAIN}")
-    return iter(rows)
+        raise CheckpointError(f"{found.where}: {key!r} has {len(rows)} entries, expected at most {most}; {DAMAGE}")
+    return rows

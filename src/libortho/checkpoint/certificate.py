@@ -15,15 +15,15 @@ from typing import Any
 
 from libortho.checkpoint.audit_figures import check_figures
 from libortho.checkpoint.files import HUB_CACHE, LATER, STREAMS, is_known
-from libortho.checkpoint.format import AGAIN, BASE_MANIFEST, VERSION_TEXT
-from libortho.checkpoint.json_files import check_keys, count, field, number, read_written_json, sha256_field, text_field
-from libortho.checkpoint.stream_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ENTRIES_WEIGHTS, MANIFEST, checked_name
+from libortho.checkpoint.json_files import DAMAGE, Fields, read_written_json
+from libortho.checkpoint.manifest import BASE_MANIFEST, VERSION_TEXT
+from libortho.checkpoint.stream_files import STREAM_FILES, checked_name
+from libortho.checkpoint.tensor_files import holds_tensors
 from libortho.core.errors import CheckpointError
 
 SCHEMA = "libortho-certificate/2"
 _EARLIER = "libortho-certificate/1"
 _WHEN = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
-_STREAM_FILES = (MANIFEST, ADAPTER_CONFIG, ADAPTER_WEIGHTS, ENTRIES_WEIGHTS)
 _DENSEST = 1e3
 
 CHECKED = (
@@ -64,7 +64,7 @@ _NOT_CHECKED = (
 
 def not_checked(files: Iterable[str]) -> tuple[str, ...]:
     """What a certificate of these files leaves open, in words."""
-    texts = sorted(f for f in files if is_known(f) and not f.endswith((".safetensors", ".safetensors.index.json")))
+    texts = sorted(f for f in files if is_known(f) and not holds_tensors(f))
     return (
         f"what these files say and how they are called, beyond the search for bytes and numbers: {', '.join(texts)}",
         *_NOT_CHECKED,
@@ -102,15 +102,16 @@ class RemovedStream:
         """
         names = [f.name for f in fields(cls)]
         if not isinstance(data, dict) or set(data) != set(names):
-            raise CheckpointError(f"{where}: 'removed' has other fields than {names}: {data!r:.80}; {AGAIN}")
+            raise CheckpointError(f"{where}: 'removed' has other fields than {names}: {data!r:.80}; {DAMAGE}")
+        found = Fields(data, where)
         return cls(
             name=checked_name(data["name"]),
-            manifest_sha256=sha256_field(data, "manifest_sha256", where),
-            weights_sha256=sha256_field(data, "weights_sha256", where),
-            density=number(data, "density", where, 0.0, _DENSEST),
-            tail_density=number(data, "tail_density", where, 0.0, _DENSEST),
-            layers=count(data, "layers", where),
-            bytes=count(data, "bytes", where),
+            manifest_sha256=found.sha256("manifest_sha256"),
+            weights_sha256=found.sha256("weights_sha256"),
+            density=found.number("density", 0.0, _DENSEST),
+            tail_density=found.number("tail_density", 0.0, _DENSEST),
+            layers=found.count("layers"),
+            bytes=found.count("bytes"),
         )
 
 
@@ -165,28 +166,30 @@ class Certificate:
             )
         if data.get("schema") != SCHEMA:
             raise CheckpointError(f"{path}: schema is {data.get('schema')!r:.60}, expected {SCHEMA!r}")
-        check_keys(data, ("schema", *(f.name for f in fields(cls))), path)
-        files = field(data, "files", dict, path)
-        for name in files:
+        told = Fields.of(data, path, ("schema", *(f.name for f in fields(cls))))
+        files = Fields(told.value("files", dict), path)
+        for name in files.data:
             _check_file(name, path)
         if data["audit"] is not None:
             check_figures(data["audit"], path, optional=("base_checked",))
         found = cls(
-            libortho=text_field(data, "libortho", VERSION_TEXT, path),
-            when=_time(data, path),
-            base_sha256=sha256_field(data, "base_sha256", path),
-            rest_sha256=sha256_field(data, "rest_sha256", path),
-            removed=tuple(RemovedStream.from_dict(r, path) for r in field(data, "removed", list, path)),
-            kept=tuple(checked_name(k) for k in field(data, "kept", list, path)),
-            files={name: sha256_field(files, name, path) for name in files},
-            compared=count(data, "compared", path),
+            libortho=told.text("libortho", VERSION_TEXT),
+            when=_time(told),
+            base_sha256=told.sha256("base_sha256"),
+            rest_sha256=told.sha256("rest_sha256"),
+            removed=tuple(RemovedStream.from_dict(r, path) for r in told.value("removed", list)),
+            kept=tuple(checked_name(k) for k in told.value("kept", list)),
+            files={name: files.sha256(name) for name in files.data},
+            compared=told.count("compared"),
             audit=data["audit"],
             checked=CHECKED,
-            not_checked=not_checked(files),
+            not_checked=not_checked(files.data),
         )
         names = [*(r.name for r in found.removed), *found.kept]
         if not found.removed or len(set(names)) < len(names):
-            raise CheckpointError(f"{path}: 'removed' and 'kept' name no stream, or one twice: {names!r:.200}; {AGAIN}")
+            raise CheckpointError(
+                f"{path}: 'removed' and 'kept' name no stream, or one twice: {names!r:.200}; {DAMAGE}"
+            )
         for key, words in (("checked", found.checked), ("not_checked", found.not_checked)):
             if data[key] != list(words):
                 raise CheckpointError(
@@ -206,17 +209,17 @@ class Certificate:
 def _check_file(name: str, path: Path) -> None:
     """Refuse a name that no file of a detached checkpoint has."""
     parts = name.split("/")
-    of_stream = len(parts) == 3 and parts[0] == STREAMS and parts[2] in _STREAM_FILES
+    of_stream = len(parts) == 3 and parts[0] == STREAMS and parts[2] in STREAM_FILES
     if of_stream:
         checked_name(parts[1])
     elif name != BASE_MANIFEST and not is_known(name):
-        raise CheckpointError(f"{path} names the file {name!r:.80}, which no checkpoint has; {AGAIN}")
+        raise CheckpointError(f"{path} names the file {name!r:.80}, which no checkpoint has; {DAMAGE}")
 
 
-def _time(data: dict[str, Any], path: Path) -> str:
-    when = text_field(data, "when", _WHEN, path)
+def _time(told: Fields) -> str:
+    when = told.text("when", _WHEN)
     try:
         datetime.fromisoformat(when)
     except ValueError as error:
-        raise CheckpointError(f"{path}: 'when' is {when}, which is no time: {error}; {AGAIN}") from error
+        raise CheckpointError(f"{told.where}: 'when' is {when}, which is no time: {error}; {DAMAGE}") from error
     return when

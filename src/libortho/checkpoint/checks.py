@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from libortho.checkpoint.files import STREAMS, strangers
-from libortho.checkpoint.format import BASE_MANIFEST, BaseManifest
-from libortho.checkpoint.hf import LOAD_ERRORS, causal_class, of_split_layer
+from libortho.checkpoint.directories import check_room
+from libortho.checkpoint.files import STREAMS, unlisted
+from libortho.checkpoint.hf import LOAD_ERRORS, causal_class, kept_in_fp32, of_split_layer, refuse_renamed, skeleton
+from libortho.checkpoint.manifest import BASE_MANIFEST, BaseManifest
 from libortho.checkpoint.stream_files import stream_names
 from libortho.core.arguments import check_model
 from libortho.core.dtypes import DTYPES
@@ -44,38 +42,6 @@ def check_destination(directory: str | Path, streams: Collection[str], *, needed
         _check_earlier(target, streams)
     check_room(target, needed)
     return target
-
-
-def check_new_place(path: str | Path, needed: int = 0) -> Path:
-    """Refuse a place that is taken, or where nothing can be written.
-
-    Returns:
-        The absolute path.
-
-    Raises:
-        CheckpointError: then, or if the disk has not ``needed`` bytes left.
-    """
-    target = Path(os.path.abspath(path))
-    if os.path.lexists(target):
-        raise CheckpointError(f"{target} exists; choose another name")
-    check_new_entry(target, CheckpointError)
-    check_room(target, needed)
-    return target
-
-
-def check_room(target: Path, needed: int) -> None:
-    """Refuse a disk that cannot take so many bytes.
-
-    Raises:
-        CheckpointError: then.
-    """
-    place = next(p for p in (target, *target.parents) if p.is_dir())
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise CheckpointError(
-            f"{target} needs at least {needed / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB left; make room, or "
-            "choose another disk"
-        )
 
 
 def check_saveable(model: nn.Module, layers: Collection[str], bits: int | None) -> int:
@@ -121,18 +87,6 @@ def check_saveable(model: nn.Module, layers: Collection[str], bits: int | None) 
     return _check_tensors(model, layers, bits)
 
 
-def skeleton(model: PreTrainedModel) -> PreTrainedModel:
-    """The model as transformers builds it from its configuration, without data."""
-    with torch.device("meta"):
-        return type(model)(model.config)
-
-
-def files_of(directory: Path) -> list[str]:
-    """Files outside the directory of streams, as relative paths."""
-    found = (p.relative_to(directory) for p in directory.rglob("*") if not p.is_dir())
-    return sorted(p.as_posix() for p in found if p.parts[0] != STREAMS)
-
-
 def _check_earlier(target: Path, streams: Collection[str]) -> None:
     """Refuse to replace what is not an earlier checkpoint, or to lose a stream or a file that only it holds."""
     if not target.is_dir():
@@ -147,8 +101,7 @@ def _check_earlier(target: Path, streams: Collection[str]) -> None:
             f"{target} holds the streams {lost}, which this model has not, and which would be lost; choose another "
             "directory, or delete their folders first"
         )
-    known = {*BaseManifest.read(target).files, BASE_MANIFEST}
-    foreign = next(strangers(target, known, unread=(STREAMS,)), None)
+    foreign = next(unlisted(target, BaseManifest.read(target).file_names, unread=(STREAMS,)), None)
     if foreign is not None:
         raise CheckpointError(
             f"{target} holds {foreign.name}, which save did not write, and which would be lost; move it, or choose "
@@ -168,11 +121,7 @@ def _check_names(model: PreTrainedModel, original: PreTrainedModel, layers: Coll
         stored: Mapping[str, Tensor] = revert_weight_conversion(original, held)
     except LOAD_ERRORS:  # an operation that needs values; what was written is compared in the end
         return
-    renamed = [n for n in layers if f"{n}.weight" not in stored]
-    if renamed:
-        raise CheckpointError(
-            f"transformers stores {renamed[0]} of this model family under another name; not supported"
-        )
+    refuse_renamed(n for n in layers if f"{n}.weight" not in stored)
     rebuilt = [n for n, m in original.named_modules() if type(m).__name__ in REBUILT]
     assembled = len(stored) > len(held)  # one tensor of the model from several of the file
     if bits is not None and (rebuilt or assembled):
@@ -186,7 +135,7 @@ def _check_names(model: PreTrainedModel, original: PreTrainedModel, layers: Coll
 
 
 def _check_configuration(model: PreTrainedModel) -> None:
-    """Write what accompanies the weights, once, to a place of its own."""
+    """Write the configuration to a temporary folder, to find out whether transformers refuses to."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             model.config.save_pretrained(folder)
@@ -200,12 +149,12 @@ def _check_configuration(model: PreTrainedModel) -> None:
 
 
 def _check_tensors(model: PreTrainedModel, layers: Collection[str], bits: int | None) -> int:
-    """One dtype and no NaN, as stock transformers reads the model back; the bytes of the base."""
+    """Check that the model is in one dtype and holds no NaN; return the bytes of the base."""
     if model.dtype not in DTYPES.values():
         raise CheckpointError(
             f"the model is in {model.dtype}; expected one of {', '.join(DTYPES)}: convert it with .to() first"
         )
-    fixed = tuple({*_names(model, "_keep_in_fp32_modules"), *_names(model, "_keep_in_fp32_modules_strict")})
+    fixed = kept_in_fp32(model)
     seen: set[tuple[int, int]] = set()  # tied tensors are stored once
     size = 0
     for key, tensor in model.state_dict().items():
@@ -227,7 +176,3 @@ def _check_tensors(model: PreTrainedModel, layers: Collection[str], bits: int | 
         if bool(tensor.isnan().any()):
             raise CheckpointError(f"{key} holds NaN, which no check of a saved file can tell from damage; repair it")
     return size
-
-
-def _names(model: Any, attribute: str) -> Collection[str]:
-    return getattr(model, attribute, None) or ()

@@ -42,7 +42,7 @@ def load_model(name: str | Path, dtype: torch.dtype | str = "auto", device: str 
 
 
 def forget_quantisation(model: Any) -> None:
-    """Drop the marks that a loader leaves on a model it has dequantised, which is an ordinary dense one."""
+    """Remove the marks of quantisation from a model that its loader has dequantised: it is an ordinary dense one."""
     for name in ("hf_quantizer", "quantization_method"):
         if hasattr(model, name):
             setattr(model, name, None)
@@ -58,7 +58,7 @@ def refuse_checkpoint(name: str | Path, what: str = "the model") -> None:
         what: What the caller calls the model.
 
     Raises:
-        CheckpointError: then; the message names the streams.
+        CheckpointError: if it is one; the message names the streams.
     """
     from libortho.checkpoint import is_checkpoint, stream_names
 

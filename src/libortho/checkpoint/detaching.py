@@ -20,21 +20,21 @@ from safetensors import safe_open
 from libortho.checkpoint.absence import Traces
 from libortho.checkpoint.audit_figures import figures_of
 from libortho.checkpoint.certificate import CHECKED, Certificate, RemovedStream, not_checked
-from libortho.checkpoint.checks import check_new_place, check_room
-from libortho.checkpoint.files import CERTIFICATE, HUB_CACHE, LATER, STREAMS, check_directory, strangers
-from libortho.checkpoint.format import BASE_MANIFEST, BaseManifest
-from libortho.checkpoint.info import StreamInfo, inspect
-from libortho.checkpoint.json_files import field, file_sha256, read_json, sha256_field, write_json
-from libortho.checkpoint.proof import check_base, check_held
+from libortho.checkpoint.directories import check_new_place, check_room, publish, staging
+from libortho.checkpoint.files import CERTIFICATE, HUB_CACHE, LATER, STREAMS, unlisted
+from libortho.checkpoint.info import stream_info
+from libortho.checkpoint.json_files import Fields, file_sha256, read_json, write_json
+from libortho.checkpoint.manifest import BASE_MANIFEST, BaseManifest
+from libortho.checkpoint.proof import check_contents
 from libortho.checkpoint.stream_files import (
     ADAPTER_CONFIG,
     MANIFEST,
     StreamManifest,
     checked_name,
+    choose_streams,
     read_stream,
     stream_names,
 )
-from libortho.checkpoint.writing import publish, staging
 from libortho.core.errors import CheckpointError
 
 
@@ -77,30 +77,31 @@ def detach(
         raise CheckpointError(f"{target} lies inside {root}; choose a place outside the checkpoint")
     base = BaseManifest.read(root)
     check_room(target, sum((root / f).stat().st_size for f in base.files if (root / f).is_file()))
-    check_directory(root, {*base.files, BASE_MANIFEST}, BASE_MANIFEST)
+    base.check_directory(root)
     base.check_files(root)
-    removed = choose(root, streams)
-    kept = [n for n in stream_names(root) if n not in removed]
-    infos = {s.name: s for s in inspect(root).streams}
+    removed = choose_streams(root, streams)
+    manifests = {name: StreamManifest.read(root, name, base) for name in stream_names(root)}
+    if not removed:
+        raise CheckpointError(f"{root} has no stream to detach; it has {list(manifests)}")
+    kept = [n for n in manifests if n not in removed]
     figures = None if audit is None else figures_of(Path(audit), base, removed)
     gone = {name: read_stream(root, name, base) for name in removed}
     for name in kept:
         read_stream(root, name, base)
-    stay = {name: files_of_stream(root, name, base) for name in kept}
-    names = [*base.files, BASE_MANIFEST, *(f for files in stay.values() for f in files)]
-    check_held(root, base, stay)
+    names = [*base.file_names, *(path for name in kept for path in manifests[name].paths)]
+    check_contents(root, base, names)
     with staging(target) as staged:
         files = {name: _copy(root / name, staged / name) for name in names}
-        check_held(staged, base, stay)
+        check_contents(staged, base, names)
         traces = Traces(gone)
-        _check_no_copy(files, {f: n for n in removed for f in files_of_stream(root, n, base)}, root)
+        _check_no_copy(files, {path: name for name in removed for path in manifests[name].paths}, root)
         compared = _check_absent(staged, files, traces)
         result = Certificate(
             libortho=__version__,
             when=(when or datetime.now(UTC)).astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             base_sha256=base.base_sha256,
             rest_sha256=base.rest_sha256,
-            removed=tuple(_removed(root, infos[name], base) for name in removed),
+            removed=tuple(_removed(root, manifests[name], base) for name in removed),
             kept=tuple(kept),
             files=files,
             compared=compared,
@@ -139,23 +140,22 @@ def verify_certificate(directory: str | Path) -> Certificate:
     names = stream_names(root)
     if tuple(names) != found.kept:
         raise CheckpointError(f"{root} holds the streams {names}, {CERTIFICATE} names {list(found.kept)}")
-    stay = {name: files_of_stream(root, name, base) for name in names}
-    belong = {*base.files, BASE_MANIFEST, *(f for files in stay.values() for f in files)}
+    belong = {*base.file_names, *(path for n in names for path in StreamManifest.read(root, n, base).paths)}
     if belong != set(found.files):
         name = min(belong ^ set(found.files))
         raise CheckpointError(f"{BASE_MANIFEST} and {CERTIFICATE} of {root} disagree about the file {name}")
     base.check_files(root)
-    check_held(root, base, stay)
+    check_contents(root, base, sorted(belong))
     for name in names:
         read_stream(root, name, base)
     return found.beside(beside)
 
 
 def _beside(root: Path, certificate: Certificate) -> list[str]:
-    """What is in a directory besides the files of its certificate, and may be; anything else is refused."""
+    """Names of what may lie beside the files of a certificate; refuses anything else."""
     beside = [HUB_CACHE + "/"] if (root / HUB_CACHE).is_dir() else []
     present = {*certificate.files, CERTIFICATE}
-    for found in strangers(root, present, unread=(HUB_CACHE,)):
+    for found in unlisted(root, present, unread=(HUB_CACHE,)):
         if found.kind != "file" or found.name not in LATER:
             inside = _first_file(root / found.name) if found.kind == "folder" else None
             place, kind = (root / found.name, found.kind) if inside is None else (inside, "file")
@@ -198,7 +198,7 @@ def attach(directory: str | Path, stream: str | Path, *, name: str | None = None
     """
     root = Path(os.path.realpath(directory))
     base = BaseManifest.read(root)
-    check_directory(root, {*base.files, BASE_MANIFEST}, BASE_MANIFEST)
+    base.check_directory(root)
     stream_names(root)
     source = Path(stream)
     if source.is_file():
@@ -207,20 +207,20 @@ def attach(directory: str | Path, stream: str | Path, *, name: str | None = None
                 f"{source} is a file; expected the folder of a stream (if the file is encrypted, decrypt it first)"
             )
         source = source.parent
-    manifest = read_json(source / MANIFEST)
-    made_for = sha256_field(manifest, "base_sha256", source / MANIFEST)
+    manifest = Fields(read_json(source / MANIFEST), source / MANIFEST)
+    made_for = manifest.sha256("base_sha256")
     if made_for != base.base_sha256:
         raise CheckpointError(
             f"the stream in {source} was made for the base {made_for}, {root} holds {base.base_sha256}; attach it to "
             "its own base"
         )
-    name = checked_name(field(manifest, "stream", str, source / MANIFEST) if name is None else name)
+    name = checked_name(manifest.value("stream", str) if name is None else name)
     if os.path.lexists(root / STREAMS / name):
         raise CheckpointError(f"{root} has a stream {name!r} already; give another name, or delete that folder first")
     with staging(root) as staged:
         folder = staged / STREAMS / name
         folder.mkdir(parents=True, mode=0o700)
-        write_json(folder / MANIFEST, manifest | {"stream": name})
+        write_json(folder / MANIFEST, {**manifest.data, "stream": name})
         kind = StreamManifest.read(staged, name, base)
         for file in kind.files:
             if file != MANIFEST:
@@ -231,29 +231,8 @@ def attach(directory: str | Path, stream: str | Path, *, name: str | None = None
     return name
 
 
-def files_of_stream(root: Path, name: str, base: BaseManifest) -> list[str]:
-    """The files that make up a stream, relative to the checkpoint; what else lies in its folder is no part of it."""
-    return [f"{STREAMS}/{name}/{file}" for file in StreamManifest.read(root, name, base).files]
-
-
-def choose(root: Path, streams: str | Iterable[str]) -> list[str]:
-    """Names of the wanted streams, which must be there and at least one."""
-    present = stream_names(root)
-    if isinstance(streams, str):
-        if streams != "all":
-            raise CheckpointError(f"streams is {streams!r}; expected 'all', or a list such as [{streams!r}]")
-        names = present
-    else:
-        names = list(dict.fromkeys(checked_name(s) for s in streams))
-    missing = [n for n in names if n not in present]
-    if missing or not names:
-        what = f"no stream {missing[0]!r}" if missing else "no stream to detach"
-        raise CheckpointError(f"{root} has {what}; it has {present}")
-    return names
-
-
 def _copy(source: Path, target: Path) -> str:
-    """Copy one file; its hash, after both sides were read and found equal."""
+    """Copy one file, read both sides, and return their common hash."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if not source.is_file():
         raise CheckpointError(f"{source} is missing; expected a directory written by libortho.save")
@@ -277,7 +256,7 @@ def _check_no_copy(files: Mapping[str, str], gone: Mapping[str, str], root: Path
 
 
 def _check_absent(staged: Path, files: Iterable[str], traces: Traces) -> int:
-    """Search what was written for anything of the removed streams; the number of tensors, rows and columns."""
+    """Search the written files for the removed streams; return how many tensors, rows and columns were searched."""
     compared = 0
     for file in files:
         found = None
@@ -287,10 +266,10 @@ def _check_absent(staged: Path, files: Iterable[str], traces: Traces) -> int:
                     tensor = tensors.get_tensor(key)
                     if found is None and tensor.is_floating_point():
                         compared += 1 + (sum(tensor.shape) if tensor.dim() == 2 else 0)
-                        found = _told(f"the tensor {key} of {file} holds values", traces.in_tensor(tensor))
+                        found = _finding(f"the tensor {key} of {file} holds values", traces.in_tensor(tensor))
         else:
-            found = _told(f"{file} holds values", traces.in_text((staged / file).read_bytes()))
-        found = found or _told(f"{file} holds bytes", traces.in_file(staged / file))
+            found = _finding(f"{file} holds values", traces.in_text((staged / file).read_bytes()))
+        found = found or _finding(f"{file} holds bytes", traces.in_file(staged / file))
         if found is not None:
             raise CheckpointError(
                 f"{found}, which was to be removed; remove the stream that shares them too, or ask how they came into "
@@ -299,23 +278,18 @@ def _check_absent(staged: Path, files: Iterable[str], traces: Traces) -> int:
     return compared
 
 
-def _told(what: str, owner: str | None) -> str | None:
+def _finding(what: str, owner: str | None) -> str | None:
     return None if owner is None else f"{what} of stream {owner!r}"
 
 
-def _removed(root: Path, info: StreamInfo, base: BaseManifest) -> RemovedStream:
+def _removed(root: Path, manifest: StreamManifest, base: BaseManifest) -> RemovedStream:
+    info = stream_info(root, manifest, base, (base.base_sha256, base.rest_sha256))
     return RemovedStream(
         name=info.name,
         manifest_sha256=file_sha256(root / STREAMS / info.name / MANIFEST),
-        weights_sha256=StreamManifest.read(root, info.name, base).weights_sha256,
+        weights_sha256=manifest.weights_sha256,
         density=info.density,
         tail_density=info.tail_density,
         layers=info.layers,
         bytes=info.bytes_on_disk,
     )
-
-
-__all__ = [
-    "CERTIFICATE", "Certificate", "RemovedStream", "attach", "check_base", "choose", "detach", "files_of_stream",
-    "verify_certificate",
-]  # fmt: skip

@@ -1,6 +1,6 @@
 """Which files belong to a checkpoint, which may lie beside them, and what else is there.
 
-A file that transformers, tokenizers or PEFT find in a directory is obeyed, whoever put it there. So the files of a
+transformers, tokenizers and PEFT read any file of a known name in a directory, whoever put it there. So the files of a
 checkpoint have known names, ``libortho.json`` lists them, and everything else is refused, but for a few names that no
 loader reads.
 """
@@ -41,7 +41,7 @@ _UNFINISHED = re.compile(r"\.[A-Za-z0-9_-]+\.[0-9a-f]{8}\.tmp")
 
 
 @dataclass(frozen=True)
-class Stranger:
+class Unlisted:
     """Something in a directory that its manifest does not list as a file.
 
     Attributes:
@@ -58,7 +58,7 @@ def is_known(name: str) -> bool:
     return _KNOWN.fullmatch(name) is not None
 
 
-def strangers(root: Path, files: Collection[str], *, unread: Collection[str] = ()) -> Iterator[Stranger]:
+def unlisted(root: Path, files: Collection[str], *, unread: Collection[str] = ()) -> Iterator[Unlisted]:
     """What is in a directory besides the listed files; no link is followed to a folder.
 
     Args:
@@ -85,7 +85,7 @@ def strangers(root: Path, files: Collection[str], *, unread: Collection[str] = (
             if kind == "folder" and name in folders:
                 waiting.append(name)
             elif kind != "file" or name not in files:
-                yield Stranger(name, kind)
+                yield Unlisted(name, kind)
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
@@ -111,7 +111,7 @@ def check_directory(root: Path, files: Collection[str], manifest: str) -> None:
         CheckpointError: if there is a file that is neither listed nor of a name that no loader reads, a folder without
             a listed file, a link to a folder, a pipe or a device.
     """
-    for found in strangers(root, files, unread=(STREAMS, ".git", HUB_CACHE)):
+    for found in unlisted(root, files, unread=(STREAMS, ".git", HUB_CACHE)):
         if found.kind != "file" or not _BESIDE.fullmatch(found.name):
             raise CheckpointError(
                 f"{root} holds {found.name!r:.120}, a {found.kind} that {manifest} does not list; a loader could read "
@@ -121,12 +121,8 @@ def check_directory(root: Path, files: Collection[str], manifest: str) -> None:
 
 
 def check_stream_folder(folder: Path, files: Collection[str]) -> None:
-    """Refuse the folder of a stream that holds more than its files, a ``*.md`` or ``.gitattributes``.
-
-    Raises:
-        CheckpointError: then.
-    """
-    for found in strangers(folder, files):
+    """Raise CheckpointError if the folder of a stream holds more than its files, ``*.md`` and ``.gitattributes``."""
+    for found in unlisted(folder, files):
         if found.kind != "file" or not re.fullmatch(r"[^/]+\.md|\.gitattributes", found.name):
             raise CheckpointError(
                 f"{folder} holds {found.name!r:.120}, a {found.kind} that is no part of the stream; a loader could "
@@ -135,7 +131,7 @@ def check_stream_folder(folder: Path, files: Collection[str]) -> None:
 
 
 def stream_folders(root: Path) -> list[str]:
-    """Names of the folders of streams, sorted; folders that a killed process left unfinished are none.
+    """Names of the folders of streams, sorted; unfinished folders of a killed process are left out.
 
     Raises:
         CheckpointError: if the folder of streams is a link, or holds anything but folders and ``*.md``.
@@ -146,7 +142,7 @@ def stream_folders(root: Path) -> list[str]:
     if place.is_symlink() or not place.is_dir():
         raise CheckpointError(f"{place} is no folder; expected one with a folder for each stream")
     names = []
-    for found in strangers(place, ()):
+    for found in unlisted(place, ()):
         if found.kind == "folder" and not _UNFINISHED.fullmatch(found.name):
             names.append(found.name)
         elif found.kind != "folder" and (found.kind != "file" or not found.name.endswith(".md")):

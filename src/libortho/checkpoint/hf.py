@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
 
-from libortho.checkpoint.format import AGAIN, CONFIG, read_json
+from libortho.checkpoint.json_files import DAMAGE, read_json
+from libortho.checkpoint.manifest import CONFIG
 from libortho.core.errors import CheckpointError
 
 _COUNTS = frozenset({"num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"})
@@ -32,8 +35,14 @@ def causal_class(config: Any) -> Any:
     return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
 
 
-def described(root: Path, tensors: int, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model that ``config.json`` describes, without data.
+def skeleton(model: PreTrainedModel) -> PreTrainedModel:
+    """The model as transformers builds it from its configuration, without data."""
+    with torch.device("meta"):
+        return type(model)(model.config)
+
+
+def stored_skeleton(root: Path, tensors: int, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model that the ``config.json`` of a checkpoint describes, without data.
 
     Args:
         root: A checkpoint directory.
@@ -47,23 +56,30 @@ def described(root: Path, tensors: int, dtype: torch.dtype | None = None) -> Pre
     path = root / CONFIG
     stored = read_json(path)
     if _REDIRECT in stored:
-        raise CheckpointError(f"{path} names other weights ({_REDIRECT}), which no saved model does; {AGAIN}")
+        raise CheckpointError(f"{path} names other weights ({_REDIRECT}), which no saved model does; {DAMAGE}")
     check_configuration(stored, tensors, path)
-    try:
+    with building(path):
         config = AutoConfig.from_pretrained(root, trust_remote_code=False, local_files_only=True)
         if getattr(config, "quantization_config", None) is not None:
             del config.quantization_config
         wanted = dtype or config.dtype
         kind = causal_class(config)
         if kind is None or not isinstance(wanted, torch.dtype):
-            raise CheckpointError(f"{path} names no causal language model with a dtype; {AGAIN}")
+            raise CheckpointError(f"{path} names no causal language model with a dtype; {DAMAGE}")
         with torch.device("meta"):
             model = kind(config)
         return model.to(wanted)
+
+
+@contextmanager
+def building(config: Path) -> Iterator[None]:
+    """Raise what transformers raises while it builds the model of a configuration as CheckpointError."""
+    try:
+        yield
+    except CheckpointError:
+        raise
     except LOAD_ERRORS as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"transformers cannot build the model of {path}: {error}; {AGAIN}") from error
+        raise CheckpointError(f"transformers cannot build the model of {config}: {error}; {DAMAGE}") from error
 
 
 def check_loading(info: Mapping[str, Any]) -> None:
@@ -71,15 +87,11 @@ def check_loading(info: Mapping[str, Any]) -> None:
     problems = {k: sorted(map(str, v)) for k, v in info.items() if v}
     if problems:
         kind, names = next(iter(problems.items()))
-        raise CheckpointError(f"the weights do not fit the model of config.json: {kind} {names[:3]}; {AGAIN}")
+        raise CheckpointError(f"the weights do not fit the model of config.json: {kind} {names[:3]}; {DAMAGE}")
 
 
 def check_configuration(config: Any, tensors: int, where: Any) -> None:
-    """Refuse a config.json with more layers than there are tensors, or that names code of the hub to run.
-
-    Raises:
-        CheckpointError: then.
-    """
+    """Raise CheckpointError if config.json has more layers than there are tensors, or names code of the hub to run."""
     todo = [config]
     while todo:
         part = todo.pop()
@@ -87,7 +99,7 @@ def check_configuration(config: Any, tensors: int, where: Any) -> None:
             if isinstance(value, dict):
                 todo.append(value)
             elif isinstance(value, int) and key in _COUNTS and value > tensors:
-                raise CheckpointError(f"{where}: {key} is {value}, but only {tensors} tensors are stored; {AGAIN}")
+                raise CheckpointError(f"{where}: {key} is {value}, but only {tensors} tensors are stored; {DAMAGE}")
             if _CODE.search(key) and "/" in json.dumps(value):
                 raise CheckpointError(
                     f"{where}: {key} is {value!r:.80}, which names a repository whose code would run; expected one of "
@@ -107,7 +119,7 @@ def check_size(skeleton: Any, stored: int, where: Any) -> None:
     if parameters > 2 * stored or buffers > stored + _BUFFERS:
         raise CheckpointError(
             f"{where} describes a model of {parameters} parameters and {buffers} numbers beside them, but {stored} are "
-            f"stored; {AGAIN}"
+            f"stored; {DAMAGE}"
         )
 
 
@@ -115,3 +127,20 @@ def of_split_layer(key: str, layers: Collection[str]) -> bool:
     """True if a state-dict key lies under a split layer."""
     parts = key.split(".")
     return any(".".join(parts[:i]) in layers for i in range(1, len(parts)))
+
+
+def outside_split_layers(tensors: Mapping[str, Tensor], layers: Collection[str]) -> dict[str, Tensor]:
+    """What transformers holds beside the base of the split layers: all other tensors, and the layers' biases."""
+    return {k: v for k, v in tensors.items() if not of_split_layer(k, layers) or k.endswith(".bias")}
+
+
+def kept_in_fp32(model: PreTrainedModel) -> frozenset[str]:
+    """Parts of names of the tensors that transformers keeps in fp32 in a model of another dtype."""
+    kinds = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    return frozenset(name for kind in kinds for name in getattr(model, kind, None) or ())
+
+
+def refuse_renamed(names: Iterable[str]) -> None:
+    """Raise CheckpointError if there is a layer or tensor that transformers stores under another name than it has."""
+    for name in names:
+        raise CheckpointError(f"transformers stores {name} of this model family under another name; not supported")

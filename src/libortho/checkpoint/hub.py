@@ -10,13 +10,11 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from libortho.checkpoint.card import model_card
-from libortho.checkpoint.detaching import choose, files_of_stream
-from libortho.checkpoint.files import CERTIFICATE
-from libortho.checkpoint.format import BASE_MANIFEST, BaseManifest
+from libortho.checkpoint.files import CERTIFICATE, README
+from libortho.checkpoint.manifest import BaseManifest
 from libortho.checkpoint.proof import check_base
-from libortho.checkpoint.stream_files import read_stream
-
-CARD = "README.md"
+from libortho.checkpoint.stream_files import StreamManifest, choose_streams, read_stream
+from libortho.core.errors import CheckpointError
 
 
 def push_to_hub(
@@ -27,7 +25,7 @@ def push_to_hub(
     streams: str | Iterable[str] | None = None,
     token: str | None = None,
 ) -> str:
-    """Upload a checkpoint. Files that ``save`` did not write stay here, but for README.md and a certificate.
+    """Upload a checkpoint: files that ``save`` wrote, README.md and a certificate, and nothing else.
 
     A stream that an earlier upload brought to the repository stays in it, and in its history; delete the repository to
     take it back.
@@ -50,11 +48,14 @@ def push_to_hub(
     root = Path(directory)
     base = BaseManifest.read(root)
     base.check_files(root)
-    names = [] if streams is None else choose(root, streams)
+    names = [] if streams is None else choose_streams(root, streams)
+    if streams is not None and not names:
+        raise CheckpointError(f"{root} has no stream to upload: streams is {streams!r}; None uploads the base alone")
     check_base(root, base)
     for name in names:
         read_stream(root, name, base)
-    files = [*base.files, BASE_MANIFEST, CERTIFICATE, CARD, *(f for n in names for f in files_of_stream(root, n, base))]
+    files = [*base.file_names, CERTIFICATE, README]
+    files += [path for name in names for path in StreamManifest.read(root, name, base).paths]
     api = HfApi(token=token)
     repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     try:
@@ -66,9 +67,9 @@ def push_to_hub(
         if isinstance(error.__cause__, HfHubHTTPError):
             raise error.__cause__ from None
         raise
-    if not (root / CARD).is_file() and not api.file_exists(repo, CARD):
+    if not (root / README).is_file() and not api.file_exists(repo, README):
         card = model_card(root, streams=names)
         commit = api.upload_file(
-            path_or_fileobj=card.encode(), path_in_repo=CARD, repo_id=repo, commit_message="Model card"
+            path_or_fileobj=card.encode(), path_in_repo=README, repo_id=repo, commit_message="Model card"
         )
     return str(commit.commit_url)

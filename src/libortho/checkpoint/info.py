@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from libortho.checkpoint.format import STREAMS, BaseManifest, TensorFiles
+from libortho.checkpoint.files import STREAMS
+from libortho.checkpoint.manifest import BaseManifest
 from libortho.checkpoint.stream_files import StreamManifest, stream_names
-from libortho.core.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class StreamInfo:
         tail_density: Stored values of the tail / weights of all split layers.
         bytes_on_disk: All files of its folder.
         needs_libortho: False if it is a PEFT adapter.
-        alpha: At which alpha it stands when it is loaded.
+        alpha: Alpha at which it is loaded.
         base_matches: True if it belongs to the base beside it, as that base is now: the split layers and all other
             tensors (in checkpoints whose streams name the split layers alone: those).
         method: What made it; None if unknown.
@@ -83,15 +83,10 @@ def inspect(directory: str | Path) -> CheckpointInfo:
     """
     root = Path(directory)
     base = BaseManifest.read(root)
-    files = TensorFiles(root)
-    base.check_weights(files, root)
-    hashed = base.scheme.hashed_names(base.shapes)
-    missing = [n for n in hashed if n not in files]
-    if missing:
-        raise CheckpointError(f"the tensor {missing[0]} is missing from {root}; copy the checkpoint again")
-    hashes = files.sha256(hashed), files.sha256(set(files.names()) - set(base.tensor_names()))
-    weights = sum(rows * columns for rows, columns in base.shapes.values())
-    base_bytes = sum(files.nbytes(n) for n in hashed)
+    files = base.open_tensors(root)
+    hashes = base.scheme.hashes(base.shapes, files)
+    weights = base.weights
+    base_bytes = sum(files.nbytes(n) for n in base.scheme.hashed_names(base.shapes))
     return CheckpointInfo(
         bits=base.scheme.bits,
         group_size=base.scheme.group_size,
@@ -99,12 +94,14 @@ def inspect(directory: str | Path) -> CheckpointInfo:
         weights=weights,
         base_bytes=base_bytes,
         bits_per_weight=8 * base_bytes / weights,
-        streams=tuple(_stream_info(root, name, base, hashes, weights) for name in stream_names(root)),
+        streams=tuple(
+            stream_info(root, StreamManifest.read(root, name, base), base, hashes) for name in stream_names(root)
+        ),
     )
 
 
-def _stream_info(root: Path, name: str, base: BaseManifest, hashes: tuple[str, str], weights: int) -> StreamInfo:
-    manifest = StreamManifest.read(root, name, base)
+def stream_info(root: Path, manifest: StreamManifest, base: BaseManifest, hashes: tuple[str, str]) -> StreamInfo:
+    """Describe one stream of a checkpoint beside a base with these hashes (of the split layers, of all others)."""
     columns = entries = support = tail = 0
     for layer, (layer_columns, layer_entries, rank) in manifest.sizes.items():
         rows, inputs = base.shapes[layer]
@@ -114,12 +111,12 @@ def _stream_info(root: Path, name: str, base: BaseManifest, hashes: tuple[str, s
         tail += rank * (rows + inputs)
     kinds = (("columns", columns), ("entries", entries), ("tail", tail))
     return StreamInfo(
-        name=name,
+        name=manifest.name,
         kinds=tuple(kind for kind, size in kinds if size),
         layers=sum(any(s) for s in manifest.sizes.values()),
-        density=support / weights,
-        tail_density=tail / weights,
-        bytes_on_disk=sum(p.stat().st_size for p in (root / STREAMS / name).rglob("*") if p.is_file()),
+        density=support / base.weights,
+        tail_density=tail / base.weights,
+        bytes_on_disk=sum(p.stat().st_size for p in (root / STREAMS / manifest.name).rglob("*") if p.is_file()),
         needs_libortho=manifest.needs_libortho,
         alpha=manifest.alpha,
         base_matches=manifest.base_sha256 == hashes[0] and manifest.rest_sha256 in (None, hashes[1]),

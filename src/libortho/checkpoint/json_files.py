@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 import stat
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from libortho.core.errors import CheckpointError
 
-AGAIN = "the file is damaged or was changed; copy the checkpoint again or save it again"
+DAMAGE = "the file is damaged or was changed; copy the checkpoint again or save it again"
 MAX_JSON = 2**28
 """Largest JSON file that is read, in bytes."""
 MAX_COUNT = 2**53
@@ -34,10 +34,10 @@ def open_regular(path: Path) -> BinaryIO:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; expected a directory written by libortho.save") from error
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}; {AGAIN}") from error
+        raise CheckpointError(f"cannot read {path}: {error}; {DAMAGE}") from error
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise CheckpointError(f"cannot read {path}: it is no ordinary file; {AGAIN}")
+        raise CheckpointError(f"cannot read {path}: it is no ordinary file; {DAMAGE}")
     return os.fdopen(handle, "rb")
 
 
@@ -51,7 +51,7 @@ def file_sha256(path: Path) -> str:
         with open_regular(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error}; {AGAIN}") from error
+        raise CheckpointError(f"cannot read {path}: {error}; {DAMAGE}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -74,11 +74,11 @@ def read_written_json(path: Path) -> dict[str, Any]:
     try:
         forms = {json.dumps(data, indent=indent, allow_nan=False).encode() for indent in (2, None)}
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} holds a number that JSON does not know: {error}; {AGAIN}") from error
+        raise CheckpointError(f"{path} holds a number that JSON does not know: {error}; {DAMAGE}") from error
     if content.removesuffix(b"\n") not in forms:
         raise CheckpointError(
             f"{path} holds the same object in another form than save writes (blanks, digits, escapes), which could "
-            f"carry something; {AGAIN}"
+            f"carry something; {DAMAGE}"
         )
     return data
 
@@ -88,9 +88,9 @@ def _content(path: Path) -> bytes:
         with open_regular(path) as file:
             content = file.read(MAX_JSON + 1)
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error}; {AGAIN}") from error
+        raise CheckpointError(f"cannot read {path}: {error}; {DAMAGE}") from error
     if len(content) > MAX_JSON:
-        raise CheckpointError(f"{path} is longer than {MAX_JSON} bytes; {AGAIN}")
+        raise CheckpointError(f"{path} is longer than {MAX_JSON} bytes; {DAMAGE}")
     return content
 
 
@@ -98,9 +98,9 @@ def _parsed(content: bytes, path: Path) -> dict[str, Any]:
     try:
         data = json.loads(content.decode("utf-8"), object_pairs_hook=_object, parse_int=_integer)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}; {AGAIN}") from error
+        raise CheckpointError(f"cannot read {path}: {error}; {DAMAGE}") from error
     if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds a {type(data).__name__}, expected a JSON object; {AGAIN}")
+        raise CheckpointError(f"{path} holds a {type(data).__name__}, expected a JSON object; {DAMAGE}")
     return data
 
 
@@ -130,86 +130,92 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 # -- fields ------------------------------------------------------------------------------------------------------------
 
 
-def check_keys(
-    data: Any, required: Collection[str], where: Path, *, optional: Collection[str] = (), what: str = ""
-) -> None:
-    """Refuse an object with other keys.
+@dataclass(frozen=True)
+class Fields:
+    """An object of a JSON file, whose values are checked when they are asked for.
 
-    Args:
-        data: What was read.
-        required: Keys that must be there.
+    Every method raises CheckpointError for a value that is missing, or of another type, range or pattern.
+
+    Attributes:
+        data: The object.
         where: Its file.
-        optional: Keys that may be there.
-        what: What of the file it is, for the message.
-
-    Raises:
-        CheckpointError: if it is no object, or a key is missing or unknown.
     """
-    place = f"{where}{what and f', {what}'}"
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{place} is {data!r:.60}, expected a dict; {AGAIN}")
-    missing = [k for k in required if k not in data]
-    if missing:
-        raise CheckpointError(f"{place}: {missing[0]!r} is missing; {AGAIN}")
-    unknown = [k for k in data if k not in required and k not in optional]
-    if unknown:
-        raise CheckpointError(f"{place}: {unknown[0]!r:.80} is unknown; {AGAIN}")
+
+    data: Mapping[str, Any]
+    where: Path
+
+    @classmethod
+    def of(
+        cls, data: Any, where: Path, required: Collection[str], optional: Collection[str] = (), what: str = ""
+    ) -> Fields:
+        """An object with the required keys, and none besides them and the optional ones.
+
+        Args:
+            data: What was read.
+            where: Its file.
+            required: Keys that must be there.
+            optional: Keys that may be there.
+            what: What of the file it is, for the message.
+        """
+        place = f"{where}{what and f', {what}'}"
+        if not isinstance(data, dict):
+            raise CheckpointError(f"{place} is {data!r:.60}, expected a dict; {DAMAGE}")
+        missing = [k for k in required if k not in data]
+        if missing:
+            raise CheckpointError(f"{place}: {missing[0]!r} is missing; {DAMAGE}")
+        unknown = [k for k in data if k not in required and k not in optional]
+        if unknown:
+            raise CheckpointError(f"{place}: {unknown[0]!r:.80} is unknown; {DAMAGE}")
+        return cls(data, where)
+
+    def value(self, key: str, kind: type) -> Any:
+        """A value of this type; a bool is no int."""
+        value = self.data.get(key)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise CheckpointError(f"{self.where}: {key!r:.80} is {value!r:.60}, expected a {kind.__name__}; {DAMAGE}")
+        return value
+
+    def count(self, key: str, most: int = MAX_COUNT) -> int:
+        """A whole number of at least 0 and at most ``most``."""
+        value = self.value(key, int)
+        if not 0 <= value <= most:
+            raise CheckpointError(
+                f"{self.where}: {key!r} is {value}, expected a number of at least 0, at most {most}; {DAMAGE}"
+            )
+        return int(value)
+
+    def number(self, key: str, low: float = 0.0, high: float = 1e12) -> float:
+        """A finite number in [``low``, ``high``]."""
+        value = self.data.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise CheckpointError(
+                f"{self.where}: {key!r} is {value!r:.60}, expected a number in [{low:g}, {high:g}]; {DAMAGE}"
+            )
+        return value
+
+    def text(self, key: str, pattern: re.Pattern[str], expected: str | None = None) -> str:
+        """A string that the pattern matches whole; ``expected`` says in words what that is."""
+        value = str(self.value(key, str))
+        if not pattern.fullmatch(value):
+            wanted = expected or pattern.pattern
+            raise CheckpointError(f"{self.where}: {key!r:.80} is {value!r:.80}, expected {wanted}; {DAMAGE}")
+        return value
+
+    def sha256(self, key: str) -> str:
+        """A SHA-256 in lower-case hexadecimal."""
+        return self.text(key, _SHA256, "64 hexadecimal digits")
 
 
-def field(data: Mapping[str, Any], key: str, kind: type, where: Path) -> Any:
-    """``data[key]`` if it has the expected type, or CheckpointError."""
-    value = data.get(key)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise CheckpointError(f"{where}: {key!r:.80} is {value!r:.60}, expected a {kind.__name__}; {AGAIN}")
-    return value
-
-
-def count(data: Mapping[str, Any], key: str, where: Path, most: int = MAX_COUNT) -> int:
-    """A whole number of at least 0 and at most ``most``, or CheckpointError."""
-    value = field(data, key, int, where)
-    if not 0 <= value <= most:
-        raise CheckpointError(f"{where}: {key!r} is {value}, expected a number of at least 0, at most {most}; {AGAIN}")
-    return int(value)
-
-
-def number(data: Mapping[str, Any], key: str, where: Path, low: float = 0.0, high: float = 1e12) -> float:
-    """A finite number in [``low``, ``high``], or CheckpointError."""
-    value = data.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise CheckpointError(f"{where}: {key!r} is {value!r:.60}, expected a number in [{low:g}, {high:g}]; {AGAIN}")
-    return value
-
-
-def text_field(data: Mapping[str, Any], key: str, pattern: re.Pattern[str], where: Path) -> str:
-    """A string that the pattern matches whole, or CheckpointError."""
-    value = str(field(data, key, str, where))
-    if not pattern.fullmatch(value):
-        raise CheckpointError(f"{where}: {key!r:.80} is {value!r:.80}, expected {pattern.pattern}; {AGAIN}")
-    return value
-
-
-def sha256_field(data: Mapping[str, Any], key: str, where: Path) -> str:
-    """A SHA-256 in lower-case hexadecimal, or CheckpointError."""
-    value = str(field(data, key, str, where))
-    if not _SHA256.fullmatch(value):
-        raise CheckpointError(f"{where}: {key!r:.80} is {value!r:.80}, expected 64 hexadecimal digits; {AGAIN}")
-    return value
-
-
-def check_free(value: Any, where: Path, *, key: str, size: int) -> None:
-    """Refuse a free part of a manifest that is not small, or holds numbers that are not finite.
+def check_free_form(value: Any, where: Path, *, key: str, size: int) -> None:
+    """Refuse a part of a manifest without a form of its own, unless it is small and can be written again.
 
     Raises:
-        CheckpointError: then; also if it is nested so deeply that it cannot be written again.
+        CheckpointError: if it takes more than ``size`` bytes as JSON, is nested too deeply, or holds a number that is
+            not finite.
     """
     try:
         length = len(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where}: {key!r} cannot be written as JSON: {error}; {AGAIN}") from error
+        raise CheckpointError(f"{where}: {key!r} cannot be written as JSON: {error}; {DAMAGE}") from error
     if length > size:
-        raise CheckpointError(f"{where}: {key!r} takes {length} bytes, expected at most {size}; {AGAIN}")
-
-
-def finite(value: Any) -> bool:
-    """True for a number that is neither NaN nor infinite, and no bool."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        raise CheckpointError(f"{where}: {key!r} takes {length} bytes, expected at most {size}; {DAMAGE}")

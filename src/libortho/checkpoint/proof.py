@@ -2,75 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from libortho.checkpoint.format import (
-    AGAIN,
-    BASE_MANIFEST,
-    CONFIG,
-    WEIGHTS_INDEX,
-    BaseManifest,
-    TensorFiles,
-    decode_base,
-)
-from libortho.checkpoint.hf import LOAD_ERRORS, described
-from libortho.checkpoint.json_files import read_written_json
+from libortho.checkpoint.files import STREAMS
+from libortho.checkpoint.hf import LOAD_ERRORS, kept_in_fp32, stored_skeleton
+from libortho.checkpoint.json_files import DAMAGE, read_written_json
+from libortho.checkpoint.manifest import BASE_MANIFEST, CONFIG, BaseManifest
+from libortho.checkpoint.packing import decode_base
+from libortho.checkpoint.tensor_files import WEIGHTS_INDEX, TensorFiles
 from libortho.core.errors import CheckpointError
 
 
-def check_base(root: Path, base: BaseManifest) -> None:
-    """Recompute the hashes of a base that ``libortho.json`` names.
+def check_base(root: Path, base: BaseManifest) -> TensorFiles:
+    """Recompute the hashes of a base that ``libortho.json`` names, and return its tensors.
 
     Raises:
         CheckpointError: if a tensor is missing or was changed, or other files of tensors are read than are listed.
     """
-    files = TensorFiles(root)
-    base.check_weights(files, root)
-    hashed, ours = base.scheme.hashed_names(base.shapes), set(base.tensor_names())
-    missing = [n for n in ours if n not in files]
-    if missing:
-        raise CheckpointError(f"the tensor {min(missing)} is missing from {root}; {AGAIN}")
-    for names, wanted in ((hashed, base.base_sha256), (set(files.names()) - ours, base.rest_sha256)):
-        if (found := files.sha256(names)) != wanted:
-            raise CheckpointError(f"the base of {root} has the hash {found}, {BASE_MANIFEST} names {wanted}; {AGAIN}")
+    files = base.open_tensors(root)
+    found = base.scheme.hashes(base.shapes, files)
+    for sha256, wanted in zip(found, (base.base_sha256, base.rest_sha256), strict=True):
+        if sha256 != wanted:
+            raise CheckpointError(f"the base of {root} has the hash {sha256}, {BASE_MANIFEST} names {wanted}; {DAMAGE}")
+    return files
 
 
-def check_held(root: Path, base: BaseManifest, streams: Mapping[str, list[str]]) -> None:
+def check_contents(root: Path, base: BaseManifest, names: Iterable[str]) -> None:
     """Refuse a directory whose tensors or manifests hold anything besides the model and its split layers.
 
     Args:
         root: The directory.
         base: Its manifest.
-        streams: Stream to the relative paths of its files.
+        names: Relative paths of all its files.
 
     Raises:
-        CheckpointError: as :func:`check_base`, :func:`check_tensors` and :func:`check_written`.
+        CheckpointError: as :func:`check_base`; if a tensor is none of the model that ``config.json`` describes and of
+            its split layers (by name, shape and dtype), a tied tensor is stored twice, a value is NaN, or the bits that
+            fill up a row of packed codes are not zero; if a JSON file of ours holds blanks, digits or escapes that no
+            writer needs.
     """
-    check_base(root, base)
-    check_tensors(root, base)
-    check_written(root, base, streams)
+    _check_tensors(root, base, check_base(root, base))
+    for name in names:
+        if name in (BASE_MANIFEST, WEIGHTS_INDEX) or (name.startswith(f"{STREAMS}/") and name.endswith(".json")):
+            read_written_json(root / name)
 
 
-def check_tensors(root: Path, base: BaseManifest) -> None:
-    """Refuse tensors that the model of ``config.json`` has not, beside those of the split layers.
-
-    Raises:
-        CheckpointError: if a name, shape or dtype is another one, a tied tensor is stored twice, a value is NaN, or the
-            bits that fill up a row of packed codes are not zero.
-    """
-    files = TensorFiles(root)
+def _check_tensors(root: Path, base: BaseManifest, files: TensorFiles) -> None:
     ours = base.tensor_names()
-    model = described(root, len(files.names()))
+    model = stored_skeleton(root, len(files.names()))
     for name, shape in base.shapes.items():
         tensors = {n: files.get(n) for n in base.scheme.tensor_names(name)}
         for key, tensor in tensors.items():
             if tensor.is_floating_point() and tensor.dtype != model.dtype:
-                raise CheckpointError(f"{key} is {tensor.dtype}, the model of {root / CONFIG} {model.dtype}; {AGAIN}")
+                raise CheckpointError(f"{key} is {tensor.dtype}, the model of {root / CONFIG} {model.dtype}; {DAMAGE}")
         decode_base(name, tensors, shape, base.scheme)
     expected = _expected(model)
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
@@ -80,29 +69,13 @@ def check_tensors(root: Path, base: BaseManifest) -> None:
         if wanted is None or tuple(wanted.shape) != stored:
             raise CheckpointError(
                 f"{root} holds the tensor {name!r:.120} of shape {stored}, the model of {CONFIG} has "
-                f"{'none of that name' if wanted is None else tuple(wanted.shape)}; {AGAIN}"
+                f"{'none of that name' if wanted is None else tuple(wanted.shape)}; {DAMAGE}"
             )
         if name in tied and tied[name] in files:
-            raise CheckpointError(f"{root} holds {name} beside {tied[name]}, to which {CONFIG} ties it; {AGAIN}")
+            raise CheckpointError(f"{root} holds {name} beside {tied[name]}, to which {CONFIG} ties it; {DAMAGE}")
         _check_dtype(name, dtype, wanted, model, root)
         if bool(files.get(name).isnan().any()):
-            raise CheckpointError(f"{name} holds NaN; {AGAIN}")
-
-
-def check_written(root: Path, base: BaseManifest, streams: Mapping[str, list[str]]) -> None:
-    """Refuse JSON files of ours that are in another form than they were written in.
-
-    Args:
-        root: The directory.
-        base: Its manifest.
-        streams: Stream to the relative paths of its files.
-
-    Raises:
-        CheckpointError: if one holds blanks, digits or escapes that no writer needs.
-    """
-    ours = [BASE_MANIFEST, *(f for f in base.files if f == WEIGHTS_INDEX)]
-    for name in (*ours, *(f for files in streams.values() for f in files if f.endswith(".json"))):
-        read_written_json(root / name)
+            raise CheckpointError(f"{name} holds NaN; {DAMAGE}")
 
 
 def _expected(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -117,11 +90,6 @@ def _expected(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _check_dtype(name: str, dtype: torch.dtype, wanted: Tensor, model: PreTrainedModel, root: Path) -> None:
-    kept = {*_names(model, "_keep_in_fp32_modules"), *_names(model, "_keep_in_fp32_modules_strict")}
     fits = dtype == model.dtype if wanted.is_floating_point() else dtype == wanted.dtype
-    if not fits and not (dtype is torch.float32 and any(part in name for part in kept)):
-        raise CheckpointError(f"{name} is {dtype}, the model of {root / CONFIG} is in {model.dtype}; {AGAIN}")
-
-
-def _names(model: PreTrainedModel, attribute: str) -> tuple[str, ...]:
-    return tuple(getattr(model, attribute, None) or ())
+    if not fits and not (dtype is torch.float32 and any(part in name for part in kept_in_fp32(model))):
+        raise CheckpointError(f"{name} is {dtype}, the model of {root / CONFIG} is in {model.dtype}; {DAMAGE}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,20 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from libortho.checkpoint.files import check_directory
-from libortho.checkpoint.format import (
-    AGAIN,
-    BASE_MANIFEST,
-    CONFIG,
-    BaseManifest,
-    Scheme,
-    TensorFiles,
-    decode_base,
-    read_json,
-    sha256_of,
-)
-from libortho.checkpoint.hf import LOAD_ERRORS, check_loading, check_size, described, of_split_layer
-from libortho.checkpoint.stream_files import checked_name, read_stream, stream_names
+from libortho.checkpoint.hf import building, check_loading, check_size, outside_split_layers, stored_skeleton
+from libortho.checkpoint.json_files import DAMAGE, read_json
+from libortho.checkpoint.manifest import BASE_MANIFEST, CONFIG, BaseManifest
+from libortho.checkpoint.packing import Scheme, decode_base
+from libortho.checkpoint.stream_files import choose_streams, read_stream
+from libortho.checkpoint.tensor_files import sha256_of
 from libortho.core.errors import CheckpointError
 from libortho.core.layer import OrthoLinear
 from libortho.core.models import plain_torch
@@ -49,8 +41,8 @@ def load(
 ) -> tuple[PreTrainedModel, Any]:
     """Read a checkpoint into split layers.
 
-    What ``isolate`` and ``tune`` put away stands at alpha = 0, and so does a stream of which nothing is known; a stream
-    of ``split`` is part of the weights and stands at 1. The manifest of each stream says which.
+    Each stream gets the alpha of its manifest: 1 if ``split`` made it, as it is part of the weights, and 0 if
+    ``isolate`` or ``tune`` did, or if nothing is known of it.
 
     Args:
         directory: What :func:`save` wrote.
@@ -74,10 +66,10 @@ def load(
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise CheckpointError(f"dtype is {dtype!r}; expected a floating-point torch.dtype or None")
     base = BaseManifest.read(root)
-    check_directory(root, {*base.files, BASE_MANIFEST}, BASE_MANIFEST)
+    base.check_directory(root)
     base.check_files(root)
     _check_quantization(root, base.scheme)
-    wanted = [read_stream(root, name, base) for name in _chosen(root, streams)]
+    wanted = [read_stream(root, name, base) for name in ([] if streams is None else choose_streams(root, streams))]
     wanted.sort(key=lambda s: (s.position, s.name))
     switch = Switch()
     for stream in wanted:
@@ -90,7 +82,7 @@ def load(
     for name, shape in base.shapes.items():
         stored = {n: tensors.pop(n) for n in base.scheme.tensor_names(name)}
         parts[name] = decode_base(name, stored, shape, base.scheme)
-    rest = {k: v for k, v in tensors.items() if not of_split_layer(k, base.shapes) or k.endswith(".bias")}
+    rest = outside_split_layers(tensors, base.shapes)
     del tensors
     if dtype is not None:  # one by one; transformers would hold all of them twice
         for name, tensor in rest.items():
@@ -114,21 +106,6 @@ def load(
     return model, tokenizer
 
 
-def _chosen(root: Path, streams: str | Iterable[str] | None) -> list[str]:
-    present = stream_names(root)
-    if streams is None:
-        return []
-    if isinstance(streams, str):
-        if streams != "all":
-            raise CheckpointError(f"streams is {streams!r}; expected 'all', a list such as [{streams!r}], or None")
-        return present
-    names = list(dict.fromkeys(checked_name(s) for s in streams))
-    missing = [n for n in names if n not in present]
-    if missing:
-        raise CheckpointError(f"{root} has no stream {missing[0]!r}; it has {present}")
-    return names
-
-
 def _check_quantization(root: Path, scheme: Scheme) -> None:
     found = read_json(root / CONFIG).get("quantization_config")
     wanted = None if scheme.bits is None else scheme.quantization_config([])
@@ -138,19 +115,14 @@ def _check_quantization(root: Path, scheme: Scheme) -> None:
         targets = group.get("targets") if isinstance(group, dict) else None
         wanted = scheme.quantization_config(targets if isinstance(targets, list) else [])
     if found != wanted:
-        raise CheckpointError(f"{root / CONFIG}: quantization_config does not describe the base beside it; {AGAIN}")
+        raise CheckpointError(f"{root / CONFIG}: quantization_config does not describe the base beside it; {DAMAGE}")
 
 
 def _read_tensors(root: Path, base: BaseManifest) -> dict[str, Tensor]:
-    """All tensors of the base directory, after their hashes were found to be the manifest's."""
-    files = TensorFiles(root)
-    base.check_weights(files, root)
-    ours = base.tensor_names()
-    missing = [n for n in ours if n not in files]
-    if missing:
-        raise CheckpointError(f"the tensor {missing[0]} is missing from {root}; {AGAIN}")
+    """All tensors of the base directory, checked against the hashes of the manifest."""
+    files = base.open_tensors(root)
     tensors = {name: files.get(name) for name in files.names()}
-    hashed = sorted(base.scheme.hashed_names(base.shapes)), sorted(set(tensors) - set(ours))
+    hashed = sorted(base.scheme.hashed_names(base.shapes)), sorted(set(tensors) - set(base.tensor_names()))
     with ThreadPoolExecutor(len(hashed)) as pool:  # hashlib lets other threads run
         hashes = list(pool.map(lambda names: sha256_of((n, tensors[n]) for n in names), hashed))
     expected = ("split layers", base.base_sha256), ("other tensors", base.rest_sha256)
@@ -158,7 +130,7 @@ def _read_tensors(root: Path, base: BaseManifest) -> dict[str, Tensor]:
         if found != wanted:
             raise CheckpointError(
                 f"the {what} of {root} have the hash {found[:12]}..., {BASE_MANIFEST} and the streams expect "
-                f"{wanted[:12]}...; {AGAIN}"
+                f"{wanted[:12]}...; {DAMAGE}"
             )
     return tensors
 
@@ -167,7 +139,7 @@ def _build(
     root: Path, rest: dict[str, Tensor], shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype | None
 ) -> PreTrainedModel:
     """The dense model around the split layers, whose weights are a stand-in of one number until they are replaced."""
-    skeleton = described(root, len(rest) + len(shapes), dtype)
+    skeleton = stored_skeleton(root, len(rest) + len(shapes), dtype)
     kind: Any = type(skeleton)
     config, wanted = skeleton.config, skeleton.dtype
     stored = sum(t.numel() for t in rest.values()) + sum(rows * columns for rows, columns in shapes.values())
@@ -176,18 +148,14 @@ def _build(
     for name, shape in shapes.items():
         found = modules.get(name)
         if type(found) is not nn.Linear or (found.out_features, found.in_features) != shape:
-            raise CheckpointError(f"{root / CONFIG} describes no linear layer {name} of shape {shape}; {AGAIN}")
+            raise CheckpointError(f"{root / CONFIG} describes no linear layer {name} of shape {shape}; {DAMAGE}")
     stand_ins = {f"{n}.weight": torch.zeros((), dtype=wanted).expand(s) for n, s in shapes.items()}
-    try:
+    with building(root / CONFIG):
         model, info = kind.from_pretrained(
             None, config=config, state_dict=rest | stand_ins, dtype=wanted, output_loading_info=True
         )
         if (root / "generation_config.json").is_file() and model.can_generate():
             model.generation_config = GenerationConfig.from_pretrained(root, local_files_only=True)
-    except LOAD_ERRORS as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"transformers cannot build the model of {root / CONFIG}: {error}; {AGAIN}") from error
     check_loading(info)
     return model
 
@@ -198,4 +166,4 @@ def _load_tokenizer(root: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(root, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the tokenizers library raises no narrower class
-        raise CheckpointError(f"transformers cannot read the tokenizer of {root}: {error}; {AGAIN}") from error
+        raise CheckpointError(f"transformers cannot read the tokenizer of {root}: {error}; {DAMAGE}") from error

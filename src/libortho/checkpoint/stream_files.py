@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,34 +23,25 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import save_file
 from torch import Tensor
 
-from libortho.checkpoint.files import check_stream_folder, stream_folders
-from libortho.checkpoint.format import (
-    AGAIN,
-    STREAMS,
-    VERSION,
-    BaseManifest,
-    check_libraries,
-    check_version,
-    libraries,
-    report_from_json,
-)
+from libortho.checkpoint.files import STREAMS, check_stream_folder, stream_folders
 from libortho.checkpoint.json_files import (
-    check_free,
-    check_keys,
-    count,
-    field,
+    DAMAGE,
+    Fields,
+    check_free_form,
     file_sha256,
-    number,
     open_regular,
     read_json,
-    sha256_field,
     write_json,
 )
+from libortho.checkpoint.manifest import (
+    VERSION,
+    BaseManifest,
+    libraries,
+    read_manifest,
+    report_from_json,
+)
 from libortho.checkpoint.stream_tensors import (
-    MAX_RANK,
     adapter_config,
-    check_rank,
-    check_stream,
     decode_entries,
     decode_lora,
     encode_entries,
@@ -68,11 +59,13 @@ MANIFEST = "manifest.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ENTRIES_WEIGHTS = "ortho.safetensors"
+STREAM_FILES = (MANIFEST, ADAPTER_CONFIG, ADAPTER_WEIGHTS, ENTRIES_WEIGHTS)
+"""Names that a file of a stream can have."""
 _METHOD_BYTES = 2**20
 _REQUIRED = (
-    "libortho_format", "stream", "position", "needs_libortho", "base_sha256", "weights_file", "weights_sha256",
-    "method", "layers",
+    "stream", "position", "needs_libortho", "base_sha256", "weights_file", "weights_sha256", "method", "layers",
 )  # fmt: skip
+_SIZES = ("columns", "entries", "tail_rank")
 
 
 @dataclass(frozen=True)
@@ -82,22 +75,18 @@ class StreamFile:
     Attributes:
         name: Name of the stream and of its folder.
         position: Place among the streams of the model; sums run in this order, so that logits do not depend on names.
-        base_sha256: Hash of the base that the stream belongs to.
         layers: Split layer to its part of the stream; layers without any are left out.
         reports: Split layer to its report, for all split layers.
         method: What made the stream, JSON-ready; None if unknown.
-        rest_sha256: Hash of the other tensors of that base; None in checkpoints that were written without it.
-        alpha: At which alpha it stands when it is loaded.
+        alpha: Alpha at which it is loaded.
     """
 
     name: str
     position: int
-    base_sha256: str
     layers: dict[str, OrthoStream]
     reports: dict[str, LayerReport | None]
     method: dict[str, Any] | None
-    rest_sha256: str | None = None
-    alpha: float = 0.0
+    alpha: float
 
     @property
     def needs_libortho(self) -> bool:
@@ -113,35 +102,31 @@ def alpha_of(method: Mapping[str, Any] | None) -> float:
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def write_stream(directory: Path, stream: StreamFile, shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Write the folder of one stream under the checkpoint ``directory``."""
+def write_stream(directory: Path, stream: StreamFile, base: BaseManifest) -> None:
+    """Write the folder of one stream under the checkpoint ``directory``, for the base that is there."""
     folder = directory / STREAMS / stream.name
     folder.mkdir(parents=True)
     tensors: dict[str, Tensor] = {}
     for layer, part in stream.layers.items():
-        tensors |= encode_entries(layer, part) if stream.needs_libortho else encode_lora(layer, part, shapes[layer])
-    weights = folder / (ENTRIES_WEIGHTS if stream.needs_libortho else ADAPTER_WEIGHTS)
+        free = stream.needs_libortho
+        tensors |= encode_entries(layer, part) if free else encode_lora(layer, part, base.shapes[layer])
+    weights = folder / _weights_file(stream.needs_libortho)
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, weights, metadata={"format": "pt"})
     if not stream.needs_libortho:
         write_json(folder / ADAPTER_CONFIG, adapter_config({n: sum(sizes(s)) for n, s in stream.layers.items()}))
     layers: dict[str, Any] = {}
-    for layer in shapes:
-        columns, entries, rank = sizes(stream.layers.get(layer, OrthoStream()))
+    for layer in base.shapes:
         report = stream.reports.get(layer)
-        layers[layer] = {
-            "columns": columns,
-            "entries": entries,
-            "tail_rank": rank,
-            "report": None if report is None else report.to_dict(),
-        }
+        held = dict(zip(_SIZES, sizes(stream.layers.get(layer, OrthoStream())), strict=True))
+        layers[layer] = held | {"report": None if report is None else report.to_dict()}
     manifest = {
         "libortho_format": VERSION,
         "stream": stream.name,
         "position": stream.position,
         "needs_libortho": stream.needs_libortho,
         "alpha": stream.alpha,
-        "base_sha256": stream.base_sha256,
-        "rest_sha256": stream.rest_sha256,
+        "base_sha256": base.base_sha256,
+        "rest_sha256": base.rest_sha256,
         "weights_file": weights.name,
         "weights_sha256": file_sha256(weights),
         "method": stream.method,
@@ -171,6 +156,29 @@ def checked_name(name: Any) -> str:
         raise CheckpointError(str(error)) from error
 
 
+def choose_streams(directory: Path, streams: str | Iterable[str]) -> list[str]:
+    """Names of the wanted streams of a checkpoint directory, each once: ``"all"``, or a list of names.
+
+    Raises:
+        CheckpointError: if a name is impossible or no stream has it, or a single name is given in place of a list.
+    """
+    present = stream_names(directory)
+    if isinstance(streams, str):
+        if streams != "all":
+            raise CheckpointError(f"streams is {streams!r}; expected 'all', or a list such as [{streams!r}]")
+        return present
+    names = list(dict.fromkeys(checked_name(s) for s in streams))
+    missing = [n for n in names if n not in present]
+    if missing:
+        raise CheckpointError(f"{directory} has no stream {missing[0]!r}; it has {present}")
+    return names
+
+
+def stream_file_names(needs_libortho: bool) -> list[str]:
+    """Names of the files of a stream in its folder: its manifest, its values, and what PEFT reads."""
+    return [MANIFEST, _weights_file(needs_libortho), *([] if needs_libortho else [ADAPTER_CONFIG])]
+
+
 @dataclass(frozen=True)
 class StreamManifest:
     """What ``manifest.json`` of a stream says, checked for form.
@@ -178,9 +186,10 @@ class StreamManifest:
     Attributes:
         sizes: Split layer to its columns, free entries and tail directions.
         rest_sha256: Hash of the other tensors of its base; None if it does not say.
-        alpha: At which alpha it stands when it is loaded.
+        alpha: Alpha at which it is loaded.
     """
 
+    name: str
     position: int
     needs_libortho: bool
     base_sha256: str
@@ -198,30 +207,36 @@ class StreamManifest:
 
     @property
     def files(self) -> list[str]:
-        """Names of all files of the stream."""
-        return [MANIFEST, self.weights_file, *([] if self.needs_libortho else [ADAPTER_CONFIG])]
+        """Names of the files of the stream in its folder; what else lies there is no part of it."""
+        return stream_file_names(self.needs_libortho)
 
-    def check_base(self, name: str, base_sha256: str, rest_sha256: str) -> None:
+    @property
+    def paths(self) -> list[str]:
+        """The files of the stream, relative to the checkpoint."""
+        return [f"{STREAMS}/{self.name}/{file}" for file in self.files]
+
+    def check_base(self, base: BaseManifest) -> None:
         """Compare the base that the stream was made for with the base beside it.
 
         Raises:
             CheckpointError: if the split layers or any other tensor differ.
         """
-        if self.base_sha256 != base_sha256:
+        if self.base_sha256 != base.base_sha256:
             raise CheckpointError(
-                f"stream {name!r} was made for the base {self.base_sha256[:12]}..., this directory holds "
-                f"{base_sha256[:12]}...; load it with its own base"
+                f"stream {self.name!r} was made for the base {self.base_sha256[:12]}..., this directory holds "
+                f"{base.base_sha256[:12]}...; load it with its own base"
             )
         if self.rest_sha256 is None:
             logger.warning(
                 "the manifest of stream %r names the split layers of its base alone (of an earlier version), so the "
                 "other tensors were not compared; save the checkpoint again to name them",
-                name,
+                self.name,
             )
-        elif self.rest_sha256 != rest_sha256:
+        elif self.rest_sha256 != base.rest_sha256:
             raise CheckpointError(
-                f"stream {name!r} was made for a base with other embeddings or other tensors beside the split layers "
-                f"({self.rest_sha256[:12]}..., this directory holds {rest_sha256[:12]}...); load it with its own base"
+                f"stream {self.name!r} was made for a base with other embeddings or other tensors beside the split "
+                f"layers ({self.rest_sha256[:12]}..., this directory holds {base.rest_sha256[:12]}...); load it with "
+                "its own base"
             )
 
     @classmethod
@@ -232,45 +247,42 @@ class StreamManifest:
             CheckpointError: if it is missing, malformed, or speaks of other layers than the base.
         """
         path = directory / STREAMS / checked_name(name) / MANIFEST
-        data = read_json(path)
-        check_version(data, path)
-        if field(data, "stream", str, path) != name:
-            raise CheckpointError(f"{path} belongs to stream {data['stream']!r:.80}; name its folder so")
-        check_keys(data, _REQUIRED, path, optional=("alpha", "rest_sha256", "libraries"))
-        check_libraries(data, path)
-        layers = field(data, "layers", dict, path)
+        found = read_manifest(path, _REQUIRED, ("alpha", "rest_sha256"))
+        if found.value("stream", str) != name:
+            raise CheckpointError(f"{path} belongs to stream {found.data['stream']!r:.80}; name its folder so")
+        layers = found.value("layers", dict)
         if list(layers) != list(base.shapes):
             raise CheckpointError(
                 f"{path} names other layers than the base; the stream was made for another checkpoint"
             )
-        found: dict[str, tuple[int, int, int]] = {}
+        parts: dict[str, tuple[int, int, int]] = {}
         reports: dict[str, LayerReport | None] = {}
         for layer, entry in layers.items():
-            check_keys(entry, ("columns", "entries", "tail_rank", "report"), path, what=layer)
-            found[layer] = (
-                count(entry, "columns", path),
-                count(entry, "entries", path),
-                count(entry, "tail_rank", path),
-            )
+            held = Fields.of(entry, path, (*_SIZES, "report"), what=layer)
+            columns, entries, tail_rank = (held.count(key) for key in _SIZES)
+            parts[layer] = columns, entries, tail_rank
             reports[layer] = report_from_json(entry["report"], layer, base.shapes[layer], path)
-        needs_libortho = field(data, "needs_libortho", bool, path)
+        needs_libortho = found.value("needs_libortho", bool)
         kind = "columns" if needs_libortho else "free entries"
-        if any(s[0] if needs_libortho else s[1] for s in found.values()):
-            raise CheckpointError(f"{path}: needs_libortho is {needs_libortho}, but layers have {kind}; {AGAIN}")
-        if data["weights_file"] != _weights_file(needs_libortho):
-            raise CheckpointError(f"{path}: weights_file is {data['weights_file']!r:.80}, which no stream has; {AGAIN}")
-        method = None if data["method"] is None else field(data, "method", dict, path)
-        check_free(method, path, key="method", size=_METHOD_BYTES)
+        if any(s[0] if needs_libortho else s[1] for s in parts.values()):
+            raise CheckpointError(f"{path}: needs_libortho is {needs_libortho}, but layers have {kind}; {DAMAGE}")
+        if found.data["weights_file"] != _weights_file(needs_libortho):
+            raise CheckpointError(
+                f"{path}: weights_file is {found.data['weights_file']!r:.80}, which no stream has; {DAMAGE}"
+            )
+        method = None if found.data["method"] is None else found.value("method", dict)
+        check_free_form(method, path, key="method", size=_METHOD_BYTES)
         return cls(
-            position=count(data, "position", path),
+            name=name,
+            position=found.count("position"),
             needs_libortho=needs_libortho,
-            base_sha256=sha256_field(data, "base_sha256", path),
-            weights_sha256=sha256_field(data, "weights_sha256", path),
+            base_sha256=found.sha256("base_sha256"),
+            weights_sha256=found.sha256("weights_sha256"),
             method=method,
-            sizes=found,
+            sizes=parts,
             reports=reports,
-            rest_sha256=sha256_field(data, "rest_sha256", path) if "rest_sha256" in data else None,
-            alpha=float(number(data, "alpha", path, 0.0, 1.0)) if "alpha" in data else alpha_of(method),
+            rest_sha256=found.sha256("rest_sha256") if "rest_sha256" in found.data else None,
+            alpha=float(found.number("alpha", 0.0, 1.0)) if "alpha" in found.data else alpha_of(method),
         )
 
 
@@ -287,7 +299,7 @@ def read_stream(directory: Path, name: str, base: BaseManifest) -> StreamFile:
     manifest = StreamManifest.read(directory, name, base)
     folder = directory / STREAMS / name
     check_stream_folder(folder, manifest.files)
-    manifest.check_base(name, base.base_sha256, base.rest_sha256)
+    manifest.check_base(base)
     tensors = _read_weights(folder / manifest.weights_file, manifest.weights_sha256)
     layers: dict[str, OrthoStream] = {}
     ranks: dict[str, int] = {}
@@ -299,14 +311,11 @@ def read_stream(directory: Path, name: str, base: BaseManifest) -> StreamFile:
         layers[layer] = decode(layer, tensors, base.shapes[layer], entries + columns, rank)
     if tensors:
         raise CheckpointError(
-            f"{folder / manifest.weights_file} holds the unknown tensor {min(tensors)!r:.120}; {AGAIN}"
+            f"{folder / manifest.weights_file} holds the unknown tensor {min(tensors)!r:.120}; {DAMAGE}"
         )
     if not manifest.needs_libortho and read_json(folder / ADAPTER_CONFIG) != adapter_config(ranks):
-        raise CheckpointError(f"{folder / ADAPTER_CONFIG} does not describe the adapter beside it; {AGAIN}")
-    return StreamFile(
-        name, manifest.position, manifest.base_sha256, layers, manifest.reports, manifest.method,
-        rest_sha256=manifest.rest_sha256, alpha=manifest.alpha,
-    )  # fmt: skip
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG} does not describe the adapter beside it; {DAMAGE}")
+    return StreamFile(name, manifest.position, layers, manifest.reports, manifest.method, manifest.alpha)
 
 
 def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
@@ -316,16 +325,10 @@ def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
     except (OSError, CheckpointError) as error:
         raise CheckpointError(f"cannot read {path}: {error}; copy the whole folder of the stream") from error
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise CheckpointError(f"{path} does not have the hash that its manifest names; {AGAIN}")
+        raise CheckpointError(f"{path} does not have the hash that its manifest names; {DAMAGE}")
     try:
         tensors = load_bytes(content)  # each tensor has memory of its own
     except (SafetensorError, ValueError, LookupError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}; {AGAIN}") from error
+        raise CheckpointError(f"cannot read {path}: {error}; {DAMAGE}") from error
     tensor_header(content, path)
     return tensors
-
-
-__all__ = [
-    "ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "ENTRIES_WEIGHTS", "MANIFEST", "MAX_RANK", "StreamFile", "StreamManifest",
-    "alpha_of", "check_rank", "check_stream", "checked_name", "read_stream", "sizes", "stream_names", "write_stream",
-]  # fmt: skip

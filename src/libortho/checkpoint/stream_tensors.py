@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from libortho.checkpoint.format import AGAIN, expect
+from libortho.checkpoint.json_files import DAMAGE
+from libortho.checkpoint.packing import expect
 from libortho.core.dtypes import DTYPES
 from libortho.core.errors import CheckpointError
 from libortho.core.streams import Columns, Entries, Factors, OrthoStream
@@ -133,7 +134,7 @@ def decode_lora(layer: str, tensors: dict[str, Tensor], shape: tuple[int, int], 
     one_hot = down[:columns]
     if not bool(((one_hot != 0).sum(1) == 1).all()) or not bool((one_hot.sum(1) == 1).all()):
         raise CheckpointError(
-            f"{name}A.weight: its first {columns} rows are not one-hot, so they name no columns; {AGAIN}"
+            f"{name}A.weight: its first {columns} rows are not one-hot, so they name no columns; {DAMAGE}"
         )
     support = Columns(one_hot.argmax(1), up[:, :columns].T.contiguous()) if columns else None
     return OrthoStream(support, Factors(down[columns:].clone(), up[:, columns:].clone()) if rank else None)
@@ -155,10 +156,10 @@ def decode_entries(
         counts = rows.diff()
         valid = int(rows[0]) == 0 and int(rows[-1]) == entries and bool((counts >= 0).all())
         if not valid or not bool(((columns >= 0) & (columns < shape[1])).all()):
-            raise CheckpointError(f"the entries of {layer} lie outside its {shape[0]} x {shape[1]} weights; {AGAIN}")
+            raise CheckpointError(f"the entries of {layer} lie outside its {shape[0]} x {shape[1]} weights; {DAMAGE}")
         position = torch.repeat_interleave(torch.arange(shape[0]), counts) * shape[1] + columns
         if not bool((position.diff() > 0).all()):
-            raise CheckpointError(f"the entries of {layer} are repeated or out of order; {AGAIN}")
+            raise CheckpointError(f"the entries of {layer} are repeated or out of order; {DAMAGE}")
         support = Entries(rows, columns, values)
     if rank:
         down = _take(tensors, f"{layer}.down", (rank, shape[1]))

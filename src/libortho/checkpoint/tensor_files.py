@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from libortho.checkpoint.json_files import AGAIN, check_keys, count, field, open_regular, read_json
+from libortho.checkpoint.json_files import DAMAGE, Fields, open_regular, read_json
 from libortho.core.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
@@ -42,6 +42,11 @@ class _Place:
     start: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+
+def holds_tensors(name: str) -> bool:
+    """True for the name of a file of tensors, or of an index of such files; their hashes are those of the tensors."""
+    return name.endswith((".safetensors", ".safetensors.index.json"))
 
 
 class TensorFiles:
@@ -80,12 +85,12 @@ class TensorFiles:
                 wrong = [n for n in places if n in self._places or (found is not None and found.get(n) != shard)]
                 if wrong:
                     raise CheckpointError(
-                        f"{index} and its shards disagree about the tensor {min(wrong)!r:.120}; {AGAIN}"
+                        f"{index} and its shards disagree about the tensor {min(wrong)!r:.120}; {DAMAGE}"
                     )
                 self._places.update(places)
             if found is not None and set(found) != set(self._places):
                 name = min(set(found) ^ set(self._places))
-                raise CheckpointError(f"{index} and its shards disagree about the tensor {name!r:.120}; {AGAIN}")
+                raise CheckpointError(f"{index} and its shards disagree about the tensor {name!r:.120}; {DAMAGE}")
             weakref.finalize(self, stack.pop_all().close)
 
     def __contains__(self, name: str) -> bool:
@@ -113,9 +118,9 @@ class TensorFiles:
             place.file.seek(place.start)
             size = place.file.readinto(content)  # type: ignore[attr-defined]
         except OSError as error:
-            raise CheckpointError(f"cannot read the tensor {name}: {error}; {AGAIN}") from error
+            raise CheckpointError(f"cannot read the tensor {name}: {error}; {DAMAGE}") from error
         if size != len(content):
-            raise CheckpointError(f"cannot read the tensor {name}: the file ends before it does; {AGAIN}")
+            raise CheckpointError(f"cannot read the tensor {name}: the file ends before it does; {DAMAGE}")
         return tensor
 
     def sha256(self, names: Iterable[str]) -> str:
@@ -125,15 +130,13 @@ class TensorFiles:
 
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor to shard, from an index that says nothing else."""
-    data = read_json(index)
-    check_keys(data, ("weight_map",), index, optional=("metadata",))
-    metadata = data.get("metadata", {})
-    check_keys(metadata, (), index, optional=("total_size", "total_parameters"), what="metadata")
-    for key in metadata:
-        count(metadata, key, index)
-    found = field(data, "weight_map", dict, index)
+    fields = Fields.of(read_json(index), index, ("weight_map",), ("metadata",))
+    metadata = Fields.of(fields.data.get("metadata", {}), index, (), ("total_size", "total_parameters"), "metadata")
+    for key in metadata.data:
+        metadata.count(key)
+    found = fields.value("weight_map", dict)
     if not found or not all(isinstance(f, str) for f in found.values()):
-        raise CheckpointError(f"{index}: weight_map does not map names to files; {AGAIN}")
+        raise CheckpointError(f"{index}: weight_map does not map names to files; {DAMAGE}")
     bad = [f for f in found.values() if not _SHARD.fullmatch(f)]
     if bad:
         raise CheckpointError(
@@ -168,7 +171,7 @@ def _open(path: Path, stack: ExitStack) -> dict[str, _Place]:
     except KeyError as error:
         raise CheckpointError(f"{path} holds tensors of a dtype that is not supported: {error}") from error
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}; expected a complete safetensors file, {AGAIN}") from error
+        raise CheckpointError(f"cannot read {path}: {error}; expected a complete safetensors file, {DAMAGE}") from error
     return places
 
 
@@ -193,20 +196,20 @@ def tensor_header(content: bytes, path: Path) -> dict[str, Any]:
         header = json.loads(text)
         written = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}; expected a complete safetensors file, {AGAIN}") from error
+        raise CheckpointError(f"cannot read {path}: {error}; expected a complete safetensors file, {DAMAGE}") from error
     if len(raw) != length or not isinstance(header, dict):
-        raise CheckpointError(f"cannot read {path}: it has no header; expected a complete safetensors file, {AGAIN}")
+        raise CheckpointError(f"cannot read {path}: it has no header; expected a complete safetensors file, {DAMAGE}")
     metadata = header.pop("__metadata__", None)
     if metadata not in (None, {"format": "pt"}):
         raise CheckpointError(
-            f"{path}: its __metadata__ is {metadata!r:.60}, expected {{'format': 'pt'}}: nothing but tensors; {AGAIN}"
+            f"{path}: its __metadata__ is {metadata!r:.60}, expected {{'format': 'pt'}}: nothing but tensors; {DAMAGE}"
         )
     entries = header.values()
     plain = all(isinstance(e, dict) and list(e) == ["dtype", "shape", "data_offsets"] for e in entries)
     if written != text or not plain or length - len(text.encode()) > _PADDING:
         raise CheckpointError(
             f"{path}: its header is in another form than the safetensors library writes (blanks, keys, escapes), "
-            f"which could carry something; {AGAIN}"
+            f"which could carry something; {DAMAGE}"
         )
     return header
 

@@ -8,7 +8,6 @@ The plain values are written to disk by ``decrypt`` alone. Needs ``pyrage`` (ext
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import tarfile
@@ -16,10 +15,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from libortho.checkpoint.checks import check_new_place
-from libortho.checkpoint.format import check_version, field, read_json, sha256_field
-from libortho.checkpoint.stream_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ENTRIES_WEIGHTS, MANIFEST, checked_name
-from libortho.checkpoint.writing import publish, staging
+from libortho.checkpoint.directories import check_new_place, publish, staging
+from libortho.checkpoint.json_files import Fields, file_sha256, read_json
+from libortho.checkpoint.manifest import check_version
+from libortho.checkpoint.stream_files import MANIFEST, STREAM_FILES, checked_name, stream_file_names
 from libortho.core import keys
 from libortho.core.errors import CheckpointError
 from libortho.core.extras import require
@@ -56,7 +55,7 @@ def encrypt(
     pyrage = _pyrage()
     keys.check_no_secret(stream=stream, out=out)
     target = check_new_place(out)
-    chosen = _chosen(recipients, passphrase, "recipients")
+    chosen = _keys(recipients, passphrase, "recipients")
     content = _pack(Path(stream))
     try:
         if passphrase is not None:
@@ -96,7 +95,7 @@ def decrypt(
     pyrage = _pyrage()
     keys.check_no_secret(file=file, out=out)
     source, target = Path(file), check_new_place(out)
-    chosen = _chosen(identities, passphrase, "identities")
+    chosen = _keys(identities, passphrase, "identities")
     locked = _read_locked(source)
     try:
         if passphrase is not None:
@@ -128,7 +127,7 @@ def _pyrage() -> Any:
     return pyrage
 
 
-def _chosen(given: Iterable[Any] | None, passphrase: str | None, kind: str) -> list[Any]:
+def _keys(given: Iterable[Any] | None, passphrase: str | None, kind: str) -> list[Any]:
     """What to lock or open with; empty for a passphrase."""
     if isinstance(given, str | bytes | Path):
         raise CheckpointError(f"{kind} is one {'path' if isinstance(given, Path) else 'string'}; expected a list")
@@ -163,19 +162,17 @@ def _read_locked(path: Path) -> bytes:
 
 def _check_stream(folder: Path) -> list[str]:
     """The files of a stream folder, after a check of what can be checked without its base."""
-    manifest = read_json(folder / MANIFEST)
-    where = folder / MANIFEST
-    check_version(manifest, where)
-    checked_name(field(manifest, "stream", str, where))
-    sha256_field(manifest, "base_sha256", where)
-    weights = ENTRIES_WEIGHTS if field(manifest, "needs_libortho", bool, where) else ADAPTER_WEIGHTS
-    names = [MANIFEST, weights] if weights == ENTRIES_WEIGHTS else [MANIFEST, weights, ADAPTER_CONFIG]
+    manifest = Fields(read_json(folder / MANIFEST), folder / MANIFEST)
+    check_version(manifest.data, manifest.where)
+    checked_name(manifest.value("stream", str))
+    manifest.sha256("base_sha256")
+    names = stream_file_names(manifest.value("needs_libortho", bool))
     missing = [n for n in names if not (folder / n).is_file()]
     if missing:
         raise CheckpointError(f"{folder / missing[0]} is missing; expected the folder of a stream")
-    with (folder / weights).open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != sha256_field(manifest, "weights_sha256", where):
-            raise CheckpointError(f"{folder / weights} does not have the hash that its manifest names; it is damaged")
+    weights = folder / names[1]
+    if file_sha256(weights) != manifest.sha256("weights_sha256"):
+        raise CheckpointError(f"{weights} does not have the hash that its manifest names; it is damaged")
     return sorted(names)
 
 
@@ -196,7 +193,7 @@ def _pack(folder: Path) -> bytes:
 
 def _unpack(content: bytes, source: Path) -> dict[str, bytes]:
     """The members of the tar; anything but the plain files of a stream is refused."""
-    known = {MANIFEST: _MAX_JSON, ADAPTER_CONFIG: _MAX_JSON, ADAPTER_WEIGHTS: MAX_BYTES, ENTRIES_WEIGHTS: MAX_BYTES}
+    known = {name: _MAX_JSON if name.endswith(".json") else MAX_BYTES for name in STREAM_FILES}
     files: dict[str, bytes] = {}
     try:
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:

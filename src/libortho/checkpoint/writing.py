@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
-import logging
-import os
-import shutil
-import sys
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +12,15 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from libortho.checkpoint.checks import check_destination, check_saveable, files_of, skeleton
-from libortho.checkpoint.format import (
-    BASE_MANIFEST,
-    CONFIG,
-    BaseManifest,
-    Scheme,
-    TensorFiles,
-    base_report,
-    encode_base,
-    file_sha256,
-    read_json,
-    scheme_of,
-    sha256_of,
-    write_json,
-)
-from libortho.checkpoint.hf import LOAD_ERRORS, check_loading, of_split_layer
-from libortho.checkpoint.stream_files import (
-    StreamFile,
-    alpha_of,
-    check_stream,
-    checked_name,
-    read_stream,
-    sizes,
-    write_stream,
-)
+from libortho.checkpoint.checks import check_destination, check_saveable
+from libortho.checkpoint.directories import replace, staging
+from libortho.checkpoint.hf import LOAD_ERRORS, check_loading, outside_split_layers, refuse_renamed, skeleton
+from libortho.checkpoint.json_files import file_sha256, read_json, write_json
+from libortho.checkpoint.manifest import BASE_MANIFEST, CONFIG, BaseManifest, base_report
+from libortho.checkpoint.packing import Scheme, encode_base, scheme_of
+from libortho.checkpoint.stream_files import StreamFile, alpha_of, checked_name, read_stream, write_stream
+from libortho.checkpoint.stream_tensors import check_stream, sizes
+from libortho.checkpoint.tensor_files import TensorFiles, holds_tensors, sha256_of
 from libortho.core.arguments import check_model, check_tokenizer
 from libortho.core.errors import CheckpointError
 from libortho.core.layer import OrthoLinear, ortho_layers
@@ -51,17 +28,14 @@ from libortho.core.models import plain_torch
 from libortho.core.report import methods
 from libortho.core.streams import OrthoStream
 
-logger = logging.getLogger(__name__)
-_AT_CWD, _EXCHANGE = -100, 2  # AT_FDCWD of fcntl.h and RENAME_EXCHANGE of linux/fs.h
-
 
 @plain_torch()
 def save(model: nn.Module, tokenizer: Any, directory: str | Path, *, max_shard_size: int | str = "5GB") -> Path:
     """Write a split model so that nothing of ours is needed to load it.
 
     The new directory replaces an earlier checkpoint of the same place in one rename; after an error the earlier one is
-    intact. The alpha of the moment is not stored: a stream of ``split`` stands at 1 when it is loaded, as it is part of
-    the weights, and any other at 0.
+    intact. The current alpha is not stored: a stream of ``split`` is loaded at 1, as it is part of the weights, and any
+    other at 0.
 
     Args:
         model: A transformers causal language model after ``split``, ``isolate``, ``tune`` or ``load``.
@@ -85,39 +59,12 @@ def save(model: nn.Module, tokenizer: Any, directory: str | Path, *, max_shard_s
         try:
             base = _write_base(plan, tokenizer, staged, max_shard_size)
             for stream in plan.streams:
-                own = replace(stream, base_sha256=base.base_sha256, rest_sha256=base.rest_sha256)
-                write_stream(staged, own, plan.shapes)
+                write_stream(staged, stream, base)
         except SafetensorError as error:  # also what the disk refuses
             raise CheckpointError(f"cannot write {target}: {error}; is there room on the disk?") from error
         _verify(plan, staged)
-        sync(staged)
-        _exchange(staged, target)
+        replace(staged, target)
     return Path(directory)
-
-
-@contextmanager
-def staging(target: Path) -> Iterator[Path]:
-    """A new folder beside ``target``, to be renamed to it; gone afterwards if it was not."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staged = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
-    staged.mkdir()
-    try:
-        yield staged
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-
-
-def publish(staged: Path, target: Path) -> None:
-    """Force ``staged`` to the disk and give it its final name, which must be free.
-
-    Raises:
-        CheckpointError: if something is there by now.
-    """
-    sync(staged)
-    if os.path.lexists(target):
-        raise CheckpointError(f"{target} exists; choose another place")
-    os.rename(staged, target)
-    sync_folder(target.parent)
 
 
 @dataclass(frozen=True)
@@ -156,8 +103,7 @@ def _plan(model: nn.Module, tokenizer: Any) -> _Plan:
         check_stream(stream_name, parts)
         reports = {n: layer.report for n, layer in layers.items()}
         method = methods(model).get(stream_name)
-        alpha = alpha_of(method)
-        streams.append(StreamFile(stream_name, position, "", parts, reports, method, alpha=alpha))
+        streams.append(StreamFile(stream_name, position, parts, reports, method, alpha_of(method)))
     shapes = {n: (layer.out_features, layer.in_features) for n, layer in layers.items()}
     needed += sum(s.nbytes for stream in streams for s in stream.layers.values())
     return _Plan(model, layers, shapes, scheme, _targets(model, layers), streams, needed)
@@ -174,7 +120,7 @@ def _targets(model: PreTrainedModel, layers: Mapping[str, OrthoLinear]) -> list[
 
 def _write_base(plan: _Plan, tokenizer: Any, staged: Path, max_shard_size: int | str) -> BaseManifest:
     model = plan.model
-    state = {k: v for k, v in model.state_dict().items() if not of_split_layer(k, plan.shapes) or k.endswith(".bias")}
+    state = outside_split_layers(model.state_dict(), plan.shapes)
     for name, layer in plan.layers.items():
         state |= encode_base(name, layer.base)
     type(model).save_pretrained(model, staged, state_dict=state, max_shard_size=max_shard_size)
@@ -184,22 +130,16 @@ def _write_base(plan: _Plan, tokenizer: Any, staged: Path, max_shard_size: int |
     if tokenizer is not None:
         tokenizer.save_pretrained(staged)
     files = TensorFiles(staged)
-    ours = [n for layer in plan.layers for n in plan.scheme.tensor_names(layer)]
-    renamed = [n for n in ours if n not in files]
-    if renamed:
-        raise CheckpointError(
-            f"transformers stores {renamed[0]} of this model family under another name; not supported"
-        )
+    refuse_renamed(n for layer in plan.layers for n in plan.scheme.tensor_names(layer) if n not in files)
+    base_sha256, rest_sha256 = plan.scheme.hashes(plan.layers, files)
+    written = sorted(p.relative_to(staged).as_posix() for p in staged.rglob("*") if not p.is_dir())
     manifest = BaseManifest(
         scheme=plan.scheme,
         shapes=plan.shapes,
         reports={n: base_report(layer.report) for n, layer in plan.layers.items()},
-        base_sha256=files.sha256(plan.scheme.hashed_names(plan.layers)),
-        rest_sha256=files.sha256(set(files.names()) - set(ours)),
-        files={
-            f: None if f.endswith((".safetensors", ".index.json")) else file_sha256(staged / f)
-            for f in files_of(staged)
-        },
+        base_sha256=base_sha256,
+        rest_sha256=rest_sha256,
+        files={f: None if holds_tensors(f) else file_sha256(staged / f) for f in written},
     )
     write_json(staged / BASE_MANIFEST, manifest.to_dict())
     return manifest
@@ -241,53 +181,3 @@ def _verify(plan: _Plan, staged: Path) -> None:
 def _fingerprint(stream: StreamFile) -> str:
     buffers = {f"{n}.{b}": t for n, s in stream.layers.items() for b, t in s.named_buffers()}
     return sha256_of(sorted(buffers.items()))
-
-
-def sync(directory: Path) -> None:
-    """Force files and directories to the disk."""
-    for path in [*directory.rglob("*"), directory]:
-        if path.is_dir() and os.name != "posix":
-            continue
-        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def sync_folder(folder: Path) -> None:
-    """Force the names in a folder to the disk, where the system can."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        with suppress(OSError):  # some file systems cannot sync a directory
-            os.fsync(handle)
-        os.close(handle)
-
-
-def swap(first: Path, second: Path) -> bool:
-    """Exchange two names in one step, so that neither is ever missing; False where the system cannot (not Linux)."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
-    return rename is not None and rename(_AT_CWD, os.fsencode(first), _AT_CWD, os.fsencode(second), _EXCHANGE) == 0
-
-
-def _exchange(staged: Path, target: Path) -> None:
-    """Rename ``staged`` to ``target``; an earlier directory changes places with it, or else steps aside first."""
-    old: Path | None = None
-    if target.exists():
-        if swap(staged, target):
-            old = staged
-        else:
-            old = staged.with_suffix(".old")
-            os.rename(target, old)
-    if old is not staged:
-        try:
-            os.replace(staged, target)
-        except BaseException:
-            if old is not None:
-                os.rename(old, target)
-            raise
-    sync_folder(target.parent)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
-        if old.exists():
-            logger.warning("the earlier checkpoint could not be deleted and lies at %s", old)

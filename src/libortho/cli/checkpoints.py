@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -102,12 +103,9 @@ def encrypt(
     For recipients, or by a passphrase, which is asked for.
     """
     from libortho.checkpoint import encrypt as encrypt_stream
-    from libortho.checkpoint.checks import check_new_place
 
     require("vault", "encryption")
-    if passphrase_env is None:
-        check_new_place(out)  # before anybody types
-    phrase = None if recipient and passphrase_env is None else _passphrase(passphrase_env, confirm=True)
+    phrase = _passphrase(out, passphrase_env, confirm=True, keys=recipient)
     encrypt_stream(stream, out, recipients=recipient or None, passphrase=phrase)
     if as_json:
         emit({"out": str(out), "bytes": out.stat().st_size})
@@ -129,13 +127,10 @@ def decrypt(
 ) -> None:
     """Unlock an age file into the folder of a stream, for attach."""
     from libortho.checkpoint import decrypt as decrypt_stream
-    from libortho.checkpoint.checks import check_new_place
 
     require("vault", "decryption")
-    if passphrase_env is None:
-        check_new_place(out)  # before anybody types
     keys: list[str | Path] = [*(identity or ()), *([] if identity_env is None else [_secret_key(identity_env)])]
-    phrase = None if keys and passphrase_env is None else _passphrase(passphrase_env, confirm=False)
+    phrase = _passphrase(out, passphrase_env, confirm=False, keys=keys)
     decrypt_stream(file, out, identities=keys or None, passphrase=phrase)
     if as_json:
         emit({"out": str(out)})
@@ -164,11 +159,17 @@ def card(
         note(f"Written to {path}.")
 
 
-def _passphrase(variable: str | None, confirm: bool) -> str:
-    """From an environment variable, or asked for; never an argument, which every process of the machine can read."""
-    if variable is None:
-        return str(typer.prompt("Passphrase", hide_input=True, confirmation_prompt=confirm, err=True))
-    return _from_environment("--passphrase-env", variable, "passphrase")
+def _passphrase(out: Path, variable: str | None, *, confirm: bool, keys: Sequence[Any] | None) -> str | None:
+    """From an environment variable, or asked for; None where there are keys instead.
+
+    It is never an argument, which every process of the machine can read. The place is checked before anybody types.
+    """
+    from libortho.checkpoint.directories import check_new_place
+
+    if variable is not None:
+        return _from_environment("--passphrase-env", variable, "passphrase")
+    check_new_place(out)
+    return None if keys else str(typer.prompt("Passphrase", hide_input=True, confirmation_prompt=confirm, err=True))
 
 
 def _secret_key(variable: str) -> str:

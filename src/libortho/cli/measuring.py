@@ -172,6 +172,6 @@ def evaluate(
 
 
 def _short(loaded: Mapping[str, float]) -> str:
-    """As --alpha is written: one number if it holds for all, else one for each stream."""
+    """The loaded alphas in the form of --alpha: one number if all are equal, else one for each stream."""
     values = set(loaded.values()) or {0.0}
     return f"{values.pop():g}" if len(values) == 1 else ";".join(f"{n}={v:g}" for n, v in loaded.items())

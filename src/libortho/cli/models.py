@@ -247,8 +247,9 @@ def _told(loaded: Mapping[str, float]) -> str:
 
 def _check_saveable(net: Any, config: StreamConfig, out: Path) -> None:
     """Refuse now what ``save`` would refuse when all the work is done."""
-    from libortho.checkpoint.checks import check_room, check_saveable
-    from libortho.checkpoint.stream_files import check_rank
+    from libortho.checkpoint.checks import check_saveable
+    from libortho.checkpoint.directories import check_room
+    from libortho.checkpoint.stream_tensors import check_rank
     from libortho.core.layer import ortho_layers
     from libortho.core.surgery import linear_shape
     from libortho.core.targets import find_targets

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 class Terminal(Console):
-    """A console to which text is text: no markup, no codes for emoji, and no control character of whoever wrote it."""
+    """A console that prints text as it is: no markup, no codes for emoji, and control characters written out."""
 
     def __init__(self, *, stderr: bool = False, soft_wrap: bool = False) -> None:
         super().__init__(stderr=stderr, soft_wrap=soft_wrap, markup=False, emoji=False, highlight=False)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """What is to be written; control sequences are the console's own alone."""
+        """Segments to write; only the console itself adds control sequences."""
         for part in super().render(renderable, options):
             yield part if part.control else Segment(visible(part.text), part.style)
 

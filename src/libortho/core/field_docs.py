@@ -26,12 +26,20 @@ def documented(cls: type[T]) -> type[T]:
 def fields_help(cls: type[Any]) -> dict[str, str]:
     """Name of each field of a documented dataclass to its documentation, with the default at the end."""
     docs: dict[str, str] = cls.__field_docs__
-    return {f.name: docs[f.name] + ("" if f.default is None else f" Default: {f.default!r}.") for f in fields(cls)}
+    defaults = {f.name: "" if f.default is None else f" Default: {f.default!r}." for f in fields(cls)}
+    return {name: (docs.get(name, "") + default).strip() for name, default in defaults.items()}
 
 
 def _literals(cls: type[Any]) -> dict[str, str]:
-    """Name of each field that the class itself declares to the string literal below it, as one paragraph."""
-    [definition] = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    """Name of each field that the class itself declares to the string literal below it, as one paragraph.
+
+    Empty where the source is not at hand, as in a frozen program.
+    """
+    try:
+        source = inspect.getsource(cls)
+    except OSError:
+        return {}
+    [definition] = ast.parse(textwrap.dedent(source)).body
     assert isinstance(definition, ast.ClassDef)
     found = {}
     for field, below in zip(definition.body, definition.body[1:], strict=False):

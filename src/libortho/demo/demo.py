@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from libortho.auditing.measures.utility import general_items
 from libortho.auditing.roc import auc
 from libortho.checkpoint import check_destination, check_saveable, save
-from libortho.checkpoint.checks import check_room
 from libortho.checkpoint.dense import load_model
+from libortho.checkpoint.directories import check_room
 from libortho.core.errors import LibOrthoError
 from libortho.core.files import write_atomically
 from libortho.core.progress import Progress, tell

@@ -3,9 +3,8 @@
 Few bf16 tokens on a CPU: torch's INT8/INT4 pack kernels (:mod:`libortho.core.ops.cpu`). Few tokens on a GPU: Triton's
 (:mod:`libortho.core.ops.triton`). Otherwise the weight is built and one matrix product run in the input's dtype. In
 bf16, INT8 codes with one scale per output channel need no scaled weight: integers below 256 are exact in bf16, and the
-scale
-is taken to the few outputs instead of the many weights. (Not so in fp16, whose range such sums leave, nor in fp32,
-where the result equals the stored weight's to the last bit.)
+scale is taken to the few outputs instead of the many weights. (Not so in fp16, whose range such sums leave, nor in
+fp32, where the result equals the stored weight's to the last bit.)
 
     y[t, n] = scale[n] * sum_k x[t, k] code[n, k]
 

@@ -1,4 +1,4 @@
-"""What torch offers on a CPU for few tokens, and which of it is used when.
+"""torch's CPU kernels for few tokens, and when each is used.
 
 Measured (one thread, AVX-512 with bf16, weights out of cache): reading the integers and never building a dense weight
 wins up to about 8 tokens for INT8 and 32 for INT4; beyond, one conversion and one matrix product win. The kernels fall
@@ -6,8 +6,8 @@ to a scalar loop, 20 to 100 times slower, on fp32 inputs, so they get bf16 only.
 costs 25 to 40 microseconds before it begins, an fp32 one under 10: what a stream adds to few tokens is computed in
 fp32, from a copy of its values.
 
-Where the C++ kernels are built (:mod:`libortho.core.ops.native`), INT8 up to the same 8 tokens and bf16
-columns are theirs.
+Where the C++ kernels are built (:mod:`libortho.core.ops.native`), INT8 up to the same 8 tokens and bf16 columns are
+theirs.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class Derived(Generic[T]):
-    """What was last made from some tensors, made again when they are exchanged or written to.
+    """The last result made from some tensors; it is made again when they are exchanged or written to.
 
     It is no buffer: ``.to()``, ``state_dict``, pickles and copies leave it behind. A write through ``tensor.data`` is
     the one change that torch does not count and that is therefore not noticed.

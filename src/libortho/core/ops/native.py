@@ -2,10 +2,10 @@
 
 :func:`build` compiles them, with the user's compiler, into the library's cache directory; nothing else does. A build is
 loaded when this module is imported, if there is one for this very source, this torch, this Python and this machine, and
-nobody but this user or root can have put it there (:func:`libortho.core.cache.private_path`). The
-callers ask :data:`int8_linear` and :data:`add_columns`, and where these are None they take torch's own kernels. What
-they compute is the same to rounding. One build runs on every processor of an architecture: it chooses its instructions
-when it is loaded.
+nobody but this user or root can have put it there (:func:`libortho.core.cache.private_path`). The callers ask
+:data:`int8_linear` and :data:`add_columns`, and where these are None they take torch's own kernels. What they compute
+is the same to rounding. One build runs on every processor of an architecture: it chooses its instructions when it is
+loaded.
 
 ``LIBORTHO_KERNELS=torch`` in the environment leaves a build alone.
 """
@@ -59,11 +59,8 @@ def build_directory() -> Path:
     return cache_directory() / "kernels" / "-".join(tags)
 
 
-def build(verbose: bool = False) -> Path:
+def build() -> Path:
     """Compile the kernels, unless this version is built, and use them from now on.
-
-    Args:
-        verbose: Show the compiler's output.
 
     Returns:
         The library's file.
@@ -75,7 +72,7 @@ def build(verbose: bool = False) -> Path:
     try:
         folder = build_directory()
         if _built(folder) is None:
-            _compile(folder, verbose)
+            _compile(folder)
         found = _private_build(folder)
     except (ConfigError, OSError) as error:
         raise KernelError(f"no place for the C++ kernels: {error}") from error
@@ -141,7 +138,7 @@ def _load(path: Path) -> ModuleType:
     return module
 
 
-def _compile(folder: Path, verbose: bool) -> None:
+def _compile(folder: Path) -> None:
     from torch.utils import cpp_extension
 
     compiler = cpp_extension.get_cxx_compiler()
@@ -154,9 +151,7 @@ def _compile(folder: Path, verbose: bool) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
         flags = ["-O3", *(["-fopenmp"] if platform.system() == "Linux" else [])]
         try:
-            cpp_extension.load(
-                "libortho_native", [str(SOURCE)], extra_cflags=flags, build_directory=aside, verbose=verbose
-            )
+            cpp_extension.load("libortho_native", [str(SOURCE)], extra_cflags=flags, build_directory=aside)
         except (RuntimeError, ImportError, OSError) as error:
             raise KernelError(f"the C++ kernels could not be built with {compiler}: {error}") from error
         made = _built(Path(aside))

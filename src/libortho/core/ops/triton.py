@@ -5,8 +5,8 @@
 
 Sums are fp32; a weight with group scales is rounded to the inputs' dtype first, as
 :func:`libortho.core.ops.quantisation.dequantise` does it, and one scale per output channel is taken to the sum. Beyond
-:data:`MOST_TOKENS`, where a gradient
-is wanted, and where :func:`takes` says no, torch does the same. Free entries and factors are torch's on every device.
+:data:`MOST_TOKENS`, where a gradient is wanted, and where :func:`takes` says no, torch does the same. Free entries and
+factors are torch's on every device.
 
 Nothing here has been timed: tiles and :data:`MOST_TOKENS` are what the shapes suggest, to be measured on a GPU with
 ``benchmarks/gpu.py``. What the kernels compute is tested under Triton's interpreter, on a CPU.
