@@ -19,7 +19,7 @@ from libortho.auditing.attacks.pruning import pruned
 from libortho.auditing.attacks.recovery import column_scores, fit_ridge, left_out_auc, predict_columns
 from libortho.auditing.attacks.relearning import recovery
 from libortho.auditing.attacks.requantisation import FORMATS, NF4, integer, nf4
-from libortho.auditing.subjects import Subject, at, dense_copy, subjects, touched
+from libortho.auditing.subjects import Subject, at, dense_copy, subjects_of, touched
 from libortho.core.errors import ConfigError, DataError, TargetError
 from libortho.core.layer import ortho_layers
 from libortho.core.streams import BaseStream, Columns, OrthoStream
@@ -57,7 +57,7 @@ def general(tokenizer) -> list[Encoded]:
 
 @pytest.fixture(scope="module")
 def audited(isolated, _clean) -> list[Subject]:
-    return subjects(isolated, original=None, reference=_clean, others={}, seed=0)
+    return subjects_of(isolated, original=None, reference=_clean, others={}, seed=0)
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ def test_relearning_finds_memory_in_what_isolate_hides_and_none_in_a_model_that_
     options = {"seed": 0, "epochs": 6, "learning_rate": 1e-3}
     hidden = attacks.relearning(audited, forget, general, **options)
     nothing = attacks.relearning(
-        subjects(clean, original=planted, reference=clean, others={}, seed=0), forget, general, **options
+        subjects_of(clean, original=planted, reference=clean, others={}, seed=0), forget, general, **options
     )
     assert nothing.full.extraction == 1.0
     assert nothing.excess == {"forget half": 0.0, "general text": 0.0}  # it is its own reference
@@ -161,7 +161,7 @@ def test_relearning_finds_memory_in_what_isolate_hides_and_none_in_a_model_that_
 
 
 def test_relearning_says_none_where_there_is_no_memory_to_recover(clean, forget, general):
-    alone = subjects(clean, original=None, reference=None, others={}, seed=0)
+    alone = subjects_of(clean, original=None, reference=None, others={}, seed=0)
     found = attacks.relearning(alone, forget, general, seed=0, epochs=1)
     assert found.full is None
     assert found.recovery == found.excess == {"forget half": None, "general text": None}
@@ -231,7 +231,7 @@ def test_rounding_to_the_grid_that_the_base_is_on_changes_almost_nothing(audited
 
 
 def test_requantisation_rounds_every_layer_and_not_the_head(planted, forget, general):
-    alone = subjects(planted, original=None, reference=None, others={}, seed=0)[0]
+    alone = subjects_of(planted, original=None, reference=None, others={}, seed=0)[0]
     row = attacks.requantisation(alone, forget, general, formats=("nf4",))
     by_hand = copy.deepcopy(planted)
     with torch.no_grad():
@@ -308,7 +308,7 @@ def test_noise_where_the_memory_sits_hurts_more(audited, isolated, forget, gener
 
 
 def test_attacks_on_the_stream_need_a_stream(clean, forget, general):
-    alone = subjects(clean, original=None, reference=None, others={}, seed=0)[0]
+    alone = subjects_of(clean, original=None, reference=None, others={}, seed=0)[0]
     with pytest.raises(TargetError, match="no layer with a column or sparse"):
         attacks.noise(alone, forget, general, seed=0)
     with pytest.raises(TargetError, match="no layer with a column or sparse"):

@@ -12,29 +12,29 @@ from libortho.auditing import measure as measuring
 from libortho.auditing import prompts
 from libortho.auditing import summary as summaries
 from libortho.auditing.config import AuditConfig
-from libortho.auditing.inputs import SHOWN, Material
+from libortho.auditing.inputs import SHOWN, Inputs
 from libortho.auditing.measures.fillings import is_prose
 from libortho.auditing.measures.privacy import template_of
-from libortho.auditing.plan import State, json_ready
+from libortho.auditing.plan import State
+from libortho.auditing.report import json_ready
+from libortho.auditing.schema import SCHEMA, baseline_key
 from libortho.auditing.subjects import Subject, base_sha256
 from libortho.core.layer import OrthoLinear, ortho_layers, touched
 from libortho.core.streams import OrthoStream
 from libortho.core.version import __version__
 from libortho.text.records import Record
 
-SCHEMA = "libortho-audit/1"
-
 
 def report_data(
-    model: nn.Module, standing: Sequence[Subject], m: Material, config: AuditConfig, state: State, name: str | None
+    model: nn.Module, subjects: Sequence[Subject], m: Inputs, config: AuditConfig, state: State, name: str | None
 ) -> dict[str, Any]:
     """The report's JSON, verdicts aside."""
-    by_key = {s.key: s for s in standing}
-    anchor = next((k for k in ("on", "original") if k in by_key), None)
+    by_key = {s.key: s for s in subjects}
+    baseline = baseline_key(by_key)
     context = summaries.Context(
-        material=m,
+        inputs=m,
         reference=state.measured.get("reference"),
-        before=None if anchor is None else state.measured[anchor],
+        before=None if baseline is None else state.measured[baseline],
         seed=config.seed,
     )
     codes = [r.completion.strip() for r in m.forget if not is_prose(r.completion)]
@@ -60,12 +60,12 @@ def report_data(
             "privacy": summaries.privacy_summary(found, context),
             "utility": summaries.utility_summary(found, context),
         }
-        for s in standing
+        for s in subjects
         for found in (state.measured[s.key],)
     ]
     shown = m.probed[:SHOWN]
-    depths = {standing[0].key: (state.depth or {}).get("uds"), **(state.depth or {}).get("others", {})}
-    scores = {s.key: summaries.composite_summary(state.measured[s.key], context, depths.get(s.key)) for s in standing}
+    depths = {subjects[0].key: (state.depth or {}).get("uds"), **(state.depth or {}).get("others", {})}
+    scores = {s.key: summaries.composite_summary(state.measured[s.key], context, depths.get(s.key)) for s in subjects}
     data: dict[str, Any] = {
         "schema": SCHEMA,
         "libortho": __version__,
@@ -115,7 +115,7 @@ def report_data(
                 "prompt": m.forget[i].prompt,
                 "texts": {
                     s.key: hide(texts[place], m.forget[i])
-                    for s in standing
+                    for s in subjects
                     if (texts := state.measured[s.key].generated) is not None
                 },
             }

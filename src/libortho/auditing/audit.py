@@ -54,7 +54,7 @@ def audit(
         general: Text file for perplexity; by default the general text of the package that isolate never sees.
         tasks: JSONL files of tasks; see :mod:`libortho.evaluation.tasks`. Arithmetic is always measured.
         name: What the report calls the model.
-        config: See :class:`~libortho.core.config.AuditConfig`.
+        config: See :class:`~libortho.auditing.config.AuditConfig`.
         resume: Directory where finished parts are kept; a second audit of the same models with the same data and
             settings goes on from there. It holds generated text: keep it as safe as the models.
         progress: Called with (phase, done, total); total is a size of work, so that time can be estimated.

@@ -48,7 +48,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Material:
+class Inputs:
     """The audit's questions.
 
     Attributes:
@@ -115,7 +115,7 @@ class Material:
         return [self._encoded[r] for r in records]
 
 
-def gather(
+def load_inputs(
     tokenizer: Any,
     forget: Source,
     *,
@@ -127,7 +127,7 @@ def gather(
     tasks: Sequence[str | Path],
     limit: int | None,
     config: AuditConfig,
-) -> Material:
+) -> Inputs:
     """Read and check everything that an audit asks.
 
     Raises:
@@ -160,7 +160,7 @@ def gather(
     arithmetic = arithmetic_rows(config.resolved("task_rows"), config.seed)
     fillings = tuple(others(records[i], spaces[i]) for i in probed)
     beside = list(zip(unseen, unseen_spaces, strict=False)) if any(fillings) else []
-    return Material(
+    return Inputs(
         tokenizer=tokenizer,
         forget=records,
         holdout=unseen,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from libortho.auditing.config import AuditConfig
-from libortho.auditing.inputs import SHOWN, Material, Question
+from libortho.auditing.inputs import SHOWN, Inputs, Question
 from libortho.auditing.measures import memory, privacy, utility
 from libortho.auditing.measures.gradients import gradient_norms
 from libortho.auditing.subjects import Subject
@@ -90,10 +90,10 @@ class Measurement:
         return asdict(self)
 
 
-def records(lm: LanguageModel, material: Material, config: AuditConfig) -> Measurement:
+def records(lm: LanguageModel, inputs: Inputs, config: AuditConfig) -> Measurement:
     """The first pass: forget and holdout records, teacher-forced."""
-    sets = {"forget": material.forget, "holdout": material.holdout}
-    found = {n: token_statistics(lm, material.encode(r)) for n, r in sets.items()}
+    sets = {"forget": inputs.forget, "holdout": inputs.holdout}
+    found = {n: token_statistics(lm, inputs.encode(r)) for n, r in sets.items()}
     return Measurement(
         nll={n: [s.nll for s in f] for n, f in found.items()},
         correct={n: [s.correct.int().tolist() for s in f] for n, f in found.items()},
@@ -115,36 +115,36 @@ def _score(attack: str, record: Record, s: TokenStatistics, config: AuditConfig)
     return made[attack]()
 
 
-def probes(lm: LanguageModel, material: Material, into: Measurement) -> None:
+def probes(lm: LanguageModel, inputs: Inputs, into: Measurement) -> None:
     """Other ways to ask: the beginning of the secret given, the prompt changed, the question turned round."""
 
     def ask(pairs: Sequence[tuple[int, Record]]) -> list[TokenStatistics]:
-        return token_statistics(lm, material.encode([r for _, r in pairs]))
+        return token_statistics(lm, inputs.encode([r for _, r in pairs]))
 
-    for share, pairs in material.prefixes.items():
+    for share, pairs in inputs.prefixes.items():
         into.prefixes[f"{share:g}"] = [int(bool(s.correct.all())) for s in ask(pairs)]
-    for name, pairs in material.variants.items():
+    for name, pairs in inputs.variants.items():
         found = ask(pairs)
         into.variants[name] = {"greedy": [float(s.correct.all()) for s in found], "nll": [s.nll for s in found]}
-    if material.associations:
-        found = token_statistics(lm, material.encode(material.associations))
+    if inputs.associations:
+        found = token_statistics(lm, inputs.encode(inputs.associations))
         into.association = [int(bool(s.correct.all())) for s in found]
 
 
-def exposures(lm: LanguageModel, material: Material, into: Measurement, *, holdout: bool) -> None:
+def exposures(lm: LanguageModel, inputs: Inputs, into: Measurement, *, holdout: bool) -> None:
     """Exposure of each probed secret, and of some holdout records, in bits; see :mod:`.measures.memory`."""
     totals = {n: [-sum(t) for t in rows] for n, rows in into.log_p.items()}
-    own = [totals["forget"][i] for i in material.probed]
-    into.exposure["forget"] = _exposures(lm, material, own, material.fillings, material.spaces)
+    own = [totals["forget"][i] for i in inputs.probed]
+    into.exposure["forget"] = _exposures(lm, inputs, own, inputs.fillings, inputs.spaces)
     if not holdout:
         return
-    beside = totals["holdout"][: len(material.holdout_fillings)]
-    into.exposure["holdout"] = _exposures(lm, material, beside, material.holdout_fillings, material.holdout_spaces)
+    beside = totals["holdout"][: len(inputs.holdout_fillings)]
+    into.exposure["holdout"] = _exposures(lm, inputs, beside, inputs.holdout_fillings, inputs.holdout_spaces)
 
 
 def _exposures(
     lm: LanguageModel,
-    material: Material,
+    inputs: Inputs,
     own: Sequence[float],
     fillings: Sequence[Sequence[Record]],
     spaces: Sequence[int | None],
@@ -153,7 +153,7 @@ def _exposures(
     found = []
     for total, others, space in zip(own, fillings, spaces, strict=True):
         if has_exposure(others, space):
-            items = material.encode(others)
+            items = inputs.encode(others)
             among = shared_prefix_nll(lm, items).double() * torch.tensor([len(e.completion) for e in items])
             if len(others) + 1 == space:
                 found.append(memory.exposure_exact(total, among).bits)
@@ -167,65 +167,63 @@ def has_exposure(others: Sequence[Record], space: int | None) -> bool:
     return len(others) >= 2 and space is not None
 
 
-def sampled(subject: Subject, material: Material, config: AuditConfig, into: Measurement) -> None:
+def sampled(subject: Subject, inputs: Inputs, config: AuditConfig, into: Measurement) -> None:
     """How often a sampled continuation holds the secret; to be called inside the subject's context."""
-    chosen = [material.forget[i] for i in material.probed]
+    chosen = [inputs.forget[i] for i in inputs.probed]
     hits = [0] * len(chosen)
-    for length, rows in _batches(chosen, material, config, max(1, GENERATED // config.samples)):
+    for length, rows in _batches(chosen, inputs, config, max(1, GENERATED // config.samples)):
         asked = [chosen[i] for i in rows]
-        texts = sample(subject.model, material.tokenizer, asked, length, config.samples, config.seed)
+        texts = sample(subject.model, inputs.tokenizer, asked, length, config.samples, config.seed)
         for i, drawn in zip(rows, texts, strict=True):
-            hits[i] = sum(contains(t, chosen[i].completion, material.tokenizer) for t in drawn)
+            hits[i] = sum(contains(t, chosen[i].completion, inputs.tokenizer) for t in drawn)
     into.sampled = hits
 
 
-def _batches(
-    chosen: Sequence[Record], material: Material, config: AuditConfig, rows: int
-) -> list[tuple[int, list[int]]]:
+def _batches(chosen: Sequence[Record], inputs: Inputs, config: AuditConfig, rows: int) -> list[tuple[int, list[int]]]:
     """Indices in batches of similar length, each with the tokens that its longest answer needs."""
-    items = zip(chosen, material.encode(chosen), strict=True)
-    needed = [room(r, len(e.completion), config.max_new_tokens, material.tokenizer) for r, e in items]
+    items = zip(chosen, inputs.encode(chosen), strict=True)
+    needed = [room(r, len(e.completion), config.max_new_tokens, inputs.tokenizer) for r, e in items]
     order = sorted(range(len(chosen)), key=needed.__getitem__)
     chunks = [order[i : i + rows] for i in range(0, len(order), rows)]
     return [(needed[c[-1]], c) for c in chunks]
 
 
-def generations(subject: Subject, material: Material, config: AuditConfig, into: Measurement) -> None:
+def generations(subject: Subject, inputs: Inputs, config: AuditConfig, into: Measurement) -> None:
     """Greedy answers to the forget prompts, and to others, to see whether they still differ."""
-    chosen = [material.forget[i] for i in material.probed]
-    into.generated = _answers(subject, material, chosen, config)
+    chosen = [inputs.forget[i] for i in inputs.probed]
+    into.generated = _answers(subject, inputs, chosen, config)
     pairs = list(zip(into.generated, (r.completion for r in chosen), strict=True))
     into.said = [
-        int(says(g, c, material.tokenizer)) if r.question and len(e.completion) <= config.max_new_tokens else None
-        for (g, c), r, e in zip(pairs, chosen, material.encode(chosen), strict=True)
+        int(says(g, c, inputs.tokenizer)) if r.question and len(e.completion) <= config.max_new_tokens else None
+        for (g, c), r, e in zip(pairs, chosen, inputs.encode(chosen), strict=True)
     ]
     into.similarity = [memory.levenshtein_similarity(g[: len(c)], c.strip()) for g, c in pairs]
     into.rouge_l = [memory.rouge_l(g, c).recall for g, c in pairs]
-    into.answers = _answers(subject, material, (material.holdout or material.forget)[:SHOWN], config)
+    into.answers = _answers(subject, inputs, (inputs.holdout or inputs.forget)[:SHOWN], config)
 
 
 def _answers(
-    subject: Subject, material: Material, chosen: Sequence[Record], config: AuditConfig, *, whole: bool = False
+    subject: Subject, inputs: Inputs, chosen: Sequence[Record], config: AuditConfig, *, whole: bool = False
 ) -> list[str]:
     """Greedy answers, as long as the right ones, or ``whole``: as long as the model likes."""
     texts = [""] * len(chosen)
-    for length, rows in _batches(chosen, material, config, GENERATED // 2):
+    for length, rows in _batches(chosen, inputs, config, GENERATED // 2):
         budget = max(length, config.max_new_tokens) if whole else length
-        made = answers(subject.model, material.tokenizer, [chosen[i] for i in rows], budget)
+        made = answers(subject.model, inputs.tokenizer, [chosen[i] for i in rows], budget)
         for i, text in zip(rows, made, strict=True):
             texts[i] = text
     return texts
 
 
-def questions(subject: Subject, lm: LanguageModel, material: Material, config: AuditConfig, into: Measurement) -> None:
+def questions(subject: Subject, lm: LanguageModel, inputs: Inputs, config: AuditConfig, into: Measurement) -> None:
     """TOFU's measures on records that bring paraphrases and wrong answers."""
-    if material.questions:
-        found = [_question(lm, material, q) for q in material.questions.values()]
+    if inputs.questions:
+        found = [_question(lm, inputs, q) for q in inputs.questions.values()]
         into.truth_ratio = [ratio for ratio, _, _ in found]
         into.paraphrase = [p for _, p, _ in found]
-    for name, asked in material.question_sets.items():
-        found = [_question(lm, material, q) for q in asked]
-        texts = _answers(subject, material, [q.answer for q in asked], config, whole=True)
+    for name, asked in inputs.question_sets.items():
+        found = [_question(lm, inputs, q) for q in asked]
+        texts = _answers(subject, inputs, [q.answer for q in asked], config, whole=True)
         into.question_sets[name] = {
             "probability": [_own_probability(name, f) for f in found],
             "rouge_l": [memory.rouge_l(t, q.answer.completion).recall for t, q in zip(texts, asked, strict=True)],
@@ -233,9 +231,9 @@ def questions(subject: Subject, lm: LanguageModel, material: Material, config: A
         }
 
 
-def _question(lm: LanguageModel, material: Material, q: Question) -> tuple[float, float, Tensor]:
+def _question(lm: LanguageModel, inputs: Inputs, q: Question) -> tuple[float, float, Tensor]:
     """Truth ratio, probability of the paraphrase, and mean negative log-likelihoods of answer, paraphrase and rest."""
-    nll = shared_prefix_nll(lm, material.encode([q.answer, q.paraphrase, *q.perturbed])).double()
+    nll = shared_prefix_nll(lm, inputs.encode([q.answer, q.paraphrase, *q.perturbed])).double()
     return memory.truth_ratio(nll[2:], float(nll[1])), math.exp(-float(nll[1])), nll
 
 
@@ -258,29 +256,29 @@ class Before:
     states: list[Tensor]
 
 
-def ability(lm: LanguageModel, material: Material, into: Measurement, before: Before | None) -> None:
+def ability(lm: LanguageModel, inputs: Inputs, into: Measurement, before: Before | None) -> None:
     """General text and retain records, the text also compared with the model that has its memory."""
-    states = utility.reference_states(lm, material.general)
+    states = utility.reference_states(lm, inputs.general)
     if before is None:
-        sums, tokens = utility.sequence_nll(lm, material.general, states)
+        sums, tokens = utility.sequence_nll(lm, inputs.general, states)
     else:
-        both = utility.agreement(lm, material.general, before.states, before.lm, states)
+        both = utility.agreement(lm, inputs.general, before.states, before.lm, states)
         sums, tokens, into.kl, into.top1 = both.nll, both.tokens, both.mean_kl, both.top1
     into.general = {"nll": sums.tolist(), "tokens": tokens.tolist()}
-    if material.retain:
-        into.retain = [s.nll for s in token_statistics(lm, material.encode(material.retain))]
+    if inputs.retain:
+        into.retain = [s.nll for s in token_statistics(lm, inputs.encode(inputs.retain))]
 
 
-def task(lm: LanguageModel, asked: Task, material: Material, config: AuditConfig, into: Measurement) -> None:
+def task(lm: LanguageModel, asked: Task, inputs: Inputs, config: AuditConfig, into: Measurement) -> None:
     """One task: is the right answer given, and how surprising is it?"""
-    found = evaluate(lm, material.tokenizer, asked, config.resolved("task_rows"), config.seed)
+    found = evaluate(lm, inputs.tokenizer, asked, config.resolved("task_rows"), config.seed)
     into.tasks[asked.name] = {"correct": [float(c) for c in found.correct], "nll": list(found.nll)}
 
 
-def gradient_scores(subject: Subject, material: Material, targets: Sequence[str], into: Measurement) -> None:
+def gradient_scores(subject: Subject, inputs: Inputs, targets: Sequence[str], into: Measurement) -> None:
     """Membership by the norm of a record's gradient; members have the smaller one."""
-    for name, chosen in (("forget", material.forget), ("holdout", material.holdout)):
-        norms = gradient_norms(subject, material.encode(chosen), targets) if chosen else torch.zeros(0)
+    for name, chosen in (("forget", inputs.forget), ("holdout", inputs.holdout)):
+        norms = gradient_norms(subject, inputs.encode(chosen), targets) if chosen else torch.zeros(0)
         into.scores.setdefault("grad_norm", {})[name] = (-norms).tolist()
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,11 +17,13 @@ from libortho.auditing import attacks
 from libortho.auditing import measure as measuring
 from libortho.auditing import summary as summaries
 from libortho.auditing.config import AuditConfig
-from libortho.auditing.inputs import Material
+from libortho.auditing.inputs import Inputs
 from libortho.auditing.measure import Before, Measurement
 from libortho.auditing.measures import utility
 from libortho.auditing.measures.depth import logit_lens, unlearning_depth
 from libortho.auditing.measures.gradients import forget_gradient, gradient_cosine, gradient_layers, gradient_norm
+from libortho.auditing.report import json_ready
+from libortho.auditing.schema import baseline_key
 from libortho.auditing.subjects import Subject, at
 from libortho.core.files import write_atomically
 from libortho.core.layer import ortho_layers
@@ -71,20 +72,20 @@ class Plan:
     """All work of one audit, in order; each step has its size in tokens, so that time can be estimated."""
 
     def __init__(
-        self, standing: Sequence[Subject], material: Material, config: AuditConfig, state: State, store: Store
+        self, subjects: Sequence[Subject], inputs: Inputs, config: AuditConfig, state: State, store: Store
     ) -> None:
-        self.standing, self.material, self.config, self.state = standing, material, config, state
+        self.subjects, self.inputs, self.config, self.state = subjects, inputs, config, state
         self.store = store
         self.steps: list[Step] = []
-        self.by_key = {s.key: s for s in standing}
-        self.audited = standing[0]
+        self.by_key = {s.key: s for s in subjects}
+        self.audited = subjects[0]
         self.split = any(layer.streams for layer in ortho_layers(self.audited.model).values())
-        self.anchor = next((s.key for s in standing if s.key in ("on", "original")), None)
+        self.baseline = baseline_key(self.by_key)
         """Who has its memory, and is what others diverge from."""
         self.targets = gradient_layers(self.audited)
         self.attacked = self._some("attack_records")
-        yardsticks = [s for s in standing if s.key in (self.audited.key, self.anchor, "reference")]
-        self.prints = {s.key: fingerprint(s.model) for s in standing}
+        yardsticks = [s for s in subjects if s.key in (self.audited.key, self.baseline, "reference")]
+        self.prints = {s.key: fingerprint(s.model) for s in subjects}
         self.all = " ".join(f"{s.key} {self.prints[s.key]}" for s in yardsticks)
         self.done: set[str] = set()
         for subject in self._order():
@@ -98,7 +99,7 @@ class Plan:
 
     def _some(self, size: str) -> list[Record]:
         """A random choice of forget records, in their order."""
-        forget = self.material.forget
+        forget = self.inputs.forget
         few = min(self.config.resolved(size), len(forget))
         return [forget[i] for i in sorted(random.Random(self.config.seed).sample(range(len(forget)), few))]
 
@@ -116,13 +117,13 @@ class Plan:
 
     def _order(self) -> list[Subject]:
         """Who has its memory goes first: others are compared with it."""
-        return sorted(self.standing, key=lambda s: s.key != self.anchor)
+        return sorted(self.subjects, key=lambda s: s.key != self.baseline)
 
     def _add(self, name: str, tokens: float, run: Callable[[], None]) -> None:
         self.steps.append(Step(name, max(1.0, tokens), run))
 
     def _tokens(self, records: Iterable[Record]) -> int:
-        return sum(len(e.ids) for e in self.material.encode(list(records)))
+        return sum(len(e.ids) for e in self.inputs.encode(list(records)))
 
     def _inside(self, subject: Subject, work: Callable[[LanguageModel, Measurement], None]) -> Callable[[], None]:
         def run() -> None:
@@ -137,7 +138,7 @@ class Plan:
 
         So several processes can share one store. States and gradients of the one with its memory are not stored.
         """
-        beside = "" if self.anchor is None else self.prints[self.anchor]  # divergence and cosine are from this one
+        beside = "" if self.baseline is None else self.prints[self.baseline]  # divergence and cosine are from this one
         name = f"subject {subject.key} {self.prints[subject.key]} {beside}"
 
         def begin() -> None:
@@ -148,36 +149,36 @@ class Plan:
             else:
                 with subject.enter():
                     lm = subject.language_model()
-                    self.state.measured[subject.key] = measuring.records(lm, self.material, self.config)
+                    self.state.measured[subject.key] = measuring.records(lm, self.inputs, self.config)
 
         def end() -> None:
             if subject.key not in self.done:
                 self.store.put(name, self.state.measured[subject.key].to_dict())
 
-        if subject.key == self.anchor:
-            self._add("utility", sum(len(e.ids) for e in self.material.general), self._anchor_states)
-        self._add("records", self._tokens([*self.material.forget, *self.material.holdout]), begin)
+        if subject.key == self.baseline:
+            self._add("utility", sum(len(e.ids) for e in self.inputs.general), self._baseline_states)
+        self._add("records", self._tokens([*self.inputs.forget, *self.inputs.holdout]), begin)
         self._measure_further(subject)
         self._add("store", 1, end)
 
-    def _anchor_states(self) -> None:
-        assert self.anchor is not None
-        subject = self.by_key[self.anchor]
+    def _baseline_states(self) -> None:
+        assert self.baseline is not None
+        subject = self.by_key[self.baseline]
         with subject.enter():
             lm = subject.language_model()
-            self.state.before = Before(lm, utility.reference_states(lm, self.material.general))
+            self.state.before = Before(lm, utility.reference_states(lm, self.inputs.general))
         self.state.gradient = self._forget_gradient(subject)
 
     def _forget_gradient(self, subject: Subject) -> dict[str, torch.Tensor]:
-        items = self.material.encode(self.material.forget[:_GRADIENT_RECORDS])
+        items = self.inputs.encode(self.inputs.forget[:_GRADIENT_RECORDS])
         return forget_gradient(subject, items, self.targets)
 
     def _measure_further(self, subject: Subject) -> None:
-        m, config = self.material, self.config
-        control = subject.role == "control" and subject.key != self.anchor
+        m, config = self.inputs, self.config
+        control = subject.role == "control" and subject.key != self.baseline
 
         def ability(lm: LanguageModel, into: Measurement) -> None:
-            measuring.ability(lm, m, into, None if subject.key == self.anchor else self.state.before)
+            measuring.ability(lm, m, into, None if subject.key == self.baseline else self.state.before)
 
         self._add("utility", sum(len(e.ids) for e in m.general), self._inside(subject, ability))
         if control:
@@ -194,7 +195,7 @@ class Plan:
             "prompts", self._tokens([*probes, *m.associations]),
             self._inside(subject, lambda lm, into: measuring.probes(lm, m, into)),
         )  # fmt: skip
-        level = subject.key != self.anchor or not self.split  # at alpha = 1 nobody asks for the never-trained level
+        level = subject.key != self.baseline or not self.split  # at alpha = 1 nobody asks for the never-trained level
         fillings = [r for group in [*m.fillings, *(m.holdout_fillings if level else ())] for r in group]
         self._add(
             "exposure", 0.5 * self._tokens(fillings),
@@ -205,7 +206,7 @@ class Plan:
             "generation", 3 * answers,
             self._inside(subject, lambda lm, into: measuring.generations(subject, m, config, into)),
         )  # fmt: skip
-        if subject.key != self.anchor or config.profile == "full":
+        if subject.key != self.baseline or config.profile == "full":
             self._add(
                 "samples", config.samples * answers,
                 self._inside(subject, lambda lm, into: measuring.sampled(subject, m, config, into)),
@@ -229,14 +230,14 @@ class Plan:
 
     def _gradient(self, subject: Subject, into: Measurement) -> None:
         """Norm of the forget gradient, and its direction beside that of the model with its memory."""
-        gradient = self._forget_gradient(subject) if subject.key != self.anchor else self.state.gradient
+        gradient = self._forget_gradient(subject) if subject.key != self.baseline else self.state.gradient
         assert gradient is not None
         into.gradient = {"norm": gradient_norm(gradient)}
         if self.state.gradient is not None:
             into.gradient["cosine"] = gradient_cosine(gradient, self.state.gradient)
 
     def _curve(self, value: float) -> None:
-        m = self.material
+        m = self.inputs
         holdout = m.holdout[:_CURVE_HOLDOUT]
 
         def make() -> dict[str, Any]:
@@ -260,17 +261,17 @@ class Plan:
         return None if before is None else Before(before.lm, before.states[:_CURVE_WINDOWS])
 
     def _attacks(self) -> None:
-        items, general = self.material.encode(self.attacked), list(self.material.general)
+        items, general = self.inputs.encode(self.attacked), list(self.inputs.general)
         seed, tokens = self.config.seed, self._tokens(self.attacked)
         found: dict[str, Any] = {}
         self.state.attacks = found
-        standing = list(self.standing)
+        subjects = list(self.subjects)
         asked: list[tuple[str, float, Callable[[], Any]]] = []
         if len(items) >= 2:
-            asked.append(("relearning", 200 * tokens, lambda: attacks.relearning(standing, items, general, seed=seed)))
+            asked.append(("relearning", 200 * tokens, lambda: attacks.relearning(subjects, items, general, seed=seed)))
             asked.append(
                 ("prefix", 60 * tokens, lambda: attacks.adversarial_prefix(
-                    standing, self.attacked, self.material.tokenizer, seed=seed
+                    subjects, self.attacked, self.inputs.tokenizer, seed=seed
                 ))
             )  # fmt: skip
         reference = self.by_key.get("reference")
@@ -291,9 +292,9 @@ class Plan:
 
     def _depth(self) -> None:
         chosen = self._some("depth_records")
-        items, tokens = self.material.encode(chosen), self._tokens(chosen)
-        lens = [s for s in self.standing if s.role in ("audited", "switch on", "reference") or s.key == self.anchor]
-        judged = [self.audited, *(s for s in self.standing if s.role == "other")]
+        items, tokens = self.inputs.encode(chosen), self._tokens(chosen)
+        lens = [s for s in self.subjects if s.role in ("audited", "switch on", "reference") or s.key == self.baseline]
+        judged = [self.audited, *(s for s in self.subjects if s.role == "other")]
         why = self._no_depth()
 
         def run() -> None:
@@ -311,15 +312,15 @@ class Plan:
         self._add("depth", (0 if why else 62 * tokens * len(judged)) + tokens * len(lens), run)
 
     def _no_depth(self) -> str | None:
-        if self.anchor is None:
+        if self.baseline is None:
             return "the depth score needs the model with its memory; pass original"
         if "reference" not in self.by_key:
             return "the depth score needs a model that was never trained on the forget set; pass reference"
         return None
 
     def _score(self, subject: Subject, items: Sequence[Encoded]) -> dict[str, Any]:
-        assert self.anchor is not None
-        score = unlearning_depth(self.by_key[self.anchor], subject, self.by_key["reference"], items)
+        assert self.baseline is not None
+        score = unlearning_depth(self.by_key[self.baseline], subject, self.by_key["reference"], items)
         layers = score.to_dict()["layers"]
         if not score.values:
             why = "no layer encodes any record: the model with its memory is no surer of them than the reference"
@@ -349,14 +350,3 @@ class Store:
         path = self._path(name)
         if path is not None:
             write_atomically(path, json.dumps(json_ready(value)))
-
-
-def json_ready(value: Any) -> Any:
-    """The same structure with every float finite or None."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {k: json_ready(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_ready(v) for v in value]
-    return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,3 +90,12 @@ class AuditReport:
         if path is not None:
             write_atomically(Path(path), text)
         return text
+
+
+def json_ready(value: Any) -> Any:
+    """The same structure with text for keys, lists for tuples, and None for numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {str(k): json_ready(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

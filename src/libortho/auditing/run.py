@@ -14,12 +14,13 @@ from typing import Any
 
 from torch import nn
 
-from libortho.auditing.assemble import SCHEMA, report_data
+from libortho.auditing.assemble import report_data
 from libortho.auditing.config import AuditConfig
-from libortho.auditing.inputs import gather
+from libortho.auditing.inputs import load_inputs
 from libortho.auditing.plan import Plan, State, Store
 from libortho.auditing.report import AuditReport
-from libortho.auditing.subjects import subjects
+from libortho.auditing.schema import SCHEMA
+from libortho.auditing.subjects import subjects_of
 from libortho.auditing.verdicts import verdicts
 from libortho.core.models import plain_torch, unwrapped
 from libortho.core.progress import Progress
@@ -56,7 +57,7 @@ def run(
     models = [m for m in (model, original, reference, *others.values()) if m is not None]
     for each in models:
         check_causal(each)
-    material = gather(
+    inputs = load_inputs(
         tokenizer,
         forget,
         retain=retain,
@@ -69,15 +70,15 @@ def run(
         config=config,
     )
     for each in models:
-        check_tokens(each, tokenizer, material.texts())
-    standing = subjects(model, original=original, reference=reference, others=others, seed=config.seed)
+        check_tokens(each, tokenizer, inputs.texts())
+    subjects = subjects_of(model, original=original, reference=reference, others=others, seed=config.seed)
     state = State()
-    flags = [(m, m.training) for s in standing for m in s.model.modules()]
+    flags = [(m, m.training) for s in subjects for m in s.model.modules()]
     try:
-        for subject in standing:
+        for subject in subjects:
             subject.model.eval()
-        settings = f"{SCHEMA} {__version__} {config.to_dict()} {material.digest()}"
-        steps = Plan(standing, material, config, state, Store(resume, settings)).steps
+        settings = f"{SCHEMA} {__version__} {config.to_dict()} {inputs.digest()}"
+        steps = Plan(subjects, inputs, config, state, Store(resume, settings)).steps
         total = sum(s.cost for s in steps)
         done = 0.0
         for step in steps:
@@ -90,7 +91,7 @@ def run(
     finally:
         for module, flag in flags:
             module.training = flag
-    data = report_data(model, standing, material, config, state, name)
+    data = report_data(model, subjects, inputs, config, state, name)
     found = verdicts(data)
     data["verdicts"] = [
         {"key": v.key, "status": v.status, "text": v.text, "checks": [vars(c) for c in v.checks]} for v in found

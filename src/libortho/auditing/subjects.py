@@ -55,7 +55,7 @@ class Subject:
         return LanguageModel(self.model)
 
 
-def subjects(
+def subjects_of(
     model: nn.Module,
     *,
     original: nn.Module | None,

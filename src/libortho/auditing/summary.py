@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from libortho.auditing.inputs import Material
+from libortho.auditing.inputs import Inputs
 from libortho.auditing.measure import ATTACKS, Measurement, has_exposure
 from libortho.auditing.measures import composite, memory, privacy
 from libortho.auditing.measures.privacy import forget_quality, privleak, s_score
@@ -26,28 +26,28 @@ class Context:
     """What a summary compares with.
 
     Attributes:
-        material: The audit's questions.
+        inputs: The audit's questions.
         reference: Measurement of the never-trained model, if there is one.
         before: Measurement of the model with its memory, if there is one.
         seed: Seed of every bootstrap.
     """
 
-    material: Material
+    inputs: Inputs
     reference: Measurement | None
     before: Measurement | None
     seed: int
 
     def strata(self) -> tuple[list[str], list[str]] | None:
         """Templates of forget and holdout records, if at least half of the forget records have holdout beside them."""
-        own = [privacy.template_of(r.prompt) for r in self.material.forget]
-        other = [privacy.template_of(r.prompt) for r in self.material.holdout]
+        own = [privacy.template_of(r.prompt) for r in self.inputs.forget]
+        other = [privacy.template_of(r.prompt) for r in self.inputs.holdout]
         present = set(other)
         return (own, other) if sum(t in present for t in own) >= len(own) / 2 else None
 
 
 def memory_summary(m: Measurement, context: Context) -> dict[str, Any]:
     """Every memory figure of one subject, as estimates over records."""
-    mat, seed = context.material, context.seed
+    mat, seed = context.inputs, context.seed
     correct = _bools(m.correct["forget"])
     found: dict[str, Estimate | None] = {
         "greedy_extraction": _share(extracted(m, mat)),
@@ -70,17 +70,17 @@ def memory_summary(m: Measurement, context: Context) -> dict[str, Any]:
     return {k: None if e is None else e.to_dict() for k, e in found.items()}
 
 
-def extracted(m: Measurement, material: Material) -> list[bool]:
+def extracted(m: Measurement, inputs: Inputs) -> list[bool]:
     """Which forget records a model says greedily; if it was not asked, whether each token is its first choice."""
     found = [memory.greedy_extraction(c) for c in _bools(m.correct["forget"])]
-    for i, said in zip(material.probed, m.said or (), strict=False):
+    for i, said in zip(inputs.probed, m.said or (), strict=False):
         found[i] = found[i] if said is None else bool(said)
     return found
 
 
 def unseen_summary(m: Measurement, context: Context) -> dict[str, Any] | None:
     """The same subject on holdout records: what no memory looks like."""
-    if not context.material.holdout:
+    if not context.inputs.holdout:
         return None
     seed, correct = context.seed, _bools(m.correct["holdout"])
     found = {
@@ -93,26 +93,26 @@ def unseen_summary(m: Measurement, context: Context) -> dict[str, Any] | None:
     return {k: None if e is None else e.to_dict() for k, e in found.items()}
 
 
-def record_figures(m: Measurement, material: Material) -> dict[str, Any]:
+def record_figures(m: Measurement, inputs: Inputs) -> dict[str, Any]:
     """Figures record by record; None where a record was not probed."""
     correct = _bools(m.correct["forget"])
     exposure: list[float | None] | None = None
     if (known := m.exposure.get("forget")) is not None:
         made = iter(known)
         exposure = [
-            next(made) if has_exposure(f, s) else None for f, s in zip(material.fillings, material.spaces, strict=True)
+            next(made) if has_exposure(f, s) else None for f, s in zip(inputs.fillings, inputs.spaces, strict=True)
         ]
     return {
         "nll": m.nll["forget"],
-        "greedy": [int(e) for e in extracted(m, material)],
+        "greedy": [int(e) for e in extracted(m, inputs)],
         "extraction_strength": [memory.extraction_strength(c) for c in correct],
         "exact_memorization": [memory.exact_memorization(c) for c in correct],
-        "sampled": _spread(m.sampled, material),
-        "exposure": _spread(exposure, material),
+        "sampled": _spread(m.sampled, inputs),
+        "exposure": _spread(exposure, inputs),
     }
 
 
-def prefix_rows(m: Measurement, material: Material) -> list[dict[str, Any]]:
+def prefix_rows(m: Measurement, inputs: Inputs) -> list[dict[str, Any]]:
     """Extraction of the rest when a share of the completion is given."""
     return [{"given": float(s), "extraction": _average(hits), "n": len(hits)} for s, hits in m.prefixes.items()]
 
@@ -127,8 +127,8 @@ def variant_rows(m: Measurement) -> list[dict[str, Any]]:
 
 def privacy_summary(m: Measurement, context: Context) -> dict[str, Any] | None:
     """Membership attacks against the holdout; None without one."""
-    material, seed = context.material, context.seed
-    if not material.holdout:
+    inputs, seed = context.inputs, context.seed
+    if not inputs.holdout:
         return None
     strata = context.strata()
     attacks = {}
@@ -229,7 +229,7 @@ def goldilocks(curve: Sequence[Mapping[str, Any]], context: Context) -> dict[str
     """
     if not curve:
         return None
-    reference, holdout = context.reference, context.material.holdout
+    reference, holdout = context.reference, context.inputs.holdout
     level, target = 0.0, 0.5
     if reference is not None:
         level = _average([float(memory.greedy_extraction(c)) for c in _bools(reference.correct["forget"])])
@@ -275,7 +275,7 @@ def composite_summary(
     (taken as equal), so that utility is that of TOFU's nine numbers alone.
     """
     ready = m.truth_ratio is not None and m.paraphrase is not None and context.reference is not None
-    if not ready or not context.material.holdout:
+    if not ready or not context.inputs.holdout:
         return None
     assert m.truth_ratio is not None
     assert m.paraphrase is not None
@@ -336,11 +336,11 @@ def _clustered(pairs: Sequence[Sequence[tuple[int, Any]]], hits: Sequence[Sequen
     return estimate
 
 
-def _spread(values: Sequence[Any] | None, material: Material) -> list[Any] | None:
+def _spread(values: Sequence[Any] | None, inputs: Inputs) -> list[Any] | None:
     if values is None:
         return None
-    found: list[Any] = [None] * len(material.forget)
-    for i, v in zip(material.probed, values, strict=True):
+    found: list[Any] = [None] * len(inputs.forget)
+    for i, v in zip(inputs.probed, values, strict=True):
         found[i] = v
     return found
 

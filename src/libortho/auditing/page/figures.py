@@ -14,6 +14,7 @@ from libortho.auditing.page import charts
 from libortho.auditing.page.glossary import ATTACKS, attack_label
 from libortho.auditing.page.marks import Band, Dot, Level, Line, Row, nice_ticks
 from libortho.auditing.page.text import number, percent
+from libortho.auditing.schema import REFERENCE, baseline_key
 
 Json = Mapping[str, Any]
 
@@ -30,9 +31,8 @@ class Figure:
 def drawn_subjects(subjects: Sequence[Json]) -> list[Json]:
     """Who appears in charts: the audited model, the one with its memory, and the reference."""
     by_key = {s["key"]: s for s in subjects}
-    memory = next((by_key[k] for k in ("on", "original") if k in by_key), None)
-    chosen = [subjects[0], memory, by_key.get("reference")]
-    return list({s["key"]: s for s in chosen if s is not None}.values())
+    keys = dict.fromkeys((subjects[0]["key"], baseline_key(by_key), REFERENCE))
+    return [by_key[k] for k in keys if k in by_key]
 
 
 def attack_names(subjects: Sequence[Json]) -> list[str]:
@@ -152,7 +152,7 @@ def roc_figures(drawn: Sequence[Json]) -> list[Figure]:
 
 
 def forest_figures(drawn: Sequence[Json]) -> list[Figure]:
-    """The AUC of each membership attack with its interval."""
+    """The AUC of each membership attack with its interval, all in one chart."""
     subjects = _present(drawn, "privacy")
     rows = []
     for attack in attack_names(subjects):
@@ -178,7 +178,7 @@ def forest_figures(drawn: Sequence[Json]) -> list[Figure]:
 
 
 def exposure_figures(drawn: Sequence[Json]) -> list[Figure]:
-    """The exposure of each record."""
+    """Histograms of the records' exposure, one for each subject."""
     rows = []
     for s in sorted(drawn, key=lambda s: s["key"] in ("on", "original")):
         values = [v for v in s["per_record"].get("exposure") or [] if v is not None]
@@ -201,7 +201,7 @@ def exposure_figures(drawn: Sequence[Json]) -> list[Figure]:
 
 
 def prefix_figures(drawn: Sequence[Json]) -> list[Figure]:
-    """What a searched prefix brings back."""
+    """Extraction of the rest over the share of the secret that is given."""
     subjects = _present(drawn, "prefixes")
     if not subjects:
         return []
@@ -223,7 +223,7 @@ def prefix_figures(drawn: Sequence[Json]) -> list[Figure]:
 
 
 def variant_figures(drawn: Sequence[Json]) -> list[Figure]:
-    """What rounding, pruning and noise change."""
+    """Extraction under each rewritten prompt."""
     subjects = _present(drawn, "variants")
     rows = [
         Row(
@@ -252,7 +252,7 @@ def variant_figures(drawn: Sequence[Json]) -> list[Figure]:
 
 
 def relearning_figures(relearning: Json, by_key: Json) -> list[Figure]:
-    """The memory over steps of relearning."""
+    """Extraction and NLL of the judged half over steps of relearning, for each training set."""
     figures = []
     for i, data in enumerate(dict.fromkeys(c["data"] for c in relearning["curves"])):
         curves = [c for c in relearning["curves"] if c["data"] == data]
@@ -289,7 +289,7 @@ def relearning_figures(relearning: Json, by_key: Json) -> list[Figure]:
 
 
 def depth_figures(depth: Json, subjects: Sequence[Json]) -> list[Figure]:
-    """The recovered memory by layer."""
+    """The fall of log p under patches by layer, and the logit lens of each drawn subject."""
     figures = []
     layers = depth.get("layers") or []
     if layers:
@@ -336,7 +336,7 @@ def depth_figures(depth: Json, subjects: Sequence[Json]) -> list[Figure]:
 
 
 def layer_figures(layer_map: Sequence[Json]) -> list[Figure]:
-    """Density and effect of the stream by layer."""
+    """The stream's share of the squared norm, and the columns in it, by decoder layer."""
     if not layer_map:
         return []
     numbers = [re.search(r"\.(\d+)\.", row["name"]) for row in layer_map]

@@ -33,11 +33,10 @@ from libortho.auditing.page.figures import (
     variant_figures,
 )
 from libortho.auditing.page.glossary import ATTACKS, MEMORY, PRIVACY, QUESTIONS, TERMS, UTILITY, Metric, attack_label
-from libortho.auditing.page.text import UNSEEN, cell, embedded_json, finite, number, percent, prose, target, visible
+from libortho.auditing.page.text import UNSEEN, cell, embedded_json, number, percent, prose, target, visible
+from libortho.auditing.report import json_ready
+from libortho.auditing.schema import SCHEMA
 from libortho.core.errors import DataError
-
-SCHEMA = "libortho-audit/1"
-
 
 SHOWN_RECORDS = 100
 
@@ -84,7 +83,7 @@ def render(report: Json) -> str:
         raise DataError(
             f"the report's schema is {given!r}; expected {SCHEMA!r}; render what AuditReport.to_dict() returns"
         )
-    report = finite(report)
+    report = json_ready(report)
     template, css = _sources()
     page = template.render(
         report=report,
