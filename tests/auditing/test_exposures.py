@@ -149,8 +149,7 @@ def inputs(tokenizer: PreTrainedTokenizerFast, fillings: int) -> Inputs:
 def by_library(model: PreTrainedModel, asked: Inputs) -> list[float]:
     lm = LanguageModel(model)
     found = measure.records(lm, asked, AuditConfig())
-    measure.exposures(lm, asked, found, holdout=False)
-    bits = found.exposure["forget"]
+    bits = measure.exposures(lm, asked, found["log_p"], holdout=False)["exposure"]["forget"]
     assert bits is not None
     return bits
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from libortho.auditing.schema import CheckData, ReportData, VerdictData
 from libortho.core.files import write_atomically
 
 
@@ -28,6 +29,10 @@ class Check:
     target: str
     ok: bool | None
 
+    def to_dict(self) -> CheckData:
+        """The fields as JSON-ready values."""
+        return {"name": self.name, "value": self.value, "target": self.target, "ok": self.ok}
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -45,6 +50,12 @@ class Verdict:
     text: str
     checks: tuple[Check, ...] = ()
 
+    def to_dict(self) -> VerdictData:
+        """The fields as JSON-ready values."""
+        return {
+            "key": self.key, "status": self.status, "text": self.text, "checks": [c.to_dict() for c in self.checks],
+        }  # fmt: skip
+
 
 @dataclass(frozen=True)
 class AuditReport:
@@ -57,7 +68,7 @@ class AuditReport:
         seconds: Wall time of each part; not part of the JSON.
     """
 
-    data: Mapping[str, Any]
+    data: ReportData
     verdicts: tuple[Verdict, ...]
     seconds: Mapping[str, float] = field(default_factory=dict)
 

@@ -17,14 +17,14 @@ from torch import nn
 from libortho.auditing.assemble import report_data
 from libortho.auditing.config import AuditConfig
 from libortho.auditing.inputs import load_inputs
-from libortho.auditing.plan import Plan, State, Store
+from libortho.auditing.plan import Plan
 from libortho.auditing.report import AuditReport
 from libortho.auditing.schema import SCHEMA
 from libortho.auditing.subjects import subjects_of
 from libortho.auditing.verdicts import verdicts
 from libortho.core.models import plain_torch, unwrapped
 from libortho.core.progress import Progress
-from libortho.core.version import __version__
+from libortho.core.run_cache import RunCache, run_key
 from libortho.lm.checks import check_causal, check_tokens
 from libortho.lm.generation import token_limit
 from libortho.text.records import Source
@@ -72,28 +72,33 @@ def run(
     for each in models:
         check_tokens(each, tokenizer, inputs.texts())
     subjects = subjects_of(model, original=original, reference=reference, others=others, seed=config.seed)
-    state = State()
     flags = [(m, m.training) for s in subjects for m in s.model.modules()]
     try:
         for subject in subjects:
             subject.model.eval()
-        settings = f"{SCHEMA} {__version__} {config.to_dict()} {inputs.digest()}"
-        steps = Plan(subjects, inputs, config, state, Store(resume, settings)).steps
-        total = sum(s.cost for s in steps)
+        plan = Plan(subjects, inputs, config, _cache(resume, run_key(SCHEMA, config.to_dict(), inputs.digest())))
+        seconds = plan.found.seconds
+        total = sum(s.cost for s in plan.steps)
         done = 0.0
-        for step in steps:
+        for step in plan.steps:
             began = time.monotonic()
             step.run()
             done += step.cost
-            state.seconds[step.name] = state.seconds.get(step.name, 0.0) + time.monotonic() - began
+            seconds[step.name] = seconds.get(step.name, 0.0) + time.monotonic() - began
             if progress is not None:
                 progress("audit", int(done), int(total))
     finally:
         for module, flag in flags:
             module.training = flag
-    data = report_data(model, subjects, inputs, config, state, name)
+    data = report_data(model, subjects, inputs, config, plan.found, name)
     found = verdicts(data)
-    data["verdicts"] = [
-        {"key": v.key, "status": v.status, "text": v.text, "checks": [vars(c) for c in v.checks]} for v in found
-    ]
-    return AuditReport(data, found, state.seconds)
+    data["verdicts"] = [v.to_dict() for v in found]
+    return AuditReport(data, found, plan.found.seconds)
+
+
+def _cache(resume: Path | None, key: str) -> RunCache:
+    """What is kept of this audit: a folder for it within ``resume``, which may serve several."""
+    if resume is None:
+        return RunCache()
+    resume.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return RunCache(resume / key[:32], key)

@@ -7,7 +7,9 @@ is the first. What each attack adds has its type beside the attack.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, cast
+
+from libortho.evaluation.intervals import Estimate
 
 SCHEMA = "libortho-audit/1"
 
@@ -85,6 +87,11 @@ class EstimateData(TypedDict):
     low: float | None
     high: float | None
     n: int
+
+
+def estimate_data(estimate: Estimate) -> EstimateData:
+    """An estimate as it stands in a report."""
+    return cast(EstimateData, estimate.to_dict())
 
 
 class MembershipData(TypedDict):
