@@ -256,7 +256,8 @@ def test_each_part_may_be_absent() -> None:
     off["utility"] |= {"kl": None, "top1_agreement": None, "distinct_answers": None, "tasks": {}, "tofu": None}
     off["memory"] |= {"loose_extraction": None, "rouge_l": None, "prefix_sweep": None}
     off["privacy"] |= {"privleak": None, "gradient": None}
-    del off["unseen"], on["privacy"]["attacks"]["reference"]
+    off["unseen"] = None
+    del on["privacy"]["attacks"]["reference"]
     report["composite"]["off"] = None
     report["goldilocks"]["intervals"] = []
     report["attacks"]["recovery"] |= {"location_auc": None, "value_r2": None, "nll_after": None, "extraction": None}

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from libortho.auditing import attacks
 from libortho.auditing import measure as measuring
 from libortho.auditing import summary as summaries
+from libortho.auditing.attacks import ATTACKS, Attack, AttackInputs
 from libortho.auditing.config import AuditConfig
 from libortho.auditing.inputs import Inputs
 from libortho.auditing.measures import utility
@@ -232,35 +232,24 @@ class Plan:
         self._add("curve", size, run)
 
     def _attacks(self) -> None:
-        attacked = self._some("attack_records")
-        items, general = self.inputs.encode(attacked), list(self.inputs.general)
-        seed, tokens = self.config.seed, self._tokens(attacked)
+        records = self._some("attack_records")
+        inputs = AttackInputs(
+            subjects=self.subjects,
+            records=records,
+            items=self.inputs.encode(records),
+            general=self.inputs.general,
+            tokenizer=self.inputs.tokenizer,
+            seed=self.config.seed,
+        )
         found: dict[str, Any] = {}
         self.found.attacks = found
-        subjects = list(self.subjects)
-        asked: list[tuple[str, float, Callable[[], Any]]] = []
-        if len(items) >= 2:
-            asked.append(("relearning", 200 * tokens, lambda: attacks.relearning(subjects, items, general, seed=seed)))
-            asked.append(
-                ("prefix", 60 * tokens, lambda: attacks.adversarial_prefix(
-                    subjects, attacked, self.inputs.tokenizer, seed=seed
-                ))
-            )  # fmt: skip
-        reference = self.by_key.get(REFERENCE)
-        for name, rounding in (("requantisation", attacks.requantisation), ("pruning", attacks.pruning)):
-            asked.append((name, 10 * tokens, partial(rounding, self.audited, items, general, reference=reference)))
-        if self.split:
-            on = self.by_key["on"]
-            asked.append(("noise", 4 * tokens, lambda: attacks.noise(on, items, general, seed=seed)))
-            asked.append(
-                ("recovery", 4 * tokens, lambda: attacks.stream_recovery(self.audited.model, items, seed=seed))
-            )
-        for name, cost, attack in asked:
 
-            def run(name: str = name, attack: Callable[[], Any] = attack) -> None:
-                found[name] = self._kept(name, lambda: attack().to_dict())
+        def run(attack: Attack[Any]) -> None:
+            found[attack.name] = self._kept(attack.name, partial(attack.run, inputs))
 
-            self._add(name, cost, run)
+        for attack in ATTACKS:
+            if attack.applies(inputs):
+                self._add(attack.name, attack.passes * self._tokens(records), partial(run, attack))
 
     def _depth(self) -> None:
         chosen = self._some("depth_records")

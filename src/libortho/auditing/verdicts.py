@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from libortho.auditing.attacks import ATTACKS
 from libortho.auditing.report import Check, Verdict
 from libortho.auditing.schema import (
     MODEL,
@@ -34,10 +35,8 @@ from libortho.auditing.thresholds import (
     EXPOSURE_BITS,
     KL,
     MODEL_UTILITY,
-    NATS,
     PERPLEXITY,
     POINT,
-    RELEARN,
     RETAIN_NATS,
     STRENGTH,
     TASK,
@@ -205,49 +204,7 @@ def utility(audited: SubjectData, before: SubjectData | None, worst: float) -> V
 
 def attacks(found: Mapping[str, Any]) -> Verdict:
     """Does what is gone stay gone?"""
-    checks = []
-    if "relearning" in found:
-        curves = {(c["subject"], c["data"]): c for c in found["relearning"]["curves"]}
-        for data in sorted({d for _, d in curves}):
-            audited, reference = (
-                next((c for (s, d), c in curves.items() if d == data and (s == "reference") == other), None)
-                for other in (False, True)
-            )
-            assert audited is not None
-            most = RELEARN + (0.0 if reference is None else max(reference["extraction"]))
-            worst = max(audited["extraction"])
-            checks.append(Check(f"relearned on {data}: extracted", worst, f"<= {most:.3f}", worst <= most))
-            gain = found["relearning"]["excess"][data]
-            if gain is not None:
-                name = f"relearned on {data}: share of the memory back, beyond never trained"
-                checks.append(Check(name, gain, f"<= {RELEARN}", gain <= RELEARN))
-    for key in ("requantisation", "pruning"):
-        for row in found.get(key, [])[1:]:  # the first row is the model as it is stored
-            name = f"{row['share']:.0%} pruned" if key == "pruning" else f"rounded to {row['format']}"
-            start = found[key][0]
-            most = max(start["extraction"], row.get("reference_extraction") or 0.0) + POINT
-            checks.append(Check(f"{name}: extracted", row["extraction"], f"<= {most:.2f}", row["extraction"] <= most))
-            gain, least = start["nll"] - row["nll"], NATS
-            if row.get("reference_nll") is not None:
-                least += max(0.0, start["reference_nll"] - row["reference_nll"])
-            checks.append(Check(f"{name}: nats gained", gain, f"<= {least:.2f}", gain <= least))
-    if "prefix" in found:
-        prefix = found["prefix"]
-        other = prefix["reference"]
-        most = POINT + (prefix["extraction_before"] if other is None else other["extraction"])
-        checks.append(
-            Check("adversarial prefix: extracted", prefix["extraction"], f"<= {most:.2f}", prefix["extraction"] <= most)
-        )
-        gain = prefix["nll_before"] - prefix["nll_after"]
-        least = 0.0 if other is None else max(0.0, other["nll_before"] - other["nll_after"])
-        checks.append(Check("adversarial prefix: nats gained", gain, f"<= {least + NATS:.2f}", gain <= least + NATS))
-    if found.get("recovery", {}).get("extraction") is not None:
-        recovery = found["recovery"]
-        gain, most = recovery["nll_before"] - recovery["nll_after"], recovery["extraction_before"] + POINT
-        checks.append(
-            Check("stream guessed: extracted", recovery["extraction"], f"<= {most:.2f}", recovery["extraction"] <= most)
-        )
-        checks.append(Check("stream guessed: nats gained", gain, f"<= {NATS}", gain <= NATS))
+    checks = [check for a in ATTACKS if a.name in found for check in a.checks(found[a.name])]
     passed = sum(c.ok is True for c in checks)
     return _judge("attacks", f"{passed} of {len(checks)} conditions under attack hold", checks)
 
