@@ -15,8 +15,6 @@ LONG = {
     "benchmarks/forgetting.py": 521,
     "benchmarks/tofu_models.py": 588,
     "benchmarks/vllm_check.py": 541,
-    "tests/auditing/test_html.py": 493,
-    "tests/auditing/test_utility.py": 434,
     "tests/checkpoint/test_checkpoint.py": 1007,
     "tests/checkpoint/test_detaching.py": 565,
     "tests/checkpoint/test_fuzz.py": 428,
