@@ -169,7 +169,7 @@ def by_hand(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, count: i
         exact.append(math.log2(10_000) - math.log2(int((every <= own).sum())))
         shuffled = torch.randperm(10_000, generator=torch.Generator().manual_seed(record.number))
         chosen = shuffled[shuffled != int(secret)][:count]
-        estimated.append(exposure_extrapolated(own, every[chosen], 10_000).bits)
+        estimated.append(exposure_extrapolated(own, every[chosen], 10_000))
     return estimated, exact
 
 

@@ -120,9 +120,9 @@ def _exposures(
             items = inputs.encode(others)
             among = shared_prefix_nll(lm, items).double() * torch.tensor([len(e.completion) for e in items])
             if len(others) + 1 == space:
-                found.append(memory.exposure_exact(total, among).bits)
+                found.append(memory.exposure_exact(total, among))
             else:
-                found.append(memory.exposure_extrapolated(total, among, space).bits)
+                found.append(memory.exposure_extrapolated(total, among, space))
     return found or None
 
 
@@ -164,7 +164,7 @@ def generations(lm: LanguageModel, inputs: Inputs, config: AuditConfig) -> Measu
             for (g, c), r, e in zip(pairs, chosen, inputs.encode(chosen), strict=True)
         ],
         "similarity": [memory.levenshtein_similarity(g[: len(c)], c.strip()) for g, c in pairs],
-        "rouge_l": [memory.rouge_l(g, c).recall for g, c in pairs],
+        "rouge_l": [memory.rouge_l(g, c) for g, c in pairs],
         "answers": _answers(lm, inputs, (inputs.holdout or inputs.forget)[:SHOWN], config),
     }
 
@@ -194,7 +194,7 @@ def questions(lm: LanguageModel, inputs: Inputs, config: AuditConfig) -> Measure
         texts = _answers(lm, inputs, [q.answer for q in asked], config, whole=True)
         part["question_sets"][name] = {
             "probability": [_own_probability(name, f) for f in found],
-            "rouge_l": [memory.rouge_l(t, q.answer.completion).recall for t, q in zip(texts, asked, strict=True)],
+            "rouge_l": [memory.rouge_l(t, q.answer.completion) for t, q in zip(texts, asked, strict=True)],
             "truth_ratio": [ratio for ratio, _, _ in found],
         }
     return part

@@ -92,7 +92,7 @@ def test_charts_escape_their_text() -> None:
                      bands=[Band(0, 1, evil)], levels=[Level(0.5, evil, evil)]),
         charts.dots("k", evil, evil, [Row(evil, [Dot(evil, evil, 0.5, 0.1, 0.9)])], x_label=evil, x_range=(0, 1)),
         charts.histograms("k", evil, evil, [Row(evil, values=[1.0], style=evil)], x_label=evil, unit=evil),
-        charts.bars("k", evil, evil, [1.0], x_label=evil, unit=evil, style=evil),
+        charts.bars("k", evil, evil, [1.0], x_label=evil, unit=evil),
     ]  # fmt: skip
     for svg in made:
         page = Page(svg)

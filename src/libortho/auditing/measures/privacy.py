@@ -18,7 +18,6 @@ from __future__ import annotations
 import functools
 import re
 import zlib
-from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -120,7 +119,7 @@ def template_of(prompt: str) -> str:
 
     Special tokens of chat templates stay. The first word of a sentence stays unless it is a name: one of the shipped
     list, or a word that ordinary text does not have in lower case, before another name or "'s". Names that are not
-    capitalised stay, so that their records get a stratum each; ``stratified_auc`` reports what it cannot compare.
+    capitalised stay, so that their records get a stratum each.
     """
     special = [m.span() for m in _SPECIAL.finditer(prompt)]
     # A null is no letter, so it ends a run; a prompt's own nulls carry nothing.
@@ -133,11 +132,6 @@ def template_of(prompt: str) -> str:
             out += [text[position : run.start()], "\0"]
             position = run.end()
     return _GAP.sub("\0", "".join(out) + text[position:]).replace("\0", "_")
-
-
-def strata(prompts: Sequence[str]) -> list[str]:
-    """``template_of`` each prompt."""
-    return [template_of(p) for p in prompts]
 
 
 def _varies(text: str, run: re.Match[str], after: re.Match[str] | None, special_ends: set[int]) -> bool:

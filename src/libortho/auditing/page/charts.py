@@ -8,6 +8,7 @@ escaped here.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from html import escape
 
@@ -23,7 +24,6 @@ from libortho.auditing.page.marks import (
     cut,
     draw_legend,
     marker,
-    median,
     nice_ticks,
     px,
     short,
@@ -32,6 +32,9 @@ from libortho.auditing.page.marks import (
     x_axis,
     y_axis,
 )
+
+_BINS = 18
+"""Bins of a histogram at most; their edges are round numbers."""
 
 
 def lines(
@@ -140,7 +143,6 @@ def dots(
     x_label: str,
     x_range: tuple[float, float],
     level: float | None = None,
-    format_x: Callable[[float], str] | None = None,
 ) -> str:
     """Values with intervals, one group of dots a row (a forest plot).
 
@@ -152,9 +154,7 @@ def dots(
         x_label: Name and unit of x.
         x_range: Ends of x.
         level: A value of x to compare with, drawn dotted.
-        format_x: Tick label of x.
     """
-    show = format_x or short
     seen = {dot.style: dot.label for row in rows for dot in row.dots}
     head, key_rows = draw_legend(list(seen.items()), WIDTH)
     left = min(22 + max((len(row.label) for row in rows), default=0) * CHARACTER, WIDTH * 0.4)
@@ -179,20 +179,18 @@ def dots(
             interval = ""
             if dot.low is not None and dot.high is not None:
                 interval = f'<path class="whisker" d="M{px(x(dot.low))} {px(y)}H{px(x(dot.high))}"/>'
-            text = f"{row.label}, {dot.label}: {show(dot.value)}"
+            text = f"{row.label}, {dot.label}: {short(dot.value)}"
             if dot.low is not None and dot.high is not None:
-                text += f" ({show(dot.low)} to {show(dot.high)})"
+                text += f" ({short(dot.low)} to {short(dot.high)})"
             mark = marker(dot.style, x(dot.value), y)
             parts.append(f'<g class="s-{escape(dot.style)}"><title>{escape(text)}</title>{interval}{mark}</g>')
         at += size
         parts.append(f'<path class="grid" d="M{px(left)} {px(at)}H{px(WIDTH - 14)}"/>')
-    parts.append(x_axis(x, bottom, height, show, x_label))
+    parts.append(x_axis(x, bottom, height, short, x_label))
     return _svg(key, title, description, height, parts)
 
 
-def histograms(
-    key: str, title: str, description: str, rows: Sequence[Row], *, x_label: str, bins: int = 12, unit: str = ""
-) -> str:
+def histograms(key: str, title: str, description: str, rows: Sequence[Row], *, x_label: str, unit: str = "") -> str:
     """One small histogram a row, over common bins; the median is marked and written out.
 
     Args:
@@ -201,11 +199,10 @@ def histograms(
         description: What the chart shows, in words.
         rows: Each with its values, at least one.
         x_label: Name and unit of x.
-        bins: How many at most; bin edges are round numbers.
         unit: Written behind the median.
     """
     everything = [v for row in rows for v in row.values]
-    edges = nice_ticks(*widened(min(everything), max(everything)), bins + 1)
+    edges = nice_ticks(*widened(min(everything), max(everything)), _BINS + 1)
     counts = [[0] * (len(edges) - 1) for _ in rows]
     for row, count in zip(rows, counts, strict=True):
         for value in row.values:
@@ -225,7 +222,7 @@ def histograms(
                     f'width="{px(x(b) - x(a) - 1)}" height="{px(base - y(c))}">'
                     f"<title>{escape(row.label)}: {c} between {short(a)} and {short(b)}</title></rect>"
                 )
-        middle = median(row.values)
+        middle = statistics.median(row.values)
         group.append(f'<path class="median" d="M{px(x(middle))} {px(base - size + 22)}V{base}"/>')
         group.append(
             f'<text class="label" x="{left}" y="{px(base - size + 16)}" fill="currentColor">{escape(row.label)}'
@@ -237,9 +234,7 @@ def histograms(
     return _svg(key, title, description, height, parts)
 
 
-def bars(
-    key: str, title: str, description: str, values: Sequence[float], *, x_label: str, unit: str = "", style: str = "off"
-) -> str:
+def bars(key: str, title: str, description: str, values: Sequence[float], *, x_label: str, unit: str = "") -> str:
     """One vertical bar for each index 0, 1, 2, ...; the highest is labelled.
 
     Args:
@@ -249,7 +244,6 @@ def bars(
         values: Not negative; at least one.
         x_label: Name of the index.
         unit: Written behind a value.
-        style: Subject key.
     """
     ticks = nice_ticks(0, max(max(values), 1e-9), 4)
     height, top = 200, 22
@@ -258,10 +252,10 @@ def bars(
     y = Scale(0, ticks[-1], bottom, top)
     step = (right - left) / len(values)
     x = Scale(-0.5, max(len(values) - 0.5, 0.5), left, right)
-    parts = [y_axis(y, left, right, short), f'<g class="s-{escape(style)}">']
+    parts = [y_axis(y, left, right, short), '<g class="s-off">']
     for i, value in enumerate(values):
         parts.append(
-            f'<rect class="fill p-{escape(style)}" x="{px(left + i * step + step * 0.12)}" y="{px(y(value))}" '
+            f'<rect class="fill p-off" x="{px(left + i * step + step * 0.12)}" y="{px(y(value))}" '
             f'width="{px(step * 0.76)}" '
             f'height="{px(bottom - y(value))}"><title>{escape(x_label)} {i}: '
             f"{short(value)}{escape(unit)}</title></rect>"

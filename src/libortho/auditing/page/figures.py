@@ -187,7 +187,6 @@ def exposure_figures(drawn: Sequence[Drawn]) -> list[Figure]:
         + ".",
         rows,
         x_label="exposure (bits)",
-        bins=18,
         unit=" bits",
     )
     return [figure("Exposure", "number of records", svg)]

@@ -200,12 +200,6 @@ def x_axis(
     return "".join(parts)
 
 
-def median(values: Sequence[float]) -> float:
-    """The median."""
-    ordered, half = sorted(values), len(values) // 2
-    return ordered[half] if len(values) % 2 else (ordered[half - 1] + ordered[half]) / 2
-
-
 def widened(low: float, high: float) -> tuple[float, float]:
     """A range that is not empty."""
     return (low, high) if high > low else (low - 0.5, high + 0.5)
