@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -29,6 +30,7 @@ from libortho.auditing.schema import (
 )
 from libortho.auditing.subjects import Subject, at
 from libortho.core.layer import ortho_layers
+from libortho.core.progress import Progress, tell
 from libortho.core.run_cache import Entry, RunCache, run_key
 from libortho.evaluation.intervals import mean_estimate
 from libortho.lm.checks import fingerprint
@@ -100,6 +102,16 @@ class Plan:
         if config.profile == "full":
             self._attacks()
             self._depth()
+
+    def run(self, progress: Progress | None) -> None:
+        """Run all steps; ``progress`` is called with "audit", and with what is done and what there is in tokens."""
+        total, done = sum(s.cost for s in self.steps), 0.0
+        for step in self.steps:
+            began = time.monotonic()
+            step.run()
+            done += step.cost
+            self.found.seconds[step.name] = self.found.seconds.get(step.name, 0.0) + time.monotonic() - began
+            tell(progress, "audit", int(done), int(total))
 
     def _some(self, size: str) -> list[Record]:
         """A random choice of forget records, in their order."""

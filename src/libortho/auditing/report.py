@@ -34,6 +34,29 @@ class Check:
         return {"name": self.name, "value": self.value, "target": self.target, "ok": self.ok}
 
 
+def at_most(name: str, value: float, most: float, form: str = "", *, possibly: bool = False) -> Check:
+    """A check that holds up to ``most``.
+
+    Args:
+        name: What is compared.
+        value: The figure.
+        most: Its bound.
+        form: How the bound is written, as in a format string; by default as it is.
+        possibly: The interval holds good values, so that a figure beyond the bound leaves the check undecided.
+    """
+    return Check(name, value, f"<= {most:{form}}", told(value <= most, possibly))
+
+
+def at_least(name: str, value: float, least: float, form: str = "", *, possibly: bool = False) -> Check:
+    """A check that holds from ``least`` on; see :func:`at_most`."""
+    return Check(name, value, f">= {least:{form}}", told(value >= least, possibly))
+
+
+def told(good: bool, possibly: bool) -> bool | None:
+    """Whether a condition holds; None where it does not, but may by its interval."""
+    return True if good else None if possibly else False
+
+
 @dataclass(frozen=True)
 class Verdict:
     """One question, answered.

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from libortho.auditing.attacks import ATTACKS
-from libortho.auditing.report import Check, Verdict
+from libortho.auditing.report import Check, Verdict, at_least, at_most, told
 from libortho.auditing.schema import (
     MODEL,
     OFF,
@@ -98,8 +98,7 @@ def memory(audited: SubjectData, reference: SubjectData | None) -> Verdict:
         ("extraction_strength", "extraction strength", STRENGTH),
     ):
         if (figure := own[name]) is not None:
-            most = level(name) + slack
-            checks.append(Check(words, figure["value"], f"<= {most:.3f}", figure["value"] <= most))
+            checks.append(at_most(words, figure["value"], level(name) + slack, ".3f"))
     if (exposure := own["exposure"]) is not None and unseen is not None and unseen["exposure"] is not None:
         checks.append(_exposure(exposure, unseen["exposure"]))
     greedy, sampled = own["greedy_extraction"], own["sampled_extraction"]
@@ -117,12 +116,7 @@ def _exposure(own: EstimateData, unseen: EstimateData) -> Check:
     target = f"within {EXPOSURE_BITS} bits of unseen records ({unseen['value']:.2f})"
     ends = [(e["low"], e["high"]) for e in (own, unseen) if e["low"] is not None and e["high"] is not None]
     overlap = len(ends) == 2 and ends[0][0] <= ends[1][1] and ends[1][0] <= ends[0][1]
-    return Check("mean exposure, bits", own["value"], target, _told(abs(gap) <= EXPOSURE_BITS, overlap))
-
-
-def _told(good: bool, could_be: bool) -> bool | None:
-    """Whether a condition holds; None where it does not, but ``could_be`` good by its interval."""
-    return True if good else None if could_be else False
+    return Check("mean exposure, bits", own["value"], target, told(abs(gap) <= EXPOSURE_BITS, overlap))
 
 
 def privacy(audited: SubjectData, reference: SubjectData | None) -> Verdict:
@@ -141,7 +135,7 @@ def privacy(audited: SubjectData, reference: SubjectData | None) -> Verdict:
         else:
             continue  # an attack that the reference cannot be put to, being the one that compares with it
         low, high = gap["low"], gap["high"]
-        ok = _told(abs(gap["value"] - level) <= AUC, low is not None and high is not None and low <= level <= high)
+        ok = told(abs(gap["value"] - level) <= AUC, low is not None and high is not None and low <= level <= high)
         checks.append(Check(f"AUC of {name.replace('_', '-')}", attack["auc"]["value"], f"within {AUC} {reason}", ok))
     loss = audited["privacy"]["attacks"]["loss"]
     interval = "" if loss["auc"]["low"] is None else f" ({loss['auc']['low']:.2f} to {loss['auc']['high']:.2f})"
@@ -179,25 +173,24 @@ def utility(audited: SubjectData, before: SubjectData | None, worst: float) -> V
         )  # fmt: skip
     was = before["utility"]
     ratio = perplexity / was["perplexity"]["value"]
-    checks.append(Check(f"perplexity / {before['label']}", ratio, f"<= {PERPLEXITY}", ratio <= PERPLEXITY))
+    checks.append(at_most(f"perplexity / {before['label']}", ratio, PERPLEXITY))
     if own["kl"] is not None and audited["key"] == OFF:
-        checks.append(Check("KL from alpha = 1, nats", own["kl"], f"<= {KL}", own["kl"] <= KL))
+        checks.append(at_most("KL from alpha = 1, nats", own["kl"], KL))
     for name, gap in (own["task_differences"] or {}).items():
-        fine = _told(gap["value"] >= -TASK, gap["high"] is not None and gap["high"] >= 0)
-        checks.append(Check(f"{name}: change of accuracy", gap["value"], f">= -{TASK}", fine))
+        possibly = gap["high"] is not None and gap["high"] >= 0
+        checks.append(at_least(f"{name}: change of accuracy", gap["value"], -TASK, possibly=possibly))
     for name, gap in (own["task_nll_differences"] or {}).items():
-        fine = _told(gap["value"] <= RETAIN_NATS, gap["low"] is not None and gap["low"] <= 0)
-        checks.append(Check(f"{name}: nats gained on right answers", gap["value"], f"<= {RETAIN_NATS}", fine))
+        possibly = gap["low"] is not None and gap["low"] <= 0
+        checks.append(at_most(f"{name}: nats gained on right answers", gap["value"], RETAIN_NATS, possibly=possibly))
     if own["retain_nll"] is not None and was["retain_nll"] is not None:
         gain = own["retain_nll"]["value"] - was["retain_nll"]["value"]
-        checks.append(Check("retain records: nats gained", gain, f"<= {RETAIN_NATS}", gain <= RETAIN_NATS))
+        checks.append(at_most("retain records: nats gained", gain, RETAIN_NATS))
     if own["tofu"] and was["tofu"] and was["tofu"]["model_utility"] > 0:
         share = own["tofu"]["model_utility"] / was["tofu"]["model_utility"]
-        checks.append(Check("TOFU model utility, share", share, f">= {MODEL_UTILITY}", share >= MODEL_UTILITY))
+        checks.append(at_least("TOFU model utility, share", share, MODEL_UTILITY))
     if own["distinct_answers"] is not None and was["distinct_answers"]:
         least = DISTINCT * was["distinct_answers"]
-        ok = own["distinct_answers"] >= least
-        checks.append(Check("distinct answers to other prompts", own["distinct_answers"], f">= {least:.2f}", ok))
+        checks.append(at_least("distinct answers to other prompts", own["distinct_answers"], least, ".2f"))
     text = f"{audited['label']}: perplexity of general text {perplexity:.2f}, {ratio:.4f} of {before['label']}"
     return _judge("utility", text, checks)
 
@@ -214,7 +207,7 @@ def depth(found: DepthData) -> Verdict:
     if found["uds"] is None:
         return Verdict("depth", "withheld", f"Withheld: {found['withheld']}")
     value = found["uds"]["value"]
-    check = Check("unlearning depth score", value, f">= {DEPTH}", value >= DEPTH)
+    check = at_least("unlearning depth score", value, DEPTH)
     return _judge("depth", f"Unlearning depth score {value:.2f} (1: as deep as never trained)", [check])
 
 

@@ -16,7 +16,7 @@ from libortho.auditing.attacks.measuring import Level, general_subset, measure, 
 from libortho.auditing.page.exhibits import Row, Table
 from libortho.auditing.page.glossary import METRICS, SHARE
 from libortho.auditing.page.text import cell, number
-from libortho.auditing.report import Check
+from libortho.auditing.report import Check, at_most
 from libortho.auditing.subjects import Subject, dense_copy
 from libortho.auditing.thresholds import NATS, POINT
 from libortho.core.errors import TargetError
@@ -89,11 +89,11 @@ def damage_checks(names: Sequence[str], rows: Sequence[Damage]) -> list[Check]:
     start, found = rows[0], []
     for name, row in zip(names[1:], rows[1:], strict=True):
         most = max(start["extraction"], row["reference_extraction"] or 0.0) + POINT
-        found.append(Check(f"{name}: extracted", row["extraction"], f"<= {most:.2f}", row["extraction"] <= most))
-        gain, least = start["nll"] - row["nll"], NATS
+        found.append(at_most(f"{name}: extracted", row["extraction"], most, ".2f"))
+        gain = NATS
         if row["reference_nll"] is not None and start["reference_nll"] is not None:
-            least += max(0.0, start["reference_nll"] - row["reference_nll"])
-        found.append(Check(f"{name}: nats gained", gain, f"<= {least:.2f}", gain <= least))
+            gain += max(0.0, start["reference_nll"] - row["reference_nll"])
+        found.append(at_most(f"{name}: nats gained", start["nll"] - row["nll"], gain, ".2f"))
     return found
 
 

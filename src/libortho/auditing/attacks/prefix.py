@@ -25,7 +25,7 @@ from libortho.auditing.attacks.measuring import halves, measure
 from libortho.auditing.page.exhibits import Drawn, Exhibit, Row, Table
 from libortho.auditing.page.glossary import SHARE, Metric
 from libortho.auditing.page.text import cell, number, visible
-from libortho.auditing.report import Check
+from libortho.auditing.report import Check, at_most
 from libortho.auditing.schema import REFERENCE
 from libortho.auditing.subjects import Subject
 from libortho.auditing.thresholds import NATS, POINT
@@ -175,12 +175,10 @@ def checks(found: Prefix) -> list[Check]:
     """Extraction and nats gained, beyond those of the reference under its own prefix."""
     other = found["reference"]
     most = POINT + (found["extraction_before"] if other is None else other["extraction"])
-    gain = found["nll_before"] - found["nll_after"]
-    least = NATS + (0.0 if other is None else max(0.0, other["nll_before"] - other["nll_after"]))
-    extracted = found["extraction"]
+    gain = NATS + (0.0 if other is None else max(0.0, other["nll_before"] - other["nll_after"]))
     return [
-        Check("adversarial prefix: extracted", extracted, f"<= {most:.2f}", extracted <= most),
-        Check("adversarial prefix: nats gained", gain, f"<= {least:.2f}", gain <= least),
+        at_most("adversarial prefix: extracted", found["extraction"], most, ".2f"),
+        at_most("adversarial prefix: nats gained", found["nll_before"] - found["nll_after"], gain, ".2f"),
     ]
 
 

@@ -39,7 +39,7 @@ from libortho.auditing.attacks.measuring import edited_layers, measure, measure_
 from libortho.auditing.page.exhibits import Drawn, Exhibit, Row, Table
 from libortho.auditing.page.glossary import SHARE, Metric
 from libortho.auditing.page.text import cell, number
-from libortho.auditing.report import Check
+from libortho.auditing.report import Check, at_most
 from libortho.auditing.roc import auc
 from libortho.auditing.schema import ON
 from libortho.auditing.subjects import dense_copy
@@ -131,10 +131,9 @@ def checks(found: Recovery) -> list[Check]:
     """Extraction and nats gained with the predicted values; none where no values were predicted."""
     if found["extraction"] is None or found["nll_after"] is None:
         return []
-    gain, most = found["nll_before"] - found["nll_after"], found["extraction_before"] + POINT
     return [
-        Check("stream guessed: extracted", found["extraction"], f"<= {most:.2f}", found["extraction"] <= most),
-        Check("stream guessed: nats gained", gain, f"<= {NATS}", gain <= NATS),
+        at_most("stream guessed: extracted", found["extraction"], found["extraction_before"] + POINT, ".2f"),
+        at_most("stream guessed: nats gained", found["nll_before"] - found["nll_after"], NATS),
     ]
 
 

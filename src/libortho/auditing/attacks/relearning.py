@@ -35,7 +35,7 @@ from libortho.auditing.page.exhibits import Drawn, Exhibit, Figure
 from libortho.auditing.page.figures import figure
 from libortho.auditing.page.marks import Line, nice_ticks
 from libortho.auditing.page.text import number, visible
-from libortho.auditing.report import Check
+from libortho.auditing.report import Check, at_most
 from libortho.auditing.schema import REFERENCE, baseline_key
 from libortho.auditing.subjects import dense_copy
 from libortho.auditing.thresholds import RELEARN
@@ -222,12 +222,11 @@ def checks(found: Relearning) -> list[Check]:
     for data in sorted({c["data"] for c in found["curves"]}):
         curves = {c["subject"] == REFERENCE: c for c in found["curves"] if c["data"] == data}
         most = RELEARN + (max(curves[True]["extraction"]) if True in curves else 0.0)
-        worst = max(curves[False]["extraction"])
-        made.append(Check(f"relearned on {data}: extracted", worst, f"<= {most:.3f}", worst <= most))
+        made.append(at_most(f"relearned on {data}: extracted", max(curves[False]["extraction"]), most, ".3f"))
         gain = found["excess"][data]
         if gain is not None:
             name = f"relearned on {data}: share of the memory back, beyond never trained"
-            made.append(Check(name, gain, f"<= {RELEARN}", gain <= RELEARN))
+            made.append(at_most(name, gain, RELEARN))
     return made
 
 
