@@ -90,9 +90,9 @@ class Plan:
         self._baseline: measuring.Baseline | None = None
         self._baseline_gradient: dict[str, torch.Tensor] | None = None
         self._targets = gradient_layers(self.audited)
-        self._prints = {s.key: fingerprint(s.model) for s in subjects}
+        self._fingerprints = {s.key: fingerprint(s.model) for s in subjects}
         yardsticks = [s for s in subjects if s.key in (self.audited.key, self.baseline, REFERENCE)]
-        self._yardsticks = " ".join(f"{s.key} {self._prints[s.key]}" for s in yardsticks)
+        self._yardsticks = " ".join(f"{s.key} {self._fingerprints[s.key]}" for s in yardsticks)
         self._restored: set[str] = set()
         for subject in sorted(subjects, key=lambda s: s.key != self.baseline):  # others are compared with the baseline
             self._measure(subject)
@@ -139,8 +139,10 @@ class Plan:
         So several processes can share one cache. States and gradients of the baseline are not kept.
         """
         measured, key = self.found.measured, subject.key
-        beside = "" if self.baseline is None else self._prints[self.baseline]  # divergence and cosine are from this one
-        name = run_key("subject", key, self._prints[key], beside)
+        beside = (
+            "" if self.baseline is None else self._fingerprints[self.baseline]
+        )  # divergence and cosine are from this one
+        name = run_key("subject", key, self._fingerprints[key], beside)
 
         def begin() -> None:
             entry = self.cache.get(name)
@@ -162,13 +164,13 @@ class Plan:
                 self.cache.put(name, Entry({}, measured[key]))
 
         if key == self.baseline:
-            self._add("utility", sum(len(e.ids) for e in self.inputs.general), partial(self._listen, subject))
+            self._add("utility", sum(len(e.ids) for e in self.inputs.general), partial(self._measure_baseline, subject))
         self._add("records", self._tokens([*self.inputs.forget, *self.inputs.holdout]), begin)
         for step, tokens, work in self._measurements(subject):
             self._add(step, tokens, partial(measure, work))
         self._add("store", 1, end)
 
-    def _listen(self, baseline: Subject) -> None:
+    def _measure_baseline(self, baseline: Subject) -> None:
         """What the others are compared with: states on general text, and the forget gradient."""
         with baseline.enter():
             lm = baseline.language_model()
@@ -238,7 +240,7 @@ class Plan:
             return summaries.curve_point(value, found)
 
         def run() -> None:
-            self.found.curve.append(self._kept(f"curve {value:g}", make, self._prints[self.audited.key]))
+            self.found.curve.append(self._kept(f"curve {value:g}", make, self._fingerprints[self.audited.key]))
 
         size = self._tokens([*m.forget, *m.holdout]) + sum(len(e.ids) for e in text.general)
         self._add("curve", size, run)
@@ -273,7 +275,7 @@ class Plan:
         def run() -> None:
             found: dict[str, DepthScoreData] = {}
             for s in [] if why else judged:
-                models = f"{self._yardsticks} {self._prints[s.key]}"
+                models = f"{self._yardsticks} {self._fingerprints[s.key]}"
                 found[s.key] = self._kept(f"depth {s.key}", partial(self._score, s, items), models)
             lenses = {s.key: self._kept(f"lens {s.key}", partial(logit_lens, s, items)) for s in lens}
             nothing: DepthScoreData = {"uds": None, "withheld": why, "layers": [], "unscored": None}

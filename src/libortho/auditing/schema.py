@@ -164,7 +164,7 @@ class SubjectData(TypedDict):
 
     key: str
     label: str
-    role: str
+    role: Role
     memory: Memory
     unseen: Memory | None
     per_record: RecordFigures
