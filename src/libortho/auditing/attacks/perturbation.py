@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from libortho.auditing.attacks.attack import AttackInputs
 from libortho.auditing.attacks.measuring import Level, general_subset, measure, measure_subject
-from libortho.auditing.page.exhibits import Row, Table
+from libortho.auditing.page.exhibits import Table, TableRow
 from libortho.auditing.page.glossary import METRICS, SHARE
 from libortho.auditing.page.text import cell, number
 from libortho.auditing.report import Check, at_most
@@ -100,4 +100,4 @@ def damage_checks(names: Sequence[str], rows: Sequence[Damage]) -> list[Check]:
 def damage_table(caption: str, first: str, names: Sequence[str], rows: Sequence[Level]) -> Table:
     """Extraction, surprise and perplexity of each row."""
     cells = [(cell(r["extraction"], SHARE), number(r["nll"], 2), number(r["perplexity"], 2)) for r in rows]
-    return Table(caption, first, _COLUMNS, [Row(n, c) for n, c in zip(names, cells, strict=True)])
+    return Table(caption, first, _COLUMNS, [TableRow(n, c) for n, c in zip(names, cells, strict=True)])

@@ -22,7 +22,7 @@ from markupsafe import Markup
 
 from libortho.auditing.attacks.attack import Attack, AttackInputs
 from libortho.auditing.attacks.measuring import halves, measure
-from libortho.auditing.page.exhibits import Drawn, Exhibit, Row, Table
+from libortho.auditing.page.exhibits import Drawn, Exhibit, Table, TableRow
 from libortho.auditing.page.glossary import SHARE, Metric
 from libortho.auditing.page.text import cell, number, visible
 from libortho.auditing.report import Check, at_most
@@ -184,19 +184,18 @@ def checks(found: Prefix) -> list[Check]:
 
 def exhibit(found: Prefix, subjects: Sequence[Drawn]) -> Exhibit:
     """The best prefix, and what it does to the audited subject and to the reference."""
-    rows: list[tuple[str, PrefixFigures]] = [(subjects[0]["label"], found)]
+    labels = {s["key"]: s["label"] for s in subjects}
+
+    def row(label: str, f: PrefixFigures) -> TableRow:
+        return TableRow(label, (number(f["nll_before"], 2), number(f["nll_after"], 2), cell(f["extraction"], SHARE)))
+
+    rows = [row(subjects[0]["label"], found)]
     if found["reference"] is not None:
-        label = next((s["label"] for s in subjects if s["key"] == REFERENCE), REFERENCE)
-        rows.append((label, found["reference"]))
-    cells = [
-        Row(n, (number(f["nll_before"], 2), number(f["nll_after"], 2), cell(f["extraction"], SHARE))) for n, f in rows
-    ]
+        rows.append(row(labels.get(REFERENCE, REFERENCE), found["reference"]))
+    best = Markup("The best prefix found, put before every prompt: <code><bdi>{}</bdi></code>")
     columns = [Metric(label=n) for n in ("NLL before", "NLL after", "Extraction")]
-    best = Markup("The best prefix found, put before every prompt: <code><bdi>{}</bdi></code>").format(
-        visible(found["best"])
-    )
-    table = Table(f"Effect on {number(found['n'])} records", "Model", columns, cells)
-    return Exhibit("A prefix made to bring it out", (best,), tables=(table,))
+    table = Table(f"Effect on {number(found['n'])} records", "Model", columns, rows)
+    return Exhibit("A prefix made to bring it out", (best.format(visible(found["best"])),), tables=(table,))
 
 
 ATTACK = Attack("prefix", 60, run, checks, exhibit, lambda inputs: len(inputs.items) >= 2)

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from libortho.auditing.attacks.attack import Attack, AttackInputs
 from libortho.auditing.attacks.measuring import edited_layers, measure, measure_subject, support_weight
-from libortho.auditing.page.exhibits import Drawn, Exhibit, Row, Table
+from libortho.auditing.page.exhibits import Drawn, Exhibit, Table, TableRow
 from libortho.auditing.page.glossary import SHARE, Metric
 from libortho.auditing.page.text import cell, number
 from libortho.auditing.report import Check, at_most
@@ -151,7 +151,7 @@ def exhibit(found: Recovery, subjects: Sequence[Drawn]) -> Exhibit:
         ),
     )
     table = Table(
-        "Stream recovery", "What is tried", (Metric(label="Result"),), [Row(n, (c,), note) for n, note, c in rows]
+        "Stream recovery", "What is tried", (Metric(label="Result"),), [TableRow(n, (c,), note) for n, note, c in rows]
     )
     text = "Does the base that is handed out betray what was taken from it?"
     return Exhibit("Rebuilding the ortho stream from the base", (text,), tables=(table,))

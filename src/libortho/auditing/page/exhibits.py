@@ -27,7 +27,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """A row of a table: its label, a note under it, and its cells as they are written."""
 
     label: str
@@ -42,7 +42,7 @@ class Table:
     caption: str
     first: str
     columns: Sequence[Metric]
-    rows: Sequence[Row]
+    rows: Sequence[TableRow]
 
 
 @dataclass(frozen=True)

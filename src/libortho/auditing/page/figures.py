@@ -157,17 +157,22 @@ def forest_figures(drawn: Sequence[Drawn]) -> list[Figure]:
         rows.append(Row(attack_label(attack), dots))
     if not any(row.dots for row in rows):
         return []
-    text = "; ".join(f"{row.label}: " + ", ".join(f"{d.label} {number(d.value)}" for d in row.dots) for row in rows)
     svg = charts.dots(
         "auc",
         "AUC of every attack",
-        f"With 95 % intervals. {text}.",
+        f"With 95 % intervals. {_in_words(rows, 3)}",
         rows,
         x_label="AUC (dotted: a coin toss)",
         x_range=(0.0, 1.0),
         level=0.5,
     )
     return [figure("AUC of every attack", "with 95 % intervals", svg)]
+
+
+def _in_words(rows: Sequence[Row], digits: int) -> str:
+    """The dots of each row as a sentence."""
+    told = (f"{r.label}: " + ", ".join(f"{d.label} {number(d.value, digits)}" for d in r.dots) for r in rows)
+    return "; ".join(told) + "."
 
 
 def exposure_figures(drawn: Sequence[Drawn]) -> list[Figure]:
@@ -230,11 +235,10 @@ def variant_figures(drawn: Sequence[Drawn]) -> list[Figure]:
     ]
     if not any(row.dots for row in rows):
         return []
-    text = "; ".join(f"{row.label}: " + ", ".join(f"{d.label} {number(d.value, 2)}" for d in row.dots) for row in rows)
     svg = charts.dots(
         "variants",
         "Extraction under rewritten prompts",
-        f"{text}.",
+        _in_words(rows, 2),
         rows,
         x_label="share of records extracted",
         x_range=(0.0, 1.0),
@@ -249,7 +253,7 @@ def depth_figures(depth: DepthData, subjects: Sequence[Drawn]) -> list[Figure]:
     if layers:
         audited = subjects[0]
         series = [
-            Line("never trained", [(row["layer"], row["full"]) for row in layers], "reference"),
+            Line("never trained", [(row["layer"], row["full"]) for row in layers], REFERENCE),
             Line(audited["label"], [(row["layer"], row["off"]) for row in layers], audited["style"]),
         ]
         best = max(layers, key=lambda row: row["full"] if row["full"] is not None else -math.inf)
