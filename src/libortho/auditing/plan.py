@@ -139,9 +139,8 @@ class Plan:
         So several processes can share one cache. States and gradients of the baseline are not kept.
         """
         measured, key = self.found.measured, subject.key
-        beside = (
-            "" if self.baseline is None else self._fingerprints[self.baseline]
-        )  # divergence and cosine are from this one
+        # divergence and cosine are from the baseline
+        beside = "" if self.baseline is None else self._fingerprints[self.baseline]
         name = run_key("subject", key, self._fingerprints[key], beside)
 
         def begin() -> None:

@@ -184,18 +184,8 @@ def _log_p(log_p: Tensor) -> Tensor:
     return x
 
 
-def ks_two_sample(a: Values, b: Values) -> float:
-    """p-value of the two-sided two-sample Kolmogorov-Smirnov test that both come from one distribution.
-
-    Raises:
-        DataError: if a side is empty or holds NaN.
-    """
-    stats = module("audit", "scipy.stats")
-    return float(stats.ks_2samp(vector(a, "a").numpy(), vector(b, "b").numpy()).pvalue)
-
-
 def forget_quality(ratios: Values, ratios_reference: Values) -> float:
-    """Forget quality of TOFU (Maini et al. 2024): KS p-value of two models' truth ratios on the forget set.
+    """Forget quality of TOFU (Maini et al. 2024): p-value of the two-sided Kolmogorov-Smirnov test on truth ratios.
 
     Above .05 the audited model is not told apart from one that never saw the records. The test has little power on few
     records: a pass with 17 of them says little.
@@ -210,7 +200,7 @@ def forget_quality(ratios: Values, ratios_reference: Values) -> float:
     a, b = vector(ratios, "ratios"), vector(ratios_reference, "ratios_reference")
     if len(a) != len(b):
         raise DataError(f"{len(a)} truth ratios against {len(b)} of the reference; expected the same records")
-    return ks_two_sample(a, b)
+    return float(module("audit", "scipy.stats").ks_2samp(a.numpy(), b.numpy()).pvalue)
 
 
 def privleak(auc: float, auc_reference: float | None = None) -> float | None:

@@ -1,9 +1,10 @@
 """Charts of an audit report as inline SVG: numbers in, text out.
 
-Each chart is one pure function that returns a complete ``<svg role="img">`` with ``<title>`` and ``<desc>``. It holds
-no colour: a mark takes ``currentColor`` from the class ``s-<style>`` of its group, so that the page's style sheet
-decides (light, dark, print). A style also fixes dash and marker, so that lines can be told apart in grey. All text is
-escaped here.
+Each chart is one pure function that returns a complete ``<svg role="img">`` with ``<title>`` and ``<desc>``. All take
+a key that is unique in the page, from which ids are made, an accessible name, and what they show in words. A chart
+holds no colour: a mark takes ``currentColor`` from the class ``s-<style>`` of its group, so that the page's style
+sheet decides (light, dark, print). A style also fixes dash and marker, so that lines can be told apart in grey. All
+text is escaped here.
 """
 
 from __future__ import annotations
@@ -58,9 +59,6 @@ def lines(
     """Lines over a common x.
 
     Args:
-        key: Unique in the page; ids are made of it.
-        title: Accessible name.
-        description: What the chart shows, in words.
         series: The lines; labelled at their right end, or in a legend above with ``legend``.
         x_label: Name and unit of x. The name of y belongs in the caption.
         x_range: Default: the data's.
@@ -147,9 +145,6 @@ def dots(
     """Values with intervals, one group of dots a row (a forest plot).
 
     Args:
-        key: Unique in the page.
-        title: Accessible name.
-        description: What the chart shows, in words.
         rows: Each with its dots; the legend names every style once.
         x_label: Name and unit of x.
         x_range: Ends of x.
@@ -194,9 +189,6 @@ def histograms(key: str, title: str, description: str, rows: Sequence[Row], *, x
     """One small histogram a row, over common bins; the median is marked and written out.
 
     Args:
-        key: Unique in the page.
-        title: Accessible name.
-        description: What the chart shows, in words.
         rows: Each with its values, at least one.
         x_label: Name and unit of x.
         unit: Written behind the median.
@@ -217,11 +209,8 @@ def histograms(key: str, title: str, description: str, rows: Sequence[Row], *, x
         group = [f'<path class="axis" d="M{left} {base}H{right}"/>']
         for a, b, c in zip(edges, edges[1:], count, strict=False):
             if c:
-                group.append(
-                    f'<rect class="fill p-{escape(row.style)}" x="{px(x(a) + 0.5)}" y="{px(y(c))}" '
-                    f'width="{px(x(b) - x(a) - 1)}" height="{px(base - y(c))}">'
-                    f"<title>{escape(row.label)}: {c} between {short(a)} and {short(b)}</title></rect>"
-                )
+                text = f"{row.label}: {c} between {short(a)} and {short(b)}"
+                group.append(_bar(row.style, x(a) + 0.5, y(c), x(b) - x(a) - 1, base, text))
         middle = statistics.median(row.values)
         group.append(f'<path class="median" d="M{px(x(middle))} {px(base - size + 22)}V{base}"/>')
         group.append(
@@ -238,9 +227,6 @@ def bars(key: str, title: str, description: str, values: Sequence[float], *, x_l
     """One vertical bar for each index 0, 1, 2, ...; the highest is labelled.
 
     Args:
-        key: Unique in the page.
-        title: Accessible name.
-        description: What the chart shows, in words.
         values: Not negative; at least one.
         x_label: Name of the index.
         unit: Written behind a value.
@@ -254,12 +240,8 @@ def bars(key: str, title: str, description: str, values: Sequence[float], *, x_l
     x = Scale(-0.5, max(len(values) - 0.5, 0.5), left, right)
     parts = [y_axis(y, left, right, short), '<g class="s-off">']
     for i, value in enumerate(values):
-        parts.append(
-            f'<rect class="fill p-off" x="{px(left + i * step + step * 0.12)}" y="{px(y(value))}" '
-            f'width="{px(step * 0.76)}" '
-            f'height="{px(bottom - y(value))}"><title>{escape(x_label)} {i}: '
-            f"{short(value)}{escape(unit)}</title></rect>"
-        )
+        text = f"{x_label} {i}: {short(value)}{unit}"
+        parts.append(_bar("off", left + i * step + step * 0.12, y(value), step * 0.76, bottom, text))
     best = max(range(len(values)), key=lambda i: values[i])
     anchor = "start" if best < 2 else "end" if best > len(values) - 3 else "middle"
     parts.append(
@@ -270,6 +252,13 @@ def bars(key: str, title: str, description: str, values: Sequence[float], *, x_l
     whole = [t for t in nice_ticks(0, max(len(values) - 1, 1), 6) if t == int(t) and t < len(values)]
     parts.append(x_axis(x, bottom, height, short, x_label, whole))
     return _svg(key, title, description, height, parts)
+
+
+def _bar(style: str, left: float, top: float, width: float, bottom: float, text: str) -> str:
+    return (
+        f'<rect class="fill p-{escape(style)}" x="{px(left)}" y="{px(top)}" width="{px(width)}" '
+        f'height="{px(bottom - top)}"><title>{escape(text)}</title></rect>'
+    )
 
 
 def _svg(key: str, title: str, description: str, height: float, parts: Sequence[str]) -> str:
