@@ -48,7 +48,7 @@ def records(lm: LanguageModel, inputs: Inputs, config: AuditConfig) -> Measureme
 
 
 def merged(measured: Measurement, part: Measurement) -> Measurement:
-    """Both together; figures by name, such as those of two tasks, are joined."""
+    """Join two parts of a measurement; of figures by name, such as those of tasks, both are kept."""
     found: dict[str, Any] = dict(measured)
     for key, figures in part.items():
         found[key] = {**found.get(key, {}), **figures} if isinstance(figures, dict) else figures
@@ -207,7 +207,7 @@ def _question(lm: LanguageModel, inputs: Inputs, q: Question) -> tuple[float, fl
 
 
 def _own_probability(name: str, found: tuple[float, float, Tensor]) -> float:
-    """Of the answer; for multiple-choice sets (all but "retain") as its share among the choices, as TOFU does."""
+    """Probability of the right answer; of sets with choices (all but "retain") its share among them, as TOFU does."""
     p = (-found[2]).exp()
     return float(p[0]) if name == "retain" else float(p[0] / (p[0] + p[2:].sum()))
 

@@ -82,7 +82,7 @@ def memory_summary(m: Measurement, context: Context) -> Memory:
 
 
 def _by_token(m: Measurement, group: str, seed: int) -> dict[str, Estimate]:
-    """What tells the same of forget and of holdout records."""
+    """Estimates over the forget or the holdout records, from teacher-forced tokens."""
     correct = _bools(m["correct"][group])
     return {
         "extraction_strength": mean_estimate([memory.extraction_strength(c) for c in correct], seed=seed),
@@ -180,7 +180,7 @@ def privacy_summary(m: Measurement, context: Context) -> PrivacyData | None:
 
 
 def _forget_quality(m: Measurement, reference: Measurement | None) -> float | None:
-    """TOFU's, where both models have truth ratios."""
+    """TOFU's forget quality; None unless both models have truth ratios."""
     if reference is None or "truth_ratio" not in m or "truth_ratio" not in reference:
         return None
     return forget_quality(m["truth_ratio"], reference["truth_ratio"])
