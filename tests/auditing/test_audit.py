@@ -285,6 +285,7 @@ def test_one_folder_serves_audits_with_other_settings(
     other = _run(knowing, tokenizer, AuditConfig(**{**vars(CONFIG), "seed": 1}), resume=tmp_path / "kept")
     assert other.to_json() != first.to_json() == _run(knowing, tokenizer, resume=tmp_path / "kept").to_json()
     assert len(list((tmp_path / "kept").iterdir())) == 2
+    assert all(p.stat().st_mode & 0o077 == 0 for p in tmp_path.rglob("*"))
 
 
 def test_progress_ends_at_its_total(knowing: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
