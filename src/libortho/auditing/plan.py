@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -38,14 +38,11 @@ from libortho.lm.model import LanguageModel
 from libortho.text.encoding import Encoded
 from libortho.text.records import Record
 
+Result = TypeVar("Result")
 _CURVE_HOLDOUT, _CURVE_WINDOWS = 64, 6
 """Holdout records and windows of general text at each point of the alpha curve."""
-
-
 _GRADIENT_RECORDS = 16
 """Forget records whose summed gradient is compared between subjects."""
-
-
 _TASK_TOKENS = 80
 """Typical tokens of one row of a task, to estimate time."""
 
@@ -119,13 +116,14 @@ class Plan:
         few = min(self.config.resolved(size), len(forget))
         return [forget[i] for i in sorted(random.Random(self.config.seed).sample(range(len(forget)), few))]
 
-    def _kept(self, name: str, make: Callable[[], Any], of: str | None = None) -> Any:
+    def _kept(self, name: str, make: Callable[[], Result], of: str | None = None) -> Result:
         """A JSON-ready result from the cache, or made and put there.
 
         It depends on the audited model, the baseline and the reference, unless ``of`` says otherwise.
         """
         entry = run_key(name, self._yardsticks if of is None else of)
-        return self.cache.get_or_compute(entry, lambda: Entry({}, make())).data
+        result: Result = self.cache.get_or_compute(entry, lambda: Entry({}, make())).data
+        return result
 
     def _add(self, name: str, tokens: float, run: Callable[[], None]) -> None:
         self.steps.append(Step(name, max(1.0, tokens), run))
