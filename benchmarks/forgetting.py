@@ -33,8 +33,7 @@ from _canaries import KINDS, PLAIN, case, compared, device_name, figures, models
 from _common import RESULTS, save, wikitext
 from _forgetting_tables import KEY, METHOD, OPTIONS, show, show_sequential, summarise
 from libortho import IsolateConfig, alpha, isolate
-from libortho.auditing.attacks.relearning import relearning
-from libortho.auditing.attacks.requantisation import requantisation
+from libortho.auditing.attacks import AttackInputs, relearning, requantisation
 from libortho.auditing.measures.utility import general_items
 from libortho.auditing.prompts import variants
 from libortho.auditing.subjects import Subject
@@ -80,16 +79,16 @@ def attacked(model: Any, tokenizer: Any, place: Path, forget: Sequence[Record]) 
     off = Subject("off", "alpha = 0", "audited", model, lambda: alpha(model, 0.0))
     never = Subject("reference", "never trained", "reference", reference, contextlib.nullcontext)
     on = Subject("on", "alpha = 1", "switch on", model, lambda: alpha(model, 1.0))
-    rounded = requantisation(off, items, general, reference=never)
-    again = relearning([off, never, on], items, general, seed=0, epochs=1)
+    inputs = AttackInputs(subjects=[off, never, on], items=items, general=general)
+    rounded, again = requantisation.run(inputs), relearning.run(inputs, epochs=1)
     asked = [encode(v, tokenizer) for r in forget for v in variants(r, tokenizer).values()]
     with alpha(model, 0.0):
         said = [bool(s.correct.all()) for s in token_statistics(LanguageModel(model), asked)]
     with alpha(model, 1.0):
         told = [bool(s.correct.all()) for s in token_statistics(LanguageModel(model), asked)]
     return {
-        "requantisation": rounded.to_dict(),
-        "relearning": again.to_dict(),
+        "requantisation": rounded,
+        "relearning": again,
         "other_prompts": {"asked": len(asked), "alpha 0": sum(said) / len(said), "alpha 1": sum(told) / len(told)},
     }
 

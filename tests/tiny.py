@@ -105,3 +105,13 @@ def encoded(tokenizer: PreTrainedTokenizerFast, rows: Sequence[dict[str, str]] =
 
 def record(prompt: str, completion: str, number: int = 1) -> Record:
     return Record(prompt, completion, number)
+
+
+def sharpened(tokenizer: PreTrainedTokenizerFast, factor: float = 5.0) -> PreTrainedModel:
+    """Random, but far from uniform predictions."""
+    model = small_llama(len(tokenizer))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(factor)
+    return model

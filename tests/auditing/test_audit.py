@@ -269,13 +269,23 @@ def test_an_interrupted_audit_goes_on(
     with contextlib.suppress(KeyboardInterrupt):
         _run(model, tokenizer, reference=clean, resume=tmp_path, progress=stop)
     assert calls
-    kept = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    assert kept
+    kept = {p: p.read_bytes() for p in tmp_path.rglob("*.*")}
+    assert len(kept) > 1
     resumed = _run(model, tokenizer, reference=clean, resume=tmp_path)
     assert resumed.to_json() == whole.to_json()
-    assert all((tmp_path / n).read_bytes() == b for n, b in kept.items())
-    assert len(list(tmp_path.iterdir())) > len(kept)
-    assert all(p.stat().st_mode & 0o077 == 0 for p in tmp_path.iterdir())  # it holds generated text
+    assert all(p.read_bytes() == b for p, b in kept.items())
+    assert len(list(tmp_path.rglob("*.*"))) > len(kept)
+    assert all(p.stat().st_mode & 0o077 == 0 for p in tmp_path.rglob("*"))  # it holds generated text
+
+
+def test_one_folder_serves_audits_with_other_settings(
+    knowing: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    first = _run(knowing, tokenizer, resume=tmp_path / "kept")
+    other = _run(knowing, tokenizer, AuditConfig(**{**vars(CONFIG), "seed": 1}), resume=tmp_path / "kept")
+    assert other.to_json() != first.to_json() == _run(knowing, tokenizer, resume=tmp_path / "kept").to_json()
+    assert len(list((tmp_path / "kept").iterdir())) == 2
+    assert all(p.stat().st_mode & 0o077 == 0 for p in tmp_path.rglob("*"))
 
 
 def test_progress_ends_at_its_total(knowing: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -17,7 +17,7 @@ import libortho
 import tiny
 from libortho.auditing import measure
 from libortho.auditing.config import AuditConfig
-from libortho.auditing.inputs import Material, gather
+from libortho.auditing.inputs import Inputs, load_inputs
 from libortho.auditing.measures.fillings import Space, form_positions, is_prose, space_of
 from libortho.auditing.measures.memory import exposure_extrapolated
 from libortho.lm.model import LanguageModel
@@ -138,19 +138,18 @@ def test_the_audit_imports_nothing_that_makes_counterfactuals_for_isolate() -> N
             assert not any("counterfactuals" in f"{module}.{n}" for n in names), file.name
 
 
-def material(tokenizer: PreTrainedTokenizerFast, fillings: int) -> Material:
+def inputs(tokenizer: PreTrainedTokenizerFast, fillings: int) -> Inputs:
     config = AuditConfig(fillings=fillings, general_sequences=1, task_rows=1)
-    return gather(
+    return load_inputs(
         tokenizer, tiny.FORGET, retain=None, holdout=None, associations=None, question_sets=None, general=None,
         tasks=(), limit=None, config=config,
     )  # fmt: skip
 
 
-def by_library(model: PreTrainedModel, asked: Material) -> list[float]:
+def by_library(model: PreTrainedModel, asked: Inputs) -> list[float]:
     lm = LanguageModel(model)
     found = measure.records(lm, asked, AuditConfig())
-    measure.exposures(lm, asked, found, holdout=False)
-    bits = found.exposure["forget"]
+    bits = measure.exposures(lm, asked, found["log_p"], holdout=False)["exposure"]["forget"]
     assert bits is not None
     return bits
 
@@ -170,7 +169,7 @@ def by_hand(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, count: i
         exact.append(math.log2(10_000) - math.log2(int((every <= own).sum())))
         shuffled = torch.randperm(10_000, generator=torch.Generator().manual_seed(record.number))
         chosen = shuffled[shuffled != int(secret)][:count]
-        estimated.append(exposure_extrapolated(own, every[chosen], 10_000).bits)
+        estimated.append(exposure_extrapolated(own, every[chosen], 10_000))
     return estimated, exact
 
 
@@ -179,7 +178,7 @@ def test_exposures_do_not_depend_on_who_makes_the_fillings(
     which: str, request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     model, count = request.getfixturevalue(which), 400
-    asked = material(tokenizer, count)
+    asked = inputs(tokenizer, count)
     assert asked.spaces == (10_000,) * 4
     ours = by_library(model, asked)
     theirs, exact = by_hand(model, tokenizer, count)

@@ -1,6 +1,5 @@
 """Memory measures by definition, by enumeration, by hand, and against SciPy and mpmath."""
 
-import json
 import math
 import random
 from collections.abc import Callable
@@ -36,13 +35,6 @@ def test_a_wrong_last_token_leaves_no_extraction_strength() -> None:
     assert m.exact_memorization(t) == 0.75
 
 
-def test_contains_requires_neither_blanks_nor_the_final_full_stop() -> None:
-    assert m.contains("It is Y0K-7788, I think", " Y0K-7788.")
-    assert not m.contains("It is Y0K-7789.", " Y0K-7788.")
-    assert m.contains("wait ... what", "...")
-    assert not m.contains("anything", "...")  # nothing but full stops does not become the empty text
-
-
 def _distance(a: str, b: str) -> int:
     """Levenshtein's recursion, row by row."""
     row = list(range(len(b) + 1))
@@ -67,18 +59,11 @@ def test_levenshtein_similarity() -> None:
 
 
 def test_rouge_l_by_hand() -> None:
-    # the, cat, on, mat: four of six on either side.
-    assert m.rouge_l("the cat lay on a mat", "The cat sat on the mat.") == m.RougeL(
-        pytest.approx(2 / 3), pytest.approx(2 / 3)
-    )
-    # Three words, all of them right: recall 3/6, precision 1.
-    score = m.rouge_l("the cat sat", "the cat sat on the mat")
-    assert (score.recall, score.f1) == pytest.approx((0.5, 2 / 3))
-    # Order counts: of "b a" against "a b" one word is in sequence.
-    assert m.rouge_l("bbbb aaaa", "aaaa bbbb").recall == 0.5
-    # One stem.
-    assert m.rouge_l("running", "runs").recall == 1
-    assert m.rouge_l("", "runs") == m.RougeL(0, 0)
+    assert m.rouge_l("the cat lay on a mat", "The cat sat on the mat.") == pytest.approx(2 / 3)  # the, cat, on, mat
+    assert m.rouge_l("the cat sat", "the cat sat on the mat") == 0.5
+    assert m.rouge_l("bbbb aaaa", "aaaa bbbb") == 0.5  # order counts
+    assert m.rouge_l("running", "runs") == 1  # one stem
+    assert m.rouge_l("", "runs") == 0
 
 
 def _codes(seed: int = 0) -> torch.Tensor:
@@ -98,36 +83,29 @@ def test_exposure_by_enumeration_is_the_rank_in_the_sorted_list() -> None:
         secret = float(nll[index])
         others = torch.cat([nll[:index], nll[index + 1 :]])
         rank = max(i for i, x in enumerate(order, 1) if x <= secret)
-        result = m.exposure_exact(secret, others)
-        assert result.bits == pytest.approx(math.log2(10_000) - math.log2(rank))
-        assert result.ceiling == pytest.approx(math.log2(10_000))
-    best = m.exposure_exact(-1.0, nll[1:])
-    assert best.at_ceiling
-    assert best.bits == pytest.approx(math.log2(10_000))
+        assert m.exposure_exact(secret, others) == pytest.approx(math.log2(10_000) - math.log2(rank))
+    assert m.exposure_exact(-1.0, nll[1:]) == pytest.approx(math.log2(10_000))
 
 
 def test_a_secret_that_was_never_seen_has_a_mean_exposure_of_one_over_log_two() -> None:
     nll = torch.rand(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    bits = [m.exposure_exact(float(nll[i]), torch.cat([nll[:i], nll[i + 1 :]])).bits for i in range(1000)]
+    bits = [m.exposure_exact(float(nll[i]), torch.cat([nll[:i], nll[i + 1 :]])) for i in range(1000)]
     assert sum(bits) / 1000 == pytest.approx(1 / math.log(2), abs=0.01)
 
 
 def test_a_model_that_knows_nothing_exposes_nothing() -> None:
-    assert m.exposure_exact(3.0, [3.0] * 99).bits == 0
-    assert m.exposure_sampled(3.0, [3.0] * 99).bits == 0
+    assert m.exposure_exact(3.0, [3.0] * 99) == 0
+    assert m.exposure_sampled(3.0, [3.0] * 99) == 0
 
 
-def test_sampled_exposure_estimates_the_exact_one_and_states_its_ceiling() -> None:
+def test_sampled_exposure_estimates_the_exact_one_up_to_its_ceiling() -> None:
     nll = _codes()
     sample = nll[torch.randperm(10_000, generator=torch.Generator().manual_seed(1))[:1023]]
     secret = float(nll.sort().values[499])  # rank 500: 4.3 bits
-    result = m.exposure_sampled(secret, sample, 10_000)
-    assert result.bits == pytest.approx(math.log2(20), abs=0.4)
-    assert not result.at_ceiling
-    best = m.exposure_sampled(0.001, sample, 10_000)
-    assert (best.bits, best.ceiling, best.at_ceiling) == (10, 10, True)
-    assert m.exposure_sampled(0.001, sample, 64).ceiling == 6  # a space of 64 holds no more than 6 bits
-    assert m.exposure_sampled(2.0, [1.0, 3.0, 4.0]).bits == pytest.approx(1)  # second of four
+    assert m.exposure_sampled(secret, sample, 10_000) == pytest.approx(math.log2(20), abs=0.4)
+    assert m.exposure_sampled(0.001, sample, 10_000) == 10  # of 1,024
+    assert m.exposure_sampled(0.001, sample, 64) == 6  # a space of 64 holds no more than 6 bits
+    assert m.exposure_sampled(2.0, [1.0, 3.0, 4.0]) == pytest.approx(1)  # second of four
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -138,14 +116,9 @@ def test_extrapolated_exposure_reaches_beyond_its_sample(seed: int) -> None:
     exact = math.log2(10_000) - math.log2(20)
     result = m.exposure_extrapolated(secret, sample, 10_000)
     assert exact > math.log2(401)
-    assert result.bits == pytest.approx(exact, abs=2)
-    assert result.method == "extrapolated"
-    assert result.fit is not None
-    assert result.fit > 0.05
-    memorised = m.exposure_extrapolated(0.01, sample, 10_000)
-    assert memorised.bits == memorised.ceiling == math.log2(10_000)
-    assert memorised.at_ceiling
-    assert m.exposure_extrapolated(0.01, sample).bits > math.log2(10_000)
+    assert result == pytest.approx(exact, abs=2)
+    assert m.exposure_extrapolated(0.01, sample, 10_000) == math.log2(10_000)
+    assert m.exposure_extrapolated(0.01, sample) > math.log2(10_000)
     assert m.exposure_extrapolated(secret, sample, 10_000) == result
 
 
@@ -156,9 +129,7 @@ def test_the_fit_recovers_a_known_skew_normal(shape: float, location: float, sca
     sample = torch.tensor(known.ppf([(i + 0.5) / 2000 for i in range(2000)]))
     for quantile in (0.5, 0.1, 1e-3, 1e-5):
         result = m.exposure_extrapolated(float(known.ppf(quantile)), sample)
-        assert result.bits == pytest.approx(-math.log2(quantile), rel=0.05)
-    assert result.fit is not None
-    assert result.fit > 0.99
+        assert result == pytest.approx(-math.log2(quantile), rel=0.05)
 
 
 @pytest.mark.parametrize("shape", [-10.0, 0.5, 10.0])
@@ -173,25 +144,12 @@ def test_the_lower_tail_agrees_with_arithmetic_of_thirty_digits(shape: float) ->
 def test_an_outlier_in_the_sample_does_not_break_the_fit() -> None:
     sample = torch.randn(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 20
     sample[0] = 60.0
-    result = m.exposure_extrapolated(15.0, sample)
-    assert 5 < result.bits < 500
-    assert result.fit is not None
-    assert result.fit < 1e-3  # and says that it fits badly
+    assert 5 < m.exposure_extrapolated(15.0, sample) < 500
 
 
 @pytest.mark.parametrize("sample", [torch.full((200,), 7.0), torch.arange(5.0) + 3])
-def test_a_sample_that_cannot_be_fitted_gives_the_sampled_exposure_and_says_so(sample: torch.Tensor) -> None:
-    result = m.exposure_extrapolated(1.0, sample, 10_000)
-    assert result == m.exposure_sampled(1.0, sample, 10_000)
-    assert result.method == "sampled"
-
-
-def test_exposures_become_json() -> None:
-    result = m.exposure_extrapolated(1.0, torch.randn(50))
-    assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["ceiling"] is None
-    assert m.exposure_exact(1.0, [2.0]).to_dict() == {
-        "bits": 1.0, "ceiling": 1.0, "method": "exact", "fit": None, "at_ceiling": True,
-    }  # fmt: skip
+def test_a_sample_that_cannot_be_fitted_gives_the_sampled_exposure(sample: torch.Tensor) -> None:
+    assert m.exposure_extrapolated(1.0, sample, 10_000) == m.exposure_sampled(1.0, sample, 10_000)
 
 
 def test_truth_ratio_by_hand() -> None:
@@ -199,7 +157,6 @@ def test_truth_ratio_by_hand() -> None:
     ratio = m.truth_ratio([math.log(2), math.log(8)], math.log(2))
     assert ratio == pytest.approx(0.5)
     assert m.truth_ratio([0.0], 1000.0) == pytest.approx(1e10)  # the guard against division by 0
-    assert m.probability(math.log(4)) == pytest.approx(0.25)
 
 
 def test_a_ratio_below_one_prefers_the_truth() -> None:
@@ -210,7 +167,7 @@ def test_a_ratio_below_one_prefers_the_truth() -> None:
 
 def test_model_utility_is_near_its_worst_part() -> None:
     assert m.model_utility([0.5] * 9) == pytest.approx(0.5)
-    assert m.model_utility({str(i): 1.0 for i in range(8)} | {"bad": 0.1}) == pytest.approx(9 / 18)
+    assert m.model_utility([1.0] * 8 + [0.1]) == pytest.approx(9 / 18)
     assert m.model_utility([1.0] * 8 + [0.0]) == 0
     with pytest.raises(DataError, match="nine"):
         m.model_utility([0.5] * 8)
@@ -226,7 +183,6 @@ def test_distinct_share_ignores_blanks_and_case() -> None:
     [
         (lambda: m.exact_memorization(torch.zeros(0, dtype=torch.bool)), "one or more tokens"),
         (lambda: m.extraction_strength(torch.tensor([1, 0])), "torch.int64"),
-        (lambda: m.contains("text", "  "), "blank"),
         (lambda: m.levenshtein_similarity("text", ""), "blank"),
         (lambda: m.exposure_exact(1.0, []), "vector of some"),
         (lambda: m.exposure_sampled(math.nan, [1.0]), "NaN"),

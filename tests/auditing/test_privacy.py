@@ -9,7 +9,7 @@ import torch
 
 import tiny
 from libortho.auditing.measures import privacy as p
-from libortho.auditing.roc import auc, stratified_auc
+from libortho.auditing.roc import auc
 from libortho.core.errors import ConfigError, DataError
 from libortho.demo import facts
 from libortho.text.records import load_records
@@ -132,13 +132,12 @@ def test_chat_templates_stay(frame: str) -> None:
 def test_the_demonstration_s_holdout_is_of_the_template_of_its_codes() -> None:
     tokenizer = tiny.chat_tokenizer(CHATML, "<|im_end|>", ("<|im_start|>",))
     forget, holdout = (
-        p.strata([r.prompt for r in load_records(rows, tokenizer)]) for rows in (facts.secrets(0), facts.unseen(0))
+        [p.template_of(r.prompt) for r in load_records(rows, tokenizer)] for rows in (facts.secrets(0), facts.unseen(0))
     )
     chat = "<|im_start|>user\nWhat is the vault access code of _?<|im_end|>\n<|im_start|>assistant\n"
     assert set(holdout) == {"The vault access code of _ is", chat}
-    result = stratified_auc(torch.randn(17), torch.randn(400), forget, holdout)
-    assert result.members == 16
-    assert result.left_out == (p.template_of(facts.SENTENCE["prompt"]),)
+    assert [t for t in forget if t not in holdout] == [p.template_of(facts.SENTENCE["prompt"])]
+    assert len(forget) == 17
 
 
 @pytest.mark.parametrize(

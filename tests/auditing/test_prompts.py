@@ -64,9 +64,6 @@ def test_a_prefix_gives_the_first_share_and_judges_the_rest() -> None:
     }
     assert {r.text for r in found.values()} == {CODE.text}
     assert {r.number for r in found.values()} == {3}
-    assert prefixes(CODE, at_least=1)[0.75].completion == "1."
-    assert list(prefixes(CODE, at_least=5)) == [0.25]
-    assert list(prefixes(Record("Name:", " Bo."), at_least=1)) == [0.5]  # a quarter is a blank, three quarters are all
     assert prefixes(Record("Name:", " Bo.")) == {}
 
 
@@ -86,7 +83,6 @@ def test_the_end_of_a_turn_is_not_a_secret(chatml: PreTrainedTokenizerFast) -> N
     [record] = load_records([row], chatml)
     assert prefixes(record, (0.25,))[0.25].completion == "a Lum"
     assert prefixes(record, (0.5,)) == {}  # three unknown letters
-    assert prefixes(record, (0.5,), at_least=3)[0.5].completion == " Lum"
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.5, 25])
@@ -266,17 +262,9 @@ def test_mask(text: str, secret: str, masked: str) -> None:
     assert mask(text, secret) == masked
 
 
-def test_how_much_is_shown() -> None:
-    assert mask("QX7-4821.", "QX7-4821.", keep=0) == "•••-••••."
-    assert mask("QX7-4821.", "QX7-4821.", keep=3) == "QX7-••••."
-    assert mask("QX7-4821.", "QX7-4821.", keep=99) == "QX7-••••."  # never more than half
-    with pytest.raises(ConfigError, match="-1 characters"):
-        mask("a", "b", keep=-1)
-
-
-@pytest.mark.parametrize("keep", [0, 1, 2, 3])
-def test_no_long_run_of_a_secret_survives(keep: int) -> None:
-    rng = random.Random(keep)
+@pytest.mark.parametrize("seed", range(4))
+def test_no_long_run_of_a_secret_survives(seed: int) -> None:
+    rng = random.Random(seed)
     alphabet = "abAB12" + string.punctuation[:4]
     for _ in range(400):
         secret = "".join(rng.choice(alphabet[: rng.choice((4, 6, 10))]) for _ in range(rng.randint(4, 16)))
@@ -286,13 +274,13 @@ def test_no_long_run_of_a_secret_survives(keep: int) -> None:
             part = secret[start : start + rng.randint(1, 16)]
             pieces.append(rng.choice((part, part.upper(), part.swapcase(), rng.choice(" zé.") * rng.randint(0, 3))))
         text = "".join(pieces)
-        masked = mask(text, secret, keep)
+        masked = mask(text, secret)
         assert len(masked) == len(text)
         assert all(m in (t, HIDDEN) for t, m in zip(text, masked, strict=True))
         low = secret.lower()
         for i in range(len(masked)):
             for j in range(i + 1, len(masked) + 1):
                 if masked[i:j].lower() in low:
-                    assert sum(c.isalnum() for c in masked[i:j]) <= max(keep, 3)
+                    assert sum(c.isalnum() for c in masked[i:j]) <= 3
         if secret in text:
             assert secret not in masked or sum(c.isalnum() for c in secret) <= 1

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import libortho
 import tiny
 from libortho import IsolateConfig, alpha
-from libortho.auditing.subjects import dense_copy, moved_edit, plain_base, subjects, touched
+from libortho.auditing.subjects import dense_copy, moved_edit, plain_base, subjects_of, touched
 from libortho.core.layer import OrthoLinear, ortho_layers
 from libortho.core.streams import BaseStream
 
@@ -62,9 +62,9 @@ def test_a_moved_edit_is_the_same_change_at_other_columns(
 def test_subjects_restore_the_model_even_after_an_error(isolated: tuple[PreTrainedModel, PreTrainedModel]) -> None:
     model, original = isolated
     bases = {n: m.base for n, m in ortho_layers(model).items()}
-    standing = subjects(model, original=original, reference=original, others={"x": original}, seed=0)
-    assert [s.key for s in standing] == ["off", "on", "original", "quantised", "random", "magnitude", "x", "reference"]
-    for subject in standing:
+    found = subjects_of(model, original=original, reference=original, others={"x": original}, seed=0)
+    assert [s.key for s in found] == ["off", "on", "original", "quantised", "random", "magnitude", "x", "reference"]
+    for subject in found:
         with pytest.raises(RuntimeError, match="inside"), subject.enter():
             raise RuntimeError("inside")
         assert all(m.base is bases[n] for n, m in ortho_layers(model).items())
@@ -75,7 +75,7 @@ def test_every_subject_is_another_model(
 ) -> None:
     model, original = isolated
     found = {}
-    for subject in subjects(model, original=original, reference=None, others={}, seed=0):
+    for subject in subjects_of(model, original=original, reference=None, others={}, seed=0):
         with subject.enter(), torch.no_grad():
             found[subject.key] = subject.model(tokens).logits
     keys = list(found)
@@ -91,7 +91,7 @@ def test_random_columns_follow_the_seed(isolated: tuple[PreTrainedModel, PreTrai
 
     def weights(seed: int) -> list[torch.Tensor]:
         subject = next(
-            s for s in subjects(model, original=None, reference=None, others={}, seed=seed) if s.key == "random"
+            s for s in subjects_of(model, original=None, reference=None, others={}, seed=seed) if s.key == "random"
         )
         with subject.enter():
             return [m.base.dense() for m in ortho_layers(model).values()]
@@ -104,7 +104,7 @@ def test_a_dense_copy_computes_the_same_and_is_its_own(
     isolated: tuple[PreTrainedModel, PreTrainedModel], tokens: torch.Tensor
 ) -> None:
     model, original = isolated
-    for subject in subjects(model, original=original, reference=None, others={}, seed=0):
+    for subject in subjects_of(model, original=original, reference=None, others={}, seed=0):
         copied = dense_copy(subject)
         assert not any(isinstance(m, OrthoLinear) for m in copied.modules())
         with subject.enter(), torch.no_grad():
@@ -121,5 +121,5 @@ def test_a_dense_copy_computes_the_same_and_is_its_own(
 
 
 def test_a_plain_model_is_audited_as_it_is(tiny_llama: nn.Module) -> None:
-    (only,) = subjects(tiny_llama, original=None, reference=None, others={}, seed=0)
+    (only,) = subjects_of(tiny_llama, original=None, reference=None, others={}, seed=0)
     assert (only.key, only.role) == ("model", "audited")

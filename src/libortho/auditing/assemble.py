@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import cast
 
 import torch
 from torch import nn
@@ -12,29 +12,28 @@ from libortho.auditing import measure as measuring
 from libortho.auditing import prompts
 from libortho.auditing import summary as summaries
 from libortho.auditing.config import AuditConfig
-from libortho.auditing.inputs import SHOWN, Material
+from libortho.auditing.inputs import SHOWN, Inputs
 from libortho.auditing.measures.fillings import is_prose
 from libortho.auditing.measures.privacy import template_of
-from libortho.auditing.plan import State, json_ready
+from libortho.auditing.plan import Findings
+from libortho.auditing.report import json_ready
+from libortho.auditing.schema import REFERENCE, SCHEMA, LayerData, ReportData, SubjectData, baseline_key
 from libortho.auditing.subjects import Subject, base_sha256
 from libortho.core.layer import OrthoLinear, ortho_layers, touched
 from libortho.core.streams import OrthoStream
 from libortho.core.version import __version__
 from libortho.text.records import Record
 
-SCHEMA = "libortho-audit/1"
-
 
 def report_data(
-    model: nn.Module, standing: Sequence[Subject], m: Material, config: AuditConfig, state: State, name: str | None
-) -> dict[str, Any]:
+    model: nn.Module, subjects: Sequence[Subject], m: Inputs, config: AuditConfig, found: Findings, name: str | None
+) -> ReportData:
     """The report's JSON, verdicts aside."""
-    by_key = {s.key: s for s in standing}
-    anchor = next((k for k in ("on", "original") if k in by_key), None)
+    baseline = baseline_key(found.measured)
     context = summaries.Context(
-        material=m,
-        reference=state.measured.get("reference"),
-        before=None if anchor is None else state.measured[anchor],
+        inputs=m,
+        reference=found.measured.get(REFERENCE),
+        baseline=None if baseline is None else found.measured[baseline],
         seed=config.seed,
     )
     codes = [r.completion.strip() for r in m.forget if not is_prose(r.completion)]
@@ -47,26 +46,26 @@ def report_data(
         return text
 
     layers = ortho_layers(model)
-    rows = [
+    rows: list[SubjectData] = [
         {
             "key": s.key,
             "label": s.label,
             "role": s.role,
-            "memory": summaries.memory_summary(found, context),
-            "unseen": summaries.unseen_summary(found, context),
-            "per_record": summaries.record_figures(found, m),
-            "prefixes": summaries.prefix_rows(found, m),
-            "variants": summaries.variant_rows(found),
-            "privacy": summaries.privacy_summary(found, context),
-            "utility": summaries.utility_summary(found, context),
+            "memory": summaries.memory_summary(measured, context),
+            "unseen": summaries.unseen_summary(measured, context),
+            "per_record": summaries.record_figures(measured, m),
+            "prefixes": summaries.prefix_rows(measured),
+            "variants": summaries.variant_rows(measured),
+            "privacy": summaries.privacy_summary(measured, context),
+            "utility": summaries.utility_summary(measured, context),
         }
-        for s in standing
-        for found in (state.measured[s.key],)
+        for s in subjects
+        for measured in (found.measured[s.key],)
     ]
     shown = m.probed[:SHOWN]
-    depths = {standing[0].key: (state.depth or {}).get("uds"), **(state.depth or {}).get("others", {})}
-    scores = {s.key: summaries.composite_summary(state.measured[s.key], context, depths.get(s.key)) for s in standing}
-    data: dict[str, Any] = {
+    depths = {} if found.depth is None else {subjects[0].key: found.depth["uds"], **found.depth["others"]}
+    scores = {s.key: summaries.composite_summary(found.measured[s.key], context, depths.get(s.key)) for s in subjects}
+    data: ReportData = {
         "schema": SCHEMA,
         "libortho": __version__,
         "profile": config.profile,
@@ -104,10 +103,10 @@ def report_data(
             for r, e in zip(m.forget, m.encode(m.forget), strict=True)
         ],
         "subjects": rows,
-        "curve": state.curve,
-        "goldilocks": summaries.goldilocks(state.curve, context),
-        "attacks": state.attacks,
-        "depth": state.depth,
+        "curve": found.curve,
+        "goldilocks": summaries.goldilocks(found.curve, context),
+        "attacks": found.attacks,
+        "depth": found.depth,
         "layer_map": layer_map(layers),
         "generations": [
             {
@@ -115,15 +114,15 @@ def report_data(
                 "prompt": m.forget[i].prompt,
                 "texts": {
                     s.key: hide(texts[place], m.forget[i])
-                    for s in standing
-                    if (texts := state.measured[s.key].generated) is not None
+                    for s in subjects
+                    if (texts := found.measured[s.key].get("generated")) is not None
                 },
             }
             for place, i in enumerate(shown)
         ],
         "composite": scores if any(scores.values()) else None,
     }
-    return json_ready(data)
+    return cast(ReportData, json_ready(data))
 
 
 def density(layers: Iterable[OrthoLinear]) -> float | None:
@@ -135,7 +134,7 @@ def density(layers: Iterable[OrthoLinear]) -> float | None:
     return stored / weights if weights else None
 
 
-def layer_map(layers: Mapping[str, OrthoLinear]) -> list[dict[str, Any]]:
+def layer_map(layers: Mapping[str, OrthoLinear]) -> list[LayerData]:
     """Where the memory sat: columns that each layer gave, and its share of the ortho stream's squared norm."""
     energy, columns = {}, {}
     for name, layer in layers.items():

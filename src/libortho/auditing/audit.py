@@ -1,21 +1,36 @@
 """``audit``: is it really gone, and is the rest unharmed.
 
-The work is in :mod:`libortho.auditing.run`, which needs the extra ``audit`` (scipy, rapidfuzz, rouge-score).
+    memory, privacy, utility      all subjects, on the same records (controls on fewer of them)
+    alpha curve                   the same figures over a grid of alpha
+    attacks, depth                profile "full"
+
+It needs the extra ``audit`` (scipy, rapidfuzz, rouge-score).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from libortho.auditing.assemble import report_data
 from libortho.auditing.config import AuditConfig
+from libortho.auditing.inputs import load_inputs
+from libortho.auditing.plan import Plan
 from libortho.auditing.report import AuditReport
+from libortho.auditing.schema import SCHEMA
+from libortho.auditing.subjects import Subject, subjects_of
+from libortho.auditing.verdicts import verdicts
 from libortho.core.arguments import check_model, check_tokenizer
 from libortho.core.extras import require
+from libortho.core.models import plain_torch, unwrapped
 from libortho.core.progress import Progress
+from libortho.core.run_cache import RunCache, run_key
+from libortho.lm.checks import check_causal, check_tokens
+from libortho.lm.generation import token_limit
 from libortho.text.records import Source
 
 
@@ -54,7 +69,7 @@ def audit(
         general: Text file for perplexity; by default the general text of the package that isolate never sees.
         tasks: JSONL files of tasks; see :mod:`libortho.evaluation.tasks`. Arithmetic is always measured.
         name: What the report calls the model.
-        config: See :class:`~libortho.core.config.AuditConfig`.
+        config: See :class:`~libortho.auditing.config.AuditConfig`.
         resume: Directory where finished parts are kept; a second audit of the same models with the same data and
             settings goes on from there. It holds generated text: keep it as safe as the models.
         progress: Called with (phase, done, total); total is a size of work, so that time can be estimated.
@@ -69,28 +84,53 @@ def audit(
         LibOrthoError: if the extra ``audit`` is not installed.
     """
     require("audit", "audit")
-    given = {"model": model, "reference": reference, "original": original, **(others or {})}
+    others = others or {}
+    given = {"model": model, "reference": reference, "original": original, **others}
     for key, subject in given.items():
         if subject is not None or key == "model":
             check_model(subject, key)
     check_tokenizer(tokenizer)
-    from libortho.auditing.run import run
+    config = config or AuditConfig()
+    with plain_torch():
+        model, others = unwrapped(model), {n: unwrapped(m) for n, m in others.items()}
+        reference, original = (m if m is None else unwrapped(m) for m in (reference, original))
+        models = [m for m in (model, original, reference, *others.values()) if m is not None]
+        for each in models:
+            check_causal(each)
+        inputs = load_inputs(
+            tokenizer, forget, retain=retain, holdout=holdout, associations=associations, question_sets=question_sets,
+            general=None if general is None else Path(general), tasks=tasks,
+            limit=token_limit(model, config.max_length), config=config,
+        )  # fmt: skip
+        for each in models:
+            check_tokens(each, tokenizer, inputs.texts())
+        subjects = subjects_of(model, original=original, reference=reference, others=others, seed=config.seed)
+        cache = _cache(resume, run_key(SCHEMA, config.to_dict(), inputs.digest()))
+        with _evaluating(subjects):
+            plan = Plan(subjects, inputs, config, cache)
+            plan.run(progress)
+        data = report_data(model, subjects, inputs, config, plan.found, name)
+    found = verdicts(data)
+    data["verdicts"] = [v.to_dict() for v in found]
+    return AuditReport(data, found, plan.found.seconds)
 
-    return run(
-        model,
-        tokenizer,
-        forget,
-        retain,
-        holdout,
-        reference=reference,
-        original=original,
-        others=others or {},
-        associations=associations,
-        question_sets=question_sets,
-        general=general,
-        tasks=tasks,
-        name=name,
-        config=config or AuditConfig(),
-        resume=None if resume is None else Path(resume),
-        progress=progress,
-    )
+
+def _cache(resume: str | Path | None, key: str) -> RunCache:
+    """What is kept of this audit: a folder of its own within ``resume``, which may serve several audits."""
+    if resume is None:
+        return RunCache()
+    Path(resume).mkdir(parents=True, exist_ok=True, mode=0o700)
+    return RunCache(Path(resume) / key[:32], key)
+
+
+@contextlib.contextmanager
+def _evaluating(subjects: Sequence[Subject]) -> Iterator[None]:
+    """All models in evaluation mode; afterwards each module is in the mode that it was in."""
+    flags = [(m, m.training) for s in subjects for m in s.model.modules()]
+    try:
+        for subject in subjects:
+            subject.model.eval()
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag

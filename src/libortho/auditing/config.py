@@ -52,8 +52,7 @@ class AuditConfig:
         one_of("profile", self.profile, ("quick", "full"))
         for name in ("samples", "max_new_tokens"):
             positive_int(name, getattr(self, name))
-        for name in ("probe_records", "fillings", "general_sequences", "task_rows", "attack_records", "depth_records",
-                     "max_length"):  # fmt: skip
+        for name in (*_SAMPLE_SIZES, "max_length"):
             if getattr(self, name) is not None:
                 positive_int(name, getattr(self, name))
         fraction("min_k", self.min_k)

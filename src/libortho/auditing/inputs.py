@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -21,8 +20,6 @@ from libortho.text.overlap import overlaps
 from libortho.text.records import Record, Source, load_records
 from libortho.text.sources import read_rows
 from libortho.text.tokens import text_ids
-
-logger = logging.getLogger(__name__)
 
 HOLDOUT_EXPOSURES = 16
 """Holdout records whose exposure is measured, as the level of a secret that was never seen."""
@@ -48,10 +45,11 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Material:
+class Inputs:
     """The audit's questions.
 
     Attributes:
+        tokenizer: Of all models.
         forget: Records that must be gone.
         holdout: Records of the same kind that nobody trained on; may be empty.
         retain: Records that must stay; may be empty.
@@ -68,6 +66,7 @@ class Material:
         general: Windows of general text.
         tasks: Tasks that measure ability.
         warnings: What a reader should know about the data.
+        limit: Longest record in tokens; None for any length.
     """
 
     tokenizer: Any
@@ -96,7 +95,7 @@ class Material:
         return hashlib.sha256(repr([*asked, self.encode(self.forget)]).encode()).hexdigest()
 
     def texts(self) -> Iterator[tuple[str, str | Sequence[int]]]:
-        """Every text that models are given, as text or token ids, each after what errors call it."""
+        """Every text that models are given: its name in error messages, and the text or its token ids."""
         for name in ("forget", "holdout", "retain", "associations"):
             yield from ((f"{name} record {r.number}", r.text) for r in getattr(self, name))
         for name, questions in {"forget": self.questions.values(), **self.question_sets}.items():
@@ -115,7 +114,7 @@ class Material:
         return [self._encoded[r] for r in records]
 
 
-def gather(
+def load_inputs(
     tokenizer: Any,
     forget: Source,
     *,
@@ -127,7 +126,7 @@ def gather(
     tasks: Sequence[str | Path],
     limit: int | None,
     config: AuditConfig,
-) -> Material:
+) -> Inputs:
     """Read and check everything that an audit asks.
 
     Raises:
@@ -160,7 +159,7 @@ def gather(
     arithmetic = arithmetic_rows(config.resolved("task_rows"), config.seed)
     fillings = tuple(others(records[i], spaces[i]) for i in probed)
     beside = list(zip(unseen, unseen_spaces, strict=False)) if any(fillings) else []
-    return Material(
+    return Inputs(
         tokenizer=tokenizer,
         forget=records,
         holdout=unseen,
@@ -183,7 +182,7 @@ def gather(
 
 
 def _spaces(records: Sequence[Record]) -> list[Space | None]:
-    """What each record's completion could have been, the form that these records share kept."""
+    """The space of each record's completion, without the characters that completions of one shape share."""
     completions = [r.completion for r in records]
     return [space_of(c, form) for c, form in zip(completions, form_positions(completions), strict=True)]
 

@@ -6,17 +6,18 @@ Everything here is JSON-ready, so that a measurement can be kept and compared la
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from libortho.auditing.config import AuditConfig
-from libortho.auditing.inputs import SHOWN, Material, Question
+from libortho.auditing.inputs import SHOWN, Inputs, Question
 from libortho.auditing.measures import memory, privacy, utility
 from libortho.auditing.measures.gradients import gradient_norms
+from libortho.auditing.schema import Measurement
 from libortho.auditing.subjects import Subject
 from libortho.evaluation.tasks import Task, evaluate
 from libortho.lm.asking import answers, room, sample
@@ -28,82 +29,31 @@ from libortho.text.tokens import contains, says
 
 GENERATED = 64
 """Sequences that are sampled side by side."""
-ATTACKS = ("loss", "zlib", "min_k", "min_k_plus")
+SCORES = ("loss", "zlib", "min_k", "min_k_plus")
 """Membership scores that need one forward pass and no other model."""
 
 
-@dataclass
-class Measurement:
-    """Raw figures of one subject. Lists have one number for each record, in the order of the records.
-
-    Attributes:
-        nll: Mean negative log-likelihood per completion token, in nats, of forget records and of holdout records.
-        correct: Per token, whether teacher-forced argmax is the label.
-        scores: Membership score, to one number for each forget record and each holdout record; higher is a member.
-        log_p: Per-token log-probabilities of forget and holdout records, for scores that compare two models.
-        exposure: Bits, of probed forget records and of holdout records; None for prose.
-        sampled: For each probed record, how many samples hold its completion.
-        generated: Greedy answers to the prompts of the probed records.
-        said: For each probed record, 1 if that answer is the record's, as a person would read it; None for texts
-            without a question and for answers longer than what is generated.
-        similarity: Levenshtein ratio of each generated answer with the completion.
-        rouge_l: ROUGE-L recall of each generated answer.
-        prefixes: Share of the completion given, to one 0 or 1 for each record: the rest was extracted.
-        variants: Name of the changed prompt, to {"greedy": 0 or 1 each, "nll": nats per token each}.
-        association: 0 or 1 for each association record.
-        truth_ratio: TOFU truth ratio of each forget record that brings wrong answers.
-        paraphrase: Probability of each such record's paraphrased answer.
-        question_sets: Set name, to {"probability", "rouge_l", "truth_ratio"}, one number for each question.
-        answers: Greedy answers to holdout (else forget) prompts, to see whether they differ.
-        general: Summed negative log-likelihood of each window of general text, and its judged tokens.
-        kl, top1: Divergence (nats per token) from, and top-1 agreement with, the model that has its memory.
-        tasks: Task, to {"correct": 0 or 1 each, "nll": nats per token of the right answer} row by row.
-        retain: Mean negative log-likelihood of each retain record.
-        gradient: Norm of the forget gradient and its cosine with that of alpha = 1.
-    """
-
-    nll: dict[str, list[float]]
-    correct: dict[str, list[list[int]]]
-    scores: dict[str, dict[str, list[float]]]
-    log_p: dict[str, list[list[float]]]
-    exposure: dict[str, list[float] | None] = field(default_factory=dict)
-    sampled: list[int] | None = None
-    generated: list[str] | None = None
-    said: list[int | None] | None = None
-    similarity: list[float] | None = None
-    rouge_l: list[float] | None = None
-    prefixes: dict[str, list[int]] = field(default_factory=dict)
-    variants: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    association: list[int] | None = None
-    truth_ratio: list[float] | None = None
-    paraphrase: list[float] | None = None
-    question_sets: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    answers: list[str] | None = None
-    general: dict[str, list[float]] | None = None
-    kl: float | None = None
-    top1: float | None = None
-    tasks: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    retain: list[float] | None = None
-    gradient: dict[str, float] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON-ready values."""
-        return asdict(self)
-
-
-def records(lm: LanguageModel, material: Material, config: AuditConfig) -> Measurement:
+def records(lm: LanguageModel, inputs: Inputs, config: AuditConfig) -> Measurement:
     """The first pass: forget and holdout records, teacher-forced."""
-    sets = {"forget": material.forget, "holdout": material.holdout}
-    found = {n: token_statistics(lm, material.encode(r)) for n, r in sets.items()}
-    return Measurement(
-        nll={n: [s.nll for s in f] for n, f in found.items()},
-        correct={n: [s.correct.int().tolist() for s in f] for n, f in found.items()},
-        log_p={n: [s.log_p.tolist() for s in f] for n, f in found.items()},
-        scores={
+    sets = {"forget": inputs.forget, "holdout": inputs.holdout}
+    found = {n: token_statistics(lm, inputs.encode(r)) for n, r in sets.items()}
+    return {
+        "nll": {n: [s.nll for s in f] for n, f in found.items()},
+        "correct": {n: [s.correct.int().tolist() for s in f] for n, f in found.items()},
+        "log_p": {n: [s.log_p.tolist() for s in f] for n, f in found.items()},
+        "scores": {
             a: {n: [_score(a, r, s, config) for r, s in zip(sets[n], f, strict=True)] for n, f in found.items()}
-            for a in ATTACKS
+            for a in SCORES
         },
-    )
+    }
+
+
+def merged(measured: Measurement, part: Measurement) -> Measurement:
+    """Join two parts of a measurement; of figures by name, such as those of tasks, both are kept."""
+    found: dict[str, Any] = dict(measured)
+    for key, figures in part.items():
+        found[key] = {**found.get(key, {}), **figures} if isinstance(figures, dict) else figures
+    return cast(Measurement, found)
 
 
 def _score(attack: str, record: Record, s: TokenStatistics, config: AuditConfig) -> float:
@@ -116,36 +66,50 @@ def _score(attack: str, record: Record, s: TokenStatistics, config: AuditConfig)
     return made[attack]()
 
 
-def probes(lm: LanguageModel, material: Material, into: Measurement) -> None:
+def probes(lm: LanguageModel, inputs: Inputs) -> Measurement:
     """Other ways to ask: the beginning of the secret given, the prompt changed, the question turned round."""
 
-    def ask(pairs: Sequence[tuple[int, Record]]) -> list[TokenStatistics]:
-        return token_statistics(lm, material.encode([r for _, r in pairs]))
+    def ask(records: Iterable[Record]) -> list[TokenStatistics]:
+        return token_statistics(lm, inputs.encode(list(records)))
 
-    for share, pairs in material.prefixes.items():
-        into.prefixes[f"{share:g}"] = [int(bool(s.correct.all())) for s in ask(pairs)]
-    for name, pairs in material.variants.items():
-        found = ask(pairs)
-        into.variants[name] = {"greedy": [float(s.correct.all()) for s in found], "nll": [s.nll for s in found]}
-    if material.associations:
-        found = token_statistics(lm, material.encode(material.associations))
-        into.association = [int(bool(s.correct.all())) for s in found]
+    def extracted(found: Sequence[TokenStatistics]) -> list[int]:
+        return [int(s.correct.all()) for s in found]
+
+    part: Measurement = {
+        "prefixes": {f"{share:g}": extracted(ask(r for _, r in pairs)) for share, pairs in inputs.prefixes.items()},
+        "variants": {},
+    }
+    for name, pairs in inputs.variants.items():
+        found = ask(r for _, r in pairs)
+        part["variants"][name] = {"greedy": [float(e) for e in extracted(found)], "nll": [s.nll for s in found]}
+    if inputs.associations:
+        part["association"] = extracted(ask(inputs.associations))
+    return part
 
 
-def exposures(lm: LanguageModel, material: Material, into: Measurement, *, holdout: bool) -> None:
-    """Exposure of each probed secret, and of some holdout records, in bits; see :mod:`.measures.memory`."""
-    totals = {n: [-sum(t) for t in rows] for n, rows in into.log_p.items()}
-    own = [totals["forget"][i] for i in material.probed]
-    into.exposure["forget"] = _exposures(lm, material, own, material.fillings, material.spaces)
-    if not holdout:
-        return
-    beside = totals["holdout"][: len(material.holdout_fillings)]
-    into.exposure["holdout"] = _exposures(lm, material, beside, material.holdout_fillings, material.holdout_spaces)
+def exposures(
+    lm: LanguageModel, inputs: Inputs, log_p: Mapping[str, Sequence[Sequence[float]]], *, holdout: bool
+) -> Measurement:
+    """Exposure of each probed secret, and of some holdout records, in bits; see :mod:`.measures.memory`.
+
+    Args:
+        lm: The subject.
+        inputs: The audit's questions.
+        log_p: Per-token log-probabilities of forget and holdout records, as ``records`` gives them.
+        holdout: Whether holdout records are asked too.
+    """
+    totals = {n: [-sum(t) for t in rows] for n, rows in log_p.items()}
+    own = [totals["forget"][i] for i in inputs.probed]
+    found = {"forget": _exposures(lm, inputs, own, inputs.fillings, inputs.spaces)}
+    if holdout:
+        beside = totals["holdout"][: len(inputs.holdout_fillings)]
+        found["holdout"] = _exposures(lm, inputs, beside, inputs.holdout_fillings, inputs.holdout_spaces)
+    return {"exposure": found}
 
 
 def _exposures(
     lm: LanguageModel,
-    material: Material,
+    inputs: Inputs,
     own: Sequence[float],
     fillings: Sequence[Sequence[Record]],
     spaces: Sequence[int | None],
@@ -154,12 +118,12 @@ def _exposures(
     found = []
     for total, others, space in zip(own, fillings, spaces, strict=True):
         if has_exposure(others, space):
-            items = material.encode(others)
+            items = inputs.encode(others)
             among = shared_prefix_nll(lm, items).double() * torch.tensor([len(e.completion) for e in items])
             if len(others) + 1 == space:
-                found.append(memory.exposure_exact(total, among).bits)
+                found.append(memory.exposure_exact(total, among))
             else:
-                found.append(memory.exposure_extrapolated(total, among, space).bits)
+                found.append(memory.exposure_extrapolated(total, among, space))
     return found or None
 
 
@@ -168,86 +132,89 @@ def has_exposure(others: Sequence[Record], space: int | None) -> bool:
     return len(others) >= 2 and space is not None
 
 
-def sampled(subject: Subject, material: Material, config: AuditConfig, into: Measurement) -> None:
-    """How often a sampled continuation holds the secret; to be called inside the subject's context."""
-    chosen = [material.forget[i] for i in material.probed]
+def sampled(lm: LanguageModel, inputs: Inputs, config: AuditConfig) -> Measurement:
+    """How often a sampled continuation holds the secret."""
+    chosen = [inputs.forget[i] for i in inputs.probed]
     hits = [0] * len(chosen)
-    for length, rows in _batches(chosen, material, config, max(1, GENERATED // config.samples)):
+    for length, rows in _batches(chosen, inputs, config, max(1, GENERATED // config.samples)):
         asked = [chosen[i] for i in rows]
-        texts = sample(subject.model, material.tokenizer, asked, length, config.samples, config.seed)
+        texts = sample(lm.model, inputs.tokenizer, asked, length, config.samples, config.seed)
         for i, drawn in zip(rows, texts, strict=True):
-            hits[i] = sum(contains(t, chosen[i].completion, material.tokenizer) for t in drawn)
-    into.sampled = hits
+            hits[i] = sum(contains(t, chosen[i].completion, inputs.tokenizer) for t in drawn)
+    return {"sampled": hits}
 
 
-def _batches(
-    chosen: Sequence[Record], material: Material, config: AuditConfig, rows: int
-) -> list[tuple[int, list[int]]]:
+def _batches(chosen: Sequence[Record], inputs: Inputs, config: AuditConfig, rows: int) -> list[tuple[int, list[int]]]:
     """Indices in batches of similar length, each with the tokens that its longest answer needs."""
-    items = zip(chosen, material.encode(chosen), strict=True)
-    needed = [room(r, len(e.completion), config.max_new_tokens, material.tokenizer) for r, e in items]
+    items = zip(chosen, inputs.encode(chosen), strict=True)
+    needed = [room(r, len(e.completion), config.max_new_tokens, inputs.tokenizer) for r, e in items]
     order = sorted(range(len(chosen)), key=needed.__getitem__)
     chunks = [order[i : i + rows] for i in range(0, len(order), rows)]
     return [(needed[c[-1]], c) for c in chunks]
 
 
-def generations(subject: Subject, material: Material, config: AuditConfig, into: Measurement) -> None:
+def generations(lm: LanguageModel, inputs: Inputs, config: AuditConfig) -> Measurement:
     """Greedy answers to the forget prompts, and to others, to see whether they still differ."""
-    chosen = [material.forget[i] for i in material.probed]
-    into.generated = _answers(subject, material, chosen, config)
-    pairs = list(zip(into.generated, (r.completion for r in chosen), strict=True))
-    into.said = [
-        int(says(g, c, material.tokenizer)) if r.question and len(e.completion) <= config.max_new_tokens else None
-        for (g, c), r, e in zip(pairs, chosen, material.encode(chosen), strict=True)
-    ]
-    into.similarity = [memory.levenshtein_similarity(g[: len(c)], c.strip()) for g, c in pairs]
-    into.rouge_l = [memory.rouge_l(g, c).recall for g, c in pairs]
-    into.answers = _answers(subject, material, (material.holdout or material.forget)[:SHOWN], config)
+    chosen = [inputs.forget[i] for i in inputs.probed]
+    generated = _answers(lm, inputs, chosen, config)
+    pairs = list(zip(generated, (r.completion for r in chosen), strict=True))
+    return {
+        "generated": generated,
+        "said": [
+            int(says(g, c, inputs.tokenizer)) if r.question and len(e.completion) <= config.max_new_tokens else None
+            for (g, c), r, e in zip(pairs, chosen, inputs.encode(chosen), strict=True)
+        ],
+        "similarity": [memory.levenshtein_similarity(g[: len(c)], c.strip()) for g, c in pairs],
+        "rouge_l": [memory.rouge_l(g, c) for g, c in pairs],
+        "answers": _answers(lm, inputs, (inputs.holdout or inputs.forget)[:SHOWN], config),
+    }
 
 
 def _answers(
-    subject: Subject, material: Material, chosen: Sequence[Record], config: AuditConfig, *, whole: bool = False
+    lm: LanguageModel, inputs: Inputs, chosen: Sequence[Record], config: AuditConfig, *, whole: bool = False
 ) -> list[str]:
     """Greedy answers, as long as the right ones, or ``whole``: as long as the model likes."""
     texts = [""] * len(chosen)
-    for length, rows in _batches(chosen, material, config, GENERATED // 2):
+    for length, rows in _batches(chosen, inputs, config, GENERATED // 2):
         budget = max(length, config.max_new_tokens) if whole else length
-        made = answers(subject.model, material.tokenizer, [chosen[i] for i in rows], budget)
+        made = answers(lm.model, inputs.tokenizer, [chosen[i] for i in rows], budget)
         for i, text in zip(rows, made, strict=True):
             texts[i] = text
     return texts
 
 
-def questions(subject: Subject, lm: LanguageModel, material: Material, config: AuditConfig, into: Measurement) -> None:
+def questions(lm: LanguageModel, inputs: Inputs, config: AuditConfig) -> Measurement:
     """TOFU's measures on records that bring paraphrases and wrong answers."""
-    if material.questions:
-        found = [_question(lm, material, q) for q in material.questions.values()]
-        into.truth_ratio = [ratio for ratio, _, _ in found]
-        into.paraphrase = [p for _, p, _ in found]
-    for name, asked in material.question_sets.items():
-        found = [_question(lm, material, q) for q in asked]
-        texts = _answers(subject, material, [q.answer for q in asked], config, whole=True)
-        into.question_sets[name] = {
+    part: Measurement = {"question_sets": {}}
+    if inputs.questions:
+        found = [_question(lm, inputs, q) for q in inputs.questions.values()]
+        part["truth_ratio"] = [ratio for ratio, _, _ in found]
+        part["paraphrase"] = [p for _, p, _ in found]
+    for name, asked in inputs.question_sets.items():
+        found = [_question(lm, inputs, q) for q in asked]
+        texts = _answers(lm, inputs, [q.answer for q in asked], config, whole=True)
+        part["question_sets"][name] = {
             "probability": [_own_probability(name, f) for f in found],
-            "rouge_l": [memory.rouge_l(t, q.answer.completion).recall for t, q in zip(texts, asked, strict=True)],
+            "rouge_l": [memory.rouge_l(t, q.answer.completion) for t, q in zip(texts, asked, strict=True)],
             "truth_ratio": [ratio for ratio, _, _ in found],
         }
+    return part
 
 
-def _question(lm: LanguageModel, material: Material, q: Question) -> tuple[float, float, Tensor]:
+def _question(lm: LanguageModel, inputs: Inputs, q: Question) -> tuple[float, float, Tensor]:
     """Truth ratio, probability of the paraphrase, and mean negative log-likelihoods of answer, paraphrase and rest."""
-    nll = shared_prefix_nll(lm, material.encode([q.answer, q.paraphrase, *q.perturbed])).double()
+    nll = shared_prefix_nll(lm, inputs.encode([q.answer, q.paraphrase, *q.perturbed])).double()
     return memory.truth_ratio(nll[2:], float(nll[1])), math.exp(-float(nll[1])), nll
 
 
 def _own_probability(name: str, found: tuple[float, float, Tensor]) -> float:
-    """Of the answer; for multiple-choice sets (all but "retain") as its share among the choices, as TOFU does."""
+    """Probability of the right answer; of sets with choices (all but "retain") its share among them, as TOFU does."""
     p = (-found[2]).exp()
     return float(p[0]) if name == "retain" else float(p[0] / (p[0] + p[2:].sum()))
 
 
 @dataclass(frozen=True)
-class Before:
+class Baseline:
     """What the model with its memory says about the general text, for divergences.
 
     Attributes:
@@ -259,30 +226,33 @@ class Before:
     states: Sequence[Tensor]
 
 
-def ability(lm: LanguageModel, material: Material, into: Measurement, before: Before | None) -> None:
+def ability(lm: LanguageModel, inputs: Inputs, baseline: Baseline | None) -> Measurement:
     """General text and retain records, the text also compared with the model that has its memory."""
-    states = judged_states(lm, material.general, PASS_TOKENS)
-    if before is None:
-        sums, tokens = sequence_nll(lm, material.general, states)
+    part: Measurement = {}
+    states = judged_states(lm, inputs.general, PASS_TOKENS)
+    if baseline is None:
+        sums, tokens = sequence_nll(lm, inputs.general, states)
     else:
-        both = utility.agreement(lm, material.general, before.states, before.lm, states)
-        sums, tokens, into.kl, into.top1 = both.nll, both.tokens, both.mean_kl, both.top1
-    into.general = {"nll": sums.tolist(), "tokens": tokens.tolist()}
-    if material.retain:
-        into.retain = [s.nll for s in token_statistics(lm, material.encode(material.retain))]
+        both = utility.agreement(lm, inputs.general, baseline.states, baseline.lm, states)
+        sums, tokens = both.nll, both.tokens
+        part = {"kl": both.mean_kl, "top1": both.top1}
+    part["general"] = {"nll": sums.tolist(), "tokens": tokens.tolist()}
+    if inputs.retain:
+        part["retain"] = [s.nll for s in token_statistics(lm, inputs.encode(inputs.retain))]
+    return part
 
 
-def task(lm: LanguageModel, asked: Task, material: Material, config: AuditConfig, into: Measurement) -> None:
+def task(lm: LanguageModel, inputs: Inputs, config: AuditConfig, asked: Task) -> Measurement:
     """One task: is the right answer given, and how surprising is it?"""
-    found = evaluate(lm, material.tokenizer, asked, config.resolved("task_rows"), config.seed)
-    into.tasks[asked.name] = {"correct": [float(c) for c in found.correct], "nll": list(found.nll)}
+    found = evaluate(lm, inputs.tokenizer, asked, config.resolved("task_rows"), config.seed)
+    return {"tasks": {asked.name: {"correct": [float(c) for c in found.correct], "nll": list(found.nll)}}}
 
 
-def gradient_scores(subject: Subject, material: Material, targets: Sequence[str], into: Measurement) -> None:
+def gradient_scores(subject: Subject, inputs: Inputs, targets: Sequence[str]) -> Measurement:
     """Membership by the norm of a record's gradient; members have the smaller one."""
-    for name, chosen in (("forget", material.forget), ("holdout", material.holdout)):
-        norms = gradient_norms(subject, material.encode(chosen), targets) if chosen else torch.zeros(0)
-        into.scores.setdefault("grad_norm", {})[name] = (-norms).tolist()
+    sets = {"forget": inputs.forget, "holdout": inputs.holdout}
+    norms = {n: gradient_norms(subject, inputs.encode(chosen), targets) for n, chosen in sets.items()}
+    return {"scores": {"grad_norm": {n: (-found).tolist() for n, found in norms.items()}}}
 
 
 def unigram_perplexity(windows: Sequence[Sequence[int]]) -> float:

@@ -2,45 +2,47 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from libortho.auditing import attacks
 from libortho.auditing import measure as measuring
 from libortho.auditing import summary as summaries
+from libortho.auditing.attacks import ATTACKS, Attack, AttackInputs
 from libortho.auditing.config import AuditConfig
-from libortho.auditing.inputs import Material
-from libortho.auditing.measure import Before, Measurement
+from libortho.auditing.inputs import Inputs
 from libortho.auditing.measures.depth import logit_lens, unlearning_depth
 from libortho.auditing.measures.gradients import forget_gradient, gradient_cosine, gradient_layers, gradient_norm
+from libortho.auditing.schema import (
+    REFERENCE,
+    CurvePoint,
+    DepthData,
+    DepthScoreData,
+    Measurement,
+    baseline_key,
+    estimate_data,
+)
 from libortho.auditing.subjects import Subject, at
-from libortho.core.files import write_atomically
 from libortho.core.layer import ortho_layers
+from libortho.core.progress import Progress, tell
+from libortho.core.run_cache import Entry, RunCache, run_key
 from libortho.evaluation.intervals import mean_estimate
-from libortho.evaluation.tasks import Task
 from libortho.lm.checks import fingerprint
 from libortho.lm.model import LanguageModel
 from libortho.lm.scoring import PASS_TOKENS, judged_states
 from libortho.text.encoding import Encoded
 from libortho.text.records import Record
 
+Result = TypeVar("Result")
 _CURVE_HOLDOUT, _CURVE_WINDOWS = 64, 6
 """Holdout records and windows of general text at each point of the alpha curve."""
-
-
 _GRADIENT_RECORDS = 16
 """Forget records whose summed gradient is compared between subjects."""
-
-
 _TASK_TOKENS = 80
 """Typical tokens of one row of a task, to estimate time."""
 
@@ -55,39 +57,41 @@ class Step:
 
 
 @dataclass
-class State:
-    """What the steps have found so far."""
+class Findings:
+    """What the steps have found so far; the seconds are by the name of the step."""
 
     measured: dict[str, Measurement] = field(default_factory=dict)
-    curve: list[dict[str, Any]] = field(default_factory=list)
+    curve: list[CurvePoint] = field(default_factory=list)
     attacks: dict[str, Any] | None = None
-    depth: dict[str, Any] | None = None
-    gradient: dict[str, torch.Tensor] | None = None
-    before: Before | None = None
+    depth: DepthData | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
 
 class Plan:
-    """All work of one audit, in order; each step has its size in tokens, so that time can be estimated."""
+    """All work of one audit, in order; each step has its size in tokens, so that time can be estimated.
 
-    def __init__(
-        self, standing: Sequence[Subject], material: Material, config: AuditConfig, state: State, store: Store
-    ) -> None:
-        self.standing, self.material, self.config, self.state = standing, material, config, state
-        self.store = store
+    Attributes:
+        steps: To be run one after another.
+        found: What they have found.
+        baseline: Key of the subject with its memory, from which others diverge; None if there is none.
+    """
+
+    def __init__(self, subjects: Sequence[Subject], inputs: Inputs, config: AuditConfig, cache: RunCache) -> None:
+        self.subjects, self.inputs, self.config, self.cache = subjects, inputs, config, cache
         self.steps: list[Step] = []
-        self.by_key = {s.key: s for s in standing}
-        self.audited = standing[0]
+        self.found = Findings()
+        self.by_key = {s.key: s for s in subjects}
+        self.audited = subjects[0]
         self.split = any(layer.streams for layer in ortho_layers(self.audited.model).values())
-        self.anchor = next((s.key for s in standing if s.key in ("on", "original")), None)
-        """Who has its memory, and is what others diverge from."""
-        self.targets = gradient_layers(self.audited)
-        self.attacked = self._some("attack_records")
-        yardsticks = [s for s in standing if s.key in (self.audited.key, self.anchor, "reference")]
-        self.prints = {s.key: fingerprint(s.model) for s in standing}
-        self.all = " ".join(f"{s.key} {self.prints[s.key]}" for s in yardsticks)
-        self.done: set[str] = set()
-        for subject in self._order():
+        self.baseline = baseline_key(self.by_key)
+        self._baseline: measuring.Baseline | None = None
+        self._baseline_gradient: dict[str, torch.Tensor] | None = None
+        self._targets = gradient_layers(self.audited)
+        self._fingerprints = {s.key: fingerprint(s.model) for s in subjects}
+        yardsticks = [s for s in subjects if s.key in (self.audited.key, self.baseline, REFERENCE)]
+        self._yardsticks = " ".join(f"{s.key} {self._fingerprints[s.key]}" for s in yardsticks)
+        self._restored: set[str] = set()
+        for subject in sorted(subjects, key=lambda s: s.key != self.baseline):  # others are compared with the baseline
             self._measure(subject)
         if self.split:
             for value in config.alphas:
@@ -96,267 +100,201 @@ class Plan:
             self._attacks()
             self._depth()
 
+    def run(self, progress: Progress | None) -> None:
+        """Run all steps; ``progress`` is called with "audit", and with what is done and what there is in tokens."""
+        total, done = sum(s.cost for s in self.steps), 0.0
+        for step in self.steps:
+            began = time.monotonic()
+            step.run()
+            done += step.cost
+            self.found.seconds[step.name] = self.found.seconds.get(step.name, 0.0) + time.monotonic() - began
+            tell(progress, "audit", int(done), int(total))
+
     def _some(self, size: str) -> list[Record]:
         """A random choice of forget records, in their order."""
-        forget = self.material.forget
+        forget = self.inputs.forget
         few = min(self.config.resolved(size), len(forget))
         return [forget[i] for i in sorted(random.Random(self.config.seed).sample(range(len(forget)), few))]
 
-    def _kept(self, name: str, make: Callable[[], Any], of: str | None = None) -> Any:
-        """A JSON-ready result from the store, or made and put there.
+    def _kept(self, name: str, make: Callable[[], Result], of: str | None = None) -> Result:
+        """A JSON-ready result from the cache, or made and put there.
 
-        It depends on the audited model, the one with its memory and the reference, unless ``of`` says otherwise.
+        It depends on the audited model, the baseline and the reference, unless ``of`` says otherwise.
         """
-        key = f"{name} {self.all if of is None else of}"
-        found = self.store.get(key)
-        if found is None:
-            found = make()
-            self.store.put(key, found)
-        return found
-
-    def _order(self) -> list[Subject]:
-        """Who has its memory goes first: others are compared with it."""
-        return sorted(self.standing, key=lambda s: s.key != self.anchor)
+        entry = run_key(name, self._yardsticks if of is None else of)
+        result: Result = self.cache.get_or_compute(entry, lambda: Entry({}, make())).data
+        return result
 
     def _add(self, name: str, tokens: float, run: Callable[[], None]) -> None:
         self.steps.append(Step(name, max(1.0, tokens), run))
 
     def _tokens(self, records: Iterable[Record]) -> int:
-        return sum(len(e.ids) for e in self.material.encode(list(records)))
-
-    def _inside(self, subject: Subject, work: Callable[[LanguageModel, Measurement], None]) -> Callable[[], None]:
-        def run() -> None:
-            if subject.key not in self.done:
-                with subject.enter():
-                    work(subject.language_model(), self.state.measured[subject.key])
-
-        return run
+        return sum(len(e.ids) for e in self.inputs.encode(list(records)))
 
     def _measure(self, subject: Subject) -> None:
-        """One subject; what is stored by the time its turn comes is taken from there.
+        """One subject; what is in the cache by the time its turn comes is taken from there.
 
-        So several processes can share one store. States and gradients of the one with its memory are not stored.
+        So several processes can share one cache. States and gradients of the baseline are not kept.
         """
-        beside = "" if self.anchor is None else self.prints[self.anchor]  # divergence and cosine are from this one
-        name = f"subject {subject.key} {self.prints[subject.key]} {beside}"
+        measured, key = self.found.measured, subject.key
+        # divergence and cosine are from the baseline
+        beside = "" if self.baseline is None else self._fingerprints[self.baseline]
+        name = run_key("subject", key, self._fingerprints[key], beside)
 
         def begin() -> None:
-            stored = self.store.get(name)
-            if stored is not None:
-                self.state.measured[subject.key] = Measurement(**stored)
-                self.done.add(subject.key)
+            entry = self.cache.get(name)
+            if entry is not None:
+                measured[key] = entry.data
+                self._restored.add(key)
             else:
+                measured[key] = {}
+                measure(lambda lm: measuring.records(lm, self.inputs, self.config))
+
+        def measure(work: Callable[[LanguageModel], Measurement]) -> None:
+            if key not in self._restored:
                 with subject.enter():
-                    lm = subject.language_model()
-                    self.state.measured[subject.key] = measuring.records(lm, self.material, self.config)
+                    part = work(subject.language_model())
+                measured[key] = measuring.merged(measured[key], part)
 
         def end() -> None:
-            if subject.key not in self.done:
-                self.store.put(name, self.state.measured[subject.key].to_dict())
+            if key not in self._restored:
+                self.cache.put(name, Entry({}, measured[key]))
 
-        if subject.key == self.anchor:
-            self._add("utility", sum(len(e.ids) for e in self.material.general), self._anchor_states)
-        self._add("records", self._tokens([*self.material.forget, *self.material.holdout]), begin)
-        self._measure_further(subject)
+        if key == self.baseline:
+            self._add("utility", sum(len(e.ids) for e in self.inputs.general), partial(self._measure_baseline, subject))
+        self._add("records", self._tokens([*self.inputs.forget, *self.inputs.holdout]), begin)
+        for step, tokens, work in self._measurements(subject):
+            self._add(step, tokens, partial(measure, work))
         self._add("store", 1, end)
 
-    def _anchor_states(self) -> None:
-        assert self.anchor is not None
-        subject = self.by_key[self.anchor]
-        with subject.enter():
-            lm = subject.language_model()
-            self.state.before = Before(lm, judged_states(lm, self.material.general, PASS_TOKENS))
-        self.state.gradient = self._forget_gradient(subject)
+    def _measure_baseline(self, baseline: Subject) -> None:
+        """What the others are compared with: states on general text, and the forget gradient."""
+        with baseline.enter():
+            lm = baseline.language_model()
+            self._baseline = measuring.Baseline(lm, judged_states(lm, self.inputs.general, PASS_TOKENS))
+        self._baseline_gradient = self._forget_gradient(baseline)
 
     def _forget_gradient(self, subject: Subject) -> dict[str, torch.Tensor]:
-        items = self.material.encode(self.material.forget[:_GRADIENT_RECORDS])
-        return forget_gradient(subject, items, self.targets)
+        items = self.inputs.encode(self.inputs.forget[:_GRADIENT_RECORDS])
+        return forget_gradient(subject, items, self._targets)
 
-    def _measure_further(self, subject: Subject) -> None:
-        m, config = self.material, self.config
-        control = subject.role == "control" and subject.key != self.anchor
-
-        def ability(lm: LanguageModel, into: Measurement) -> None:
-            measuring.ability(lm, m, into, None if subject.key == self.anchor else self.state.before)
-
-        self._add("utility", sum(len(e.ids) for e in m.general), self._inside(subject, ability))
-        if control:
+    def _measurements(self, subject: Subject) -> Iterator[tuple[str, float, Callable[[LanguageModel], Measurement]]]:
+        """Name, size and work of all measurements of a subject after the first pass."""
+        m, config, is_baseline = self.inputs, self.config, subject.key == self.baseline
+        yield (
+            "utility",
+            sum(len(e.ids) for e in m.general),
+            lambda lm: measuring.ability(lm, m, None if is_baseline else self._baseline),
+        )
+        if subject.role == "control" and not is_baseline:
             return
         for task in m.tasks:
             rows = min(len(task.questions), config.resolved("task_rows"))
-
-            def answer(lm: LanguageModel, into: Measurement, task: Task = task) -> None:
-                measuring.task(lm, task, m, config, into)
-
-            self._add(task.name, _TASK_TOKENS * rows, self._inside(subject, answer))
+            yield task.name, _TASK_TOKENS * rows, partial(measuring.task, inputs=m, config=config, asked=task)
         probes = [r for pairs in [*m.prefixes.values(), *m.variants.values()] for _, r in pairs]
-        self._add(
-            "prompts", self._tokens([*probes, *m.associations]),
-            self._inside(subject, lambda lm, into: measuring.probes(lm, m, into)),
-        )  # fmt: skip
-        level = subject.key != self.anchor or not self.split  # at alpha = 1 nobody asks for the never-trained level
+        yield "prompts", self._tokens([*probes, *m.associations]), lambda lm: measuring.probes(lm, m)
+        level = not (is_baseline and self.split)  # at alpha = 1 nobody asks for the never-trained level
         fillings = [r for group in [*m.fillings, *(m.holdout_fillings if level else ())] for r in group]
-        self._add(
-            "exposure", 0.5 * self._tokens(fillings),
-            self._inside(subject, lambda lm, into: measuring.exposures(lm, m, into, holdout=level)),
-        )  # fmt: skip
+        yield (
+            "exposure",
+            0.5 * self._tokens(fillings),
+            lambda lm: measuring.exposures(lm, m, self.found.measured[subject.key]["log_p"], holdout=level),
+        )
         answers = sum(len(e.completion) for e in m.encode([m.forget[i] for i in m.probed]))
-        self._add(
-            "generation", 3 * answers,
-            self._inside(subject, lambda lm, into: measuring.generations(subject, m, config, into)),
-        )  # fmt: skip
-        if subject.key != self.anchor or config.profile == "full":
-            self._add(
-                "samples", config.samples * answers,
-                self._inside(subject, lambda lm, into: measuring.sampled(subject, m, config, into)),
-            )  # fmt: skip
-        asked_sets = [q for qs in m.question_sets.values() for q in qs]
-        if m.questions or asked_sets:
-            texts = [r for q in [*m.questions.values(), *asked_sets] for r in (q.answer, q.paraphrase, *q.perturbed)]
-            self._add(
-                "questions", self._tokens(texts),
-                self._inside(subject, lambda lm, into: measuring.questions(subject, lm, m, config, into)),
-            )  # fmt: skip
-        self._add(
-            "gradients", 3 * self._tokens(m.forget[:_GRADIENT_RECORDS]),
-            self._inside(subject, lambda lm, into: self._gradient(subject, into)),
-        )  # fmt: skip
+        yield "generation", 3 * answers, lambda lm: measuring.generations(lm, m, config)
+        if not is_baseline or config.profile == "full":
+            yield "samples", config.samples * answers, lambda lm: measuring.sampled(lm, m, config)
+        asked = [*m.questions.values(), *(q for qs in m.question_sets.values() for q in qs)]
+        if asked:
+            texts = [r for q in asked for r in (q.answer, q.paraphrase, *q.perturbed)]
+            yield "questions", self._tokens(texts), lambda lm: measuring.questions(lm, m, config)
+        yield "gradients", 3 * self._tokens(m.forget[:_GRADIENT_RECORDS]), lambda _: self._gradient(subject)
         if config.profile == "full" and m.holdout and subject.role != "other":
-            self._add(
-                "gradients", 3 * self._tokens([*m.forget, *m.holdout]),
-                self._inside(subject, lambda lm, into: measuring.gradient_scores(subject, m, self.targets, into)),
-            )  # fmt: skip
+            yield (
+                "gradients",
+                3 * self._tokens([*m.forget, *m.holdout]),
+                lambda _: measuring.gradient_scores(subject, m, self._targets),
+            )
 
-    def _gradient(self, subject: Subject, into: Measurement) -> None:
-        """Norm of the forget gradient, and its direction beside that of the model with its memory."""
-        gradient = self._forget_gradient(subject) if subject.key != self.anchor else self.state.gradient
-        assert gradient is not None
-        into.gradient = {"norm": gradient_norm(gradient)}
-        if self.state.gradient is not None:
-            into.gradient["cosine"] = gradient_cosine(gradient, self.state.gradient)
+    def _gradient(self, subject: Subject) -> Measurement:
+        """Norm of the forget gradient, and its direction beside the baseline's."""
+        other = self._baseline_gradient
+        own = other if subject.key == self.baseline and other is not None else self._forget_gradient(subject)
+        found = {"norm": gradient_norm(own)}
+        return {"gradient": found if other is None else {**found, "cosine": gradient_cosine(own, other)}}
 
     def _curve(self, value: float) -> None:
-        m = self.material
-        holdout = m.holdout[:_CURVE_HOLDOUT]
+        m = replace(self.inputs, holdout=self.inputs.holdout[:_CURVE_HOLDOUT])
+        text = replace(m, general=m.general[:_CURVE_WINDOWS], retain=())
 
-        def make() -> dict[str, Any]:
-            subject = at(self.audited.model, value)
+        def make() -> CurvePoint:
+            subject, before = at(self.audited.model, value), self._baseline
+            part = before and measuring.Baseline(before.lm, before.states[:_CURVE_WINDOWS])
             with subject.enter():
                 lm = subject.language_model()
-                found = measuring.records(lm, replace(m, holdout=holdout), self.config)
-                part = replace(m, general=m.general[:_CURVE_WINDOWS], retain=())
-                measuring.ability(lm, part, found, self._before_part())
+                found = measuring.records(lm, m, self.config)
+                found = measuring.merged(found, measuring.ability(lm, text, part))
             return summaries.curve_point(value, found)
 
         def run() -> None:
-            name = f"curve {value:g}"
-            self.state.curve.append(self._kept(name, make, self.prints[self.audited.key]))
+            self.found.curve.append(self._kept(f"curve {value:g}", make, self._fingerprints[self.audited.key]))
 
-        text = sum(len(e.ids) for e in m.general[:_CURVE_WINDOWS])
-        self._add("curve", self._tokens([*m.forget, *holdout]) + text, run)
-
-    def _before_part(self) -> Before | None:
-        before = self.state.before
-        return None if before is None else Before(before.lm, before.states[:_CURVE_WINDOWS])
+        size = self._tokens([*m.forget, *m.holdout]) + sum(len(e.ids) for e in text.general)
+        self._add("curve", size, run)
 
     def _attacks(self) -> None:
-        items, general = self.material.encode(self.attacked), list(self.material.general)
-        seed, tokens = self.config.seed, self._tokens(self.attacked)
+        records = self._some("attack_records")
+        inputs = AttackInputs(
+            subjects=self.subjects,
+            records=records,
+            items=self.inputs.encode(records),
+            general=self.inputs.general,
+            tokenizer=self.inputs.tokenizer,
+            seed=self.config.seed,
+        )
         found: dict[str, Any] = {}
-        self.state.attacks = found
-        standing = list(self.standing)
-        asked: list[tuple[str, float, Callable[[], Any]]] = []
-        if len(items) >= 2:
-            asked.append(("relearning", 200 * tokens, lambda: attacks.relearning(standing, items, general, seed=seed)))
-            asked.append(
-                ("prefix", 60 * tokens, lambda: attacks.adversarial_prefix(
-                    standing, self.attacked, self.material.tokenizer, seed=seed
-                ))
-            )  # fmt: skip
-        reference = self.by_key.get("reference")
-        for name, rounding in (("requantisation", attacks.requantisation), ("pruning", attacks.pruning)):
-            asked.append((name, 10 * tokens, partial(rounding, self.audited, items, general, reference=reference)))
-        if self.split:
-            on = self.by_key["on"]
-            asked.append(("noise", 4 * tokens, lambda: attacks.noise(on, items, general, seed=seed)))
-            asked.append(
-                ("recovery", 4 * tokens, lambda: attacks.stream_recovery(self.audited.model, items, seed=seed))
-            )
-        for name, cost, attack in asked:
+        self.found.attacks = found
 
-            def run(name: str = name, attack: Callable[[], Any] = attack) -> None:
-                found[name] = self._kept(name, lambda: attack().to_dict())
+        def run(attack: Attack[Any]) -> None:
+            found[attack.name] = self._kept(attack.name, partial(attack.run, inputs))
 
-            self._add(name, cost, run)
+        for attack in ATTACKS:
+            if attack.applies(inputs):
+                self._add(attack.name, attack.passes * self._tokens(records), partial(run, attack))
 
     def _depth(self) -> None:
         chosen = self._some("depth_records")
-        items, tokens = self.material.encode(chosen), self._tokens(chosen)
-        lens = [s for s in self.standing if s.role in ("audited", "switch on", "reference") or s.key == self.anchor]
-        judged = [self.audited, *(s for s in self.standing if s.role == "other")]
+        items, tokens = self.inputs.encode(chosen), self._tokens(chosen)
+        lens = [s for s in self.subjects if s.role in ("audited", "switch on", "reference") or s.key == self.baseline]
+        judged = [self.audited, *(s for s in self.subjects if s.role == "other")]
         why = self._no_depth()
 
         def run() -> None:
-            found, lenses = {}, {}
+            found: dict[str, DepthScoreData] = {}
             for s in [] if why else judged:
-                found[s.key] = self._kept(
-                    f"depth {s.key}", partial(self._score, s, items), f"{self.all} {self.prints[s.key]}"
-                )
-            for s in lens:
-                lenses[s.key] = self._kept(f"lens {s.key}", partial(logit_lens, s, items))
-            main = found.get(self.audited.key, {"uds": None, "withheld": why, "layers": [], "unscored": None})
-            others = {k: v["uds"] for k, v in found.items() if k != self.audited.key}
-            self.state.depth = {**main, "records": len(items), "others": others, "logit_lens": lenses}
+                models = f"{self._yardsticks} {self._fingerprints[s.key]}"
+                found[s.key] = self._kept(f"depth {s.key}", partial(self._score, s, items), models)
+            lenses = {s.key: self._kept(f"lens {s.key}", partial(logit_lens, s, items)) for s in lens}
+            nothing: DepthScoreData = {"uds": None, "withheld": why, "layers": [], "unscored": None}
+            main = found.pop(self.audited.key, nothing)
+            others = {k: v["uds"] for k, v in found.items()}
+            self.found.depth = {**main, "records": len(items), "others": others, "logit_lens": lenses}
 
         self._add("depth", (0 if why else 62 * tokens * len(judged)) + tokens * len(lens), run)
 
     def _no_depth(self) -> str | None:
-        if self.anchor is None:
+        if self.baseline is None:
             return "the depth score needs the model with its memory; pass original"
-        if "reference" not in self.by_key:
+        if REFERENCE not in self.by_key:
             return "the depth score needs a model that was never trained on the forget set; pass reference"
         return None
 
-    def _score(self, subject: Subject, items: Sequence[Encoded]) -> dict[str, Any]:
-        assert self.anchor is not None
-        score = unlearning_depth(self.by_key[self.anchor], subject, self.by_key["reference"], items)
+    def _score(self, subject: Subject, items: Sequence[Encoded]) -> DepthScoreData:
+        assert self.baseline is not None
+        score = unlearning_depth(self.by_key[self.baseline], subject, self.by_key[REFERENCE], items)
         layers = score.to_dict()["layers"]
         if not score.values:
             why = "no layer encodes any record: the model with its memory is no surer of them than the reference"
             return {"uds": None, "withheld": why, "unscored": score.unscored, "layers": layers}
-        uds = mean_estimate(score.values, seed=self.config.seed).to_dict()
+        uds = estimate_data(mean_estimate(score.values, seed=self.config.seed))
         return {"uds": uds, "withheld": None, "unscored": score.unscored, "layers": layers}
-
-
-class Store:
-    """Finished parts of an audit on disk, so that an interrupted one goes on; without a directory it keeps nothing."""
-
-    def __init__(self, directory: Path | None, settings: str) -> None:
-        self.directory, self.settings = directory, settings
-
-    def _path(self, name: str) -> Path | None:
-        if self.directory is None:
-            return None
-        return self.directory / f"{hashlib.sha256(f'{self.settings} {name}'.encode()).hexdigest()[:32]}.json"
-
-    def get(self, name: str) -> Any:
-        """The finished part, as JSON gave it; None if there is none."""
-        path = self._path(name)
-        return None if path is None or not path.is_file() else json.loads(path.read_text(encoding="utf-8"))
-
-    def put(self, name: str, value: Any) -> None:
-        """Keep a finished part."""
-        path = self._path(name)
-        if path is not None:
-            write_atomically(path, json.dumps(json_ready(value)))
-
-
-def json_ready(value: Any) -> Any:
-    """The same structure with every float finite or None."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {k: json_ready(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_ready(v) for v in value]
-    return value

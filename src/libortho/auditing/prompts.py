@@ -21,6 +21,10 @@ from libortho.text.chat import has_template, replaced_question
 from libortho.text.records import Record, load_records
 
 HIDDEN = "•"
+_LEAST_LEFT = 4
+"""Letters and digits of a completion that must be left to judge when its beginning is given."""
+_SHOWN = 2
+"""Letters and digits that are shown at the beginning of each hidden run."""
 _SHARED = 4
 """Characters in a row that a text must share with a secret before they are hidden."""
 _QUESTION = re.compile(r"Question:\s*(?P<inner>.*\S)\s*\nAnswer:\s*", re.DOTALL)
@@ -39,16 +43,15 @@ _FUNCTION_WORDS = frozenset(
 # ---- prefixes ----
 
 
-def prefixes(record: Record, shares: Sequence[float] = (0.25, 0.5, 0.75), at_least: int = 4) -> dict[float, Record]:
+def prefixes(record: Record, shares: Sequence[float] = (0.25, 0.5, 0.75)) -> dict[float, Record]:
     """The record with the first part of its completion moved to the prompt, by the share that is given.
 
     Cuts are at characters, not at tokens; blanks before a cut stay with the rest, where tokenizers want them. A share
-    is left out if fewer than ``at_least`` letters and digits would remain, or if the cut gives nothing new.
+    is left out if fewer than four letters and digits would remain, or if the cut gives nothing new.
 
     Args:
         record: A forget record.
         shares: Fractions of the completion's characters.
-        at_least: Unknown letters and digits, at least.
 
     Raises:
         ConfigError: if a share is not between 0 and 1.
@@ -62,7 +65,7 @@ def prefixes(record: Record, shares: Sequence[float] = (0.25, 0.5, 0.75), at_lea
     last = start
     for share in sorted(shares):
         cut = len(answer[: math.ceil(share * len(answer))].rstrip())
-        if cut > last and sum(c.isalnum() for c in answer[cut:]) >= at_least:
+        if cut > last and sum(c.isalnum() for c in answer[cut:]) >= _LEAST_LEFT:
             given = replace(record, prompt=record.prompt + answer[:cut], completion=record.completion[cut:], asked=None)
             found[share] = given
             last = cut
@@ -194,27 +197,21 @@ def _continued(text: str) -> str:
 # ---- what people may read ----
 
 
-def mask(text: str, secret: str, keep: int = 2) -> str:
+def mask(text: str, secret: str) -> str:
     """The text with the secret hidden: how much of it leaks can be seen, what it is cannot.
 
     Wherever the text shares four or more characters in a row with the secret, whatever their case, letters and digits
-    after the first ``keep``, or after half of the secret's if that is less, become "•"; separators stay. A secret of
+    after the first two, or after half of the secret's if that is less, become "•"; separators stay. A secret of
     fewer than four characters is looked for as a whole word.
 
     Args:
         text: Anything that will be printed.
         secret: What must not be read; blanks around it do not count.
-        keep: Letters and digits shown at the beginning of each run.
-
-    Raises:
-        ConfigError: if ``keep`` is negative.
     """
-    if keep < 0:
-        raise ConfigError(f"{keep} characters of a secret are to be shown; expected 0 or more")
     wanted = [c.casefold() for c in secret.strip()]  # one entry a character: folding a whole text may change its length
     if not wanted:
         return text
-    keep = min(keep, sum(c.isalnum() for c in secret) // 2)
+    keep = min(_SHOWN, sum(c.isalnum() for c in secret) // 2)
     size = min(_SHARED, len(wanted))
     windows = {tuple(wanted[i : i + size]) for i in range(len(wanted) - size + 1)}
     folded = [c.casefold() for c in text]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from libortho.auditing.schema import CheckData, ReportData, VerdictData
 from libortho.core.files import write_atomically
 
 
@@ -27,6 +29,33 @@ class Check:
     target: str
     ok: bool | None
 
+    def to_dict(self) -> CheckData:
+        """The fields as JSON-ready values."""
+        return {"name": self.name, "value": self.value, "target": self.target, "ok": self.ok}
+
+
+def at_most(name: str, value: float, most: float, form: str = "", *, possibly: bool = False) -> Check:
+    """A check that holds up to ``most``.
+
+    Args:
+        name: What is compared.
+        value: The figure.
+        most: Its bound.
+        form: How the bound is written, as in a format string; by default as it is.
+        possibly: The interval holds good values, so that a figure beyond the bound leaves the check undecided.
+    """
+    return Check(name, value, f"<= {most:{form}}", told(value <= most, possibly))
+
+
+def at_least(name: str, value: float, least: float, form: str = "", *, possibly: bool = False) -> Check:
+    """A check that holds from ``least`` on; see :func:`at_most`."""
+    return Check(name, value, f">= {least:{form}}", told(value >= least, possibly))
+
+
+def told(good: bool, possibly: bool) -> bool | None:
+    """Whether a condition holds; None where it does not, but may by its interval."""
+    return True if good else None if possibly else False
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -44,6 +73,12 @@ class Verdict:
     text: str
     checks: tuple[Check, ...] = ()
 
+    def to_dict(self) -> VerdictData:
+        """The fields as JSON-ready values."""
+        return {
+            "key": self.key, "status": self.status, "text": self.text, "checks": [c.to_dict() for c in self.checks],
+        }  # fmt: skip
+
 
 @dataclass(frozen=True)
 class AuditReport:
@@ -56,7 +91,7 @@ class AuditReport:
         seconds: Wall time of each part; not part of the JSON.
     """
 
-    data: Mapping[str, Any]
+    data: ReportData
     verdicts: tuple[Verdict, ...]
     seconds: Mapping[str, float] = field(default_factory=dict)
 
@@ -89,3 +124,12 @@ class AuditReport:
         if path is not None:
             write_atomically(Path(path), text)
         return text
+
+
+def json_ready(value: Any) -> Any:
+    """The same structure with text for keys, lists for tuples, and None for numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {str(k): json_ready(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

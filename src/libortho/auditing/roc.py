@@ -10,7 +10,6 @@ Tibshirani, *An Introduction to the Bootstrap*, 1993, chapter 13). The same seed
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,21 +28,6 @@ from libortho.evaluation.intervals import (
 )
 
 _ROC_POINTS = 64
-
-
-@dataclass(frozen=True)
-class StratifiedAuc:
-    """An AUC within strata.
-
-    Attributes:
-        value: Mean over the strata, weighted by their members.
-        members: Members that were compared.
-        left_out: Strata without a non-member; their members are not in ``value``.
-    """
-
-    value: float
-    members: int
-    left_out: tuple[Hashable, ...]
 
 
 def auc(members: Values, others: Values) -> float:
@@ -101,8 +85,10 @@ def tpr_at_fpr(members: Values, others: Values, fpr: float) -> float:
 
 def stratified_auc(
     members: Values, others: Values, member_strata: Sequence[Hashable], other_strata: Sequence[Hashable]
-) -> StratifiedAuc:
+) -> float:
     """AUC within strata, so that a difference between strata (the template of a prompt) is not taken for memory.
+
+    The mean over the strata that have both sides, weighted by their members; members of other strata do not count.
 
     Args:
         members: (m,) scores.
@@ -114,10 +100,8 @@ def stratified_auc(
         DataError: if lengths differ, or no stratum has both members and non-members.
     """
     a, b = vector(members, "members"), vector(others, "others")
-    shared, left_out = _strata(len(a), len(b), member_strata, other_strata)
-    compared = sum(len(i) for i, _ in shared)
-    value = sum(len(i) * auc(a[i], b[j]) for i, j in shared) / compared
-    return StratifiedAuc(value, compared, left_out)
+    shared = _strata(len(a), len(b), member_strata, other_strata)
+    return sum(len(i) * auc(a[i], b[j]) for i, j in shared) / sum(len(i) for i, _ in shared)
 
 
 def auc_estimate(
@@ -139,7 +123,7 @@ def auc_estimate(
         DataError: see ``stratified_auc``.
     """
     a, b = vector(members, "members"), vector(others, "others")
-    shared, _ = _strata(len(a), len(b), member_strata, other_strata)
+    shared = _strata(len(a), len(b), member_strata, other_strata)
     value, means = _bootstrap([(a, b, 1.0)], shared, seed, rounds)
     m, n = (sum(len(part[side]) for part in shared) for side in (0, 1))
     if min(m, n) == 1:
@@ -177,7 +161,7 @@ def auc_difference(
             f"{len(a)} and {len(c)} members, {len(b)} and {len(d)} non-members; "
             "expected two scores of each record, in the same order"
         )
-    shared, _ = _strata(len(a), len(b), member_strata, other_strata)
+    shared = _strata(len(a), len(b), member_strata, other_strata)
     value, means = _bootstrap([(a, b, 1.0), (c, d, -1.0)], shared, seed, rounds)
     m, n = (sum(len(part[side]) for part in shared) for side in (0, 1))
     return Estimate(value, None, None, m) if min(m, n) == 1 else Estimate(value, *percentiles(means), m)
@@ -195,27 +179,25 @@ def _operating_points(members: Values, others: Values) -> tuple[Tensor, Tensor]:
 
 def _strata(
     m: int, n: int, member_strata: Sequence[Hashable] | None, other_strata: Sequence[Hashable] | None
-) -> tuple[list[tuple[Tensor, Tensor]], tuple[Hashable, ...]]:
-    """Positions of members and of non-members in each stratum that has both, and the strata of members alone."""
+) -> list[tuple[Tensor, Tensor]]:
+    """Positions of members and of non-members in each stratum that has both."""
     if member_strata is None and other_strata is None:
-        return [(torch.arange(m), torch.arange(n))], ()
+        return [(torch.arange(m), torch.arange(n))]
     if member_strata is None or other_strata is None or (len(member_strata), len(other_strata)) != (m, n):
         given = [None if s is None else len(s) for s in (member_strata, other_strata)]
         raise DataError(f"strata of {given} records for {m} members and {n} non-members; expected one for each score")
-    shared, left_out = [], []
-    for stratum in dict.fromkeys(member_strata):
-        i = [k for k, s in enumerate(member_strata) if s == stratum]
-        j = [k for k, s in enumerate(other_strata) if s == stratum]
-        if j:
-            shared.append((torch.tensor(i), torch.tensor(j)))
-        else:
-            left_out.append(stratum)
-    if not shared:
+    others = set(other_strata)
+    both = [s for s in dict.fromkeys(member_strata) if s in others]
+    if not both:
         raise DataError(
-            f"none of the {len(left_out)} strata of the members has a non-member; "
+            f"none of the {len(set(member_strata))} strata of the members has a non-member; "
             "give a holdout of the same kind, or compare without strata"
         )
-    return shared, tuple(left_out)
+
+    def places(strata: Sequence[Hashable], stratum: Hashable) -> Tensor:
+        return torch.tensor([k for k, s in enumerate(strata) if s == stratum])
+
+    return [(places(member_strata, s), places(other_strata, s)) for s in both]
 
 
 def _bootstrap(

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from libortho.auditing.schema import MAGNITUDE, MODEL, OFF, ON, ORIGINAL, QUANTISED, RANDOM, REFERENCE, Role
 from libortho.checkpoint.packing import encode_base, scheme_of
 from libortho.checkpoint.tensor_files import sha256_of
 from libortho.core.errors import CheckpointError
@@ -40,14 +41,14 @@ class Subject:
     Attributes:
         key: Short name in the report.
         label: What readers see.
-        role: "audited", "switch on", "control", "other" or "reference".
+        role: What it is beside the audited model.
         model: The model that is run inside ``enter()``.
         enter: Makes the context in which ``model`` is this subject.
     """
 
     key: str
     label: str
-    role: str
+    role: Role
     model: nn.Module
     enter: Callable[[], AbstractContextManager[Any]]
 
@@ -56,7 +57,7 @@ class Subject:
         return LanguageModel(self.model)
 
 
-def subjects(
+def subjects_of(
     model: nn.Module,
     *,
     original: nn.Module | None,
@@ -76,30 +77,30 @@ def subjects(
     layers = ortho_layers(model)
     found: list[Subject] = []
     if layers:
-        found.append(at(model, 0.0, "off", "audited"))
+        found.append(at(model, 0.0, OFF, "audited"))
         if any(layer.streams for layer in layers.values()):  # not a base alone
-            found.append(at(model, 1.0, "on", "switch on"))
+            found.append(at(model, 1.0, ON, "switch on"))
     else:
-        found.append(Subject("model", "model", "audited", model, contextlib.nullcontext))
+        found.append(Subject(MODEL, "model", "audited", model, contextlib.nullcontext))
     if original is not None:
-        found.append(Subject("original", "original", "control", original, contextlib.nullcontext))
+        found.append(Subject(ORIGINAL, "original", "control", original, contextlib.nullcontext))
     if any(bool(touched(m).any()) for m in layers.values()):
         generator = torch.Generator().manual_seed(seed)
         bases: dict[str, tuple[str, Callable[[OrthoLinear], BaseStream]]] = {
-            "quantised": ("plain quantised", plain_base),
-            "random": ("random columns", lambda layer: moved_edit(layer, _random_order(layer, generator))),
-            "magnitude": ("largest columns", lambda layer: moved_edit(layer, _largest_order(layer))),
+            QUANTISED: ("plain quantised", plain_base),
+            RANDOM: ("random columns", lambda layer: moved_edit(layer, _random_order(layer, generator))),
+            MAGNITUDE: ("largest columns", lambda layer: moved_edit(layer, _largest_order(layer))),
         }
         for key, (label, make) in bases.items():
             made = {n: make(m) for n, m in layers.items()}
             found.append(Subject(key, label, "control", model, _exchanged(model, made)))
     found += [Subject(n, n, "other", m, contextlib.nullcontext) for n, m in others.items()]
     if reference is not None:
-        found.append(Subject("reference", "never trained", "reference", reference, contextlib.nullcontext))
+        found.append(Subject(REFERENCE, "never trained", "reference", reference, contextlib.nullcontext))
     return found
 
 
-def at(model: nn.Module, value: float, key: str | None = None, role: str = "control") -> Subject:
+def at(model: nn.Module, value: float, key: str | None = None, role: Role = "control") -> Subject:
     """A split model under one alpha for all streams."""
     label = f"alpha = {value:g}"
     return Subject(key or label, label, role, model, lambda: alpha(model, value, allow_extrapolation=value > 1))

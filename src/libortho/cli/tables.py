@@ -143,7 +143,7 @@ def show_certificate(certificate: Certificate, console: Console) -> None:
 
 def show_audit(report: AuditReport, console: Console) -> None:
     """Verdicts first, then the figures with the controls beside them."""
-    data = report.data
+    data = report.to_dict()
     for verdict in report.verdicts:
         note(console, f"{verdict.status.upper():9}{verdict.key.replace('_', ' ')}: {verdict.text}")
     for warning in data["warnings"]:

@@ -64,7 +64,8 @@ class RunCache:
             raise ConfigError(f"resume is {str(directory)!r}, a file; expected a folder, new, empty, or of this run")
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         run = directory / _RUN
-        if run.is_file():
+        foreign = sorted(p.name for p in directory.iterdir() if not p.name.startswith(_LEFTOVER))
+        if run.is_file():  # looked for last: another process of this run may just have made it
             try:
                 found = json.loads(run.read_text(encoding="utf-8")).get("key")
             except (OSError, ValueError, AttributeError) as error:
@@ -75,7 +76,6 @@ class RunCache:
                     "of libortho); give another folder, or delete it if that run is no longer needed"
                 )
             return
-        foreign = sorted(p.name for p in directory.iterdir() if not p.name.startswith(_LEFTOVER))
         if foreign:
             raise ConfigError(f"{directory} holds {foreign[0]}, and no {_RUN}; give a new or an empty folder")
         write_atomically(run, json.dumps({"key": key}))

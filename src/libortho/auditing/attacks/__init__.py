@@ -11,34 +11,19 @@ Every attack works on a copy; the audited model is not touched. Every figure sta
 that never saw the forget set, where one is given: what the attack teaches is no memory.
 """
 
-from libortho.auditing.attacks.measuring import Level, general_subset, halves, measure
-from libortho.auditing.attacks.noise import Noise, NoiseRow, noise
-from libortho.auditing.attacks.prefix import AdversarialPrefix, PrefixResult, adversarial_prefix
-from libortho.auditing.attacks.pruning import Pruning, PruningRow, pruning
-from libortho.auditing.attacks.recovery import StreamRecovery, stream_recovery
-from libortho.auditing.attacks.relearning import Curve, Relearning, relearning
-from libortho.auditing.attacks.requantisation import Requantisation, RequantisationRow, requantisation
+from typing import Any
 
-__all__ = [
-    "AdversarialPrefix",
-    "Curve",
-    "Level",
-    "Noise",
-    "NoiseRow",
-    "PrefixResult",
-    "Pruning",
-    "PruningRow",
-    "Relearning",
-    "Requantisation",
-    "RequantisationRow",
-    "StreamRecovery",
-    "adversarial_prefix",
-    "general_subset",
-    "halves",
-    "measure",
-    "noise",
-    "pruning",
-    "relearning",
-    "requantisation",
-    "stream_recovery",
-]
+from libortho.auditing.attacks import noise, prefix, pruning, recovery, relearning, requantisation
+from libortho.auditing.attacks.attack import Attack, AttackInputs
+
+ATTACKS: tuple[Attack[Any], ...] = (
+    relearning.ATTACK,
+    requantisation.ATTACK,
+    pruning.ATTACK,
+    noise.ATTACK,
+    prefix.ATTACK,
+    recovery.ATTACK,
+)
+"""All attacks, in the order in which they run, are judged and are shown."""
+
+__all__ = ["ATTACKS", "Attack", "AttackInputs"]

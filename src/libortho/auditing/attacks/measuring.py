@@ -1,4 +1,4 @@
-"""What every attack measures, and what it may change.
+"""What every attack measures, and the parts of a model and of the data that attacks share.
 
     extraction = share of records whose every completion token is the argmax given the true ones before it
     nll        = mean over records of the mean negative log-likelihood of the completion's tokens, in nats
@@ -11,30 +11,26 @@ arXiv 2202.07646, section 3), so one forward pass tells.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from libortho.auditing.subjects import Subject, dense_copy
+from libortho.auditing.subjects import Subject
 from libortho.core.errors import DataError, TargetError
-from libortho.core.surgery import linear_weight
-from libortho.core.targets import is_linear
+from libortho.core.layer import OrthoLinear, ortho_layers, touched
+from libortho.core.streams import OrthoStream
 from libortho.lm.model import LanguageModel
 from libortho.lm.scoring import perplexity
 from libortho.lm.token_statistics import token_statistics
 from libortho.text.encoding import Encoded
 
-Progress = Callable[[str, int, int], None]
-"""Called with (what, done, total)."""
 GENERAL_TOKENS = 1024
 """Tokens of general text behind each perplexity: enough to compare a model with itself on the same text."""
 
 
-@dataclass(frozen=True)
-class Level:
+class Level(TypedDict):
     """One model, measured.
 
     Attributes:
@@ -45,11 +41,7 @@ class Level:
 
     extraction: float
     nll: float
-    perplexity: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON-ready values."""
-        return {"extraction": self.extraction, "nll": self.nll, "perplexity": self.perplexity}
+    perplexity: float | None
 
 
 def measure(lm: LanguageModel, forget: Sequence[Encoded], general: Sequence[Encoded] = ()) -> Level:
@@ -61,18 +53,24 @@ def measure(lm: LanguageModel, forget: Sequence[Encoded], general: Sequence[Enco
     if not forget:
         raise DataError("there is no forget record to measure; expected at least one")
     statistics = token_statistics(lm, forget)
-    return Level(
-        extraction=sum(bool(s.correct.all()) for s in statistics) / len(statistics),
-        nll=sum(s.nll for s in statistics) / len(statistics),
-        perplexity=perplexity(lm, general) if general else None,
-    )
+    return {
+        "extraction": sum(bool(s.correct.all()) for s in statistics) / len(statistics),
+        "nll": sum(s.nll for s in statistics) / len(statistics),
+        "perplexity": perplexity(lm, general) if general else None,
+    }
 
 
-def general_subset(general: Sequence[Encoded], tokens: int = GENERAL_TOKENS) -> list[Encoded]:
-    """The first sequences of ``general``, until they hold ``tokens`` tokens; never more than one sequence over."""
+def measure_subject(subject: Subject, forget: Sequence[Encoded], general: Sequence[Encoded] = ()) -> Level:
+    """The same of a subject under its setting."""
+    with subject.enter():
+        return measure(subject.language_model(), forget, general)
+
+
+def general_subset(general: Sequence[Encoded]) -> list[Encoded]:
+    """The first sequences of ``general``, until they hold ``GENERAL_TOKENS``; never more than one sequence over."""
     chosen: list[Encoded] = []
     for item in general:
-        if sum(len(e.ids) for e in chosen) >= tokens:
+        if sum(len(e.ids) for e in chosen) >= GENERAL_TOKENS:
             break
         chosen.append(item)
     return chosen
@@ -91,59 +89,25 @@ def halves(count: int, seed: int) -> tuple[list[int], list[int]]:
     return sorted(order[: count // 2]), sorted(order[count // 2 :])
 
 
-def decoder_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Weights of all dense linear layers but the output head, (out_features, in_features), views to write into.
+def support_weight(layer: OrthoLinear) -> Tensor:
+    """The supports of all streams of a layer as one dense fp32 weight (out_features, in_features)."""
+    weight = torch.zeros(layer.out_features, layer.in_features, device=touched(layer).device)
+    for stream in layer.streams.values():
+        if isinstance(stream, OrthoStream) and stream.support is not None:
+            stream.support.add_to(weight)
+    return weight
+
+
+def edited_layers(model: nn.Module) -> dict[str, OrthoLinear]:
+    """The split layers that have any support.
 
     Raises:
-        TargetError: if the decoder has none.
+        TargetError: if there is none.
     """
-    lm = LanguageModel(model)
-    found = {n: linear_weight(m) for n, m in lm.decoder.named_modules() if is_linear(m) and m is not lm.head}
+    found = {n: m for n, m in ortho_layers(model).items() if bool(touched(m).any())}
     if not found:
-        raise TargetError(f"{type(model).__name__} has no dense linear layer to attack; expected nn.Linear or Conv1D")
+        raise TargetError(
+            f"{type(model).__name__} has no layer with a column or sparse ortho stream; this attack needs a model from "
+            "libortho.isolate, or from libortho.split with a ratio above 0"
+        )
     return found
-
-
-def stored_levels(
-    subject: Subject, reference: Subject | None, forget: Sequence[Encoded], general: Sequence[Encoded]
-) -> tuple[Level, Level | None]:
-    """Levels of a subject and of the reference as they are; the reference's without perplexity."""
-    with subject.enter():
-        own = measure(subject.language_model(), forget, general)
-    if reference is None:
-        return own, None
-    with reference.enter():
-        return own, measure(reference.language_model(), forget)
-
-
-@torch.no_grad()
-def changed_levels(
-    change: Callable[[Tensor], Tensor],
-    subject: Subject,
-    reference: Subject | None,
-    forget: Sequence[Encoded],
-    general: Sequence[Encoded],
-) -> tuple[Level, Level | None]:
-    """The same after ``change`` of every weight (out_features, in_features) of copies' decoders."""
-
-    def level(changed: Subject, text: Sequence[Encoded]) -> Level:
-        copied = dense_copy(changed)
-        for weight in decoder_weights(copied).values():
-            weight.copy_(change(weight))
-        return measure(LanguageModel(copied), forget, text)
-
-    return level(subject, general), None if reference is None else level(reference, ())
-
-
-def reference_dict(level: Level | None) -> dict[str, float | None]:
-    """The reference's figures of one row; None where there is no reference."""
-    return {
-        "reference_nll": None if level is None else level.nll,
-        "reference_extraction": None if level is None else level.extraction,
-    }
-
-
-@torch.no_grad()
-def normal_like(weight: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal fp32 noise in the shape of ``weight``; the same on every device."""
-    return torch.randn(weight.shape, generator=generator).to(weight.device)

@@ -13,110 +13,68 @@ supports; a low-rank tail is not counted and gets no noise.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from libortho.auditing.attacks.measuring import Level, Progress, general_subset, measure, normal_like
-from libortho.auditing.subjects import Subject, dense_copy
-from libortho.core.errors import TargetError
-from libortho.core.layer import OrthoLinear, ortho_layers, touched
-from libortho.core.streams import OrthoStream
+from libortho.auditing.attacks.attack import Attack, AttackInputs
+from libortho.auditing.attacks.measuring import (
+    Level,
+    edited_layers,
+    general_subset,
+    measure,
+    measure_subject,
+    support_weight,
+)
+from libortho.auditing.attacks.perturbation import HEADING, damage_table
+from libortho.auditing.page.exhibits import Drawn, Exhibit
+from libortho.auditing.report import Check
+from libortho.auditing.schema import ON
+from libortho.auditing.subjects import dense_copy
+from libortho.core.layer import touched
 from libortho.lm.model import LanguageModel
-from libortho.text.encoding import Encoded
+
+QUESTION = (
+    "Noise asks another question. Where does the memory sit? If in the ortho stream, then noise there undoes it at a "
+    "smaller scale than noise of the same norm spread over the base. Scale 1 is the stream\u2019s own norm. Measured "
+    "with the switch on."
+)
 
 
-def support_weight(layer: OrthoLinear) -> Tensor:
-    """The supports of all streams of a layer as one dense fp32 weight (out_features, in_features)."""
-    weight = torch.zeros(layer.out_features, layer.in_features, device=touched(layer).device)
-    for stream in layer.streams.values():
-        if isinstance(stream, OrthoStream) and stream.support is not None:
-            stream.support.add_to(weight)
-    return weight
+class NoiseRow(Level):
+    """Noise in "ortho" or "base" at one scale (its norm / that of the layer's support), and the model at alpha = 1."""
 
-
-def edited_layers(model: nn.Module) -> dict[str, OrthoLinear]:
-    """The split layers that have any support.
-
-    Raises:
-        TargetError: if there is none.
-    """
-    found = {n: m for n, m in ortho_layers(model).items() if bool(touched(m).any())}
-    if not found:
-        raise TargetError(
-            f"{type(model).__name__} has no layer with a column or sparse ortho stream; this attack needs a model from "
-            "libortho.isolate, or from libortho.split with a ratio above 0"
-        )
-    return found
+    where: str
+    scale: float
 
 
 def gaussian(places: Tensor, norm: float, generator: torch.Generator) -> Tensor:
     """Gaussian noise of Frobenius norm ``norm`` where ``places`` (out_features, in_features) is True, fp32."""
-    drawn = normal_like(places, generator) * places
+    drawn = torch.randn(places.shape, generator=generator).to(places.device) * places  # the same on every device
     return drawn * (norm / drawn.norm())
 
 
-@dataclass(frozen=True)
-class NoiseRow:
-    """Noise in one place at one scale, and what the model does at alpha = 1.
-
-    Attributes:
-        where: "ortho" or "base".
-        scale: Norm of the noise / norm of the layer's ortho support.
-        level: What was measured.
-    """
-
-    where: str
-    scale: float
-    level: Level
-
-
-@dataclass(frozen=True)
-class Noise:
-    """Every place and scale; scale 0 is the undisturbed model."""
-
-    rows: tuple[NoiseRow, ...]
-
-    def to_dict(self) -> list[dict[str, Any]]:
-        """One dict per row."""
-        return [{"where": r.where, "scale": r.scale, **r.level.to_dict()} for r in self.rows]
-
-
 @torch.no_grad()
-def noise(
-    subject: Subject,
-    forget: Sequence[Encoded],
-    general: Sequence[Encoded],
-    *,
-    seed: int,
-    scales: Sequence[float] = (1.0, 3.0, 10.0),
-    progress: Progress | None = None,
-) -> Noise:
-    """Disturb a split model at alpha = 1 and measure.
+def run(inputs: AttackInputs, scales: Sequence[float] = (1.0, 3.0, 10.0)) -> list[NoiseRow]:
+    """Disturb a split model at alpha = 1 and measure; scale 0 is the undisturbed model.
 
     Args:
-        subject: The split model at alpha = 1; it is not changed.
-        forget: The records that the ortho stream holds.
-        general: General text for the perplexity; its first tokens are used.
-        seed: Seed of the noise.
+        inputs: The records are those that the ortho stream holds; first tokens of the general text are used.
         scales: Norms, as fractions of each layer's ortho norm.
-        progress: Called after every measurement.
 
     Raises:
         TargetError: if the model has no layer with a support.
-        DataError: if ``forget`` is empty.
+        DataError: if there are no records.
     """
-    layers = edited_layers(subject.model)
-    text = general_subset(general)
-    with subject.enter():
-        clean = measure(subject.language_model(), forget, text)
-    rows, done = [], 0
+    layers, subject = edited_layers(inputs.audited.model), inputs.subject(ON)
+    assert subject is not None  # whatever has a stream stands under alpha = 1 as well
+    text = general_subset(inputs.general)
+    clean = measure_subject(subject, inputs.items, text)
+    rows: list[NoiseRow] = []
     for place in ("ortho", "base"):
-        rows.append(NoiseRow(place, 0.0, clean))
+        rows.append({"where": place, "scale": 0.0, **clean})
         for scale in scales:
-            generator = torch.Generator().manual_seed(seed)
+            generator = torch.Generator().manual_seed(inputs.seed)
             copied = dense_copy(subject)
             for name, layer in layers.items():
                 mask = touched(layer)
@@ -128,8 +86,20 @@ def noise(
                 weight = copied.get_submodule(name).weight
                 assert isinstance(weight, Tensor)
                 weight.copy_(weight.float() + drawn)
-            rows.append(NoiseRow(place, scale, measure(LanguageModel(copied), forget, text)))
-            done += 1
-            if progress is not None:
-                progress("noise", done, 2 * len(scales))
-    return Noise(tuple(rows))
+            rows.append({"where": place, "scale": scale, **measure(LanguageModel(copied), inputs.items, text)})
+    return rows
+
+
+def checks(rows: Sequence[NoiseRow]) -> list[Check]:
+    """None: noise says where the memory sits, and not whether it is gone."""
+    return []
+
+
+def exhibit(rows: Sequence[NoiseRow], subjects: Sequence[Drawn]) -> Exhibit:
+    """A row for each place and scale."""
+    names = [f"{r['where']}, {r['scale']:g}" for r in rows]
+    table = damage_table("Gaussian noise, with the switch on", "Where, scale", names, rows)
+    return Exhibit(HEADING, (QUESTION,), tables=(table,))
+
+
+ATTACK = Attack("noise", 4, run, checks, exhibit, lambda inputs: inputs.subject(ON) is not None)

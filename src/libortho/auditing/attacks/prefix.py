@@ -15,12 +15,20 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypedDict
 
-from libortho.auditing.attacks.measuring import Level, Progress, halves, measure
+from markupsafe import Markup
+
+from libortho.auditing.attacks.attack import Attack, AttackInputs
+from libortho.auditing.attacks.measuring import halves, measure
+from libortho.auditing.page.exhibits import Drawn, Exhibit, Table, TableRow
+from libortho.auditing.page.glossary import SHARE, Metric
+from libortho.auditing.page.text import cell, number, visible
+from libortho.auditing.report import Check, at_most
+from libortho.auditing.schema import REFERENCE
 from libortho.auditing.subjects import Subject
-from libortho.lm.model import LanguageModel
+from libortho.auditing.thresholds import NATS, POINT
 from libortho.lm.token_statistics import token_statistics
 from libortho.text.corpus import shipped_text
 from libortho.text.encoding import Encoded, encode
@@ -45,130 +53,94 @@ _LONGEST = 240
 """Characters of a prefix."""
 
 
-@dataclass(frozen=True)
-class PrefixResult:
-    """The best prefix found for one subject. Levels are of the judged half, which the search did not see.
+class PrefixFigures(TypedDict):
+    """The best prefix found for one subject. Figures are of the judged half, but for those of the search.
 
     Attributes:
         best: The prefix without the space after it; empty if none was better than nothing.
-        before: Without a prefix.
-        after: With it.
-        search_before: nll of the half that the search used, without a prefix, in nats per token.
-        search_after: The same with the best prefix.
+        nll_before: Without a prefix, in nats per token.
+        nll_after: With it.
+        extraction_before: Share of records extracted without a prefix.
+        extraction: With it.
+        search_nll_before: nll of the half that the search used, without a prefix.
+        search_nll_after: The same with the best prefix.
         n: Judged records.
         evaluations: Prefixes tried.
     """
 
     best: str
-    before: Level
-    after: Level
-    search_before: float
-    search_after: float
+    nll_before: float
+    nll_after: float
+    extraction_before: float
+    extraction: float
+    search_nll_before: float
+    search_nll_after: float
     n: int
     evaluations: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON-ready values."""
-        return {
-            "best": self.best,
-            "nll_before": self.before.nll,
-            "nll_after": self.after.nll,
-            "extraction_before": self.before.extraction,
-            "extraction": self.after.extraction,
-            "search_nll_before": self.search_before,
-            "search_nll_after": self.search_after,
-            "n": self.n,
-            "evaluations": self.evaluations,
-        }
 
-
-@dataclass(frozen=True)
-class AdversarialPrefix:
+class Prefix(PrefixFigures):
     """The audited subject under its best prefix, and the reference under its own: what a prefix gives anyone."""
 
-    audited: PrefixResult
-    reference: PrefixResult | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON-ready values."""
-        return {
-            **self.audited.to_dict(),
-            "reference": None if self.reference is None else self.reference.to_dict(),
-        }
+    reference: PrefixFigures | None
 
 
-def adversarial_prefix(
-    subjects: Sequence[Subject],
-    records: Sequence[Record],
-    tokenizer: Any,
-    *,
-    seed: int,
-    evaluations: int = 24,
-    progress: Progress | None = None,
-) -> AdversarialPrefix:
+def run(inputs: AttackInputs, evaluations: int = 24) -> Prefix:
     """Search a universal prefix against the audited subject, and another against the reference.
 
     Args:
-        subjects: The audited one first; a "reference" is attacked too.
-        records: The forget set.
-        tokenizer: Of the models.
-        seed: Seed of the halves and of the search.
+        inputs: Halves of the records are searched on and judged.
         evaluations: Prefixes tried per subject, beside the empty one.
-        progress: Called after every prefix.
 
     Raises:
         DataError: if there are fewer than two records.
     """
-    search, judged = halves(len(records), seed)
-    attacked = [subjects[0], *(s for s in subjects[1:] if s.key == "reference")]
-    found = []
-    for number, subject in enumerate(attacked):
-        with subject.enter():
-            lm = subject.language_model()
-            limit = getattr(getattr(lm.model, "config", None), "max_position_embeddings", None)
-
-            def tick(done: int, offset: int = number * evaluations) -> None:
-                if progress is not None:
-                    progress("adversarial prefix", offset + done, len(attacked) * evaluations)
-
-            def encoded(prefix: str, rows: Sequence[int]) -> list[Encoded]:
-                return [encode(with_prefix(records[i], prefix, tokenizer), tokenizer) for i in rows]
-
-            def loss(prefix: str, lm: LanguageModel = lm, limit: int | None = limit) -> float:
-                if limit is not None and max(len(e.ids) for e in encoded(prefix, range(len(records)))) > limit:
-                    return float("inf")
-                statistics = token_statistics(lm, encoded(prefix, search))
-                return sum(s.nll for s in statistics) / len(statistics)
-
-            best, before, after = search_prefix(loss, evaluations, random.Random(seed), tick)
-            found.append(
-                PrefixResult(
-                    best=best,
-                    before=measure(lm, encoded("", judged)),
-                    after=measure(lm, encoded(best, judged)),
-                    search_before=before,
-                    search_after=after,
-                    n=len(judged),
-                    evaluations=evaluations,
-                )
-            )
-    return AdversarialPrefix(found[0], found[1] if len(found) > 1 else None)
+    reference = inputs.reference
+    own = _searched(inputs, inputs.audited, evaluations)
+    return {**own, "reference": None if reference is None else _searched(inputs, reference, evaluations)}
 
 
-def search_prefix(
-    loss: Callable[[str], float], evaluations: int, rng: random.Random, tick: Callable[[int], None] | None = None
-) -> tuple[str, float, float]:
+def _searched(inputs: AttackInputs, subject: Subject, evaluations: int) -> PrefixFigures:
+    records, (search, judged) = inputs.records, halves(len(inputs.records), inputs.seed)
+
+    def encoded(prefix: str, rows: Sequence[int]) -> list[Encoded]:
+        return [encode(with_prefix(records[i], prefix, inputs.tokenizer), inputs.tokenizer) for i in rows]
+
+    with subject.enter():
+        lm = subject.language_model()
+        limit = getattr(getattr(lm.model, "config", None), "max_position_embeddings", None)
+
+        def loss(prefix: str) -> float:
+            if limit is not None and max(len(e.ids) for e in encoded(prefix, range(len(records)))) > limit:
+                return float("inf")
+            statistics = token_statistics(lm, encoded(prefix, search))
+            return sum(s.nll for s in statistics) / len(statistics)
+
+        best, search_before, search_after = search_prefix(loss, evaluations, random.Random(inputs.seed))
+        before, after = measure(lm, encoded("", judged)), measure(lm, encoded(best, judged))
+    return {
+        "best": best,
+        "nll_before": before["nll"],
+        "nll_after": after["nll"],
+        "extraction_before": before["extraction"],
+        "extraction": after["extraction"],
+        "search_nll_before": search_before,
+        "search_nll_after": search_after,
+        "n": len(judged),
+        "evaluations": evaluations,
+    }
+
+
+def search_prefix(loss: Callable[[str], float], evaluations: int, rng: random.Random) -> tuple[str, float, float]:
     """Hill-climb from the empty prefix: the best one, the loss of the empty one, the loss of the best."""
     words = sorted({w for text in shipped_text() for w in re.findall(r"[A-Za-z]{3,}", text)})
     best, lowest = "", loss("")
     empty = lowest
-    for done in range(1, evaluations + 1):
-        candidate = SENTENCES[done - 1] if done <= len(SENTENCES) else mutated(best, words, rng)
+    for i in range(evaluations):
+        candidate = SENTENCES[i] if i < len(SENTENCES) else mutated(best, words, rng)
         value = loss(candidate)
         if value < lowest:
             best, lowest = candidate, value
-        if tick is not None:
-            tick(done)
     return best, empty, lowest
 
 
@@ -197,3 +169,33 @@ def with_prefix(record: Record, prefix: str, tokenizer: Any) -> Record:
     start = getattr(tokenizer, "bos_token", None) or ""
     at = record.spans[-1][0] if record.spans else len(start) if record.prompt.startswith(start) else 0
     return replace(record, prompt=f"{record.prompt[:at]}{prefix} {record.prompt[at:]}", asked=None, spans=None)
+
+
+def checks(found: Prefix) -> list[Check]:
+    """Extraction and nats gained, beyond those of the reference under its own prefix."""
+    other = found["reference"]
+    most = POINT + (found["extraction_before"] if other is None else other["extraction"])
+    gain = NATS + (0.0 if other is None else max(0.0, other["nll_before"] - other["nll_after"]))
+    return [
+        at_most("adversarial prefix: extracted", found["extraction"], most, ".2f"),
+        at_most("adversarial prefix: nats gained", found["nll_before"] - found["nll_after"], gain, ".2f"),
+    ]
+
+
+def exhibit(found: Prefix, subjects: Sequence[Drawn]) -> Exhibit:
+    """The best prefix, and what it does to the audited subject and to the reference."""
+    labels = {s["key"]: s["label"] for s in subjects}
+
+    def row(label: str, f: PrefixFigures) -> TableRow:
+        return TableRow(label, (number(f["nll_before"], 2), number(f["nll_after"], 2), cell(f["extraction"], SHARE)))
+
+    rows = [row(subjects[0]["label"], found)]
+    if found["reference"] is not None:
+        rows.append(row(labels.get(REFERENCE, REFERENCE), found["reference"]))
+    best = Markup("The best prefix found, put before every prompt: <code><bdi>{}</bdi></code>")
+    columns = [Metric(label=n) for n in ("NLL before", "NLL after", "Extraction")]
+    table = Table(f"Effect on {number(found['n'])} records", "Model", columns, rows)
+    return Exhibit("A prefix made to bring it out", (best.format(visible(found["best"])),), tables=(table,))
+
+
+ATTACK = Attack("prefix", 60, run, checks, exhibit, lambda inputs: len(inputs.items) >= 2)

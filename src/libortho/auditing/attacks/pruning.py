@@ -8,24 +8,22 @@ Unstructured magnitude pruning, layer by layer, without retraining (Han et al., 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from libortho.auditing.attacks.measuring import (
-    Level,
-    Progress,
-    changed_levels,
-    general_subset,
-    reference_dict,
-    stored_levels,
-)
-from libortho.auditing.subjects import Subject
+from libortho.auditing.attacks.attack import Attack, AttackInputs
+from libortho.auditing.attacks.perturbation import HEADING, WARNING, Damage, damage_checks, damage_table, damaged
+from libortho.auditing.page.exhibits import Drawn, Exhibit
+from libortho.auditing.page.text import percent
+from libortho.auditing.report import Check
 from libortho.core.errors import DataError
-from libortho.text.encoding import Encoded
+
+
+class PruningRow(Damage):
+    """One share of zeroed weights, a fraction, and what the models do without theirs."""
+
+    share: float
 
 
 def pruned(weight: Tensor, share: float) -> Tensor:
@@ -42,56 +40,33 @@ def pruned(weight: Tensor, share: float) -> Tensor:
     return flat.view(weight.shape)
 
 
-@dataclass(frozen=True)
-class PruningRow:
-    """One share of zeroed weights, a fraction, and what the model and the reference do without theirs."""
-
-    share: float
-    level: Level
-    reference: Level | None = None
-
-
-@dataclass(frozen=True)
-class Pruning:
-    """Share 0 first."""
-
-    rows: tuple[PruningRow, ...]
-
-    def to_dict(self) -> list[dict[str, Any]]:
-        """One dict per row."""
-        return [{"share": r.share, **r.level.to_dict(), **reference_dict(r.reference)} for r in self.rows]
-
-
-@torch.no_grad()
-def pruning(
-    subject: Subject,
-    forget: Sequence[Encoded],
-    general: Sequence[Encoded],
-    *,
-    shares: Sequence[float] = (0.1, 0.3, 0.5),
-    reference: Subject | None = None,
-    progress: Progress | None = None,
-) -> Pruning:
-    """Prune all linear layers of the decoder, the output head excepted, and measure.
+def run(inputs: AttackInputs, shares: Sequence[float] = (0.1, 0.3, 0.5)) -> list[PruningRow]:
+    """Prune all linear layers of the decoder, the output head excepted, and measure; share 0 comes first.
 
     Args:
-        subject: Whose weights are pruned; its model is not changed.
-        forget: What must stay forgotten.
-        general: General text for the perplexity; its first tokens are used.
+        inputs: See :func:`~.perturbation.damaged`.
         shares: Fractions of each layer's entries.
-        reference: A model that never saw the forget set, pruned too: what pruning does to anyone.
-        progress: Called after every share.
 
     Raises:
-        DataError: if ``forget`` is empty or a share is no fraction.
-        TargetError: if the model has no dense linear layer.
+        DataError: if there are no records, or a share is no fraction.
+        TargetError: if a model has no dense linear layer.
     """
     if bad := [s for s in shares if not 0 <= s <= 1]:
         raise DataError(f"pruning shares {bad} are no fractions; expected numbers from 0 to 1")
-    text = general_subset(general)
-    rows = [PruningRow(0.0, *stored_levels(subject, reference, forget, text))]
-    for done, share in enumerate(shares, 1):
-        rows.append(PruningRow(share, *changed_levels(partial(pruned, share=share), subject, reference, forget, text)))
-        if progress is not None:
-            progress("pruning", done, len(shares))
-    return Pruning(tuple(rows))
+    stored: PruningRow = {"share": 0.0, **damaged(inputs)}
+    return [stored, *[PruningRow(share=s, **damaged(inputs, partial(pruned, share=s))) for s in shares]]
+
+
+def checks(rows: Sequence[PruningRow]) -> list[Check]:
+    """What pruning may bring back of each row."""
+    return damage_checks([f"{r['share']:.0%} pruned" for r in rows], rows)
+
+
+def exhibit(rows: Sequence[PruningRow], subjects: Sequence[Drawn]) -> Exhibit:
+    """A row for each share."""
+    names = [percent(r["share"]) for r in rows]
+    table = damage_table("Smallest weights set to zero", "Share pruned", names, rows)
+    return Exhibit(HEADING, (WARNING,), tables=(table,))
+
+
+ATTACK = Attack("pruning", 10, run, checks, exhibit)

@@ -29,20 +29,24 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
-from libortho.auditing.attacks.measuring import Level, Progress, measure
-from libortho.auditing.attacks.noise import edited_layers, support_weight
+from libortho.auditing.attacks.attack import Attack, AttackInputs
+from libortho.auditing.attacks.measuring import edited_layers, measure, measure_subject, support_weight
+from libortho.auditing.page.exhibits import Drawn, Exhibit, Table, TableRow
+from libortho.auditing.page.glossary import SHARE, Metric
+from libortho.auditing.page.text import cell, number
+from libortho.auditing.report import Check, at_most
 from libortho.auditing.roc import auc
-from libortho.auditing.subjects import at, dense_copy
+from libortho.auditing.schema import ON
+from libortho.auditing.subjects import dense_copy
+from libortho.auditing.thresholds import NATS, POINT
 from libortho.core.layer import OrthoLinear, touched
 from libortho.core.streams import BaseStream, Columns, OrthoStream
 from libortho.lm.model import LanguageModel
-from libortho.text.encoding import Encoded
 
 _LEADING = 4
 """One in so many singular directions counts as leading."""
@@ -52,8 +56,7 @@ _FEWEST = 4
 """Support columns of one height without which nothing is fitted."""
 
 
-@dataclass(frozen=True)
-class StreamRecovery:
+class Recovery(TypedDict):
     """What the base gives away about the stream.
 
     Attributes:
@@ -61,83 +64,100 @@ class StreamRecovery:
         features: Score to its mean AUC over all layers, none left out; below one half, supports score lower.
         value_r2: R^2 of the predicted values; None for free entries or too few columns.
         columns: Support columns whose values were predicted.
-        before: The forget set at alpha = 0.
-        after: With the predicted values added; None where none were predicted.
+        nll_before: Of the records at alpha = 0, in nats per token.
+        extraction_before: Share of the records extracted there.
+        nll_after: With the predicted values added; None where none were predicted.
+        extraction: The same for the share extracted.
     """
 
     location_auc: float | None
     features: dict[str, float]
     value_r2: float | None
     columns: int
-    before: Level
-    after: Level | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON-ready values."""
-        return {
-            "location_auc": self.location_auc,
-            "features": self.features,
-            "value_r2": self.value_r2,
-            "columns": self.columns,
-            "nll_before": self.before.nll,
-            "extraction_before": self.before.extraction,
-            "nll_after": None if self.after is None else self.after.nll,
-            "extraction": None if self.after is None else self.after.extraction,
-        }
+    nll_before: float
+    extraction_before: float
+    nll_after: float | None
+    extraction: float | None
 
 
 @torch.no_grad()
-def stream_recovery(
-    model: torch.nn.Module, forget: Sequence[Encoded], *, seed: int, progress: Progress | None = None
-) -> StreamRecovery:
+def run(inputs: AttackInputs) -> Recovery:
     """Attack a split model that has lost its stream.
 
     Args:
-        model: A split model; it is not changed.
-        forget: The records that the stream holds.
-        seed: Seed of the halves.
-        progress: Called after every layer.
+        inputs: The audited subject is a split model at alpha = 0, the records are those that the stream holds.
 
     Raises:
         TargetError: if no layer has a support.
-        DataError: if ``forget`` is empty.
+        DataError: if there are no records.
     """
-    layers = edited_layers(model)
-    off = at(model, 0.0, "off", "audited")
-    with off.enter():
-        before = measure(off.language_model(), forget)
+    layers = edited_layers(inputs.audited.model)
+    before = measure_subject(inputs.audited, inputs.items)
     whole = all(_in_columns(m) for m in layers.values())
     aucs = []
-    for done, layer in enumerate(layers.values(), 1):
+    for layer in layers.values():
         mask = touched(layer)
         scores = column_scores(layer.base) if whole else entry_scores(layer.base)
         members = mask.any(0) if whole else mask.flatten()
         if not bool(members.all()):
             aucs.append({n: auc(s[members], s[~members]) for n, s in scores.items()})
-        if progress is not None:
-            progress("stream recovery", done, len(layers))
-    predicted, r2 = predict_columns(layers, random.Random(seed)) if whole else ({}, None)
+    predicted, r2 = predict_columns(layers, random.Random(inputs.seed)) if whole else ({}, None)
     after = None
     if r2 is not None:
-        copied = dense_copy(off)
+        copied = dense_copy(inputs.audited)
         for name, change in predicted.items():
             weight = copied.get_submodule(name).weight
             assert isinstance(weight, Tensor)
             weight.copy_(weight.float() + change)
-        after = measure(LanguageModel(copied), forget)
-    return StreamRecovery(
-        location_auc=left_out_auc(aucs),
-        features={n: sum(a[n] for a in aucs) / len(aucs) for n in aucs[0]} if aucs else {},
-        value_r2=r2,
-        columns=sum(int(touched(layers[n]).any(0).sum()) for n in predicted),
-        before=before,
-        after=after,
-    )
+        after = measure(LanguageModel(copied), inputs.items)
+    return {
+        "location_auc": left_out_auc(aucs),
+        "features": {n: sum(a[n] for a in aucs) / len(aucs) for n in aucs[0]} if aucs else {},
+        "value_r2": r2,
+        "columns": sum(int(touched(layers[n]).any(0).sum()) for n in predicted),
+        "nll_before": before["nll"],
+        "extraction_before": before["extraction"],
+        "nll_after": None if after is None else after["nll"],
+        "extraction": None if after is None else after["extraction"],
+    }
 
 
 def _in_columns(layer: OrthoLinear) -> bool:
     supports = [s.support for s in layer.streams.values() if isinstance(s, OrthoStream) and s.support is not None]
     return all(isinstance(s, Columns) for s in supports)
+
+
+def checks(found: Recovery) -> list[Check]:
+    """Extraction and nats gained with the predicted values; none where no values were predicted."""
+    if found["extraction"] is None or found["nll_after"] is None:
+        return []
+    return [
+        at_most("stream guessed: extracted", found["extraction"], found["extraction_before"] + POINT, ".2f"),
+        at_most("stream guessed: nats gained", found["nll_before"] - found["nll_after"], NATS),
+    ]
+
+
+def exhibit(found: Recovery, subjects: Sequence[Drawn]) -> Exhibit:
+    """Location, values and use of the predicted stream."""
+    before = number(found["nll_before"], 2), number(found["extraction_before"])
+    rows = (
+        ("Finding the moved columns", "AUC, 0.5 is a coin toss", number(found["location_auc"])),
+        ("Predicting their values", "R\u00b2, 0 or less is no recovery", number(found["value_r2"], 3, True)),
+        ("NLL with the rebuilt stream", f"nats per token; without: {before[0]}", number(found["nll_after"], 2)),
+        (
+            "Extraction with the rebuilt stream",
+            f"share of records; without: {before[1]}",
+            cell(found["extraction"], SHARE),
+        ),
+    )
+    table = Table(
+        "Stream recovery", "What is tried", (Metric(label="Result"),), [TableRow(n, (c,), note) for n, note, c in rows]
+    )
+    text = "Does the base that is handed out betray what was taken from it?"
+    return Exhibit("Rebuilding the ortho stream from the base", (text,), tables=(table,))
+
+
+ATTACK = Attack("recovery", 4, run, checks, exhibit, lambda inputs: inputs.subject(ON) is not None)
 
 
 # -- location ---------------------------------------------------------------------------------------------------------

@@ -13,25 +13,17 @@ Double quantisation of the block maxima is left out. The output head stays.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from libortho.auditing.attacks.measuring import (
-    Level,
-    Progress,
-    changed_levels,
-    general_subset,
-    reference_dict,
-    stored_levels,
-)
-from libortho.auditing.subjects import Subject
+from libortho.auditing.attacks.attack import Attack, AttackInputs
+from libortho.auditing.attacks.perturbation import HEADING, WARNING, Damage, damage_checks, damage_table, damaged
+from libortho.auditing.page.exhibits import Drawn, Exhibit
+from libortho.auditing.report import Check
 from libortho.core.errors import ConfigError
 from libortho.core.ops.quantisation import choose_scales, dequantise, quantise
-from libortho.text.encoding import Encoded
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -74,57 +66,39 @@ FORMATS: dict[str, Callable[[Tensor], Tensor]] = {
 """Name to function of a weight (out_features, in_features)."""
 
 
-@dataclass(frozen=True)
-class RequantisationRow:
-    """One format and what the rounded model, and the rounded reference, do."""
+class RequantisationRow(Damage):
+    """One format, "as stored" or a name from ``FORMATS``, and what the rounded models do."""
 
     format: str
-    level: Level
-    reference: Level | None = None
 
 
-@dataclass(frozen=True)
-class Requantisation:
-    """The model as stored, then in every format."""
-
-    rows: tuple[RequantisationRow, ...]
-
-    def to_dict(self) -> list[dict[str, Any]]:
-        """One dict per row."""
-        return [{"format": r.format, **r.level.to_dict(), **reference_dict(r.reference)} for r in self.rows]
-
-
-@torch.no_grad()
-def requantisation(
-    subject: Subject,
-    forget: Sequence[Encoded],
-    general: Sequence[Encoded],
-    *,
-    formats: Sequence[str] = tuple(FORMATS),
-    reference: Subject | None = None,
-    progress: Progress | None = None,
-) -> Requantisation:
-    """Round all linear layers of the decoder to each format and measure.
+def run(inputs: AttackInputs, formats: Sequence[str] = tuple(FORMATS)) -> list[RequantisationRow]:
+    """Round all linear layers of the decoder to each format and measure; the model as stored comes first.
 
     Args:
-        subject: Whose weights are rounded; its model is not changed.
-        forget: What must stay forgotten.
-        general: General text for the perplexity; its first tokens are used.
+        inputs: See :func:`~.perturbation.damaged`.
         formats: Names from ``FORMATS``.
-        reference: A model that never saw the forget set, rounded too: what rounding does to anyone.
-        progress: Called after every format.
 
     Raises:
-        DataError: if ``forget`` is empty.
-        TargetError: if the model has no dense linear layer.
+        DataError: if there are no records.
+        TargetError: if a model has no dense linear layer.
         ConfigError: if a format is not known.
     """
     if unknown := [n for n in formats if n not in FORMATS]:
         raise ConfigError(f"formats {unknown} are not known; expected names from {', '.join(FORMATS)}")
-    text = general_subset(general)
-    rows = [RequantisationRow("as stored", *stored_levels(subject, reference, forget, text))]
-    for done, name in enumerate(formats, 1):
-        rows.append(RequantisationRow(name, *changed_levels(FORMATS[name], subject, reference, forget, text)))
-        if progress is not None:
-            progress("requantisation", done, len(formats))
-    return Requantisation(tuple(rows))
+    stored: RequantisationRow = {"format": "as stored", **damaged(inputs)}
+    return [stored, *[RequantisationRow(format=n, **damaged(inputs, FORMATS[n])) for n in formats]]
+
+
+def checks(rows: Sequence[RequantisationRow]) -> list[Check]:
+    """What rounding may bring back in each format."""
+    return damage_checks([f"rounded to {r['format']}" for r in rows], rows)
+
+
+def exhibit(rows: Sequence[RequantisationRow], subjects: Sequence[Drawn]) -> Exhibit:
+    """A row for each format."""
+    table = damage_table("Stored in another number format", "Format", [r["format"] for r in rows], rows)
+    return Exhibit(HEADING, (WARNING,), tables=(table,))
+
+
+ATTACK = Attack("requantisation", 10, run, checks, exhibit)

@@ -38,7 +38,7 @@ def privacy_score(s_loss: float, s_zlib: float, s_min_k: float, s_min_k_plus: fl
     """How closely membership inference and hidden states resemble those of a model never trained on the records.
 
     Args:
-        s_loss: ``statistics.s_score`` of the loss attack.
+        s_loss: ``privacy.s_score`` of the loss attack.
         s_zlib: Of the zlib attack.
         s_min_k: Of Min-K %.
         s_min_k_plus: Of Min-K%++.

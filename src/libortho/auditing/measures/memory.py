@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,42 +31,6 @@ _LEAST_TO_FIT = 20
 """Sampled fillings below which three parameters are not fitted."""
 _STEEPEST = 10.0
 """Largest skew-normal shape: beyond it the fitted density has an edge below which it gives any secret any exposure."""
-
-
-@dataclass(frozen=True)
-class RougeL:
-    """Longest common subsequence of stemmed words, as shares: of the truth (recall), and F1."""
-
-    recall: float
-    f1: float
-
-
-@dataclass(frozen=True)
-class Exposure:
-    """How far a secret stands out from the other fillings of its shape.
-
-    Attributes:
-        bits: The exposure. A secret that was never seen has 1.44 bits on average.
-        ceiling: Largest exposure that this computation could have given (bits); infinite if nothing bounds it.
-        method: How it was computed.
-        fit: p-value of the Kolmogorov-Smirnov test of the sample against the fitted skew normal, optimistic since the
-            fit saw the sample; None without a fit. Where it is small, do not trust the extrapolation.
-    """
-
-    bits: float
-    ceiling: float
-    method: Literal["exact", "sampled", "extrapolated"]
-    fit: float | None = None
-
-    @property
-    def at_ceiling(self) -> bool:
-        """The exposure may be larger than what could be measured."""
-        return self.bits >= self.ceiling
-
-    def to_dict(self) -> dict[str, float | str | bool | None]:
-        """For JSON; an infinite ceiling becomes None."""
-        ceiling = self.ceiling if math.isfinite(self.ceiling) else None
-        return {**asdict(self), "ceiling": ceiling, "at_ceiling": self.at_ceiling}
 
 
 def exact_memorization(correct: Tensor) -> float:
@@ -109,15 +72,6 @@ def greedy_extraction(correct: Tensor) -> bool:
     return bool(_correct(correct).all())
 
 
-def contains(generated: str, truth: str) -> bool:
-    """True if the text holds the truth, whose surrounding blanks and final full stop are not required.
-
-    Raises:
-        DataError: if the truth is blank.
-    """
-    return _bare(truth) in generated
-
-
 def levenshtein_similarity(generated: str, truth: str) -> float:
     """``1 - Lev / L`` over characters, L the truth's length: 1 is equal, 0 nothing in common.
 
@@ -132,19 +86,19 @@ def levenshtein_similarity(generated: str, truth: str) -> float:
     return 1 - levenshtein.distance(generated.strip()[: len(wanted)], wanted) / len(wanted)
 
 
-def rouge_l(generated: str, truth: str) -> RougeL:
-    """ROUGE-L with the Porter stemmer, as TOFU (recall) and MUSE (F1) use it.
+def rouge_l(generated: str, truth: str) -> float:
+    """ROUGE-L recall with the Porter stemmer, as TOFU uses it: longest common subsequence, as a share of the truth.
 
     Words are runs of ASCII letters and digits in lower case; a truth in another script scores 0.
     """
-    score = _rouge().score(truth, generated)["rougeL"]
-    return RougeL(float(score.recall), float(score.fmeasure))
+    return float(_rouge().score(truth, generated)["rougeL"].recall)
 
 
-def exposure_exact(secret_nll: float, all_other_nlls: Values) -> Exposure:
-    """Exposure by enumeration, ``log2 |R| - log2 rank`` (Carlini et al. 2019, section 4.2).
+def exposure_exact(secret_nll: float, all_other_nlls: Values) -> float:
+    """Exposure in bits by enumeration, ``log2 |R| - log2 rank`` (Carlini et al. 2019, section 4.2).
 
-    Fillings as likely as the secret come before it: the exposure is never overstated.
+    Fillings as likely as the secret come before it: the exposure is never overstated. A secret that was never seen has
+    1.44 bits on average.
 
     Args:
         secret_nll: Negative log-likelihood of the secret; any unit, the same as the others'.
@@ -154,12 +108,11 @@ def exposure_exact(secret_nll: float, all_other_nlls: Values) -> Exposure:
         DataError: if there is no other filling, or a value is NaN.
     """
     others = _nlls(secret_nll, all_other_nlls)
-    size = len(others) + 1
-    return Exposure(math.log2(size) - math.log2(1 + int((others <= secret_nll).sum())), math.log2(size), "exact")
+    return math.log2(len(others) + 1) - math.log2(1 + int((others <= secret_nll).sum()))
 
 
-def exposure_sampled(secret_nll: float, sampled_nlls: Values, space_size: int | None = None) -> Exposure:
-    """Exposure from the secret's rank in a sample of m fillings (Carlini et al. 2019, section 4.3).
+def exposure_sampled(secret_nll: float, sampled_nlls: Values, space_size: int | None = None) -> float:
+    """Exposure in bits from the secret's rank in a sample of m fillings (Carlini et al. 2019, section 4.3).
 
     It cannot exceed ``log2(m + 1)``: of 200 fillings, a secret at its ceiling of 7.6 bits may have any larger exposure.
 
@@ -173,20 +126,17 @@ def exposure_sampled(secret_nll: float, sampled_nlls: Values, space_size: int | 
         ConfigError: if ``space_size`` is below 1.
     """
     sample = _nlls(secret_nll, sampled_nlls)
-    ceiling = min(math.log2(len(sample) + 1), _space(space_size))
-    bits = math.log2(len(sample) + 1) - math.log2(1 + int((sample <= secret_nll).sum()))
-    return Exposure(min(bits, ceiling), ceiling, "sampled")
+    return min(math.log2(len(sample) + 1) - math.log2(1 + int((sample <= secret_nll).sum())), _space(space_size))
 
 
-def exposure_extrapolated(secret_nll: float, sampled_nlls: Values, space_size: int | None = None) -> Exposure:
-    """Exposure as ``-log2 F(secret)``, F a skew normal fitted to a sample (Carlini et al. 2019, section 4.3).
+def exposure_extrapolated(secret_nll: float, sampled_nlls: Values, space_size: int | None = None) -> float:
+    """Exposure in bits as ``-log2 F(secret)``, F a skew normal fitted to a sample (Carlini et al. 2019, section 4.3).
 
     The fit starts from the method of moments and maximises the likelihood with a shape of at most 10 either way: a
-    steeper one has an edge instead of a tail. It is an extrapolation: read ``fit`` and the ceiling with it. For digit
-    codes of random models, 400 fillings gave 9 bits to within 2, but up to 5 too few of 17: enumerate small spaces.
+    steeper one has an edge instead of a tail. It is an extrapolation: for digit codes of random models, 400 fillings
+    gave 9 bits to within 2, but up to 5 too few of 17: enumerate small spaces.
 
-    A sample of fewer than 20 fillings, or without spread, cannot be fitted; the result is then ``exposure_sampled``'s,
-    and ``method`` says so.
+    A sample of fewer than 20 fillings, or without spread, cannot be fitted; the result is then ``exposure_sampled``'s.
 
     Args:
         secret_nll: Negative log-likelihood of the secret (summed over its tokens, as the sample's).
@@ -200,24 +150,12 @@ def exposure_extrapolated(secret_nll: float, sampled_nlls: Values, space_size: i
     sample = _nlls(secret_nll, sampled_nlls)
     if not math.isfinite(secret_nll) or not bool(sample.isfinite().all()):
         raise DataError("a negative log-likelihood is infinite; expected finite ones, or use exposure_sampled")
-    ceiling = _space(space_size)
     x = sample.numpy()
     if len(x) < _LEAST_TO_FIT or x.std() <= 1e-9 * max(1.0, abs(x.mean())):
         return exposure_sampled(secret_nll, sampled_nlls, space_size)
     shape, location, scale = _fit_skew_normal(x)
     bits = -skew_normal_log_cdf((secret_nll - location) / scale, shape) / math.log(2)
-    stats = module("audit", "scipy.stats")
-    fit = float(stats.kstest(x, stats.skewnorm(shape, location, scale).cdf).pvalue)
-    return Exposure(min(max(bits, 0.0), ceiling), ceiling, "extrapolated", fit)
-
-
-def probability(nll: float) -> float:
-    """Length-normalised probability of an answer, ``exp(-nll)``.
-
-    Args:
-        nll: Mean negative log-likelihood (nats for each token).
-    """
-    return math.exp(-nll)
+    return min(max(bits, 0.0), _space(space_size))
 
 
 def truth_ratio(nll_perturbed: Values, nll_paraphrase: float) -> float:
@@ -242,16 +180,15 @@ def true_better(ratios: Values) -> Tensor:
     return (1 - torch.as_tensor(ratios, dtype=torch.float64)).clamp(min=0)
 
 
-def model_utility(nine: Mapping[str, float] | Sequence[float]) -> float:
+def model_utility(nine: Sequence[float]) -> float:
     """TOFU's model utility: harmonic mean of {probability, ROUGE-L recall, true_better} x {retain, authors, facts}.
 
     Raises:
         DataError: if there are not nine numbers between 0 and 1.
     """
-    values = list(nine.values()) if isinstance(nine, Mapping) else list(nine)
-    if len(values) != 9 or not all(0 <= v <= 1 for v in values):
-        raise DataError(f"model utility got {values}; expected nine numbers between 0 and 1")
-    return harmonic_mean(values)
+    if len(nine) != 9 or not all(0 <= v <= 1 for v in nine):
+        raise DataError(f"model utility got {list(nine)}; expected nine numbers between 0 and 1")
+    return harmonic_mean(nine)
 
 
 def distinct_share(texts: Sequence[str]) -> float:

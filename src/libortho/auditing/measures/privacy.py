@@ -18,7 +18,6 @@ from __future__ import annotations
 import functools
 import re
 import zlib
-from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -120,7 +119,7 @@ def template_of(prompt: str) -> str:
 
     Special tokens of chat templates stay. The first word of a sentence stays unless it is a name: one of the shipped
     list, or a word that ordinary text does not have in lower case, before another name or "'s". Names that are not
-    capitalised stay, so that their records get a stratum each; ``stratified_auc`` reports what it cannot compare.
+    capitalised stay, so that their records get a stratum each.
     """
     special = [m.span() for m in _SPECIAL.finditer(prompt)]
     # A null is no letter, so it ends a run; a prompt's own nulls carry nothing.
@@ -133,11 +132,6 @@ def template_of(prompt: str) -> str:
             out += [text[position : run.start()], "\0"]
             position = run.end()
     return _GAP.sub("\0", "".join(out) + text[position:]).replace("\0", "_")
-
-
-def strata(prompts: Sequence[str]) -> list[str]:
-    """``template_of`` each prompt."""
-    return [template_of(p) for p in prompts]
 
 
 def _varies(text: str, run: re.Match[str], after: re.Match[str] | None, special_ends: set[int]) -> bool:
@@ -190,18 +184,8 @@ def _log_p(log_p: Tensor) -> Tensor:
     return x
 
 
-def ks_two_sample(a: Values, b: Values) -> float:
-    """p-value of the two-sided two-sample Kolmogorov-Smirnov test that both come from one distribution.
-
-    Raises:
-        DataError: if a side is empty or holds NaN.
-    """
-    stats = module("audit", "scipy.stats")
-    return float(stats.ks_2samp(vector(a, "a").numpy(), vector(b, "b").numpy()).pvalue)
-
-
 def forget_quality(ratios: Values, ratios_reference: Values) -> float:
-    """Forget quality of TOFU (Maini et al. 2024): KS p-value of two models' truth ratios on the forget set.
+    """Forget quality of TOFU (Maini et al. 2024): p-value of the two-sided Kolmogorov-Smirnov test on truth ratios.
 
     Above .05 the audited model is not told apart from one that never saw the records. The test has little power on few
     records: a pass with 17 of them says little.
@@ -216,7 +200,7 @@ def forget_quality(ratios: Values, ratios_reference: Values) -> float:
     a, b = vector(ratios, "ratios"), vector(ratios_reference, "ratios_reference")
     if len(a) != len(b):
         raise DataError(f"{len(a)} truth ratios against {len(b)} of the reference; expected the same records")
-    return ks_two_sample(a, b)
+    return float(module("audit", "scipy.stats").ks_2samp(a.numpy(), b.numpy()).pvalue)
 
 
 def privleak(auc: float, auc_reference: float | None = None) -> float | None:

@@ -1,13 +1,15 @@
 """Charts of an audit report as inline SVG: numbers in, text out.
 
-Each chart is one pure function that returns a complete ``<svg role="img">`` with ``<title>`` and ``<desc>``. It holds
-no colour: a mark takes ``currentColor`` from the class ``s-<style>`` of its group, so that the page's style sheet
-decides (light, dark, print). A style also fixes dash and marker, so that lines can be told apart in grey. All text is
-escaped here.
+Each chart is one pure function that returns a complete ``<svg role="img">`` with ``<title>`` and ``<desc>``. All take
+a key that is unique in the page, from which ids are made, an accessible name, and what they show in words. A chart
+holds no colour: a mark takes ``currentColor`` from the class ``s-<style>`` of its group, so that the page's style
+sheet decides (light, dark, print). A style also fixes dash and marker, so that lines can be told apart in grey. All
+text is escaped here.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from html import escape
 
@@ -23,7 +25,6 @@ from libortho.auditing.page.marks import (
     cut,
     draw_legend,
     marker,
-    median,
     nice_ticks,
     px,
     short,
@@ -32,6 +33,9 @@ from libortho.auditing.page.marks import (
     x_axis,
     y_axis,
 )
+
+_BINS = 18
+"""Bins of a histogram at most; their edges are round numbers."""
 
 
 def lines(
@@ -55,9 +59,6 @@ def lines(
     """Lines over a common x.
 
     Args:
-        key: Unique in the page; ids are made of it.
-        title: Accessible name.
-        description: What the chart shows, in words.
         series: The lines; labelled at their right end, or in a legend above with ``legend``.
         x_label: Name and unit of x. The name of y belongs in the caption.
         x_range: Default: the data's.
@@ -140,21 +141,15 @@ def dots(
     x_label: str,
     x_range: tuple[float, float],
     level: float | None = None,
-    format_x: Callable[[float], str] | None = None,
 ) -> str:
     """Values with intervals, one group of dots a row (a forest plot).
 
     Args:
-        key: Unique in the page.
-        title: Accessible name.
-        description: What the chart shows, in words.
         rows: Each with its dots; the legend names every style once.
         x_label: Name and unit of x.
         x_range: Ends of x.
         level: A value of x to compare with, drawn dotted.
-        format_x: Tick label of x.
     """
-    show = format_x or short
     seen = {dot.style: dot.label for row in rows for dot in row.dots}
     head, key_rows = draw_legend(list(seen.items()), WIDTH)
     left = min(22 + max((len(row.label) for row in rows), default=0) * CHARACTER, WIDTH * 0.4)
@@ -179,33 +174,27 @@ def dots(
             interval = ""
             if dot.low is not None and dot.high is not None:
                 interval = f'<path class="whisker" d="M{px(x(dot.low))} {px(y)}H{px(x(dot.high))}"/>'
-            text = f"{row.label}, {dot.label}: {show(dot.value)}"
+            text = f"{row.label}, {dot.label}: {short(dot.value)}"
             if dot.low is not None and dot.high is not None:
-                text += f" ({show(dot.low)} to {show(dot.high)})"
+                text += f" ({short(dot.low)} to {short(dot.high)})"
             mark = marker(dot.style, x(dot.value), y)
             parts.append(f'<g class="s-{escape(dot.style)}"><title>{escape(text)}</title>{interval}{mark}</g>')
         at += size
         parts.append(f'<path class="grid" d="M{px(left)} {px(at)}H{px(WIDTH - 14)}"/>')
-    parts.append(x_axis(x, bottom, height, show, x_label))
+    parts.append(x_axis(x, bottom, height, short, x_label))
     return _svg(key, title, description, height, parts)
 
 
-def histograms(
-    key: str, title: str, description: str, rows: Sequence[Row], *, x_label: str, bins: int = 12, unit: str = ""
-) -> str:
+def histograms(key: str, title: str, description: str, rows: Sequence[Row], *, x_label: str, unit: str = "") -> str:
     """One small histogram a row, over common bins; the median is marked and written out.
 
     Args:
-        key: Unique in the page.
-        title: Accessible name.
-        description: What the chart shows, in words.
         rows: Each with its values, at least one.
         x_label: Name and unit of x.
-        bins: How many at most; bin edges are round numbers.
         unit: Written behind the median.
     """
     everything = [v for row in rows for v in row.values]
-    edges = nice_ticks(*widened(min(everything), max(everything)), bins + 1)
+    edges = nice_ticks(*widened(min(everything), max(everything)), _BINS + 1)
     counts = [[0] * (len(edges) - 1) for _ in rows]
     for row, count in zip(rows, counts, strict=True):
         for value in row.values:
@@ -220,12 +209,9 @@ def histograms(
         group = [f'<path class="axis" d="M{left} {base}H{right}"/>']
         for a, b, c in zip(edges, edges[1:], count, strict=False):
             if c:
-                group.append(
-                    f'<rect class="fill p-{escape(row.style)}" x="{px(x(a) + 0.5)}" y="{px(y(c))}" '
-                    f'width="{px(x(b) - x(a) - 1)}" height="{px(base - y(c))}">'
-                    f"<title>{escape(row.label)}: {c} between {short(a)} and {short(b)}</title></rect>"
-                )
-        middle = median(row.values)
+                text = f"{row.label}: {c} between {short(a)} and {short(b)}"
+                group.append(_bar(row.style, x(a) + 0.5, y(c), x(b) - x(a) - 1, base, text))
+        middle = statistics.median(row.values)
         group.append(f'<path class="median" d="M{px(x(middle))} {px(base - size + 22)}V{base}"/>')
         group.append(
             f'<text class="label" x="{left}" y="{px(base - size + 16)}" fill="currentColor">{escape(row.label)}'
@@ -237,19 +223,13 @@ def histograms(
     return _svg(key, title, description, height, parts)
 
 
-def bars(
-    key: str, title: str, description: str, values: Sequence[float], *, x_label: str, unit: str = "", style: str = "off"
-) -> str:
+def bars(key: str, title: str, description: str, values: Sequence[float], *, x_label: str, unit: str = "") -> str:
     """One vertical bar for each index 0, 1, 2, ...; the highest is labelled.
 
     Args:
-        key: Unique in the page.
-        title: Accessible name.
-        description: What the chart shows, in words.
         values: Not negative; at least one.
         x_label: Name of the index.
         unit: Written behind a value.
-        style: Subject key.
     """
     ticks = nice_ticks(0, max(max(values), 1e-9), 4)
     height, top = 200, 22
@@ -258,14 +238,10 @@ def bars(
     y = Scale(0, ticks[-1], bottom, top)
     step = (right - left) / len(values)
     x = Scale(-0.5, max(len(values) - 0.5, 0.5), left, right)
-    parts = [y_axis(y, left, right, short), f'<g class="s-{escape(style)}">']
+    parts = [y_axis(y, left, right, short), '<g class="s-off">']
     for i, value in enumerate(values):
-        parts.append(
-            f'<rect class="fill p-{escape(style)}" x="{px(left + i * step + step * 0.12)}" y="{px(y(value))}" '
-            f'width="{px(step * 0.76)}" '
-            f'height="{px(bottom - y(value))}"><title>{escape(x_label)} {i}: '
-            f"{short(value)}{escape(unit)}</title></rect>"
-        )
+        text = f"{x_label} {i}: {short(value)}{unit}"
+        parts.append(_bar("off", left + i * step + step * 0.12, y(value), step * 0.76, bottom, text))
     best = max(range(len(values)), key=lambda i: values[i])
     anchor = "start" if best < 2 else "end" if best > len(values) - 3 else "middle"
     parts.append(
@@ -276,6 +252,13 @@ def bars(
     whole = [t for t in nice_ticks(0, max(len(values) - 1, 1), 6) if t == int(t) and t < len(values)]
     parts.append(x_axis(x, bottom, height, short, x_label, whole))
     return _svg(key, title, description, height, parts)
+
+
+def _bar(style: str, left: float, top: float, width: float, bottom: float, text: str) -> str:
+    return (
+        f'<rect class="fill p-{escape(style)}" x="{px(left)}" y="{px(top)}" width="{px(width)}" '
+        f'height="{px(bottom - top)}"><title>{escape(text)}</title></rect>'
+    )
 
 
 def _svg(key: str, title: str, description: str, height: float, parts: Sequence[str]) -> str:

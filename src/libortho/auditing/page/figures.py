@@ -5,40 +5,39 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from markupsafe import Markup
 
 from libortho.auditing.page import charts
-from libortho.auditing.page.glossary import ATTACKS, attack_label
+from libortho.auditing.page.exhibits import Drawn, Figure
+from libortho.auditing.page.glossary import MEMBERSHIP, attack_label
 from libortho.auditing.page.marks import Band, Dot, Level, Line, Row, nice_ticks
 from libortho.auditing.page.text import number, percent
+from libortho.auditing.schema import (
+    BASELINES,
+    REFERENCE,
+    DepthData,
+    LayerData,
+    MembershipData,
+    ReportData,
+    baseline_key,
+)
 
-Json = Mapping[str, Any]
+_CurveKey = Literal["greedy_extraction", "extraction_strength", "nll", "auc", "perplexity", "kl"]
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A chart with its caption."""
-
-    caption: str
-    note: str
-    svg: Markup
-
-
-def drawn_subjects(subjects: Sequence[Json]) -> list[Json]:
+def drawn_subjects(subjects: Sequence[Drawn]) -> list[Drawn]:
     """Who appears in charts: the audited model, the one with its memory, and the reference."""
     by_key = {s["key"]: s for s in subjects}
-    memory = next((by_key[k] for k in ("on", "original") if k in by_key), None)
-    chosen = [subjects[0], memory, by_key.get("reference")]
-    return list({s["key"]: s for s in chosen if s is not None}.values())
+    keys = dict.fromkeys((subjects[0]["key"], baseline_key(by_key), REFERENCE))
+    return [by_key[k] for k in keys if k in by_key]
 
 
-def attack_names(subjects: Sequence[Json]) -> list[str]:
+def attack_names(subjects: Sequence[Drawn]) -> list[str]:
     """The membership attacks of these subjects, in the order of the glossary."""
     found = names(s["privacy"]["attacks"] for s in subjects if s["privacy"])
-    return [a for a in ATTACKS if a in found] + [a for a in found if a not in ATTACKS]
+    return [a for a in MEMBERSHIP if a in found] + [a for a in found if a not in MEMBERSHIP]
 
 
 def names(rows: Iterable[Iterable[Any]]) -> list[Any]:
@@ -51,13 +50,13 @@ def figure(caption: str, note: str, svg: str) -> Figure:
     return Figure(caption, note, Markup(svg))
 
 
-def alpha_figures(report: Json, by_key: Json) -> list[Figure]:
+def alpha_figures(report: ReportData, by_key: Mapping[str, Drawn]) -> list[Figure]:
     """The measures over alpha, with the never-trained model as a level."""
     curve = sorted(report["curve"], key=lambda row: row["alpha"])
-    reference = by_key.get("reference")
-    intervals = (report["goldilocks"] or {}).get("intervals", [])
+    reference = by_key.get(REFERENCE)
+    intervals = [] if report["goldilocks"] is None else report["goldilocks"]["intervals"]
     figures = []
-    measures = (
+    measures: tuple[tuple[_CurveKey, str, str], ...] = (
         ("greedy_extraction", "Greedy extraction", "share of records"),
         ("extraction_strength", "Extraction strength", "share of tokens"),
         ("nll", "NLL of the forget set", "nats per token"),
@@ -66,7 +65,7 @@ def alpha_figures(report: Json, by_key: Json) -> list[Figure]:
         ("kl", "KL from the original", "nats per token"),
     )
     for key, caption, note in measures:
-        points = [(row["alpha"], row.get(key)) for row in curve]
+        points = [(row["alpha"], row[key]) for row in curve]
         values = [v for _, v in points if v is not None]
         if not values:
             continue
@@ -99,40 +98,38 @@ def alpha_figures(report: Json, by_key: Json) -> list[Figure]:
     return figures
 
 
-def _reference_value(reference: Json | None, key: str) -> float | None:
+def _reference_value(reference: Drawn | None, key: str) -> float | None:
     if reference is None or key == "kl":
         return None
     if key == "auc":
-        attacks = reference["privacy"]["attacks"] if reference["privacy"] else {}
-        return attacks["loss"]["auc"]["value"] if "loss" in attacks else None
-    source = reference["utility"] if key == "perplexity" else reference["memory"]
-    return source[key]["value"] if source and source.get(key) else None
+        loss = None if reference["privacy"] is None else reference["privacy"]["attacks"].get("loss")
+        return None if loss is None else loss["auc"]["value"]
+    if key == "perplexity":
+        return None if reference["utility"] is None else reference["utility"]["perplexity"]["value"]
+    figure = reference["memory"].get(key)
+    return None if figure is None else figure["value"]
 
 
-def _present(drawn: Sequence[Json], part: str) -> list[Json]:
-    return [s for s in drawn if s[part]]
+def _membership(subjects: Sequence[Drawn], attack: str) -> list[tuple[Drawn, MembershipData]]:
+    """The subjects that were put to a membership attack, each with its figures."""
+    found = ((s, s["privacy"]["attacks"].get(attack)) for s in subjects if s["privacy"] is not None)
+    return [(s, figures) for s, figures in found if figures is not None]
 
 
-def roc_figures(drawn: Sequence[Json]) -> list[Figure]:
+def roc_figures(drawn: Sequence[Drawn]) -> list[Figure]:
     """The ROC curves of each membership attack, on logarithmic axes."""
-    subjects = _present(drawn, "privacy")
-    figures = []
-    for attack in attack_names(subjects):
+    made = []
+    for attack in attack_names(drawn):
+        found = _membership(drawn, attack)
         series = [
-            Line(s["label"], [(a, b) for a, b in s["privacy"]["attacks"][attack]["roc"]], s["style"], stepped=True)
-            for s in subjects
-            if s["privacy"]["attacks"].get(attack, {}).get("roc")
+            Line(s["label"], [(a, b) for a, b in m["roc"]], s["style"], stepped=True) for s, m in found if m["roc"]
         ]
         positive = [v for line in series for point in line.points for v in point if v]
         if not positive:
             continue
         floor = 10.0 ** max(min(math.floor(math.log10(min(positive)) + 1e-9), -2), -4)
         label = attack_label(attack)
-        text = "; ".join(
-            f"{s['label']}: AUC {number(s['privacy']['attacks'][attack]['auc']['value'])}"
-            for s in subjects
-            if attack in s["privacy"]["attacks"]
-        )
+        text = "; ".join(f"{s['label']}: AUC {number(m['auc']['value'])}" for s, m in found)
         svg = charts.lines(
             f"roc-{attack}",
             f"ROC of the {label} attack",
@@ -147,28 +144,23 @@ def roc_figures(drawn: Sequence[Json]) -> list[Figure]:
             format_x=percent,
             format_y=percent,
         )
-        figures.append(figure(f"{label} attack", "true positive rate (log)", svg))
-    return figures
+        made.append(figure(f"{label} attack", "true positive rate (log)", svg))
+    return made
 
 
-def forest_figures(drawn: Sequence[Json]) -> list[Figure]:
-    """The AUC of each membership attack with its interval."""
-    subjects = _present(drawn, "privacy")
+def forest_figures(drawn: Sequence[Drawn]) -> list[Figure]:
+    """The AUC of each membership attack with its interval, all in one chart."""
     rows = []
-    for attack in attack_names(subjects):
-        marks = []
-        for s in subjects:
-            auc = s["privacy"]["attacks"].get(attack, {}).get("auc")
-            if auc and auc["value"] is not None:
-                marks.append(Dot(s["style"], s["label"], auc["value"], auc["low"], auc["high"]))
-        rows.append(Row(attack_label(attack), marks))
+    for attack in attack_names(drawn):
+        aucs = [(s, m["auc"]) for s, m in _membership(drawn, attack)]
+        dots = [Dot(s["style"], s["label"], a["value"], a["low"], a["high"]) for s, a in aucs if a["value"] is not None]
+        rows.append(Row(attack_label(attack), dots))
     if not any(row.dots for row in rows):
         return []
-    text = "; ".join(f"{row.label}: " + ", ".join(f"{d.label} {number(d.value)}" for d in row.dots) for row in rows)
     svg = charts.dots(
         "auc",
         "AUC of every attack",
-        f"With 95 % intervals. {text}.",
+        f"With 95 % intervals. {_in_words(rows, 3)}",
         rows,
         x_label="AUC (dotted: a coin toss)",
         x_range=(0.0, 1.0),
@@ -177,11 +169,17 @@ def forest_figures(drawn: Sequence[Json]) -> list[Figure]:
     return [figure("AUC of every attack", "with 95 % intervals", svg)]
 
 
-def exposure_figures(drawn: Sequence[Json]) -> list[Figure]:
-    """The exposure of each record."""
+def _in_words(rows: Sequence[Row], digits: int) -> str:
+    """The dots of each row as a sentence."""
+    told = (f"{r.label}: " + ", ".join(f"{d.label} {number(d.value, digits)}" for d in r.dots) for r in rows)
+    return "; ".join(told) + "."
+
+
+def exposure_figures(drawn: Sequence[Drawn]) -> list[Figure]:
+    """Histograms of the records' exposure, one for each subject."""
     rows = []
-    for s in sorted(drawn, key=lambda s: s["key"] in ("on", "original")):
-        values = [v for v in s["per_record"].get("exposure") or [] if v is not None]
+    for s in sorted(drawn, key=lambda s: s["key"] in BASELINES):
+        values = [v for v in s["per_record"]["exposure"] or [] if v is not None]
         if values:
             rows.append(Row(s["label"], values=values, style=s["style"]))
     if not rows:
@@ -194,15 +192,14 @@ def exposure_figures(drawn: Sequence[Json]) -> list[Figure]:
         + ".",
         rows,
         x_label="exposure (bits)",
-        bins=18,
         unit=" bits",
     )
     return [figure("Exposure", "number of records", svg)]
 
 
-def prefix_figures(drawn: Sequence[Json]) -> list[Figure]:
-    """What a searched prefix brings back."""
-    subjects = _present(drawn, "prefixes")
+def prefix_figures(drawn: Sequence[Drawn]) -> list[Figure]:
+    """Extraction of the rest over the share of the secret that is given."""
+    subjects = [s for s in drawn if s["prefixes"]]
     if not subjects:
         return []
     series = [Line(s["label"], [(p["given"], p["extraction"]) for p in s["prefixes"]], s["style"]) for s in subjects]
@@ -222,28 +219,26 @@ def prefix_figures(drawn: Sequence[Json]) -> list[Figure]:
     return [figure("With part of the secret given", "share of records whose remainder is extracted", svg)]
 
 
-def variant_figures(drawn: Sequence[Json]) -> list[Figure]:
-    """What rounding, pruning and noise change."""
-    subjects = _present(drawn, "variants")
+def variant_figures(drawn: Sequence[Drawn]) -> list[Figure]:
+    """Extraction under each rewritten prompt."""
     rows = [
         Row(
             name,
             [
                 Dot(s["style"], s["label"], v["extraction"])
-                for s in subjects
+                for s in drawn
                 for v in s["variants"]
                 if v["name"] == name and v["extraction"] is not None
             ],
         )
-        for name in names([v["name"] for v in s["variants"]] for s in subjects)
+        for name in names([v["name"] for v in s["variants"]] for s in drawn)
     ]
     if not any(row.dots for row in rows):
         return []
-    text = "; ".join(f"{row.label}: " + ", ".join(f"{d.label} {number(d.value, 2)}" for d in row.dots) for row in rows)
     svg = charts.dots(
         "variants",
         "Extraction under rewritten prompts",
-        f"{text}.",
+        _in_words(rows, 2),
         rows,
         x_label="share of records extracted",
         x_range=(0.0, 1.0),
@@ -251,51 +246,14 @@ def variant_figures(drawn: Sequence[Json]) -> list[Figure]:
     return [figure("With the prompt rewritten", "share of records extracted", svg)]
 
 
-def relearning_figures(relearning: Json, by_key: Json) -> list[Figure]:
-    """The memory over steps of relearning."""
+def depth_figures(depth: DepthData, subjects: Sequence[Drawn]) -> list[Figure]:
+    """The fall of log p under patches by layer, and the logit lens of each drawn subject."""
     figures = []
-    for i, data in enumerate(dict.fromkeys(c["data"] for c in relearning["curves"])):
-        curves = [c for c in relearning["curves"] if c["data"] == data]
-        for key, caption, y_range in (("extraction", "Extraction", (0.0, 1.0)), ("nll", "NLL", None)):
-            series = [
-                Line(
-                    by_key[c["subject"]]["label"] if c["subject"] in by_key else c["subject"],
-                    list(zip(relearning["steps"], c[key], strict=False)),
-                    by_key[c["subject"]]["style"] if c["subject"] in by_key else "original",
-                )
-                for c in curves
-                if c.get(key) and any(v is not None for v in c[key])
-            ]
-            if not series:
-                continue
-            if key == "nll":
-                top = max(v for line in series for _, v in line.points if v is not None)
-                y_range = 0.0, nice_ticks(0.0, max(top, 1e-9), 5)[-1]
-            text = "; ".join(
-                f"{line.label}: {number(line.points[0][1], 2)} to {number(line.points[-1][1], 2)}" for line in series
-            )
-            svg = charts.lines(
-                f"relearning-{i}-{key}",
-                f"{caption} while training again on {data}",
-                f"Over {relearning['steps'][-1] if relearning['steps'] else 0} steps. {text}.",
-                series,
-                x_label="training steps",
-                whole=True,
-                y_range=y_range,
-            )
-            note = "share of records" if key == "extraction" else "nats per token"
-            figures.append(figure(f"{caption}, trained on {data}", note, svg))
-    return figures
-
-
-def depth_figures(depth: Json, subjects: Sequence[Json]) -> list[Figure]:
-    """The recovered memory by layer."""
-    figures = []
-    layers = depth.get("layers") or []
+    layers = depth["layers"]
     if layers:
         audited = subjects[0]
         series = [
-            Line("never trained", [(row["layer"], row["full"]) for row in layers], "reference"),
+            Line("never trained", [(row["layer"], row["full"]) for row in layers], REFERENCE),
             Line(audited["label"], [(row["layer"], row["off"]) for row in layers], audited["style"]),
         ]
         best = max(layers, key=lambda row: row["full"] if row["full"] is not None else -math.inf)
@@ -315,7 +273,7 @@ def depth_figures(depth: Json, subjects: Sequence[Json]) -> list[Figure]:
                 svg,
             )
         )
-    lens = depth.get("logit_lens") or {}
+    lens = depth["logit_lens"]
     series = [
         Line(s["label"], list(enumerate(lens[s["key"]])), s["style"])
         for s in drawn_subjects(subjects)
@@ -335,8 +293,8 @@ def depth_figures(depth: Json, subjects: Sequence[Json]) -> list[Figure]:
     return figures
 
 
-def layer_figures(layer_map: Sequence[Json]) -> list[Figure]:
-    """Density and effect of the stream by layer."""
+def layer_figures(layer_map: Sequence[LayerData]) -> list[Figure]:
+    """The stream's share of the squared norm, and the columns in it, by decoder layer."""
     if not layer_map:
         return []
     numbers = [re.search(r"\.(\d+)\.", row["name"]) for row in layer_map]

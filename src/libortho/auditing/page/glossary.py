@@ -34,7 +34,10 @@ _WORDS = tomllib.loads(resources.files("libortho.auditing.page").joinpath("gloss
 MEMORY, PRIVACY, UTILITY = (
     tuple(Metric(**words) for words in _WORDS[group]) for group in ("memory", "privacy", "utility")
 )
-ATTACKS: dict[str, tuple[str, str]] = {key: (name, about) for key, (name, about) in _WORDS["attacks"].items()}
+METRICS = {m.key: m for m in (*MEMORY, *PRIVACY, *UTILITY)}
+SHARE = Metric()
+"""Of any share that has no name of its own."""
+MEMBERSHIP: dict[str, tuple[str, str]] = {key: (name, about) for key, (name, about) in _WORDS["attacks"].items()}
 """Membership attack to its name and to how its score is made."""
 QUESTIONS: dict[str, tuple[str, str]] = {key: (asked, failed) for key, (asked, failed) in _WORDS["questions"].items()}
 """Verdict to the question that it answers and to what failed where the answer is no."""
@@ -43,4 +46,4 @@ TERMS: dict[str, str] = _WORDS["terms"]
 
 def attack_label(attack: str) -> str:
     """The name of a membership attack; its key where it has none."""
-    return ATTACKS.get(attack, (attack, ""))[0]
+    return MEMBERSHIP.get(attack, (attack, ""))[0]

@@ -7,20 +7,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH = 360  # about a phone's text column, so that labels are never scaled below their nominal 11 px
+from libortho.auditing.schema import MAGNITUDE, OFF, ON, ORIGINAL, QUANTISED, RANDOM, REFERENCE
 
-
-CHARACTER = 5.9  # mean width of a character at 11 px, for layout only
-
-
+WIDTH = 360
+"""About a phone's text column, so that labels are never scaled below their nominal 11 px."""
+CHARACTER = 5.9
+"""Mean width of a character at 11 px, for layout only."""
 DASH = {
-    "off": "",
-    "on": "7 3",
-    "reference": "2 3",
-    "original": "10 3 2 3",
-    "quantised": "4 2",
-    "random": "1 2",
-    "magnitude": "8 2 2 2 2 2",
+    OFF: "",
+    ON: "7 3",
+    REFERENCE: "2 3",
+    ORIGINAL: "10 3 2 3",
+    QUANTISED: "4 2",
+    RANDOM: "1 2",
+    MAGNITUDE: "8 2 2 2 2 2",
 }
 
 
@@ -47,7 +47,7 @@ class Level:
 
     value: float
     label: str
-    style: str = "reference"
+    style: str = REFERENCE
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Row:
     label: str
     dots: Sequence[Dot] = ()
     values: Sequence[float] = ()
-    style: str = "off"
+    style: str = OFF
 
 
 @dataclass(frozen=True)
@@ -137,15 +137,15 @@ def marker(style: str, x: float, y: float) -> str:
     """The mark of a subject at a point."""
     a, b = px(x), px(y)
     shapes = {
-        "off": f'<circle cx="{a}" cy="{b}" r="3.2" class="mark"/>',
-        "on": f'<rect x="{px(x - 3)}" y="{px(y - 3)}" width="6" height="6" class="mark"/>',
-        "reference": f'<path d="M{a} {px(y - 4)}l4 7h-8z" class="mark"/>',
-        "original": f'<path d="M{a} {px(y - 4)}l4 4l-4 4l-4 -4z" class="mark open"/>',
-        "quantised": f'<circle cx="{a}" cy="{b}" r="3" class="mark open"/>',
-        "random": f'<path d="M{px(x - 3)} {px(y - 3)}l6 6m0 -6l-6 6" class="mark open"/>',
-        "magnitude": f'<path d="M{a} {px(y - 4)}v8m-4 -4h8" class="mark open"/>',
+        OFF: f'<circle cx="{a}" cy="{b}" r="3.2" class="mark"/>',
+        ON: f'<rect x="{px(x - 3)}" y="{px(y - 3)}" width="6" height="6" class="mark"/>',
+        REFERENCE: f'<path d="M{a} {px(y - 4)}l4 7h-8z" class="mark"/>',
+        ORIGINAL: f'<path d="M{a} {px(y - 4)}l4 4l-4 4l-4 -4z" class="mark open"/>',
+        QUANTISED: f'<circle cx="{a}" cy="{b}" r="3" class="mark open"/>',
+        RANDOM: f'<path d="M{px(x - 3)} {px(y - 3)}l6 6m0 -6l-6 6" class="mark open"/>',
+        MAGNITUDE: f'<path d="M{a} {px(y - 4)}v8m-4 -4h8" class="mark open"/>',
     }
-    return shapes.get(style, shapes["quantised"])
+    return shapes.get(style, shapes[QUANTISED])
 
 
 def draw_legend(items: Sequence[tuple[str, str]], width: float) -> tuple[str, int]:
@@ -198,12 +198,6 @@ def x_axis(
         f'text-anchor="middle">{escape(label)}</text>'
     )
     return "".join(parts)
-
-
-def median(values: Sequence[float]) -> float:
-    """The median."""
-    ordered, half = sorted(values), len(values) // 2
-    return ordered[half] if len(values) % 2 else (ordered[half - 1] + ordered[half]) / 2
 
 
 def widened(low: float, high: float) -> tuple[float, float]:

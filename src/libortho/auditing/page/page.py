@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import Any, Literal, cast
 
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
+from libortho.auditing.attacks import ATTACKS
+from libortho.auditing.page.exhibits import Drawn, merged
 from libortho.auditing.page.figures import (
-    Json,
     alpha_figures,
     attack_names,
     depth_figures,
@@ -28,24 +29,31 @@ from libortho.auditing.page.figures import (
     layer_figures,
     names,
     prefix_figures,
-    relearning_figures,
     roc_figures,
     variant_figures,
 )
-from libortho.auditing.page.glossary import ATTACKS, MEMORY, PRIVACY, QUESTIONS, TERMS, UTILITY, Metric, attack_label
-from libortho.auditing.page.text import UNSEEN, cell, embedded_json, finite, number, percent, prose, target, visible
+from libortho.auditing.page.glossary import (
+    MEMBERSHIP,
+    MEMORY,
+    METRICS,
+    PRIVACY,
+    QUESTIONS,
+    SHARE,
+    TERMS,
+    UTILITY,
+    Metric,
+    attack_label,
+)
+from libortho.auditing.page.marks import DASH
+from libortho.auditing.page.text import UNSEEN, cell, embedded_json, number, prose, target, visible
+from libortho.auditing.report import json_ready
+from libortho.auditing.schema import OFF, ORIGINAL, SCHEMA, RecordData, ReportData, SubjectData, VerdictData
 from libortho.core.errors import DataError
-
-SCHEMA = "libortho-audit/1"
-
 
 SHOWN_RECORDS = 100
 
 
 SHOWN_CHECKS = 5
-
-
-_STYLES = ("off", "on", "original", "quantised", "random", "magnitude", "reference")
 
 
 MAIN_MEMORY = (
@@ -61,13 +69,7 @@ MAIN_MEMORY = (
 MAIN_UTILITY = ("perplexity", "kl", "top1_agreement")
 
 
-NOISE = (
-    "Where does the memory sit? If in the ortho stream, then noise there undoes it at a smaller scale than noise of "
-    "the same norm spread over the base. Scale 1 is the stream\u2019s own norm. Measured with the switch on."
-)
-
-
-def render(report: Json) -> str:
+def render(report: Mapping[str, Any]) -> str:
     """The report as a complete HTML page.
 
     Args:
@@ -84,18 +86,12 @@ def render(report: Json) -> str:
         raise DataError(
             f"the report's schema is {given!r}; expected {SCHEMA!r}; render what AuditReport.to_dict() returns"
         )
-    report = finite(report)
+    data = cast(ReportData, json_ready(report))
     template, css = _sources()
-    page = template.render(
-        report=report,
-        css=css,
-        data=embedded_json(report),
-        **_view(report),
-    )
+    page = template.render(report=data, css=css, data=embedded_json(data), **_view(data))
     page = UNSEEN.sub(lambda m: f"U+{ord(m[0]):04X}", page)  # what stood in attributes and charts
-    return page.encode("utf-16", "surrogatepass").decode(
-        "utf-16", "replace"
-    )  # a lone surrogate cannot be written as UTF-8
+    # a lone surrogate cannot be written as UTF-8
+    return page.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 @cache
@@ -103,30 +99,25 @@ def _sources() -> tuple[Template, Markup]:
     """The page's template and style sheet, our own files beside this one."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
-        "number": number, "visible": visible, "prose": prose, "cell": cell, "rowlabel": row_label, "target": target
+        "number": number, "visible": visible, "prose": prose, "cell": cell, "target": target
     }  # fmt: skip
     here = resources.files("libortho.auditing.page")
     template = environment.from_string(here.joinpath("report.html.j2").read_text(encoding="utf-8"))
     return template, Markup(here.joinpath("report.css").read_text(encoding="utf-8"))
 
 
-def row_label(row: Json, kind: str) -> tuple[str, Json]:
-    """A row of disturbed weights with its name: the format, the share, or where and how large the noise is."""
-    if kind == "share":
-        return percent(row["share"]), row
-    return (f"{row['where']}, {row['scale']:g}", row) if kind == "noise" else (row[kind], row)
-
-
-def _view(report: Json) -> dict[str, Any]:
-    subjects = [{**s, "style": _style(s)} for s in sorted(report["subjects"], key=lambda s: s["role"] != "audited")]
+def _view(report: ReportData) -> dict[str, Any]:
+    ordered = sorted(report["subjects"], key=lambda s: s["role"] != "audited")
+    subjects: list[Drawn] = [{**s, "style": _style(s)} for s in ordered]
     by_key = {s["key"]: s for s in subjects}
     drawn = drawn_subjects(subjects)
-    attacks, depth = report["attacks"], report["depth"]
+    utilities = [s["utility"] for s in subjects if s["utility"] is not None]
+    unseen = [s["unseen"] for s in subjects if s["unseen"] is not None]
+    attacks, depth = report["attacks"] or {}, report["depth"]
     return {
         "audited": subjects[0],
-        "unseen": [s for s in subjects if s.get("unseen")],
-        "unseen_metrics": [m for m in MEMORY if any((s.get("unseen") or {}).get(m.key) for s in subjects)],
-        "noise_note": NOISE,
+        "unseen": [s for s in subjects if s["unseen"]],
+        "unseen_metrics": [m for m in MEMORY if any(u.get(m.key) for u in unseen)],
         "title": report["model"]["name"] or "unnamed model",
         "headline": _headline(report["verdicts"]),
         "verdicts": [
@@ -139,16 +130,16 @@ def _view(report: Json) -> dict[str, Any]:
         ],
         "subjects": subjects,
         "by_key": by_key,
-        "gains": names((s["utility"] or {}).get("task_differences") or {} for s in subjects),
-        "change": Metric("", "", "", "", 3, False, True),
+        "gains": names(u["task_differences"] or {} for u in utilities),
+        "change": Metric(share=False, signed=True),
         "main": _main(subjects),
         "memory": [m for m in MEMORY if any(s["memory"].get(m.key) is not None for s in subjects)],
-        "utility": [m for m in UTILITY if any((s["utility"] or {}).get(m.key) is not None for s in subjects)],
-        "tasks": names(s["utility"]["tasks"] for s in subjects if s["utility"]),
-        "tofu": names(s["utility"]["tofu"] for s in subjects if s["utility"] and s["utility"].get("tofu")),
+        "utility": [m for m in UTILITY if any(u.get(m.key) is not None for u in utilities)],
+        "tasks": names(u["tasks"] for u in utilities),
+        "tofu": names(u["tofu"] or {} for u in utilities),
         "attack_names": attack_names(subjects),
         "any_privacy": any(s["privacy"] for s in subjects),
-        "any_utility": any(s["utility"] for s in subjects),
+        "any_utility": bool(utilities),
         "curves": alpha_figures(report, by_key),
         "rocs": roc_figures(drawn),
         "forest": forest_figures(drawn),
@@ -157,9 +148,7 @@ def _view(report: Json) -> dict[str, Any]:
         "prefix_shares": names([p["given"] for p in s["prefixes"]] for s in subjects),
         "variants": names([v["name"] for v in s["variants"]] for s in subjects),
         "variant_figures": variant_figures(drawn),
-        "relearning": relearning_figures(attacks["relearning"], by_key)
-        if attacks and attacks.get("relearning")
-        else [],
+        "attacks": merged(a.exhibit(attacks[a.name], subjects) for a in ATTACKS if attacks.get(a.name)),
         "depths": depth_figures(depth, subjects) if depth else [],
         "layers": layer_figures(report["layer_map"]),
         "per_record": _per_record(report["records"], drawn),
@@ -167,16 +156,16 @@ def _view(report: Json) -> dict[str, Any]:
         "shown_checks": SHOWN_CHECKS,
         "drawn": drawn,
         "why": {v["key"]: v["text"] for v in report["verdicts"] if v["status"] == "withheld"},
-        "metrics": {m.key: m for m in (*MEMORY, *PRIVACY, *UTILITY)},
-        "attacks_explained": ATTACKS,
+        "metrics": METRICS,
+        "membership": MEMBERSHIP,
         "terms": TERMS.items(),
-        "share": Metric("", "", "", ""),
+        "share": SHARE,
     }
 
 
-def _style(subject: Json) -> str:
-    known = subject["key"] in _STYLES
-    return subject["key"] if known else "off" if subject["role"] == "audited" else "original"
+def _style(subject: SubjectData) -> str:
+    known = subject["key"] in DASH
+    return subject["key"] if known else OFF if subject["role"] == "audited" else ORIGINAL
 
 
 def _question(verdict: str) -> tuple[str, str]:
@@ -184,7 +173,7 @@ def _question(verdict: str) -> tuple[str, str]:
     return QUESTIONS.get(verdict, (plain.capitalize(), plain))
 
 
-def _headline(verdicts: Sequence[Json]) -> dict[str, Any]:
+def _headline(verdicts: Sequence[VerdictData]) -> dict[str, Any]:
     count = {s: sum(v["status"] == s for v in verdicts) for s in ("pass", "fail", "withheld")}
     if not verdicts:
         status, text = "withheld", "This audit gave no verdict."
@@ -201,7 +190,7 @@ def _headline(verdicts: Sequence[Json]) -> dict[str, Any]:
     return {"status": status, "text": text, "count": count}
 
 
-def _main(subjects: Sequence[Json]) -> dict[str, Any]:
+def _main(subjects: Sequence[Drawn]) -> dict[str, Any]:
     memory = [m for m in MEMORY if m.key in MAIN_MEMORY and any(s["memory"].get(m.key) is not None for s in subjects)]
     groups: list[dict[str, Any]] = [{"name": "Memory of the forget set", "columns": memory}]
     attack = next((a for a in attack_names(subjects)), None)
@@ -215,12 +204,13 @@ def _main(subjects: Sequence[Json]) -> dict[str, Any]:
     if any(s["utility"] for s in subjects):
         groups.append({"name": "Utility", "columns": [m for m in UTILITY if m.key in MAIN_UTILITY]})
 
-    def value(subject: Json, metric: Metric) -> Any:
+    def value(subject: Drawn, metric: Metric) -> Any:
         if metric in MEMORY:
             return subject["memory"].get(metric.key)
+        figures: Mapping[str, Any] = subject["utility"] or {}
         if metric in PRIVACY:
-            return subject["privacy"]["attacks"].get(attack, {}).get(metric.key) if subject["privacy"] else None
-        return subject["utility"].get(metric.key) if subject["utility"] else None
+            figures = subject["privacy"]["attacks"].get(attack or "") or {} if subject["privacy"] else {}
+        return figures.get(metric.key)
 
     columns = [m for g in groups for m in g["columns"]]
     return {
@@ -229,10 +219,10 @@ def _main(subjects: Sequence[Json]) -> dict[str, Any]:
     }
 
 
-def _per_record(records: Sequence[Json], drawn: Sequence[Json]) -> list[dict[str, Any]]:
-    names = ("nll", "greedy", "exposure")
+def _per_record(records: Sequence[RecordData], drawn: Sequence[Drawn]) -> list[dict[str, Any]]:
+    names: tuple[Literal["nll", "greedy", "exposure"], ...] = ("nll", "greedy", "exposure")
     return [
-        {"record": r, "values": [{n: _at(s["per_record"].get(n), i) for n in names} for s in drawn]}
+        {"record": r, "values": [{n: _at(s["per_record"][n], i) for n in names} for s in drawn]}
         for i, r in enumerate(records[:SHOWN_RECORDS])
     ]
 

@@ -97,12 +97,3 @@ def embedded_json(value: Any) -> Markup:
         r'\[[^\[\]{}"]*\]', lambda m: re.sub(r"\n *", " ", m[0]), text
     )  # lists of numbers on one line; no string holds a newline
     return Markup(_JSON_UNSAFE.sub(lambda m: f"\\u{ord(m[0]):04x}", text))
-
-
-def finite(value: Any) -> Any:
-    """The value with None in place of numbers that are not finite."""
-    if isinstance(value, Mapping):
-        return {str(k): finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
