@@ -1,5 +1,5 @@
-# Sourced: `make_venv DIRECTORY`, then `install DIRECTORY ARGUMENTS...` as `pip install` in it. uv does in seconds what takes
-# pip minutes, and both scripts that install share its store; where it cannot be had, or fails, pip does the work.
+# Sourced: `make_venv DIRECTORY`, then `install DIRECTORY ARGUMENTS...`, which is `pip install` there. uv does in seconds
+# what takes pip minutes, and whatever installs shares its store; where it cannot be had, or fails, pip does the work.
 unset PYTHONDONTWRITEBYTECODE  # nothing is compiled ahead: what the first import compiles is for those after it
 UV=(env "UV_FIND_LINKS=${UV_FIND_LINKS:-${PIP_FIND_LINKS:-}}" "UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-${PIP_INDEX_URL:-}}")
 
