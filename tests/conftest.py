@@ -1,6 +1,7 @@
 """Tiny random models: every fast test runs without a download and within milliseconds."""
 
 import copy
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return directory
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Tiny models are faster, and results the same on every machine, without a second thread."""
     threads = torch.get_num_threads()
@@ -169,15 +170,20 @@ def planted_directory(
     return directory
 
 
-@pytest.fixture(scope="module")
-def checkpoint(_planted, tokenizer, tmp_path_factory) -> Path:
-    """The planted model after isolate, on disk, its codes in the stream "hr": alpha = 0 forgets them."""
+@pytest.fixture(scope="session")
+def _checkpoint(_planted, tokenizer, tmp_path_factory) -> Path:
     model = copy.deepcopy(_planted)
     config = libortho.IsolateConfig(ratio=0.1, damping=10.0, learning_rate=2e-2, stream="hr")
     libortho.isolate(model, tokenizer, tiny.FORGET, tiny.RETAIN, config=config)
     out = tmp_path_factory.mktemp("isolated") / "out"
     libortho.save(model, tokenizer, out)
     return out
+
+
+@pytest.fixture(scope="module")
+def checkpoint(_checkpoint, tmp_path_factory) -> Path:
+    """The planted model after isolate, on disk, its codes in the stream "hr": alpha = 0 forgets them."""
+    return shutil.copytree(_checkpoint, tmp_path_factory.mktemp("isolated") / "out")
 
 
 @pytest.fixture(params=[1.0, 0.0], ids=["on", "off"])

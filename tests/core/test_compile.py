@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from torch import nn
+from torch._inductor import config as inductor_config
 from torch.library import opcheck
 from transformers import OPTConfig, OPTForCausalLM
 
@@ -71,16 +72,16 @@ def test_one_graph_serves_every_alpha(kind, dtype):
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-@pytest.mark.parametrize("value", [0.0, 0.6, [1.0, 0.0, 0.25]])
-def test_gradients_of_a_compiled_layer_are_those_of_the_eager_one(kind, value):
+def test_gradients_of_a_compiled_layer_are_those_of_the_eager_one(kind):
     model = split_pair(kind)
     compiled = torch.compile(model[0], backend="aot_eager", fullgraph=True)
-    eager_x = torch.randn(3, 5, 64, requires_grad=True)
-    traced_x = eager_x.detach().clone().requires_grad_()
-    with alpha(model, value):
-        model[0](eager_x).square().sum().backward()
-        compiled(traced_x).square().sum().backward()
-    torch.testing.assert_close(traced_x.grad, eager_x.grad, atol=1e-4, rtol=1e-4)
+    for value in (0.0, 0.6, [1.0, 0.0, 0.25]):
+        eager_x = torch.randn(3, 5, 64, requires_grad=True)
+        traced_x = eager_x.detach().clone().requires_grad_()
+        with alpha(model, value):
+            model[0](eager_x).square().sum().backward()
+            compiled(traced_x).square().sum().backward()
+        torch.testing.assert_close(traced_x.grad, eager_x.grad, atol=1e-4, rtol=1e-4)
 
 
 def test_the_persistent_alpha_is_read_when_the_graph_runs():
@@ -128,6 +129,7 @@ def test_exported_programs_keep_the_switch():
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@inductor_config.patch({"cpp.vec_isa_ok": True, "compile_threads": 1})  # or it compiles more to find out what it may
 def test_inductor():
     model = split_pair("columns", torch.bfloat16)
     compiled = torch.compile(model, fullgraph=False)

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -35,59 +34,74 @@ sys.meta_path[:] = [Without(f) for f in sys.meta_path]
 """
 
 
-def bare(code: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", BARE + code, *map(str, arguments)]
+COMMANDS = """
+import json
+from libortho import cli
+from libortho.integrations import lm_eval_command
+for extra, arguments in json.loads(sys.argv[1]):
+    sys.argv = ["libortho", *(arguments or ())]
+    try:
+        (lm_eval_command if arguments is None else cli.main)()
+    except SystemExit as stop:
+        print(extra, stop.code)
+for stream in (sys.stdout, sys.stderr):
+    print("then", file=stream, flush=True)
+"""
+IMPORTS = """
+import importlib, pkgutil, libortho
+for found in pkgutil.walk_packages(libortho.__path__, "libortho."):
+    if found.name == "libortho.integrations.lm_eval":
+        try:
+            importlib.import_module(found.name)
+        except libortho.LibOrthoError as error:
+            print(error)
+    elif not found.name.endswith("__main__"):
+        importlib.import_module(found.name)
+import torch
+from libortho.auditing.roc import auc
+print(auc(torch.tensor([1.0]), torch.tensor([0.0])))
+"""
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, list[str] | None]]:
+    """What is called, and the extra that it needs."""
+    place = tmp_path_factory.mktemp("inputs")
+    forget, gguf = place / "forget.jsonl", place / "model.gguf"
+    forget.write_text(json.dumps(tiny.FORGET[0]), encoding="utf-8")
+    gguf.write_bytes(b"GGUF")
+    return [
+        ("audit", ["audit", "absent", "--forget", str(forget)]),
+        ("eval", ["eval", "absent", "--tasks", "arc_easy"]),
+        ("vault", ["encrypt", "absent", "--out", str(place / "locked")]),
+        ("vault", ["decrypt", "absent", "--out", str(place / "opened")]),
+        ("demo", ["isolate", str(gguf), "--forget", str(forget), "--out", str(place / "out")]),
+        ("eval", None),
+    ]
+
+
+@pytest.fixture(scope="module")
+def bare(commands: list[tuple[str, list[str] | None]]) -> tuple[list[list[str]], list[list[str]]]:
+    """What commands, and then an import of every module, write on standard output and on standard error."""
+    command = [sys.executable, "-c", BARE + COMMANDS + IMPORTS, json.dumps(commands)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
-
-
-def test_every_module_can_be_imported():
-    done = bare(
-        "import importlib, pkgutil, libortho\n"
-        "for found in pkgutil.walk_packages(libortho.__path__, 'libortho.'):\n"
-        "    if found.name == 'libortho.integrations.lm_eval':\n"
-        "        try: importlib.import_module(found.name)\n"
-        "        except libortho.LibOrthoError as error: print(error)\n"
-        "    elif not found.name.endswith('__main__'):\n"
-        "        importlib.import_module(found.name)\n"
-        "import torch\n"
-        "from libortho.auditing.roc import auc\n"
-        "print(auc(torch.tensor([1.0]), torch.tensor([0.0])))\n"
-    )
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    told, area = done.stdout.strip().splitlines()
+    output, errors = ([part.splitlines() for part in text.split("then\n")] for text in (done.stdout, done.stderr))
+    return output, errors
+
+
+def test_every_module_can_be_imported(bare):
+    told, area = bare[0][1]
     assert "pip install 'libortho[eval]'" in told
     assert area == "1.0"
 
 
-def test_commands_name_the_extra_and_load_nothing(tmp_path):
-    forget = tmp_path / "forget.jsonl"
-    forget.write_text(json.dumps(tiny.FORGET[0]), encoding="utf-8")
-    gguf = tmp_path / "model.gguf"
-    gguf.write_bytes(b"GGUF")
-    commands = [
-        ("audit", ["audit", "absent", "--forget", str(forget)]),
-        ("eval", ["eval", "absent", "--tasks", "arc_easy"]),
-        ("vault", ["encrypt", "absent", "--out", str(tmp_path / "locked")]),
-        ("vault", ["decrypt", "absent", "--out", str(tmp_path / "opened")]),
-        ("demo", ["isolate", str(gguf), "--forget", str(forget), "--out", str(tmp_path / "out")]),
-        ("eval", None),
-    ]
-    done = bare(
-        "import json\n"
-        "from libortho import cli\n"
-        "from libortho.integrations import lm_eval_command\n"
-        "for extra, arguments in json.loads(sys.argv[1]):\n"
-        "    sys.argv = ['libortho', *(arguments or ())]\n"
-        "    try: (lm_eval_command if arguments is None else cli.main)()\n"
-        "    except SystemExit as stop: print(extra, stop.code)\n",
-        json.dumps(commands),
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [f"{extra} 2" for extra, _ in commands]
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == len(commands), done.stderr
-    for line, (extra, _) in zip(lines, commands, strict=True):
+def test_commands_name_the_extra_and_load_nothing(bare, commands):
+    said, told = bare[0][0], bare[1][0]
+    assert said == [f"{extra} 2" for extra, _ in commands]
+    assert len(told) == len(commands), told
+    for line, (extra, _) in zip(told, commands, strict=True):
         assert line.startswith("error: ")
         assert f"pip install 'libortho[{extra}]'" in line
 

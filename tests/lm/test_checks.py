@@ -87,29 +87,34 @@ def test_plain_torch_is_plain_and_gives_the_settings_back(name):
     assert settings() == usual
 
 
+@pytest.fixture(scope="module")
+def plain(one_thread, _clean, tokenizer) -> PreTrainedModel:
+    """What a caller without settings gets."""
+    model = copy.deepcopy(_clean)
+    isolate(model, tokenizer)
+    return model
+
+
 @pytest.mark.parametrize("name", SETTINGS)
-def test_the_callers_settings_change_no_result(name, clean, tokenizer, tmp_path):
-    plain, other = copy.deepcopy(clean), copy.deepcopy(clean)
-    isolate(plain, tokenizer)
-    libortho.save(plain, tokenizer, tmp_path / "plain")
+def test_the_callers_settings_change_no_result(name, plain, clean, tokenizer, tmp_path):
     with SETTINGS[name]():
-        isolate(other, tokenizer)
-        libortho.save(other, tokenizer, tmp_path / "other")
-        loaded, _ = libortho.load(tmp_path / "other")
-    tensors = [*loaded.parameters(), *loaded.buffers(), *other.parameters(), *other.buffers()]
+        isolate(clean, tokenizer)
+        libortho.save(clean, tokenizer, tmp_path / "out")
+        loaded, _ = libortho.load(tmp_path / "out")
+    tensors = [*loaded.parameters(), *loaded.buffers(), *clean.parameters(), *clean.buffers()]
     assert not any(t.is_inference() or t.is_meta for t in tensors)
     expected = plain.state_dict()
-    for found in (other.state_dict(), loaded.state_dict()):
+    for found in (clean.state_dict(), loaded.state_dict()):
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[k], expected[k]) for k in expected)
 
 
-@pytest.mark.parametrize("name", ["bfloat16", "inference_mode", "autocast", "device"])
-def test_an_audit_takes_its_own_settings(name, clean, tokenizer):
+def test_an_audit_takes_its_own_settings(clean, tokenizer):
     expected = audit(clean, tokenizer)
-    with SETTINGS[name]():
-        found = audit(clean, tokenizer)
-    assert found.data["subjects"] == expected.data["subjects"]
+    for name in ("bfloat16", "inference_mode", "autocast", "device"):
+        with SETTINGS[name]():
+            found = audit(clean, tokenizer)
+        assert found.data["subjects"] == expected.data["subjects"], name
 
 
 def test_a_model_made_in_inference_mode_is_refused_by_name(tokenizer):
