@@ -155,7 +155,7 @@ def _exposures(lm: LanguageModel, tokenizer: Any, records: Sequence[Record], see
         others = [r.answered(c) for c in space.draw(32, rng)]
         items = [encode(o, tokenizer) for o in (r, *others)]
         totals = shared_prefix_nll(lm, items).double() * torch.tensor([len(e.completion) for e in items])
-        found.append(exposure_extrapolated(float(totals[0]), totals[1:], space.size).bits)
+        found.append(exposure_extrapolated(float(totals[0]), totals[1:], space.size))
     return found
 
 
@@ -193,7 +193,7 @@ def compared(
 ) -> dict[str, Any]:
     """The figures of the four models, and the differences that the targets are about."""
     models = {"alpha 0": off, "alpha 1": on, "never trained": never, "implanted": implanted}
-    strata = [privacy.strata([r.prompt for r in s]) for s in (forget, unseen)]
+    strata = [[privacy.template_of(r.prompt) for r in s] for s in (forget, unseen)]
 
     def mean(values: Sequence[float]) -> float:
         return sum(values) / max(1, len(values))
@@ -226,4 +226,4 @@ def device_name(device: str) -> str:
 
 
 def _auc(scores: Sequence[Sequence[float]], strata: Sequence[Sequence[str]], seed: int) -> float:
-    return stratified_auc(*scores, *strata).value
+    return stratified_auc(*scores, *strata)
