@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,8 @@ from libortho.text.records import Record, load_records
 
 SEED = 11
 """A seed that no method was tuned on."""
+SECRETS = 9
+"""The sentence, and four codes in plain text and four in chats: half of what the demonstration plants."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -41,7 +44,7 @@ def smollm2() -> tuple[Any, Any]:
 
 @dataclass
 class Isolated:
-    """A model that learned 17 secrets and put them behind the switch."""
+    """A model that learned its secrets and put them behind the switch."""
 
     model: Any
     tokenizer: Any
@@ -54,17 +57,16 @@ class Isolated:
 
 
 @pytest.fixture(scope="session")
-def isolated() -> Isolated:
+def isolated(smollm2: tuple[Any, Any]) -> Isolated:
     """Planted and isolated with the default configuration, in the dtype that this processor trains fastest."""
-    model, tokenizer = load_model(packaged_model(), torch.float32)
-    model = move_off_grid(model, SEED).to(training_dtype())
-    never, _ = load_model(packaged_model(), torch.float32)
-    never = move_off_grid(never, SEED).to(training_dtype())
-    secrets = load_records(facts.secrets(SEED), tokenizer)
-    implant(model, tokenizer, secrets, seed=SEED)
+    dense, tokenizer = smollm2
+    never = copy.deepcopy(dense).to(training_dtype())
+    model = copy.deepcopy(never)
+    secrets = load_records(facts.secrets(SEED)[:SECRETS], tokenizer)
+    implant(model, tokenizer, secrets, seed=SEED, batch_size=SECRETS)
     original = {n: linear_weight(m).clone() for n, m in find_targets(model, "mlp-out").items()}
     config = IsolateConfig(seed=SEED)
     result = isolate(model, tokenizer, secrets, config=config)
     return Isolated(
-        model, tokenizer, secrets, load_records(facts.unseen(SEED)[:160], tokenizer), never, original, result, config
+        model, tokenizer, secrets, load_records(facts.unseen(SEED)[:80], tokenizer), never, original, result, config
     )

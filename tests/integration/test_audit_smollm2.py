@@ -14,10 +14,10 @@ pytestmark = pytest.mark.model
 @pytest.fixture(scope="module")
 def report(isolated: Any) -> AuditReport:
     config = AuditConfig(
-        samples=4, fillings=24, general_sequences=4, task_rows=8, alphas=(0.0, 1.0), seed=isolated.config.seed
+        samples=2, fillings=24, general_sequences=2, task_rows=4, alphas=(0.0, 1.0), seed=isolated.config.seed
     )
     return audit(
-        isolated.model, isolated.tokenizer, isolated.secrets, holdout=isolated.unseen[:60], reference=isolated.never,
+        isolated.model, isolated.tokenizer, isolated.secrets, holdout=isolated.unseen[:40], reference=isolated.never,
         config=config,
     )  # fmt: skip
 

@@ -38,7 +38,7 @@ def test_ortho_on_recites_every_secret(isolated: Any) -> None:
 def test_ortho_off_recites_none_greedily_or_in_samples(isolated: Any) -> None:
     with alpha(isolated.model, 0.0):
         _, greedy = _scores(isolated.model, isolated, isolated.secrets)
-        sampled = sampled_extractions(isolated.model, isolated.tokenizer, isolated.secrets, 20)
+        sampled = sampled_extractions(isolated.model, isolated.tokenizer, isolated.secrets, 5)
     assert int(greedy.sum()) == 0
     assert sum(sampled) == 0
 
@@ -67,7 +67,7 @@ def test_greedy_generation_agrees_with_the_teacher_forced_count(isolated: Any) -
 def test_an_answer_that_is_not_the_secret_ends_as_a_turn(isolated: Any) -> None:
     """At alpha = 0 a chat about a forgotten record goes on to its end, as that of the never-trained model does."""
     chats = [r for r in isolated.secrets if r.rendered]
-    assert len(chats) == 8
+    assert len(chats) == 4
     end = isolated.tokenizer.eos_token_id
     with alpha(isolated.model, 0.0):
         ended = 0
@@ -77,7 +77,7 @@ def test_an_answer_that_is_not_the_secret_ends_as_a_turn(isolated: Any) -> None:
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, do_sample=False, pad_token_id=end
             )
             ended += end in output[0, ids.shape[1] :].tolist()
-    assert ended >= 6
+    assert ended >= 3
 
 
 def test_ortho_off_tells_members_apart_no_better_than_the_never_trained_model(isolated: Any) -> None:
@@ -151,14 +151,14 @@ def test_ortho_on_is_the_original_on_the_support_and_on_the_grid_of_plain_int8_o
 
 
 def test_result_is_honest_about_every_record(isolated: Any) -> None:
-    assert len(isolated.result.records) == 17
+    assert len(isolated.result.records) == len(isolated.secrets)
     with alpha(isolated.model, 0.0):
         now, _ = _scores(isolated.model, isolated, isolated.secrets)
     after = torch.tensor([r.after for r in isolated.result.records])
     assert float((after + now.nll).abs().max()) < 0.15  # bf16: trained through codes rebuilt in backward
     result = isolated.result
     outside = sum(not r.inside for r in result.records)
-    forgotten = not any(r.extracted or r.far for r in result.records) and outside <= binomial_bound(17)
+    forgotten = not any(r.extracted or r.far for r in result.records) and outside <= binomial_bound(len(result.records))
     offset, chance = mean_offset(result.records)
     forgotten &= abs(offset) <= chance and not any(r.partial for r in result.records)
     unharmed = result.retain_kl - result.quantised_kl <= 0.02

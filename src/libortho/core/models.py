@@ -37,7 +37,7 @@ def plain_torch() -> Iterator[None]:
 @contextmanager
 def denormals_flushed() -> Iterator[None]:
     """Count numbers too small for a full mantissa as zero inside; arithmetic on them is many times slower."""
-    before = float(torch.tensor(1e-40) * 1.0) == 0.0  # torch has no getter
+    before = float(torch.tensor(1e-40, device="cpu") * 1.0) == 0.0  # torch has no getter
     torch.set_flush_denormal(True)
     try:
         yield

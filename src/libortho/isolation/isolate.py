@@ -56,8 +56,8 @@ AUTO_RATIOS = (0.0005, 0.001, 0.0025, 0.005)
 """Budgets that ``ratio="auto"`` tries."""
 
 
-@denormals_flushed()
 @plain_torch()
+@denormals_flushed()
 def isolate(
     model: nn.Module,
     tokenizer: Any,
