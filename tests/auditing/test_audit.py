@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import libortho
 import tiny
-from libortho import AuditConfig, AuditReport, DataError, SplitConfig, audit
+from libortho import AuditConfig, AuditReport, ConfigError, DataError, SplitConfig, audit
 from libortho.core.layer import OrthoLinear, ortho_layers
 from libortho.core.streams import BaseStream, Columns, OrthoStream
 from libortho.core.surgery import install
@@ -286,6 +286,14 @@ def test_one_folder_serves_audits_with_other_settings(
     assert other.to_json() != first.to_json() == _run(knowing, tokenizer, resume=tmp_path / "kept").to_json()
     assert len(list((tmp_path / "kept").iterdir())) == 2
     assert all(p.stat().st_mode & 0o077 == 0 for p in tmp_path.rglob("*"))
+
+
+def test_a_file_is_no_folder_to_resume_in(
+    knowing: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    (tmp_path / "kept").touch()
+    with pytest.raises(ConfigError, match="resume is .*kept', a file"):
+        _run(knowing, tokenizer, resume=tmp_path / "kept")
 
 
 def test_progress_ends_at_its_total(knowing: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -25,6 +25,7 @@ from libortho.auditing.schema import SCHEMA
 from libortho.auditing.subjects import Subject, subjects_of
 from libortho.auditing.verdicts import verdicts
 from libortho.core.arguments import check_model, check_tokenizer
+from libortho.core.errors import ConfigError
 from libortho.core.extras import require
 from libortho.core.models import plain_torch, unwrapped
 from libortho.core.progress import Progress
@@ -80,7 +81,7 @@ def audit(
     Raises:
         DataError: if data is missing or malformed, or holdout and forget overlap; the message names the records.
         TargetError: if a model is no model in memory (a path), or not a causal LM.
-        ConfigError: if there is no tokenizer.
+        ConfigError: if there is no tokenizer, or ``resume`` is a file.
         LibOrthoError: if the extra ``audit`` is not installed.
     """
     require("audit", "audit")
@@ -119,8 +120,11 @@ def _cache(resume: str | Path | None, key: str) -> RunCache:
     """What is kept of this audit: a folder of its own within ``resume``, which may serve several audits."""
     if resume is None:
         return RunCache()
-    Path(resume).mkdir(parents=True, exist_ok=True, mode=0o700)
-    return RunCache(Path(resume) / key[:32], key)
+    folder = Path(resume)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"resume is {str(folder)!r}, a file; expected a folder")
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return RunCache(folder / key[:32], key)
 
 
 @contextlib.contextmanager
