@@ -292,7 +292,7 @@ def test_a_file_is_no_folder_to_resume_in(
     knowing: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     (tmp_path / "kept").touch()
-    with pytest.raises(ConfigError, match="resume is .*kept', a file"):
+    with pytest.raises(ConfigError, match=r"resume is .*kept', a file"):
         _run(knowing, tokenizer, resume=tmp_path / "kept")
 
 
