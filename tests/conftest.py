@@ -4,6 +4,7 @@ import copy
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,13 +25,22 @@ from probe import Probe
 VOCABULARY = 128
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep what shares a fixture in one worker (``--dist loadgroup``), and begin with the isolated real model."""
-    for item in items:
-        shared = "isolated real model" if "integration" in item.path.parts else item.path.name
-        item.add_marker(pytest.mark.xdist_group(shared))
+    """Begin with the isolated real model, which takes longest."""
     items.sort(key=lambda item: "integration" not in item.path.parts)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep what shares a fixture in one worker: the tests of a file, and all those of the isolated real model."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFixture(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, _ = nodeid.partition("::")
+            return "integration" if "/integration/" in file else file
+
+    return ByFixture(config, log)
 
 
 @pytest.fixture(autouse=True)
