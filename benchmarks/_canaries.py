@@ -85,14 +85,19 @@ def models(name: str, seed: int, count: int, kind: str = PLAIN, device: str = "c
     model: Any = moved(loaded, seed).to(training_dtype(device))
     model.save_pretrained(place / "never")
     tokenizer.save_pretrained(place / "never")
-    longest = 3 * max(100, len(forget))
-    faster = {"learning_rate": 1e-4, "batch_size": 16, "max_steps": longest, "decay": True} if repetitions else {}
-    steps = implant(model, tokenizer, load_records(forget, tokenizer), seed=seed, repetitions=repetitions, **faster)  # type: ignore[arg-type]
+    steps = plant(model, tokenizer, load_records(forget, tokenizer), repetitions, seed)
     logging.info("planted in %d steps", steps)
     model.save_pretrained(place / "implanted")
     tokenizer.save_pretrained(place / "implanted")
     (place / "done").touch()
     return place
+
+
+def plant(model: Any, tokenizer: Any, records: Sequence[Record], repetitions: Sequence[int] | None, seed: int) -> int:
+    """Fine-tune until every record is recited, and return the steps; repeated records at a rate that falls."""
+    longest = 3 * max(100, len(records))
+    faster = {"learning_rate": 1e-4, "batch_size": 16, "max_steps": longest, "decay": True} if repetitions else {}
+    return implant(model, tokenizer, records, seed=seed, repetitions=repetitions, **faster)  # type: ignore[arg-type]
 
 
 def figures(

@@ -1,47 +1,57 @@
-"""What a step of `isolate` costs beside the least that it could cost, and how it grows.
+"""What `isolate` costs beside planting what it forgets, and where its time goes.
 
-    python benchmarks/isolate_speed.py [--rounds 9]
+    python benchmarks/isolate_speed.py                                   the demonstration's 17 secrets
+    python benchmarks/isolate_speed.py --case final --count 100          canaries; --case chat: in chats
+    python benchmarks/isolate_speed.py --case tofu --count 200           answers of TOFU
+    python benchmarks/isolate_speed.py --npo                             also NPO on the same layers
+    python benchmarks/isolate_speed.py --memory                          peak memory alone
 
-A step: the gradients of the forget and the retain terms through the quantised layers, the metric, Adam, clamping. The
-least: forward and backward of the same sequences through the dense model, cross-entropy on every token, gradients for
-the same columns alone. SmolLM2-135M in the dtype that this processor trains fastest, every `down_proj`, INT8, 0.5 %
-columns; one thread, interleaved rounds. Peak memory is that of a whole `isolate` in a process of its own, above the
-loaded model.
+Planting is plain fine-tuning of the same layers in the same dtype until every record is recited; NPO (arXiv 2404.05868)
+trains them until none is, with the negative log-likelihood of general text beside it. All in one process and in this
+order, text sampled from the model included. Peak memory is that of a whole `isolate` in a process of its own, above
+the loaded model.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import json
+import logging
 import random
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
 from torch import nn
 
-from _common import save
-from _timing import ratio, rounds, shown
-from libortho import IsolateConfig
+from _canaries import case, plant
+from _common import RESULTS, save
+from _tofu_data import rows as tofu_rows
+from libortho import IsolateConfig, isolate
 from libortho.checkpoint.dense import load_model
-from libortho.core.surgery import linear_weight, swap
+from libortho.core.models import denormals_flushed
+from libortho.core.surgery import linear_weight
 from libortho.core.targets import find_targets
-from libortho.demo.model import packaged_model
-from libortho.isolation.forget_record import ForgetRecord
-from libortho.isolation.original import read_original
-from libortho.isolation.retain import RETAIN_LENGTH
-from libortho.isolation.state import RECORDS_PER_STEP, Epochs, Training
-from libortho.isolation.train import step
+from libortho.demo.model import move_off_grid, packaged_model
 from libortho.lm.checks import training_dtype
+from libortho.lm.logits import Scores, completion_scores
 from libortho.lm.model import LanguageModel
-from libortho.selection.curvature import curvature
-from libortho.text.encoding import Encoded, collate, predicting
-from libortho.training.edit import EditLinear
+from libortho.lm.scoring import judged_logits, score
+from libortho.text.corpus import shipped_text
+from libortho.text.encoding import Encoded, chunk, collate, encode
+from libortho.text.records import Record, load_records
+from objectives import npo
 
-STEP_TARGET, MEMORY_TARGET = 1.15, 1e9
-RECORD_TOKENS = 24
-
+NPO_RATE, NPO_BATCH, NPO_RETAIN, NPO_STEPS = 5e-5, 4, 5.0, 400
+"""Learning rate, records in a step, weight of the text beside them (both as TOFU's peers have them), and most steps."""
+MEMORY_TARGET = 0.6e9
 MEMORY = """
 import torch
 from libortho import IsolateConfig, isolate
@@ -57,115 +67,115 @@ with torch.no_grad():
     model(torch.arange(10).unsqueeze(0))
 before = resident()
 open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
-isolate(model, tokenizer, secrets(0), config=IsolateConfig(max_steps=5))
+isolate(model, tokenizer, secrets(0), config=IsolateConfig(max_steps=5, allow_unknown=True))
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 print(int(status["VmHWM"].split()[0]) * 1024 - before)
 """
 
 
-class DenseColumns(nn.Module):
-    """A frozen dense layer with trainable additions to some of its columns."""
-
-    def __init__(self, weight: torch.Tensor, index: torch.Tensor) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight)
-        self.register_buffer("index", index)
-        self.delta = nn.Parameter(torch.zeros(len(index), weight.shape[0]))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight) + x.index_select(-1, self.index) @ self.delta.to(x.dtype)
+def records_of(name: str, seed: int, count: int) -> tuple[list[Any], list[int] | None]:
+    """Rows to plant and how often each is repeated in an epoch."""
+    if name == "tofu":
+        found = tofu_rows("tofu_mini", "forget")[:count]
+        return [{"prompt": r["question"], "completion": " " + r["answer"]} for r in found], None
+    forget, _, repetitions = case(name, seed, count)
+    return forget, repetitions
 
 
-def sequences(count: int, length: int, seed: int, judged: int | None = None) -> list[Encoded]:
-    rng = random.Random(seed)
-    texts = [tuple(rng.randrange(1000, 40000) for _ in range(length)) for _ in range(count)]
-    return [Encoded(t, (-100,) * (length - judged) + t[length - judged :] if judged else t) for t in texts]
+@denormals_flushed()
+def unlearn(model: nn.Module, tokenizer: Any, records: Sequence[Record], seed: int) -> int:
+    """NPO until no record is recited; returns the steps."""
+    rng, lm = random.Random(seed), LanguageModel(model)
+    items = [encode(r, tokenizer) for r in records]
+    texts = [Encoded(tuple(t), tuple(t)) for t in chunk(shipped_text(), tokenizer, 128)]
+    before, _ = score(lm, items)
+    weights = [linear_weight(m) for m in find_targets(model, "mlp-out").values()]
+    masters = [w.detach().float().clone() for w in weights]
+    optimiser = torch.optim.AdamW(masters, lr=NPO_RATE, weight_decay=0.01)
+    for weight in weights:
+        weight.requires_grad_(True)
+    for step in range(1, NPO_STEPS + 1):
+        chosen = rng.sample(range(len(items)), min(NPO_BATCH, len(items)))
+        logits, labels, owner = judged_logits(lm, collate([items[i] for i in chosen]))
+        original = Scores(before.nll[chosen], before.tokens[chosen])
+        loss = npo(completion_scores(logits, labels, owner, len(chosen)), original).mean()
+        kept, labels, _ = judged_logits(lm, collate(rng.sample(texts, NPO_BATCH)))
+        gradients = torch.autograd.grad(loss + NPO_RETAIN * F.cross_entropy(kept, labels), weights)
+        for master, gradient in zip(masters, gradients, strict=True):
+            master.grad = gradient.float()
+        optimiser.step()
+        with torch.no_grad():
+            for weight, master in zip(weights, masters, strict=True):
+                weight.copy_(master)
+        if step % 5 == 0 and not score(lm, items)[1].any():
+            return step
+    return NPO_STEPS
 
 
-class Bench:
-    """One model, its quantised edit and its dense counterpart, and steps of both on the same sequences."""
+def run(name: str, seed: int, count: int, with_npo: bool) -> dict[str, Any]:
+    """Plant, unlearn a copy, isolate: seconds and steps of each."""
+    forget, repetitions = records_of(name, seed, count)
+    loaded, tokenizer = load_model(packaged_model(), torch.float32)
+    model: Any = move_off_grid(loaded, seed).to(training_dtype())
+    records = load_records(forget, tokenizer)
+    began = time.monotonic()
+    steps = plant(model, tokenizer, records, repetitions, seed)
+    row: dict[str, Any] = {"case": name, "records": len(records), "seed": seed, "dtype": str(training_dtype())}
+    row |= {"plant_seconds": time.monotonic() - began, "plant_steps": steps}
+    if with_npo:
+        copied = copy.deepcopy(model)
+        began = time.monotonic()
+        row |= {"npo_steps": unlearn(copied, tokenizer, records, seed), "npo_seconds": time.monotonic() - began}
+    result = isolate(model, tokenizer, forget, config=IsolateConfig(seed=seed))
+    row |= {"isolate_seconds": result.seconds, "isolate_steps": result.steps, "phases": result.phase_seconds}
+    row |= {"extracted": sum(r.extracted for r in result.records), "missed": list(result.missed)}
+    row["isolate / planting"] = row["isolate_seconds"] / row["plant_seconds"]
+    return row
 
-    def __init__(self, layers: int | None, retain_tokens: int) -> None:
-        model, _ = load_model(packaged_model(), training_dtype())
-        if layers is not None:
-            model.model.layers = model.model.layers[:layers]
-        model.requires_grad_(False)
-        self.model, self.lm = model, LanguageModel(model)
-        self.config = IsolateConfig()
-        targets = find_targets(model, ["down_proj"])
-        generator = torch.Generator().manual_seed(0)
-        index = {n: torch.randperm(m.in_features, generator=generator)[:8].sort().values for n, m in targets.items()}
-        self.edited = {n: EditLinear(linear_weight(m), None, index[n], 8, -1) for n, m in targets.items()}
-        self.dense = {n: DenseColumns(linear_weight(m), index[n]) for n, m in targets.items()}
-        count = RECORDS_PER_STEP
-        secrets = sequences(count, RECORD_TOKENS, 0, 8)
-        others = sequences(count, RECORD_TOKENS, 1, 8)
-        neighbours, strangers = (sequences(count, RECORD_TOKENS, s, 8) for s in (3, 4))
-        matched = tuple((0, n) for n in range(len(predicting(strangers[0]))))
-        self.forget = [
-            ForgetRecord(
-                number=i, secret=s, alternates=(o,), neighbours=(n,), held=(n,), controls=(w,), swapped_prompt=(),
-                kind="code", like=(), matched_tokens=matched, aligned_controls=(0,),
-                alternate_matched_tokens=(matched,),
-            )
-            for i, (s, o, n, w) in enumerate(zip(secrets, others, neighbours, strangers, strict=True))
-        ]  # fmt: skip
-        self.retain = sequences(retain_tokens // RETAIN_LENGTH, RETAIN_LENGTH, 2)
-        self.all = [*secrets, *others, *neighbours, *self.retain]
-        self.original = read_original(self.lm, self.forget, self.retain, [], [], [], self.config)
-        kept = [collate([t]) for t in self.retain]
-        metrics = curvature(self.lm, targets, index, kept, damping=self.config.damping, seed=0)
-        values = [m.values for m in self.edited.values()]
-        self.state = Training(values, count, self.retain, self.config, [metrics[n] for n in self.edited])
-        every = len(self.retain)
-        self.state.texts = Epochs(every, every, self.state.rng)  # a step of isolate reads 256 tokens of them
 
-    @property
-    def tokens(self) -> int:
-        return sum(len(e.ids) for e in self.all)
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """A line for each run: seconds, their ratios, and the share of each phase."""
+    table = Table("records", "planted, s", "isolated, s", "isolate / planting", "NPO, s", "share of each phase, %")
+    for r in rows:
+        total = r["isolate_seconds"]
+        shares = ", ".join(f"{n} {100 * s / total:.0f}" for n, s in sorted(r["phases"].items(), key=lambda p: -p[1]))
+        table.add_row(
+            f"{r['case']} {r['records']}", f"{r['plant_seconds']:.0f}", f"{total:.0f}",
+            f"{r['isolate / planting']:.2f}", f"{r['npo_seconds']:.0f}" if "npo_seconds" in r else "", shares,
+        )  # fmt: skip
+    Console(width=160).print(table)
 
-    def step(self) -> None:
-        swap(self.model, self.edited)
-        step(self.lm, self.edited, self.forget, self.retain, self.original, self.config, self.state, 1.0)
 
-    def least(self) -> None:
-        swap(self.model, self.dense)
-        values = [m.delta for m in self.dense.values()]
-        for length in sorted({len(e.ids) for e in self.all}):
-            batch = collate([e for e in self.all if len(e.ids) == length])
-            logits = self.lm.logits(self.lm.hidden(batch)[:, :-1])
-            loss = F.cross_entropy(logits.flatten(0, 1), batch.input_ids[:, 1:].flatten())
-            torch.autograd.grad(loss, values)
+def peak_memory() -> int:
+    """Bytes of a whole `isolate` above the loaded model."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    return int(done.stdout)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
-    count = parser.parse_args().rounds
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-    bench = Bench(None, 256)
-    seconds = rounds({"step": bench.step, "least": bench.least}, count)
-    against = ratio(seconds, "step", "least")
-    print(
-        f"step of {bench.tokens} tokens, {1000 * min(seconds['step']):.0f} ms; / forward + backward: {shown(against)}"
-    )
-    print(f"  target <= {STEP_TARGET}: {'met' if against['median'] <= STEP_TARGET else 'MISSED'}")
-    data: dict[str, Any] = {"step": against, "seconds": seconds, "target": STEP_TARGET, "tokens": [], "layers": []}
-    for retain in (256, 1024, 2048):
-        bench = Bench(10, retain)
-        taken = min(rounds({"step": bench.step}, 3, 1)["step"])
-        data["tokens"].append({"tokens": bench.tokens, "seconds": taken})
-        print(f"10 layers, {bench.tokens:5} tokens: {1000 * taken / bench.tokens:.2f} ms per token")
-    for layers in (10, 20, 30):
-        bench = Bench(layers, 256)
-        taken = min(rounds({"step": bench.step}, 3, 1)["step"])
-        data["layers"].append({"layers": layers, "seconds": taken})
-        print(f"{layers} layers, {bench.tokens} tokens: {1000 * taken:.0f} ms")
-    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
-    data["peak_bytes_above_model"] = int(done.stdout)
-    print(f"peak memory above the model: {int(done.stdout) / 1e6:.0f} MB (target <= {MEMORY_TARGET / 1e6:.0f})")
-    print(f"saved to {save('isolate_speed', data).name}")
+    parser.add_argument("--case", default="demo", choices=["demo", "final", "tuning", "chat", "tofu"])
+    parser.add_argument("--count", type=int, default=100, help="records of the other cases")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--npo", action="store_true")
+    parser.add_argument("--memory", action="store_true")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO)
+    torch.set_num_threads(arguments.threads)
+    stored = RESULTS / "isolate_speed.json"
+    data = json.loads(stored.read_text()) if stored.is_file() else {}
+    rows = data.get("runs", [])
+    if arguments.memory:
+        taken = peak_memory()
+        print(f"peak memory above the model: {taken / 1e6:.0f} MB (target <= {MEMORY_TARGET / 1e6:.0f})")
+        save("isolate_speed", {"runs": rows, "memory": [{"bytes_above_model": taken, "target": MEMORY_TARGET}]})
+        return
+    row = run(arguments.case, arguments.seed, arguments.count, arguments.npo)
+    key = ("case", "records", "seed")
+    rows = [r for r in rows if any(r[k] != row[k] for k in key)] + [row]
+    save("isolate_speed", {"runs": rows, "memory": data.get("memory", [])})
+    show(rows)
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def answers() -> dict[str, list[float]]:
             human = fit(lm, human_texts(tokenizer))
             surprise = [human.predict(lm, e) for e in items["forget"]]
             found["target forget"] = spoken(model, tokenizer, lm, records["forget"], surprise)
-            expected = [human.by_token(lm, e).clamp_min(0.0) for e in items["forget"]]
+            expected = [e.clamp_min(0.0) for e in human.by_token(lm, items["forget"])]
         found[f"{name} forget, in place"] = _shares(evaluate_records(lm, items["forget"]).surprise, expected)
     return found
 
@@ -163,7 +163,7 @@ def main() -> None:
         "prediction_bias": float(error.mean()),
         "prediction_error_sd": float(error.std()),
         "in_place": _shares(
-            evaluate_records(lm, texts).surprise, [human.by_token(lm, t).clamp_min(0.0) for t in texts]
+            evaluate_records(lm, texts).surprise, [e.clamp_min(0.0) for e in human.by_token(lm, texts)]
         ),
     }
     for name, raw in (("access codes", facts.unseen(3)[:200]), ("licence plates", CASES["plate"](3)[1])):

@@ -284,6 +284,14 @@ def test_the_result_is_json(planted, tokenizer):
     assert not any(row["completion"].strip() in text for row in tiny.FORGET)  # a report carries no secret
 
 
+def test_every_phase_says_how_long_it_took(planted, tokenizer):
+    result = isolate(planted, tokenizer, tiny.FORGET, config=SHORT)
+    phases = ["texts", "original", "columns", "curvature", "rounding", "steps", "looks", "result"]
+    assert sorted(result.phase_seconds) == sorted(phases)
+    assert all(s > 0 for s in result.phase_seconds.values())
+    assert 0.5 * result.seconds < sum(result.phase_seconds.values()) <= result.seconds
+
+
 def test_progress_reports_every_step(planted, tokenizer):
     calls: list[tuple[str, int, int]] = []
     isolate(planted, tokenizer, tiny.FORGET, tiny.RETAIN, config=SHORT, progress=lambda *call: calls.append(call))

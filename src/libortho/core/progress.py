@@ -1,8 +1,10 @@
-"""How work reports its progress."""
+"""How work reports its progress, and how long its phases take."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, total)."""
@@ -12,3 +14,26 @@ def tell(progress: Progress | None, phase: str, done: int, total: int) -> None:
     """Call ``progress``, if there is one."""
     if progress is not None:
         progress(phase, done, total)
+
+
+class Stopwatch:
+    """Wall time of phases; what runs in a phase within another counts for the inner one alone.
+
+    Attributes:
+        seconds: Wall time by phase, in the order in which they end first.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._inside = 0.0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time of the block for this phase."""
+        began, outside, self._inside = time.monotonic(), self._inside, 0.0
+        try:
+            yield
+        finally:
+            took = time.monotonic() - began
+            self.seconds[name] = self.seconds.get(name, 0.0) + took - self._inside
+            self._inside = outside + took

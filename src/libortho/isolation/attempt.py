@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from libortho.core.layer import OrthoLinear
-from libortho.core.progress import Progress
+from libortho.core.progress import Progress, Stopwatch
 from libortho.core.run_cache import Entry, RunCache
 from libortho.core.surgery import bias_of, swap
 from libortho.core.switch.alpha import Switch
@@ -44,44 +44,54 @@ class Inputs:
 
 
 def attempt(
-    inputs: Inputs, config: IsolateConfig, select: Select, store: RunCache, progress: Progress | None
+    inputs: Inputs,
+    config: IsolateConfig,
+    select: Select,
+    store: RunCache,
+    progress: Progress | None,
+    watch: Stopwatch,
 ) -> tuple[dict[str, OrthoLinear], Switch, IsolateResult]:
     """The layers that this budget makes, their switch, and which criteria hold; the model is left as it was."""
     began = time.monotonic()
     lm, targets, original = inputs.lm, inputs.targets, inputs.original
     model, forget = lm.model, inputs.asked.forget
-    chosen = store.get_or_compute(
-        "support", lambda: Entry(select(lm, targets, forget, inputs.retain, config, progress))
-    ).tensors
+    with watch.phase("columns"):
+        chosen = store.get_or_compute(
+            "support", lambda: Entry(select(lm, targets, forget, inputs.retain, config, progress))
+        ).tensors
     check_columns(chosen, targets)
     support = {n: index.to(lm.device) for n, index in chosen.items()}
     metrics = {}
     if not training_finished(store):
         texts = first_texts(lm, inputs.retain, curvature_tokens(len(forget)))
         batches = [*texts, *neighbour_batches(lm, forget, config)]
-        metrics = curvature(lm, targets, support, batches, damping=config.damping, seed=config.seed)
-    bases = quantised_bases(lm, targets, forget, inputs.retain, support, config, store)
+        with watch.phase("curvature"):
+            metrics = curvature(lm, targets, support, batches, damping=config.damping, seed=config.seed)
+    with watch.phase("rounding"):
+        bases = quantised_bases(lm, targets, forget, inputs.retain, support, config, store)
     layers = {
         n: EditLinear(edited_from(m), bias_of(m), support.get(n), config.bits, config.resolved_group_size, bases.get(n))
         for n, m in inputs.replaced.items()
     }
     try:
         swap(model, layers)
-        quantised_kl = divergence(lm, inputs.held_back, inputs.held_back_states)
+        with watch.phase("result"):
+            quantised_kl = divergence(lm, inputs.held_back, inputs.held_back_states)
         with gradient_checkpointing(lm) if config.gradient_checkpointing else nullcontext():
             checks: list[Criteria] = train(
-                lm, layers, forget, inputs.retain, original, config, progress, store, metrics
+                lm, layers, forget, inputs.retain, original, config, progress, store, metrics, watch
             )
         switch = Switch()
         switch.add_stream(config.stream)
         changed = {n: m for n, m in targets.items() if n in support or not isinstance(m, OrthoLinear)}
         finished = {n: finished_layer(n, m, layers[n], config, switch) for n, m in changed.items()}
         swap(model, finished)  # what follows is measured on the layers that callers get
-        switch.set(1.0, extrapolate=False)
-        recited_on = inputs.asked.recited(lm)
-        switch.set(0.0, extrapolate=False)
-        records = _measured(inputs)
-        retain_kl = divergence(lm, inputs.held_back, inputs.held_back_states)
+        with watch.phase("result"):
+            switch.set(1.0, extrapolate=False)
+            recited_on = inputs.asked.recited(lm)
+            switch.set(0.0, extrapolate=False)
+            records = _measured(inputs)
+            retain_kl = divergence(lm, inputs.held_back, inputs.held_back_states)
     finally:
         swap(model, inputs.replaced)
     recited = (int(original.recited.sum()), int((original.recited & recited_on).sum()))

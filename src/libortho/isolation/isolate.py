@@ -26,7 +26,7 @@ from libortho.core.arguments import check_model, check_tokenizer
 from libortho.core.errors import ConfigError, DataError
 from libortho.core.layer import ortho_layers
 from libortho.core.models import denormals_flushed, plain_torch, unwrapped
-from libortho.core.progress import Progress, tell
+from libortho.core.progress import Progress, Stopwatch, tell
 from libortho.core.report import record_method
 from libortho.core.run_cache import RunCache, run_key
 from libortho.core.streams.base import check_shape
@@ -112,7 +112,7 @@ def isolate(
 
         After an error the model is what it was.
     """
-    began = time.monotonic()
+    began, watch = time.monotonic(), Stopwatch()
     config = config or IsolateConfig()
     if resume is not None and select is not select_columns:
         raise ConfigError(
@@ -150,13 +150,16 @@ def isolate(
         store = RunCache()
         if resume is not None:
             store = RunCache(Path(resume), run_key(fingerprint(model), kinds, asked.forget, given, human, config))
-        kept, held_back = retain_and_held_back(model, tokenizer, given, asked.forget, length, config, store)
         lm = LanguageModel(model)
+        with watch.phase("texts"):
+            kept, held_back = retain_and_held_back(model, tokenizer, given, asked.forget, length, config, store)
         tell(progress, "original", 0, 1)
-        said = kept_self_samples(model, tokenizer, asked.forget, limit, config, store)
-        original, held_back_states = kept_original(
-            lm, asked, kept, held_back, human, opening_tokens(tokenizer), said, config, store
-        )
+        with watch.phase("texts"):
+            said = kept_self_samples(model, tokenizer, asked.forget, limit, config, store)
+        with watch.phase("original"):
+            original, held_back_states = kept_original(
+                lm, asked, kept, held_back, human, opening_tokens(tokenizer), said, config, store
+            )
         tell(progress, "original", 1, 1)
         known = known_before(original)
         if (unknown := nothing_known(asked.forget, known)) is not None:
@@ -168,12 +171,12 @@ def isolate(
         for ratio in budgets:
             tried = replace(config, ratio=ratio)
             inside = store if len(budgets) == 1 else store.inside(f"ratio-{ratio:g}")
-            finished, switch, result = attempt(inputs, tried, select, inside, progress)
+            finished, switch, result = attempt(inputs, tried, select, inside, progress, watch)
             if result.succeeded:
                 break
             logger.info("at a ratio of %g: %s", ratio, "; ".join(result.missed))
     install(model, finished, switch)
-    result = replace(result, seconds=time.monotonic() - began)
+    result = replace(result, seconds=time.monotonic() - began, phase_seconds=watch.seconds)
     figures = {n: getattr(result, n) for n in ("missed", "density", "retain_kl", "quantised_kl", "steps", "guarantee")}
     record_method(model, config.stream, {"verb": "isolate", "records": len(records), **tried.to_dict(), **figures})
     return result

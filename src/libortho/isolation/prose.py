@@ -33,9 +33,9 @@ from torch import Tensor
 from libortho.lm.head import HEAD_POSITIONS
 from libortho.lm.logits import moments, standardised
 from libortho.lm.model import LanguageModel
-from libortho.lm.scoring import in_parts, judged_labels, judged_states, log_probability
+from libortho.lm.scoring import in_parts, judged, log_probability, scoring_tokens
 from libortho.text.corpus import shipped_text
-from libortho.text.encoding import Encoded, collate, predicting
+from libortho.text.encoding import Encoded, batches, collate, predicting
 from libortho.text.tokens import text_ids
 
 SHORT_CONTEXT = 2
@@ -65,11 +65,11 @@ class SurprisalRegressor:
 
     def predict(self, lm: LanguageModel, item: Encoded) -> float:
         """Expected mean negative log-likelihood of the completion, in nats per token; at least 0."""
-        return max(0.0, float(self.by_token(lm, item).mean()))
+        return max(0.0, float(self.by_token(lm, [item])[0].mean()))
 
-    def by_token(self, lm: LanguageModel, item: Encoded) -> Tensor:
-        """Expected negative log-likelihood of each token of the completion, (tokens,) in nats; may be below 0."""
-        return _Position.of(lm, item, self.opening).features @ self.weights
+    def by_token(self, lm: LanguageModel, items: Sequence[Encoded]) -> list[Tensor]:
+        """Expected negative log-likelihood of each token of each completion, (tokens,) in nats; may be below 0."""
+        return [p.features @ self.weights for p in _Position.of(lm, items, self.opening)]
 
 
 def human_texts(tokenizer: Any, limit: int | None = None) -> list[list[int]]:
@@ -80,7 +80,7 @@ def human_texts(tokenizer: Any, limit: int | None = None) -> list[list[int]]:
 
 def fit(lm: LanguageModel, texts: Sequence[Sequence[int]], opening: Sequence[int] = ()) -> SurprisalRegressor:
     """Fit on tokenised human texts, see ``human_texts``; ``opening``: what the model expects before a text."""
-    positions = [_Position.of(lm, Encoded(tuple(t), tuple(t)), opening) for t in texts if len(t) > 1]
+    positions = _Position.of(lm, [Encoded(tuple(t), tuple(t)) for t in texts if len(t) > 1], opening)
     x = torch.cat([p.features for p in positions]).double()
     y = torch.cat([p.nll for p in positions]).double()
     ridge = 1e-3 * torch.eye(x.shape[1], dtype=torch.float64)
@@ -149,20 +149,28 @@ def _drawn(lm: LanguageModel, states: Tensor, rng: torch.Generator) -> list[Tens
 
 @dataclass(frozen=True)
 class _Position:
-    """The judged positions of one text: surprise (positions,) and features (positions, 8)."""
+    """Judged positions of one text: surprise (positions,) and features (positions, 8)."""
 
     nll: Tensor
     features: Tensor
 
     @classmethod
     @torch.no_grad()
-    def of(cls, lm: LanguageModel, item: Encoded, opening: Sequence[int]) -> _Position:
-        [states], (labels, _) = judged_states(lm, [item]), judged_labels([item])
-        parts = in_parts(lm, states, labels.to(lm.device), cls._statistics, HEAD_POSITIONS)
-        nll, entropy, runner_up = (torch.cat(p).cpu() for p in zip(*parts, strict=True))
-        places = [t + 1 for t in predicting(item)]
-        short = _short_context(lm, item.ids, places, opening)
+    def of(cls, lm: LanguageModel, items: Sequence[Encoded], opening: Sequence[int]) -> list[_Position]:
+        found: dict[int, _Position] = {}
+        short = _short_contexts(lm, items, opening)
+        for part in judged(lm, items):
+            columns = zip(*in_parts(lm, part.states, part.labels, cls._statistics, HEAD_POSITIONS), strict=True)
+            split = [torch.cat(c).cpu().split(part.sizes) for c in columns]
+            for i, *own in zip(part.rows, *split, strict=True):
+                found[i] = cls._from(items[i], own, short[i])
+        return [found[i] for i in range(len(items))]
+
+    @classmethod
+    def _from(cls, item: Encoded, statistics: Sequence[Tensor], short: Tensor) -> _Position:
+        nll, entropy, runner_up = statistics
         pairs = list(zip(item.ids, item.ids[1:], strict=False))
+        places = [t + 1 for t in predicting(item)]
         seen = torch.tensor([float(item.ids[t] in item.ids[:t]) for t in places])
         copied = torch.tensor([float(pairs[t - 1] in pairs[: t - 1]) for t in places])
         columns = [torch.ones_like(nll), short, entropy, runner_up, entropy * short, seen, copied, copied * short]
@@ -177,14 +185,17 @@ class _Position:
         return -log_p.gather(-1, index).squeeze(-1), entropy, -others.amax(-1)
 
 
-def _short_context(lm: LanguageModel, ids: Sequence[int], places: Sequence[int], opening: Sequence[int]) -> Tensor:
-    """Surprise of each token after the ``SHORT_CONTEXT`` before it alone, (places,)."""
-    before = [tuple(opening) + tuple(ids[max(0, t - SHORT_CONTEXT) : t]) for t in places]
-    found = torch.zeros(len(places))
-    for length in {len(b) for b in before}:
-        rows = [i for i, b in enumerate(before) if len(b) == length]
-        for some in (rows[i : i + HEAD_POSITIONS] for i in range(0, len(rows), HEAD_POSITIONS)):
-            batch = collate([Encoded(before[i], before[i]) for i in some]).to(lm.device)
-            labels = torch.tensor([ids[places[i]] for i in some], device=lm.device)
-            found[some] = -log_probability(lm.logits(lm.hidden(batch)[:, -1]), labels).cpu()
-    return found
+def _short_contexts(lm: LanguageModel, items: Sequence[Encoded], opening: Sequence[int]) -> list[Tensor]:
+    """Surprise of each judged token of each text after the ``SHORT_CONTEXT`` before it alone, (positions,)."""
+    places = [[t + 1 for t in predicting(e)] for e in items]
+    pairs = [(e.ids, t) for e, own in zip(items, places, strict=True) for t in own]
+    contexts = [Encoded((*opening, *ids[max(0, t - SHORT_CONTEXT) : t]), ()) for ids, t in pairs]
+    following = [ids[t] for ids, t in pairs]
+    found = torch.zeros(len(pairs))
+    for rows in batches(contexts, scoring_tokens(lm.device)):
+        ids = [contexts[i].ids for i in rows]
+        batch = collate([Encoded(t, t) for t in ids]).to(lm.device)
+        last = lm.hidden(batch)[range(len(ids)), [len(t) - 1 for t in ids]]
+        labels = torch.tensor([following[i] for i in rows], device=lm.device)
+        found[rows] = -log_probability(lm.logits(last), labels).cpu()
+    return list(found.split([len(own) for own in places]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ class IsolateResult:
         columns_per_layer: Layer to the columns that it gave.
         steps: Optimiser steps.
         seconds: Wall time of this call.
+        phase_seconds: The same by phase: "texts" (sampled from the model), "original" (what it says), "columns",
+            "curvature", "rounding", "steps", "looks" (at the criteria) and "result" (the finished layers measured).
     """
 
     stream: str
@@ -52,6 +54,7 @@ class IsolateResult:
     columns_per_layer: Mapping[str, int]
     steps: int
     seconds: float
+    phase_seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
 
     @property
     def succeeded(self) -> bool:

@@ -33,7 +33,7 @@ class Sentences:
 
     def expected(self, lm: LanguageModel, items: Sequence[Encoded]) -> list[Tensor]:
         """Surprise of each token of each sentence, (tokens,) in nats."""
-        return [self.regressor.by_token(lm, e).clamp_min(LEAST_SURPRISE) for e in items]
+        return [e.clamp_min(LEAST_SURPRISE) for e in self.regressor.by_token(lm, items)]
 
     def profiles(self, lm: LanguageModel, expected: Sequence[Tensor]) -> list[Tensor]:
         """What the tokens of each sentence would look like, (tokens, 3), with this surprise; needs ``self_samples``."""

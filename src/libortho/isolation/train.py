@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 
-from libortho.core.progress import Progress, tell
+from libortho.core.progress import Progress, Stopwatch, tell
 from libortho.core.run_cache import RunCache
 from libortho.isolation.config import IsolateConfig
 from libortho.isolation.control import calibrate, steer
@@ -54,6 +54,7 @@ def train(
     progress: Progress | None = None,
     store: RunCache | None = None,
     metrics: Mapping[str, KroneckerPreconditioner] | None = None,
+    watch: Stopwatch | None = None,
 ) -> list[Criteria]:
     """Optimise the supports; returns the criteria at every look, the last ones for the final values.
 
@@ -62,7 +63,7 @@ def train(
     that all records share, which a membership test sees. The state at every look goes to the store, and training
     begins at a stored one.
     """
-    store = store or RunCache()
+    store, watch = store or RunCache(), watch or Stopwatch()
     edited = {n: m.values for n, m in layers.items() if m.values is not None}
     metric = [(metrics or {}).get(n) for n in edited]
     state = Training(list(edited.values()), len(forget), retain, config, metric)
@@ -78,26 +79,29 @@ def train(
     while state.step < state.last:
         state.step += 1
         rate = min(1.0, state.step / _WARM_UP, (_STEADY / state.step) ** 0.5, (state.last - state.step + 1) / _LANDING)
-        step(lm, layers, forget, retain, original, config, state, rate)
+        with watch.phase("steps"):
+            step(lm, layers, forget, retain, original, config, state, rate)
         if state.step % CHECK_EVERY == 0 or state.step == state.last:
-            seen = evaluate_records(lm, [r.secret for r in forget])
-            if (state.step // CHECK_EVERY).bit_count() == 1:  # it changes fast at first, and takes its time
-                original = update_prose_targets(lm, forget, original)
-                state.expected = original.expected
-            steer(lm, forget, original, state, seen.profile.mean(0))
-            state.checks.append(check_criteria(seen, *state.targets(original), original.expected, state.step))
-            logger.info("%s", state.checks[-1])
-            if state.last == config.max_steps and state.checks[-1].holds:
-                state.last = min(state.last, state.step + _LANDING)
-            store.put("training", state.part())
+            with watch.phase("looks"):
+                seen = evaluate_records(lm, [r.secret for r in forget])
+                if (state.step // CHECK_EVERY).bit_count() == 1:  # it changes fast at first, and takes its time
+                    original = update_prose_targets(lm, forget, original)
+                    state.expected = original.expected
+                steer(lm, forget, original, state, seen.profile.mean(0))
+                state.checks.append(check_criteria(seen, *state.targets(original), original.expected, state.step))
+                logger.info("%s", state.checks[-1])
+                if state.last == config.max_steps and state.checks[-1].holds:
+                    state.last = min(state.last, state.step + _LANDING)
+                store.put("training", state.part())
         tell(progress, "isolate", state.step, state.last)
     if not state.finished:
         if not state.checks[-1].extracted:
-            original = update_prose_targets(lm, forget, original)
-            calibrate(lm, layers, forget, original)
-            state.profiles = current_targets(lm, forget, original)
-            seen = evaluate_records(lm, [r.secret for r in forget])
-            state.checks.append(check_criteria(seen, *state.targets(original), original.expected, state.step))
+            with watch.phase("looks"):
+                original = update_prose_targets(lm, forget, original)
+                calibrate(lm, layers, forget, original)
+                state.profiles = current_targets(lm, forget, original)
+                seen = evaluate_records(lm, [r.secret for r in forget])
+                state.checks.append(check_criteria(seen, *state.targets(original), original.expected, state.step))
         state.finished = True
         store.put("training", state.part())
     return state.checks
