@@ -91,7 +91,7 @@ def forbidden(*arguments: Any, **options: Any) -> Any:
 
 def outcome(model: nn.Module, result: IsolateResult) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Everything that a run gave, wall time aside."""
-    return {**result.to_dict(), "seconds": None}, dict(model.state_dict())
+    return {**result.to_dict(), "seconds": None, "phase_seconds": None}, dict(model.state_dict())
 
 
 def assert_equal(
