@@ -289,7 +289,7 @@ def test_every_phase_says_how_long_it_took(planted, tokenizer):
     phases = ["texts", "original", "columns", "curvature", "rounding", "steps", "looks", "result"]
     assert sorted(result.phase_seconds) == sorted(phases)
     assert all(s > 0 for s in result.phase_seconds.values())
-    assert 0.5 * result.seconds < sum(result.phase_seconds.values()) <= result.seconds
+    assert sum(result.phase_seconds.values()) <= result.seconds
 
 
 def test_progress_reports_every_step(planted, tokenizer):
