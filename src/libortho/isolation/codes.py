@@ -63,7 +63,7 @@ def code_profile(
         else:
             control, token = match
             states.append(controls[control][token])
-            labels.append(int(judged_labels([record.controls[control]])[0][token]))
+            labels.append(record.controls[control].ids[predicting(record.controls[control])[token] + 1])
     logits, index = lm.logits(torch.stack(states)), torch.tensor(labels, device=lm.device)
     unmatched = [i for i, match in enumerate(matched) if match is None]
     if unmatched:

@@ -68,7 +68,8 @@ class LanguageModel:
 
     def _attention(self, batch: Batch) -> AbstractContextManager[Any]:
         """Plain attention where a backward pass through short bf16 sequences on a CPU will follow."""
-        slow = torch.is_grad_enabled() and self.device.type == "cpu" and self.decoder.dtype is torch.bfloat16
+        head = next(self.head.parameters())
+        slow = torch.is_grad_enabled() and head.device.type == "cpu" and head.dtype is torch.bfloat16
         return sdpa_kernel(SDPBackend.MATH) if slow and batch.input_ids.shape[1] <= PLAIN_ATTENTION else nullcontext()
 
     def logits(self, hidden: Tensor) -> Tensor:
