@@ -37,7 +37,6 @@ from _tofu_data import rows as tofu_rows
 from libortho import IsolateConfig, isolate
 from libortho.checkpoint.dense import load_model
 from libortho.core.models import denormals_flushed
-from libortho.core.surgery import linear_weight
 from libortho.core.targets import find_targets
 from libortho.demo.model import move_off_grid, packaged_model
 from libortho.lm.checks import training_dtype
@@ -89,7 +88,7 @@ def unlearn(model: nn.Module, tokenizer: Any, records: Sequence[Record], seed: i
     items = [encode(r, tokenizer) for r in records]
     texts = [Encoded(tuple(t), tuple(t)) for t in chunk(shipped_text(), tokenizer, 128)]
     before, _ = score(lm, items)
-    weights = [linear_weight(m) for m in find_targets(model, "mlp-out").values()]
+    weights = [m.weight for m in find_targets(model, "mlp-out").values() if isinstance(m.weight, nn.Parameter)]
     masters = [w.detach().float().clone() for w in weights]
     optimiser = torch.optim.AdamW(masters, lr=NPO_RATE, weight_decay=0.01)
     for weight in weights:
