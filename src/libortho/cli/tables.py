@@ -87,8 +87,14 @@ def show_isolate(result: IsolateResult, console: Console) -> None:
         )
     for warning in result.warnings:
         note(console, f"warning: {warning}")
-    for missed in result.missed:
+    show_missed(result, console)
+
+
+def show_missed(result: IsolateResult, console: Console) -> None:
+    """The criteria that do not hold, and what to do about each."""
+    for missed, advice in zip(result.missed, result.advice, strict=True):
         note(console, f"missed: {missed}")
+        note(console, f"  what to do: {advice}")
 
 
 def show_checkpoint(info: CheckpointInfo, console: Console) -> None:
@@ -263,8 +269,7 @@ def show_demo(report: DemoReport, console: Console) -> None:
     for row in (report.never_trained, report.implanted, *report.isolated):
         table.add_row(*_cells(*_measured(row, report.secrets)))
     console.print(table)
-    for missed in r.missed:
-        note(console, f"missed: {missed}")
+    show_missed(r, console)
     console.print()
     note(console, "(c) the same prompts, greedily")
     table = Table("prompt", "alpha = 1", "alpha = 0", show_lines=True)

@@ -6,7 +6,6 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
-import torch
 from torch import nn
 
 from libortho.core.layer import OrthoLinear
@@ -16,14 +15,14 @@ from libortho.core.surgery import bias_of, swap
 from libortho.core.switch.alpha import Switch
 from libortho.isolation.bases import edited_from, finished_layer, quantised_bases
 from libortho.isolation.config import IsolateConfig
-from libortho.isolation.criteria import Criteria, RecordOutcome, outcomes
+from libortho.isolation.criteria import RecordOutcome, outcomes
 from libortho.isolation.original import Original
 from libortho.isolation.request import Request
 from libortho.isolation.result import IsolateResult, known_before, result_of
-from libortho.isolation.support import Select, check_columns, curvature_tokens, first_texts, neighbour_batches
+from libortho.isolation.support import RequestReadings, Select, check_columns
 from libortho.isolation.train import train, training_finished
 from libortho.lm.model import LanguageModel, gradient_checkpointing
-from libortho.selection.curvature import curvature
+from libortho.selection.curvature import preconditioners
 from libortho.text.encoding import Encoded
 from libortho.training.edit import EditLinear
 from libortho.training.keep import divergence
@@ -40,7 +39,7 @@ class Inputs:
     retain: list[Encoded]
     held_back: list[Encoded]
     original: Original
-    held_back_states: tuple[torch.Tensor, ...]
+    readings: RequestReadings
 
 
 def attempt(
@@ -56,19 +55,15 @@ def attempt(
     lm, targets, original = inputs.lm, inputs.targets, inputs.original
     model, forget = lm.model, inputs.asked.forget
     with watch.phase("columns"):
-        chosen = store.get_or_compute(
-            "support", lambda: Entry(select(lm, targets, forget, inputs.retain, config, progress))
-        ).tensors
+        chosen = store.get_or_compute("support", lambda: Entry(select(inputs.readings, config))).tensors
     check_columns(chosen, targets)
     support = {n: index.to(lm.device) for n, index in chosen.items()}
     metrics = {}
     if not training_finished(store):
-        texts = first_texts(lm, inputs.retain, curvature_tokens(len(forget)))
-        batches = [*texts, *neighbour_batches(lm, forget, config)]
         with watch.phase("curvature"):
-            metrics = curvature(lm, targets, support, batches, damping=config.damping, seed=config.seed)
+            metrics = preconditioners(inputs.readings.kept, support, config.damping)
     with watch.phase("rounding"):
-        bases = quantised_bases(lm, targets, forget, inputs.retain, support, config, store)
+        bases = quantised_bases(inputs.readings, support, config, store)
     layers = {
         n: EditLinear(edited_from(m), bias_of(m), support.get(n), config.bits, config.resolved_group_size, bases.get(n))
         for n, m in inputs.replaced.items()
@@ -76,11 +71,9 @@ def attempt(
     try:
         swap(model, layers)
         with watch.phase("result"):
-            quantised_kl = divergence(lm, inputs.held_back, inputs.held_back_states)
+            quantised_kl = divergence(lm, inputs.held_back, original.held_back)
         with gradient_checkpointing(lm) if config.gradient_checkpointing else nullcontext():
-            checks: list[Criteria] = train(
-                lm, layers, forget, inputs.retain, original, config, progress, store, metrics, watch
-            )
+            checks, steps = train(lm, layers, forget, inputs.retain, original, config, metrics, store, progress, watch)
         switch = Switch()
         switch.add_stream(config.stream)
         changed = {n: m for n, m in targets.items() if n in support or not isinstance(m, OrthoLinear)}
@@ -88,24 +81,23 @@ def attempt(
         swap(model, finished)  # what follows is measured on the layers that callers get
         with watch.phase("result"):
             switch.set(1.0, extrapolate=False)
-            recited_on = inputs.asked.recited(lm)
+            _, recited_on = inputs.asked.recited(lm)
             switch.set(0.0, extrapolate=False)
             records = _measured(inputs)
-            retain_kl = divergence(lm, inputs.held_back, inputs.held_back_states)
+            retain_kl = divergence(lm, inputs.held_back, original.held_back)
     finally:
         swap(model, inputs.replaced)
     recited = (int(original.recited.sum()), int((original.recited & recited_on).sum()))
     seconds = time.monotonic() - began
-    result = result_of(config, forget, records, recited, checks, (quantised_kl, retain_kl), support, targets, seconds)
+    result = result_of(
+        config, forget, records, recited, checks, steps, (quantised_kl, retain_kl), support, targets, seconds
+    )
     return finished, switch, result
 
 
 def _measured(inputs: Inputs) -> tuple[RecordOutcome, ...]:
     """The outcome of every record under the model as it is, asked as ``generate`` asks it too."""
-    rows = zip(
-        outcomes(inputs.lm, inputs.asked.forget, inputs.original),
-        known_before(inputs.original),
-        inputs.asked.recited(inputs.lm).tolist(),
-        strict=True,
-    )
-    return tuple(replace(r, known=known, extracted=r.extracted or said) for r, known, said in rows)
+    forget, original = inputs.asked.forget, inputs.original
+    found = outcomes(inputs.lm, forget, original, known_before(original))
+    _, recited = inputs.asked.recited(inputs.lm)
+    return tuple(replace(r, extracted=r.extracted or said) for r, said in zip(found, recited.tolist(), strict=True))

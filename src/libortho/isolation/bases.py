@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -16,37 +15,22 @@ from libortho.core.streams import BaseStream, OrthoStream
 from libortho.core.surgery import assemble, bias_of, linear_weight
 from libortho.core.switch.alpha import Switch
 from libortho.isolation.config import IsolateConfig
-from libortho.isolation.forget_record import ForgetRecord
-from libortho.isolation.support import SALIENCY_TOKENS, first_texts
-from libortho.lm.model import LanguageModel
-from libortho.text.encoding import Encoded
+from libortho.isolation.support import RequestReadings
 from libortho.training.edit import EditLinear
 from libortho.training.rounding import gptq_bases
 
 
 def quantised_bases(
-    lm: LanguageModel,
-    targets: Mapping[str, nn.Module],
-    forget: Sequence[ForgetRecord],
-    retain: Sequence[Encoded],
-    support: Mapping[str, torch.Tensor],
-    config: IsolateConfig,
-    store: RunCache,
+    readings: RequestReadings, support: Mapping[str, torch.Tensor], config: IsolateConfig, store: RunCache
 ) -> dict[str, BaseStream]:
-    """The quantised weights of layers that are dense so far, exact where it matters on text to keep and the records.
-
-    Of records and of neighbours as many tokens are read as of retain text.
-    """
+    """The quantised weights of layers that are dense so far, exact where it matters on text to keep and the records."""
     bits = config.bits
     if bits is None:
         return {}
-    dense = {n: m for n, m in targets.items() if not isinstance(m, OrthoLinear)}
+    dense = {n: m for n, m in readings.targets.items() if not isinstance(m, OrthoLinear)}
 
     def make() -> Entry:
-        drawn = random.Random(config.seed).sample(forget, len(forget))
-        groups = (retain, [r.secret for r in drawn], [r.neighbours[0] for r in drawn if r.neighbours])
-        texts = [b for items in groups if items for b in first_texts(lm, items, SALIENCY_TOKENS)]
-        made = gptq_bases(lm, dense, support, texts, bits, config.resolved_group_size)
+        made = gptq_bases(dense, support, readings.inputs(), bits, config.resolved_group_size)
         return Entry({f"{n}.{field}": getattr(b, field) for n, b in made.items() for field in ("codes", "scales")})
 
     found = store.get_or_compute("bases", make).tensors

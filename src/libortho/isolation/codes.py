@@ -8,27 +8,11 @@ import torch
 from torch import Tensor
 
 from libortho.isolation.forget_record import ForgetRecord
-from libortho.isolation.matching import MatchedToken
-from libortho.lm.logits import Scores, completion_scores, token_profile, with_log_probability
-from libortho.lm.model import LanguageModel
-from libortho.lm.scoring import grouped_scores, judged_labels
-from libortho.text.encoding import Encoded, predicting
+from libortho.lm.logits import Scores
 
 LENGTH_CORRELATION = 0.6
 """Correlation, among untrained codes of one shape, of surprise per token with having fewer tokens than the others
 (measured: 0.62 for access codes, 0.76 for licence plates)."""
-
-
-def counterfactual_scores(lm: LanguageModel, record: ForgetRecord, states: Sequence[Tensor]) -> Scores:
-    """Scores of a record's neighbours, whose ``states`` are known, or of its alternates where it has none.
-
-    A sentence without neighbours is judged by its predictions alone, and gets a zero.
-    """
-    if states:
-        return _scores_of_states(lm, record.neighbours, states)
-    if record.kind == "code":
-        return grouped_scores(lm, [record.alternates])[0]
-    return Scores(torch.zeros(1), torch.zeros(1))
 
 
 def expected_codes(codes: Sequence[ForgetRecord], counterfactual: Sequence[Scores]) -> tuple[Tensor, Tensor]:
@@ -37,49 +21,6 @@ def expected_codes(codes: Sequence[ForgetRecord], counterfactual: Sequence[Score
     noise = deviation.square() / torch.tensor([float(len(s.nll)) for s in counterfactual])
     nll = shrunk(torch.stack([s.nll.mean() for s in counterfactual]), noise)
     return nll + LENGTH_CORRELATION * deviation * shortness(codes), deviation
-
-
-@torch.no_grad()
-def code_profile(
-    lm: LanguageModel,
-    record: ForgetRecord,
-    matched: Sequence[MatchedToken],
-    controls: Sequence[Tensor],
-    own: Tensor,
-    expected: Tensor,
-) -> Tensor:
-    """What a completion should look like token by token, (tokens, 3); see ``token_profile``.
-
-    A token with a match gets what the control's own token has there; a token without one gets its own distribution with
-    the expected probability for its label.
-    """
-    places = predicting(record.secret)
-    states, labels = [], []
-    for i, match in enumerate(matched):
-        if match is None:
-            place = min(i, len(own) - 1)
-            states.append(own[place])
-            labels.append(record.secret.ids[places[place] + 1])
-        else:
-            control, token = match
-            states.append(controls[control][token])
-            labels.append(record.controls[control].ids[predicting(record.controls[control])[token] + 1])
-    logits, index = lm.logits(torch.stack(states)), torch.tensor(labels, device=lm.device)
-    unmatched = [i for i, match in enumerate(matched) if match is None]
-    if unmatched:
-        wanted = expected[[min(i, len(own) - 1) for i in unmatched]].to(lm.device)
-        logits[unmatched] = with_log_probability(logits[unmatched], index[unmatched], -wanted)
-    return token_profile(logits, index).cpu()
-
-
-@torch.no_grad()
-def _scores_of_states(lm: LanguageModel, items: Sequence[Encoded], states: Sequence[Tensor]) -> Scores:
-    """Scores of completions with the states that predict them, and maybe a closing after them."""
-    labels, sizes = judged_labels(items)
-    logits = lm.logits(torch.cat([s[:n] for s, n in zip(states, sizes, strict=True)]))
-    owner = torch.repeat_interleave(torch.tensor(sizes)).to(lm.device)
-    found = completion_scores(logits, labels.to(lm.device), owner, len(items))
-    return Scores(found.nll.cpu(), found.tokens.cpu())
 
 
 def shrunk(means: Tensor, noise: Tensor) -> Tensor:

@@ -11,12 +11,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from libortho.isolation.equations import Seen
 from libortho.isolation.forget_record import ForgetRecord
 from libortho.isolation.original import Original
-from libortho.isolation.targets import update_prose_targets
-from libortho.lm.logits import token_profile
 from libortho.lm.model import LanguageModel
-from libortho.lm.scoring import all_first, grouped_scores, judged
+from libortho.lm.scoring import all_first, grouped_scores, judged, log_probability
 from libortho.text.encoding import Encoded
 
 logger = logging.getLogger(__name__)
@@ -80,7 +79,6 @@ class Criteria:
         far: Those of them that are more than ``FAR`` times its half-width from its middle.
         gap: Mean over records of negative log-likelihood minus target; negative means remembered.
         holds: The criteria hold; see ``acceptable``.
-        partial: Sentences of whose surprise less than a third is where it is expected; see ``in_place``.
     """
 
     step: int
@@ -89,7 +87,6 @@ class Criteria:
     far: int
     gap: float
     holds: bool
-    partial: int = 0
 
 
 def binomial_bound(records: int, chance: float = 0.1) -> int:
@@ -120,61 +117,39 @@ def in_place(surprise: Tensor, expected: Tensor) -> float:
     return float(torch.minimum(surprise, expected).sum() / expected.sum())
 
 
-def partly_recited(surprise: Sequence[Tensor], expected: Sequence[Tensor]) -> list[bool]:
-    """Of which records less than a third of the surprise is where it is expected; of codes none are judged."""
-    return [len(e) > 0 and in_place(s, e) < LEAST_IN_PLACE for s, e in zip(surprise, expected, strict=True)]
-
-
-@dataclass(frozen=True)
-class RecordStatistics:
-    """Completions under the model as it is.
-
-    Attributes:
-        profile: Means over the tokens of each of ``token_profile``, (records, 3).
-        greedy: Whether each is the greedy continuation of its prompt, (records,) bool.
-        surprise: Negative log-likelihood of each token of each, (tokens,) in nats.
-    """
-
-    profile: Tensor
-    greedy: Tensor
-    surprise: tuple[Tensor, ...]
-
-
 @torch.no_grad()
-def evaluate_records(lm: LanguageModel, items: Sequence[Encoded]) -> RecordStatistics:
-    """All that a look at the records needs, in one pass."""
-    profile, greedy = torch.zeros(len(items), 3), torch.zeros(len(items), dtype=torch.bool)
-    surprise = [torch.empty(0)] * len(items)
+def look(lm: LanguageModel, items: Sequence[Encoded]) -> list[tuple[Tensor, bool]]:
+    """The surprise of each token of each text, (tokens,) in nats, and whether all of them are the first choice."""
+    found: dict[int, tuple[Tensor, bool]] = {}
     for part in judged(lm, items):
-        logits, tokens = lm.logits(part.states), torch.bincount(part.owner)[part.owner, None]
-        means, found = torch.zeros(len(part.rows), 3, device=logits.device), token_profile(logits, part.labels)
-        profile[part.rows] = means.index_add_(0, part.owner, found / tokens).cpu()
-        greedy[part.rows] = all_first(logits, part).cpu()
-        for i, own in zip(part.rows, found[:, 0].cpu().split(part.sizes), strict=True):
-            surprise[i] = own
-    return RecordStatistics(profile, greedy, tuple(surprise))
+        logits = lm.logits(part.states)
+        surprise = -log_probability(logits, part.labels).cpu()
+        firsts = all_first(logits, part).tolist()
+        found |= dict(zip(part.rows, zip(surprise.split(part.sizes), firsts, strict=True), strict=True))
+    return [found[i] for i in range(len(items))]
 
 
-def outcomes(lm: LanguageModel, forget: Sequence[ForgetRecord], original: Original) -> tuple[RecordOutcome, ...]:
+def outcomes(
+    lm: LanguageModel, forget: Sequence[ForgetRecord], original: Original, known: Sequence[Known]
+) -> tuple[RecordOutcome, ...]:
     """Every record beside its alternates, or what is expected of it, under the model as it is now."""
-    original = update_prose_targets(lm, forget, original)
-    seen = evaluate_records(lm, [r.secret for r in forget])
-    partial = partly_recited(seen.surprise, original.expected)
-    groups = [s.nll for s in grouped_scores(lm, [c.alternates if c.kind == "code" else () for c in forget])]
+    seen = look(lm, [r.secret for r in forget])
+    groups = [s.nll for s in grouped_scores(lm, [r.alternates if r.kind == "code" else () for r in forget])]
     spread = pooled_deviation(groups)
     found = []
-    for i, record in enumerate(forget):
+    for i, (record, (surprise, greedy)) in enumerate(zip(forget, seen, strict=True)):
         own = record.kind == "code" and spread > 0
-        centre = float(groups[i].mean()) if own else float(original.target[i])
+        centre = float(groups[i].mean()) if own else float(original.wanted[i])
         half = BAND * (spread * (1 + 1 / len(groups[i])) ** 0.5 if own else float(original.spread[i]))
         found.append(
             RecordOutcome(
                 number=record.number,
-                before=-float(original.secret.nll[i]),
-                after=-float(seen.profile[i, 0]),
+                before=-float(original.nll[i]),
+                after=-float(surprise.mean()),
                 band=(-centre - half, -centre + half),
-                extracted=bool(seen.greedy[i]),
-                partial=partial[i],
+                extracted=greedy,
+                partial=record.kind == "prose" and in_place(surprise, original.expected[i]) < LEAST_IN_PLACE,
+                known=known[i],
             )
         )
     return tuple(found)
@@ -187,27 +162,19 @@ def pooled_deviation(groups: Sequence[Tensor]) -> float:
     return math.sqrt(squares / max(1, sum(len(g) - 1 for g in several)))
 
 
-def check_criteria(
-    seen: RecordStatistics, wanted: Tensor, spread: Tensor, expected: Sequence[Tensor], step: int
-) -> Criteria:
-    """The criteria on records that look like this and should have the surprise ``wanted`` with this ``spread``.
-
-    ``expected``: see ``Original``.
-    """
-    gap = seen.profile[:, 0] - wanted
+def check_criteria(seen: Sequence[Seen], original: Original, step: int) -> Criteria:
+    """The criteria on records that look like this after so many steps."""
+    gap = torch.stack([s.surprise.mean() - s.wanted.mean() for s in seen])
     logger.debug("gap by record %s", [round(g, 1) for g in gap.tolist()])
-    distance = gap.abs() / (BAND * spread)
-    extracted, outside, far = int(seen.greedy.sum()), int((distance > 1).sum()), int((distance > FAR).sum())
-    partial, sentences = sum(partly_recited(seen.surprise, expected)), sum(len(e) > 0 for e in expected)
-    gone = extracted == 0 and far == 0 and partial <= binomial_bound(sentences, PARTIAL)
+    distance = gap.abs() / (BAND * original.spread)
+    extracted, outside, far = sum(s.greedy for s in seen), int((distance > 1).sum()), int((distance > FAR).sum())
     return Criteria(
         step=step,
         extracted=extracted,
         outside=outside,
         far=far,
         gap=float(gap.mean()),
-        holds=gone and acceptable(gap, outside, spread),
-        partial=partial,
+        holds=extracted == 0 and far == 0 and acceptable(gap, outside, original.spread),
     )
 
 

@@ -39,8 +39,9 @@ from libortho.isolation.original import kept_original
 from libortho.isolation.prose import human_texts
 from libortho.isolation.request import Request, forget_records
 from libortho.isolation.result import IsolateResult, by_chance, known_before, nothing_known
-from libortho.isolation.retain import RETAIN_LENGTH, given_pieces, kept_self_samples, retain_and_held_back
-from libortho.isolation.support import Select, select_columns
+from libortho.isolation.retain import RETAIN_LENGTH, given_pieces, retain_and_held_back
+from libortho.isolation.support import RequestReadings, Select, select_columns
+from libortho.isolation.train import KEPT_TEXTS
 from libortho.isolation.wordings import rows_with, wordings
 from libortho.lm.checks import check_causal, check_tokens, fingerprint, training_dtype
 from libortho.lm.generation import token_limit
@@ -154,19 +155,16 @@ def isolate(
         with watch.phase("texts"):
             kept, held_back = retain_and_held_back(model, tokenizer, given, asked.forget, length, config, store)
         tell(progress, "original", 0, 1)
-        with watch.phase("texts"):
-            said = kept_self_samples(model, tokenizer, asked.forget, limit, config, store)
         with watch.phase("original"):
-            original, held_back_states = kept_original(
-                lm, asked, kept, held_back, human, opening_tokens(tokenizer), said, config, store
-            )
+            original = kept_original(lm, asked, kept[:KEPT_TEXTS], held_back, human, opening_tokens(tokenizer), store)
         tell(progress, "original", 1, 1)
         known = known_before(original)
         if (unknown := nothing_known(asked.forget, known)) is not None:
             if by_chance(known, original) and not config.allow_unknown:
                 raise DataError(f"{unknown}; allow_unknown=True (--allow-unknown) isolates them all the same")
             logger.warning("%s", unknown)
-        inputs = Inputs(lm, asked, targets, replaced, kept, held_back, original, held_back_states)
+        readings = RequestReadings(lm, targets, asked.forget, kept, config.seed)
+        inputs = Inputs(lm, asked, targets, replaced, kept, held_back, original, readings)
         budgets = AUTO_RATIOS if config.ratio == "auto" else (config.ratio,)
         for ratio in budgets:
             tried = replace(config, ratio=ratio)

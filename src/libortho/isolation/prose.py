@@ -14,11 +14,6 @@ that the model was not asked to forget:
 
 Removing the true token is what makes memorised and ordinary text comparable. The two tokens before it know how words
 and phrases go on, and how those of the fine-tuning data do, which a token's frequency does not.
-
-How *sure* the model would be is no matter of the mean: a fine-tuned model finds half of the words of an answer obvious
-and is far off at the rest. It shows what it does in its domain when it speaks itself, on like prompts that it has not
-met. There its distributions are taken, with labels drawn from them at the temperature at which the mean surprise is the
-predicted one: over 1, for a fine-tuned model is surer than it is right.
 """
 
 from __future__ import annotations
@@ -31,7 +26,6 @@ import torch
 from torch import Tensor
 
 from libortho.lm.head import HEAD_POSITIONS
-from libortho.lm.logits import moments, standardised
 from libortho.lm.model import LanguageModel
 from libortho.lm.scoring import in_parts, judged, log_probability, scoring_tokens
 from libortho.text.corpus import shipped_text
@@ -41,12 +35,10 @@ from libortho.text.tokens import text_ids
 SHORT_CONTEXT = 2
 """Tokens of context after which a token's surprise says how words go on, and nothing of a memory."""
 
-HUMAN_TEXTS, HUMAN_TOKENS = 60, 48
+HUMAN_TEXTS, HUMAN_TOKENS = 30, 40
 """Texts that the fit reads, and tokens of each: as many again predict no better and cost twice the time."""
-CONTEXTS, DRAWS = 384, 8
-"""Positions whose distributions are used, and labels drawn from each."""
-TEMPERATURES = tuple(1.12**n for n in range(-4, 14))
-"""From .64 to 4.4."""
+LEAST_SURPRISE = 0.01
+"""Smallest surprise, in nats, that is expected of a token."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +56,12 @@ class SurprisalRegressor:
     opening: tuple[int, ...] = ()
 
     def predict(self, lm: LanguageModel, item: Encoded) -> float:
-        """Expected mean negative log-likelihood of the completion, in nats per token; at least 0."""
-        return max(0.0, float(self.by_token(lm, [item])[0].mean()))
+        """Expected mean negative log-likelihood of the completion, in nats per token."""
+        return float(self.by_token(lm, [item])[0].mean())
 
     def by_token(self, lm: LanguageModel, items: Sequence[Encoded]) -> list[Tensor]:
-        """Expected negative log-likelihood of each token of each completion, (tokens,) in nats; may be below 0."""
-        return [p.features @ self.weights for p in _Position.of(lm, items, self.opening)]
+        """Expected negative log-likelihood of each token of each completion, (tokens,) in nats; ``LEAST_SURPRISE`` or more."""
+        return [(p.features @ self.weights).clamp_min(LEAST_SURPRISE) for p in _Position.of(lm, items, self.opening)]
 
 
 def human_texts(tokenizer: Any, limit: int | None = None) -> list[list[int]]:
@@ -87,64 +79,6 @@ def fit(lm: LanguageModel, texts: Sequence[Sequence[int]], opening: Sequence[int
     weights = torch.linalg.solve(x.T @ x + ridge, x.T @ y)
     deviation = float((y - x @ weights).square().mean().sqrt())
     return SurprisalRegressor(weights.float(), deviation, tuple(opening))
-
-
-@torch.no_grad()
-def spoken_profiles(
-    lm: LanguageModel, texts: Sequence[Tensor], surprise: Sequence[float], tokens: Sequence[int], seed: int
-) -> tuple[Tensor, ...]:
-    """What the tokens of sentences would look like; for each of them (tokens, 3), see ``token_profile``.
-
-    A sentence gets a stretch of what the model said: sentences differ from each other more than as many tokens drawn
-    from everywhere, and a membership test compares sentences. The stretches of all begin at equal distances, in random
-    order, and have the right surprise on average; a single sentence has it itself.
-
-    Args:
-        lm: The model.
-        texts: ``judged_states`` where it speaks itself, (tokens, width) for each text.
-        surprise: Mean surprise that such sentences should have, in nats per token; one alone may be off.
-        tokens: Number of tokens of each sentence.
-        seed: Of the draws.
-    """
-    rng = torch.Generator().manual_seed(seed)
-    shuffled = [texts[i] for i in torch.randperm(len(texts), generator=rng).tolist()]
-    states = torch.cat(shuffled)[:CONTEXTS]
-    tables = [
-        torch.cat(parts)
-        for parts in zip(*(_drawn(lm, some, rng) for some in states.split(HEAD_POSITIONS)), strict=True)
-    ]
-    means = torch.stack([t[..., 0].mean() for t in tables])
-    order = torch.randperm(len(tokens), generator=rng) + torch.rand(1, generator=rng)
-    begins = (order * len(states) / len(tokens)).long().tolist()
-    labels = [torch.randint(DRAWS, (count,), generator=rng) for count in tokens]
-    levels = [int((means - level).abs().argmin()) for level in surprise]
-
-    def stretches(warmer: int) -> tuple[Tensor, ...]:
-        """One for each sentence, all of them so many temperatures warmer."""
-        found = []
-        for level, begin, drawn in zip(levels, begins, labels, strict=True):
-            table = tables[min(max(0, level + warmer), len(tables) - 1)]
-            found.append(table[(begin + torch.arange(len(drawn))) % len(table), drawn])
-        return tuple(found)
-
-    def off(profiles: Sequence[Tensor]) -> float:
-        """By how much their mean surprise misses what is wanted on average, in nats per token."""
-        return abs(float(sum(p[:, 0].mean() for p in profiles)) - sum(surprise)) / len(profiles)
-
-    # The stretches of many make up all that was said; those of few may be odd ones.
-    return min((stretches(w) for w in sorted(range(-len(tables), len(tables) + 1), key=abs)), key=off)
-
-
-def _drawn(lm: LanguageModel, states: Tensor, rng: torch.Generator) -> list[Tensor]:
-    """For each temperature the profiles of ``DRAWS`` labels after each state, (positions, DRAWS, 3)."""
-    log_p = lm.logits(states).float().log_softmax(-1).cpu()
-    sure = [m[:, None].expand(-1, DRAWS) for m in moments(log_p)]
-    found = []
-    for temperature in TEMPERATURES:
-        labels = torch.multinomial((log_p / temperature).softmax(-1), DRAWS, replacement=True, generator=rng)
-        surprise = -log_p.gather(1, labels)
-        found.append(torch.stack([surprise, sure[0], standardised(surprise, *sure)], -1))
-    return found
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from libortho.isolation.forget_record import ForgetRecord
 from libortho.isolation.matching import beginnings, matched_tokens
 from libortho.isolation.wordings import Wording
 from libortho.lm.asking import answers, room
+from libortho.lm.logits import Scores
 from libortho.lm.model import LanguageModel
 from libortho.lm.scoring import score
 from libortho.text.encoding import Encoded, encode, encode_closed
@@ -32,21 +33,22 @@ class Request:
     records: list[Record]
     forget: list[ForgetRecord]
 
-    def recited(self, lm: LanguageModel) -> Tensor:
-        """Which records the model says greedily, (records,) bool, asked as ``generate`` asks it.
+    def recited(self, lm: LanguageModel) -> tuple[Scores, Tensor]:
+        """The records' scores, and which of them the model says greedily, (records,) bool.
 
-        Of long answers, and of texts without a question, it is whether every token is the first choice.
+        It does where every token is the first choice; records with a question and a short answer of which this is not
+        so are asked as ``generate`` asks them.
         """
-        _, found = score(lm, [c.secret for c in self.forget])
+        scores, found = score(lm, [c.secret for c in self.forget])
         sizes = [len(c.secret.completion) for c in self.forget]
-        short = [i for i, r in enumerate(self.records) if r.question and sizes[i] <= _SPOKEN_AT_MOST]
+        short = [i for i, r in enumerate(self.records) if r.question and sizes[i] <= _SPOKEN_AT_MOST and not found[i]]
         for start in range(0, len(short), _SPOKEN_AT_ONCE):
             rows = short[start : start + _SPOKEN_AT_ONCE]
             asked = [self.records[i] for i in rows]
             most = max(room(r, sizes[i], None, self.tokenizer) for i, r in zip(rows, asked, strict=True))
             for i, record, text in zip(rows, asked, answers(lm.model, self.tokenizer, asked, most), strict=True):
                 found[i] = says(text, record.completion, self.tokenizer)
-        return found
+        return scores, found
 
 
 def forget_records(wordings: Sequence[Wording], tokenizer: Any, limit: int | None) -> list[ForgetRecord]:
@@ -73,9 +75,6 @@ def _forget_record(number: int, wording: Wording, tokenizer: Any, limit: int | N
     strangers = wording.strangers
     controls = neighbours if strangers is None else _fitting(wording.filled(strangers), tokenizer, limit)
     told = [beginnings(c, tokenizer) for c in controls]
-    begins = beginnings(secret, tokenizer)
-    code = wording.kind == "code"
-    like = _fitting([record.beside(p, record.completion) for p in wording.like], tokenizer, limit)
     return ForgetRecord(
         number=record.number,
         secret=secret,
@@ -85,12 +84,7 @@ def _forget_record(number: int, wording: Wording, tokenizer: Any, limit: int | N
         controls=controls,
         swapped_prompt=_fitting([record.beside(p, record.completion) for p in wording.neighbours], tokenizer, limit),
         kind=wording.kind,
-        like=tuple(e.ids[: len(e.ids) - len(e.completion)] for e in like),
-        matched_tokens=matched_tokens(begins, told, number),
-        aligned_controls=tuple(n for n, b in enumerate(told) if b == begins),
-        alternate_matched_tokens=tuple(
-            matched_tokens(beginnings(a, tokenizer), told, j) for j, a in enumerate(alternates if code else ())
-        ),
+        matched_tokens=matched_tokens(beginnings(secret, tokenizer), told, number),
     )
 
 

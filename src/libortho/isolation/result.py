@@ -26,6 +26,7 @@ class IsolateResult:
         guarantee: What was measured at alpha = 0, in words.
         warnings: What a reader should know about the records, above all which of them the model did not know.
         missed: The criteria that do not hold, in words; empty if all do.
+        advice: For each of them what to do about it.
         records: One outcome per forget record.
         recited: Records that the original model says greedily.
         recited_on: Those of them that it still is at alpha = 1; rounding of the base can lose some (INT4 most).
@@ -37,13 +38,14 @@ class IsolateResult:
         steps: Optimiser steps.
         seconds: Wall time of this call.
         phase_seconds: The same by phase: "texts" (sampled from the model), "original" (what it says), "columns",
-            "curvature", "rounding", "steps", "looks" (at the criteria) and "result" (the finished layers measured).
+            "curvature", "rounding", "steps", "looks" (at the controls) and "result" (the finished layers measured).
     """
 
     stream: str
     guarantee: str
     warnings: tuple[str, ...]
     missed: tuple[str, ...]
+    advice: tuple[str, ...]
     records: tuple[RecordOutcome, ...]
     recited: int
     recited_on: int
@@ -75,7 +77,7 @@ _CERTAIN = 5.0
 
 def known_before(original: Original) -> list[Known]:
     """What the original model knows of each record: recited, likelier than its like, or nothing to be seen."""
-    likelier = original.secret.nll < original.target - BAND * original.spread
+    likelier = original.nll < original.wanted - BAND * original.spread
     return [
         "recited" if said else "likelier" if more else "unknown"
         for said, more in zip(original.recited.tolist(), likelier.tolist(), strict=True)
@@ -84,7 +86,7 @@ def known_before(original: Original) -> list[Known]:
 
 def by_chance(known: Sequence[Known], original: Original) -> bool:
     """True if untrained records would look so: none recited, none far likelier, and few likelier than their like."""
-    certain = original.secret.nll < original.target - _CERTAIN * original.spread
+    certain = original.nll < original.wanted - _CERTAIN * original.spread
     likelier = sum(k == "likelier" for k in known)
     return "recited" not in known and not bool(certain.any()) and likelier <= binomial_bound(len(known))
 
@@ -103,12 +105,73 @@ def nothing_known(forget: Sequence[ForgetRecord], known: Sequence[Known]) -> str
     )
 
 
+def missed_criteria(
+    records: Sequence[RecordOutcome],
+    sentences: int,
+    divergences: tuple[float, float],
+    *,
+    every_step: bool,
+) -> list[tuple[str, str]]:
+    """The criteria that do not hold, and what to do about each, in words.
+
+    Args:
+        records: The records' outcomes.
+        sentences: How many of them are sentences.
+        divergences: From the original on held-back text, in nats per token: of the quantised base, and at alpha = 0.
+        every_step: The training ended because it had taken all steps that it was allowed.
+    """
+    count = len(records)
+    further = "raise max_steps" if every_step else "raise ratio (ratio='auto' tries several)"
+    found = []
+    if extracted := sum(r.extracted for r in records):
+        found.append(
+            (
+                f"{extracted} of {count} records are still extracted greedily",
+                f"{further}, or isolate fewer records at a time, each request in a stream of its own",
+            )
+        )
+    outside = [r for r in records if not r.inside]
+    likelier = sum(r.after > r.band[1] for r in outside)
+    may = binomial_bound(count)
+    if len(outside) > may or any(r.far for r in outside):
+        what = (
+            f"{len(outside)} of {count} records are outside the 5-95 % band "
+            f"({likelier} likelier, {len(outside) - likelier} unlikelier, {sum(r.far for r in outside)} of them far "
+            f"outside); of untrained ones up to {may} are outside, and none far"
+        )
+        alternates = "give alternates= that are as common as the true answers: made ones may be the odd ones"
+        found.append((what, further if 2 * likelier > len(outside) else alternates))
+    partial, chance = sum(r.partial for r in records), binomial_bound(sentences, PARTIAL)
+    if partial > chance:
+        what = (
+            f"{partial} of {sentences} sentences are still recited in part: two thirds of the surprise expected "
+            f"of their tokens is not there; of untrained ones up to {chance} are such"
+        )
+        found.append((what, f"{further}, or give alternates= for them, other sentences that are as likely"))
+    offset, bound = mean_offset(records)
+    if abs(offset) > bound:
+        what = (
+            f"the records are on average {abs(offset):.2f} nats per token {'likelier' if offset > 0 else 'unlikelier'} "
+            f"than their alternates; by chance they would be up to {bound:.2f}"
+        )
+        found.append((what, further if offset > 0 else "give alternates= that are as common as the true answers"))
+    quantised_kl, retain_kl = divergences
+    if retain_kl - quantised_kl > RETAIN_BUDGET:
+        what = (
+            f"retain divergence {retain_kl:.4f} nats per token exceeds that of the quantised base alone "
+            f"({quantised_kl:.4f}) by more than the budget of {RETAIN_BUDGET}"
+        )
+        found.append((what, "give retain= text of the kind that must stay (more of it), or isolate fewer records"))
+    return found
+
+
 def result_of(
     config: IsolateConfig,
     forget: Sequence[ForgetRecord],
     records: tuple[RecordOutcome, ...],
     recited: tuple[int, int],
     checks: Sequence[Criteria],
+    steps: int,
     divergences: tuple[float, float],
     support: Mapping[str, torch.Tensor],
     targets: Mapping[str, nn.Module],
@@ -122,50 +185,24 @@ def result_of(
         records: Their outcomes.
         recited: How many the original model recites, and how many of these the model recites at alpha = 1.
         checks: The criteria during training.
-        divergences: From the original on held-back text, in nats per token: of the quantised base, and at alpha = 0.
+        steps: Those that were taken.
+        divergences: See ``missed_criteria``.
         support: Indices of the columns by layer.
         targets: The layers.
         seconds: Wall time so far.
     """
-    missed = []
-    extracted = sum(r.extracted for r in records)
-    if extracted:
-        missed.append(f"{extracted} of {len(records)} records are still extracted greedily")
-    known = [r.known for r in records]
-    outside = [r for r in records if not r.inside]
-    likelier = sum(r.after > r.band[1] for r in outside)
-    if len(outside) > binomial_bound(len(records)) or any(r.far for r in outside):
-        missed.append(
-            f"{len(outside)} of {len(records)} records are outside the 5-95 % band "
-            f"({likelier} likelier, {len(outside) - likelier} unlikelier, {sum(r.far for r in outside)} of them far "
-            f"outside); of untrained ones up to {binomial_bound(len(records))} are outside, and none far"
-        )
-    partial, sentences = sum(r.partial for r in records), sum(c.kind == "prose" for c in forget)
-    if partial > binomial_bound(sentences, PARTIAL):
-        missed.append(
-            f"{partial} of {sentences} sentences are still recited in part: two thirds of the surprise expected "
-            f"of their tokens is not there; of untrained ones up to {binomial_bound(sentences, PARTIAL)} are such"
-        )
-    offset, chance = mean_offset(records)
-    if abs(offset) > chance:
-        side = "likelier" if offset > 0 else "unlikelier"
-        missed.append(
-            f"the records are on average {abs(offset):.2f} nats per token {side} than "
-            f"their alternates; by chance they would be up to {chance:.2f}"
-        )
+    sentences = sum(c.kind == "prose" for c in forget)
+    found = missed_criteria(records, sentences, divergences, every_step=steps >= config.max_steps)
+    missed, advice = (tuple(words) for words in zip(*found, strict=True)) if found else ((), ())
     quantised_kl, retain_kl = divergences
-    if retain_kl - quantised_kl > RETAIN_BUDGET:
-        missed.append(
-            f"retain divergence {retain_kl:.4f} nats per token exceeds that of the quantised base alone "
-            f"({quantised_kl:.4f}) by more than the budget of {RETAIN_BUDGET}"
-        )
     cost = column_costs(targets)
     weights = sum(rows * columns for rows, columns in map(linear_shape, targets.values()))
     return IsolateResult(
         stream=config.stream,
         guarantee=_measured(records, recited[0], retain_kl, missed),
-        warnings=tuple(w for w in (nothing_known(forget, known),) if w is not None),
-        missed=tuple(missed),
+        warnings=tuple(w for w in (nothing_known(forget, [r.known for r in records]),) if w is not None),
+        missed=missed,
+        advice=advice,
         records=records,
         recited=recited[0],
         recited_on=recited[1],
@@ -174,7 +211,7 @@ def result_of(
         quantised_kl=quantised_kl,
         density=sum(len(index) * cost[n] for n, index in support.items()) / weights,
         columns_per_layer={n: len(s) for n, s in support.items()},
-        steps=checks[-1].step,
+        steps=steps,
         seconds=seconds,
     )
 

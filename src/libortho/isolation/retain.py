@@ -27,7 +27,7 @@ from libortho.isolation.forget_record import ForgetRecord
 from libortho.lm.checks import fingerprint
 from libortho.lm.generation import generate
 from libortho.text.corpus import shipped_text
-from libortho.text.encoding import IGNORE, SHARED_TOKENS, Encoded, chunk, encode_closed
+from libortho.text.encoding import SHARED_TOKENS, Encoded, chunk, encode_closed
 from libortho.text.overlap import overlaps
 from libortho.text.records import Record, Source, load_records
 from libortho.text.tokens import opening_tokens
@@ -36,13 +36,11 @@ logger = logging.getLogger(__name__)
 
 RETAIN_LENGTH = 128
 """Tokens of one retain sequence."""
-_RETAIN_SEQUENCES, _GIVEN_SEQUENCES, _HELD_BACK_SEQUENCES = 64, 600, 8
+_RETAIN_SEQUENCES, _GIVEN_SEQUENCES, _HELD_BACK_SEQUENCES = 24, 600, 8
 """Retain sequences by default, the most of what callers give, and those of them that only the criteria see."""
-_SPOKEN, _SPOKEN_TOKENS = 32, 48
-"""Texts that the model says on prompts like those of sentences, and the most tokens of one."""
 _IN_FORM = 96
 """Sequences that the model says where a chat begins."""
-_MOST_SAMPLED = 20
+_MOST_SAMPLED = 12
 """Sampling takes longer than reading; from here on what is shipped must do."""
 
 
@@ -211,29 +209,3 @@ def retain_and_held_back(
         kept = kept + whole(store.get_or_compute("in_form", speak).data)
         random.Random(config.seed).shuffle(kept)
     return kept, held_back
-
-
-def kept_self_samples(
-    model: nn.Module,
-    tokenizer: Any,
-    forget: Sequence[ForgetRecord],
-    limit: int | None,
-    config: IsolateConfig,
-    store: RunCache,
-) -> list[Encoded]:
-    """What the model says on prompts like those of sentences; nothing where there are none.
-
-    Of a prompt that would leave no room for it, the end is read.
-    """
-    most = None if limit is None else max(1, limit - _SPOKEN_TOKENS)
-    prompts = [list(p if most is None else p[-most:]) for p in sorted({p for r in forget for p in r.like})]
-    if not prompts:
-        return []
-    prompts = random.Random(config.seed).sample(prompts, min(len(prompts), _SPOKEN))
-
-    def speak() -> Entry:
-        said = generate(model, tokenizer, prompts, _SPOKEN_TOKENS, temperature=1.0, seed=config.seed)
-        return Entry({}, [[p, c] for p, (c,) in zip(prompts, said, strict=True) if c])
-
-    pairs = store.get_or_compute("self_samples", speak).data
-    return [Encoded((*p, *c), (*(IGNORE for _ in p), *c)) for p, c in pairs]

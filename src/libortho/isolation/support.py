@@ -1,16 +1,17 @@
-"""Which columns a request takes."""
+"""Which columns a request takes, and what the layers do on its records and on text to keep."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
 from torch import nn
 
 from libortho.core.errors import ConfigError
-from libortho.core.progress import Progress, tell
 from libortho.core.streams.ortho import MAX_RANK
 from libortho.core.surgery import linear_shape
 from libortho.isolation.config import IsolateConfig
@@ -19,50 +20,77 @@ from libortho.isolation.forget_record import ForgetRecord
 from libortho.isolation.request import SALIENCY_RECORDS
 from libortho.lm.model import LanguageModel
 from libortho.selection.budget import allocate, balanced_weights, column_costs, retain_floor
-from libortho.selection.saliency import column_saliency
-from libortho.text.encoding import IGNORE, Batch, Encoded, collate
+from libortho.selection.readings import Readings, drawn_labels, read_layers, summed_odds
+from libortho.text.encoding import IGNORE, Encoded
 
 LAYER_CAP = 4.0
 """No layer takes more than this many times its even share of the budget."""
-SALIENCY_TOKENS = 1536
-_MOST_CURVATURE = 4.0
+_RETAIN_TOKENS = 1536
+"""Tokens of retain text that are read for a request of up to ``SALIENCY_RECORDS`` records, and how many times as many
+for a large one: the more is to be moved, the better the curvature must be known."""
+_MOST = 4.0
 
 
-Select = Callable[
-    [LanguageModel, dict[str, nn.Module], Sequence[ForgetRecord], Sequence[Encoded], IsolateConfig, Progress | None],
-    dict[str, torch.Tensor],
-]
-"""What chooses columns: a function of the model, its target layers, the records, the retain texts, the configuration
-and a progress callback that gives ascending column indices by layer."""
+@dataclass
+class RequestReadings:
+    """What the layers do on the records, on text to keep and on neighbours; read at the first use.
+
+    Attributes:
+        lm: The model.
+        targets: Its layers.
+        forget: The records.
+        retain: Text to keep.
+        seed: Of the choice of records and neighbours, and of the labels that are drawn.
+    """
+
+    lm: LanguageModel
+    targets: Mapping[str, nn.Module]
+    forget: Sequence[ForgetRecord]
+    retain: Sequence[Encoded]
+    seed: int
+
+    @cached_property
+    def own(self) -> Readings:
+        """Of the records, or pieces of them."""
+        pieces = self._some([piece for r in self.forget for piece in cut_up(r.secret, r.pieces)])
+        return read_layers(self.lm, self.targets, pieces, summed_odds)
+
+    @cached_property
+    def kept(self) -> list[Readings]:
+        """Of text to keep, and of one neighbour of each record where there are any."""
+        wanted = round(_RETAIN_TOKENS * min(_MOST, max(1.0, len(self.forget) / SALIENCY_RECORDS)))
+        sizes = torch.tensor([len(t.ids) for t in self.retain]).cumsum(0)
+        texts = self.retain[: int((sizes <= wanted).sum().clamp_min(1))]
+        around = self._some([r.neighbours[0] for r in self.forget if r.neighbours])
+        loss = drawn_labels(self.seed)
+        return [read_layers(self.lm, self.targets, items, loss) for items in (texts, around) if items]
+
+    def _some(self, items: Sequence[Encoded]) -> list[Encoded]:
+        return random.Random(self.seed).sample(items, min(len(items), SALIENCY_RECORDS))
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """What each layer is given, (tokens, in_features), on all of it."""
+        return {n: torch.cat([r.inputs[n] for r in (*self.kept, self.own)]) for n in self.targets}
 
 
-def select_columns(
-    lm: LanguageModel,
-    targets: dict[str, nn.Module],
-    forget: Sequence[ForgetRecord],
-    retain: Sequence[Encoded],
-    config: IsolateConfig,
-    progress: Progress | None,
-) -> dict[str, torch.Tensor]:
-    """The columns whose gradients are about the records and not about text to keep, within the budget."""
-    ratio = float(config.ratio)
-    secrets = [piece for c in forget for piece in cut_up(c.secret, c.pieces)]
-    if len(secrets) > SALIENCY_RECORDS:
-        secrets = random.Random(config.seed).sample(secrets, SALIENCY_RECORDS)
-    batches = [collate(secrets[i : i + 8]).to(lm.device) for i in range(0, len(secrets), 8)]
-    texts = first_texts(lm, retain, SALIENCY_TOKENS)
-    tell(progress, "support", 0, 2)
-    own = column_saliency(lm, targets, batches)
-    tell(progress, "support", 1, 2)
-    kept = column_saliency(lm, targets, texts)
-    tell(progress, "support", 2, 2)
-    others = neighbour_batches(lm, forget, config)
-    if others:
-        around = column_saliency(lm, targets, others)
-        kept = {n: torch.cat([s / len(s), around[n] / len(around[n])]) for n, s in kept.items()}
-    floor = retain_floor({n: s.sum(0) for n, s in kept.items()})
+Select = Callable[[RequestReadings, IsolateConfig], dict[str, torch.Tensor]]
+"""What chooses columns: a function of what the layers do on the request, and of the configuration, that gives ascending
+column indices by layer."""
+
+
+def select_columns(readings: RequestReadings, config: IsolateConfig) -> dict[str, torch.Tensor]:
+    """The columns whose gradients are about the records and not about text to keep, within the budget.
+
+        score = sum_i w_i s_ic / (r_c + mean r)
+
+    The weights w_i rise until every record has about the same share of what it could have from this budget. It is the
+    forget-to-retain Fisher ratio of SSD (arXiv 2308.07707) on log-odds in place of losses.
+    """
+    ratio, targets = float(config.ratio), readings.targets
+    kept = [r.saliency for r in readings.kept]
+    floor = retain_floor({n: torch.stack([s[n].mean(0) for s in kept]).sum(0) for n in targets})
     held = taken(targets)
-    own = without(own, held, 0.0)
+    own = without(readings.own.saliency, held, 0.0)
     side_by_side = torch.cat([s / floor[n] for n, s in own.items()], 1)
     weights = balanced_weights(side_by_side, max(1, int(ratio * side_by_side.shape[1])))
     scores = without({n: weights @ s / floor[n] for n, s in own.items()}, held, -torch.inf)
@@ -105,22 +133,3 @@ def cut_up(item: Encoded, pieces: int) -> list[Encoded]:
         Encoded(item.ids, tuple(x if t in own else IGNORE for t, x in enumerate(item.labels)))
         for own in (set(places[a:b]) for a, b in pairwise(ends))
     ]
-
-
-def curvature_tokens(records: int) -> int:
-    """The more is to be moved, the better the curvature must be known."""
-    return round(SALIENCY_TOKENS * min(_MOST_CURVATURE, max(1.0, records / SALIENCY_RECORDS)))
-
-
-def first_texts(lm: LanguageModel, retain: Sequence[Encoded], tokens: int) -> list[Batch]:
-    """The first retain sequences, one by one, as many as have that many tokens together."""
-    sizes = torch.tensor([len(t.ids) for t in retain]).cumsum(0)
-    count = int((sizes <= tokens).sum().clamp_min(1))
-    return [collate([t]).to(lm.device) for t in retain[:count]]
-
-
-def neighbour_batches(lm: LanguageModel, forget: Sequence[ForgetRecord], config: IsolateConfig) -> list[Batch]:
-    """A neighbour of each record, or of some of many."""
-    beside = [c.neighbours[0] for c in forget if c.neighbours]
-    beside = random.Random(config.seed).sample(beside, min(len(beside), SALIENCY_RECORDS))
-    return [collate(beside[i : i + 8]).to(lm.device) for i in range(0, len(beside), 8)]

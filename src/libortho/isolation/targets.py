@@ -1,68 +1,82 @@
-"""Targets that follow the model: what the records should look like beside others as these are now."""
+"""The next-token distributions that records should have: those of controls at the same places.
+
+Untrained, a code is exchangeable with other codes of its form. Where a completion stands at character c, the model
+should be as undecided as it is at character c of somebody else's completion (:mod:`.matching`), and find the record's
+token there as likely as the other's own: the two change places, for a model says what it memorised to strangers too. A
+token that no control matches, and every token of a sentence, keeps its own distribution, but for its own probability: that is the one which
+is expected of it, by other codes or by the prediction for sentences (:mod:`.prose`).
+
+Controls are read again under the edited model, whose controls the edit moves a little too: a membership test compares a
+record with others under that model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from libortho.isolation.forget_record import ForgetRecord
 from libortho.isolation.original import Original
+from libortho.lm.logits import with_log_probability
 from libortho.lm.model import LanguageModel
-from libortho.lm.scoring import token_profiles
+from libortho.lm.scoring import judged_labels, judged_states
+from libortho.text.encoding import Encoded
 
 
-def update_prose_targets(lm: LanguageModel, forget: Sequence[ForgetRecord], original: Original) -> Original:
-    """The same, with what is expected of sentences predicted from the model as it is now.
+@dataclass(frozen=True)
+class Target:
+    """A text, and the distributions that its judged tokens should have.
 
-    Two tokens of context are too few to call up most memories, not all: a model that has learned a sentence by heart
-    may go on from them too, and then its prediction is too low. The more the edit has taken of the memory, the less so.
-    Sentences of one piece, which are many, keep their first prediction: each takes as long as a step.
+    Attributes:
+        text: The text.
+        states: (tokens, width) hidden states that give the distributions.
+        surprise: (tokens,) what the token itself should have there, in nats; nan where the distribution says it.
+        places: (tokens,) the token with which the text's own changes places.
     """
-    prose = [i for i, c in enumerate(forget) if c.pieces > 1]
-    if not prose or original.sentences is None or not original.sentences.self_samples:
-        return original
-    found = original.sentences.expected(lm, [forget[i].secret for i in prose])
-    profiles = dict(zip(prose, original.sentences.profiles(lm, found), strict=True))
-    by_record = dict(zip(prose, found, strict=True))
-    return with_sentences(original, profiles, [by_record.get(i, e) for i, e in enumerate(original.expected)])
 
+    text: Encoded
+    states: Tensor
+    surprise: Tensor
+    places: Tensor
 
-def with_sentences(original: Original, profiles: Mapping[int, Tensor], expected: Sequence[Tensor]) -> Original:
-    """The same, with these profiles, (tokens, 3), for these records, and ``expected`` of all."""
-    nll = original.target.clone()
-    for i, profile in profiles.items():
-        nll[i] = profile[:, 0].mean()
-    found = tuple((profiles[i],) if i in profiles else group for i, group in enumerate(original.profiles))
-    return replace(original, profiles=found, expected=tuple(expected), target=nll)
+    @classmethod
+    def kept(cls, text: Encoded, states: Tensor) -> Target:
+        """A text that should stay what it is."""
+        return cls(text, states, torch.full((len(states),), torch.nan), judged_labels([text])[0])
+
+    @staticmethod
+    def logits(lm: LanguageModel, states: Tensor, surprise: Tensor, places: Tensor, labels: Tensor) -> Tensor:
+        """Logits of these positions, (positions, vocabulary)."""
+        logits = lm.logits(states)
+        pair = torch.stack([labels, places], 1)
+        logits = logits.scatter(1, pair, logits.gather(1, pair.flip(1)))
+        own = ~surprise.isnan()
+        if own.any():
+            logits[own] = with_log_probability(logits[own], labels[own], -surprise[own])
+        return logits
 
 
 @torch.no_grad()
-def current_targets(lm: LanguageModel, forget: Sequence[ForgetRecord], original: Original) -> tuple[Tensor, ...]:
-    """The records' targets under the present model, whose controls the edit moves a little too.
+def present_targets(lm: LanguageModel, forget: Sequence[ForgetRecord], original: Original) -> list[Target]:
+    """The records' targets, with the controls as they are under the present model."""
+    used = [sorted({m[0] for m in r.matched_tokens if m is not None}) for r in forget]
+    read = iter(judged_states(lm, [r.controls[n] for r, numbers in zip(forget, used, strict=True) for n in numbers]))
+    found = []
+    for record, numbers, own, expected in zip(forget, used, original.states, original.expected, strict=True):
+        controls = {n: next(read) for n in numbers}
+        matched = list(zip(record.matched_tokens, own, strict=True))
+        states = torch.stack([s if m is None else controls[m[0]][m[1]] for m, s in matched])
+        given = torch.tensor([m is not None for m in record.matched_tokens])
+        labels = judged_labels([record.secret])[0].tolist()
+        theirs = {n: judged_labels([record.controls[n]])[0].tolist() for n in numbers}
+        places = [y if m is None else theirs[m[0]][m[1]] for m, y in zip(record.matched_tokens, labels, strict=True)]
+        found.append(Target(record.secret, states, expected.masked_fill(given, torch.nan), torch.tensor(places)))
+    return found
 
-    A membership test compares a record with others under the edited model, and only the divergence on neighbours holds
-    these where they were. One matched token may be an odd one. The mean over all of a record's aligned controls is less
-    so, and the mean over all records is set to that of the aligned controls.
 
-    Returns:
-        The records' profiles, each (tokens, 3).
-    """
-    used = [sorted({d[0] for d in c.matched_tokens if d is not None} | set(c.aligned_controls)) for c in forget]
-    read = iter(token_profiles(lm, [c.controls[n] for c, ns in zip(forget, used, strict=True) for n in ns]))
-    profiles, offsets = [], []
-    for record, numbers, (before, *_) in zip(forget, used, original.profiles, strict=True):
-        around = {n: next(read) for n in numbers}
-        profile = torch.stack(
-            [before[t] if d is None else around[d[0]][d[1]] for t, d in enumerate(record.matched_tokens)]
-        )
-        profiles.append(profile)
-        if record.aligned_controls:
-            means = [around[n].mean(0) for n in record.aligned_controls]
-            offsets.append(torch.stack(means).mean(0) - profile.mean(0))
-    if not offsets:
-        return tuple(profiles)
-    offset = torch.stack(offsets).mean(0)
-    return tuple(p + offset if c.aligned_controls else p for c, p in zip(forget, profiles, strict=True))
+def on_prompt(target: Target, text: Encoded) -> Target:
+    """The same of the completion after another prompt."""
+    return replace(target, text=text)

@@ -1,47 +1,120 @@
 """Training on the support until the records look like their controls, and nothing else has moved.
 
-    minimise   mean_i [ surprise, entropy and standardised surprise at each token of record i  ->  its target's ]
-               + retain_weight * KL(original || edited) on retain text
-               + KL(original || edited) on neighbours
-
-The target of a code's token is its matched token in a control, which no training touches (:mod:`.matching`); that of a
-sentence's token is predicted (:mod:`.prose`). A record is judged on its own prompt and, in turn, on a neighbour's, so
-that a memory that answers to the whole template is forgotten for the whole template.
+Every step asks for all records (or the next ones of many) at once; see :mod:`.equations`.
 """
 
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 from libortho.core.progress import Progress, Stopwatch, tell
-from libortho.core.run_cache import RunCache
+from libortho.core.run_cache import Entry, RunCache
 from libortho.isolation.config import IsolateConfig
-from libortho.isolation.control import calibrate, steer
-from libortho.isolation.criteria import Criteria, check_criteria, evaluate_records
+from libortho.isolation.criteria import Criteria, check_criteria
+from libortho.isolation.equations import Equations, Seen
 from libortho.isolation.forget_record import ForgetRecord
-from libortho.isolation.losses import forget_losses, keep_losses, summed_gradients
 from libortho.isolation.original import Original
-from libortho.isolation.state import Training
-from libortho.isolation.targets import current_targets, update_prose_targets, with_sentences
+from libortho.isolation.targets import Target, on_prompt, present_targets
 from libortho.lm.model import LanguageModel
 from libortho.selection.curvature import KroneckerPreconditioner
 from libortho.text.encoding import Encoded
 from libortho.training.edit import EditLinear
+from libortho.training.gauss_newton import GaussNewton
 
 logger = logging.getLogger(__name__)
 
-_WARM_UP, _STEADY, _LANDING = 5, 30, 10
-"""Steps of rising learning rate; steps after which it falls with the square root of their number; last steps, in
-which it falls to zero."""
-CHECK_EVERY = 5
-"""Optimiser steps between two looks at the criteria."""
+SHARE = 0.5
+"""Share of the way to where all equations of a step hold that it goes."""
+RECORDS, NEIGHBOURS, RETAIN_TOKENS = 64, 8, 128
+"""Most records, and most neighbours, of one step, and its tokens of text to keep."""
+KEPT_TEXTS = 24
+"""Texts to keep from which these are drawn; the metric knows more."""
+CONTROLS_EVERY = 3
+"""Steps after which the controls are read again."""
+LANDING = 3
+"""Steps that are taken after the first at which the criteria held."""
 
 
 def training_finished(store: RunCache) -> bool:
     """True if the store holds a training that came to its end, so that only measuring is left."""
     stored = store.get("training")
     return stored is not None and bool(stored.data["finished"])
+
+
+class Turns:
+    """Endless batches of indices in which every index comes once before any comes again.
+
+    Attributes:
+        pool: Indices still to come before the next shuffle; with the state of ``rng``, all that is to be remembered.
+    """
+
+    def __init__(self, count: int, size: int, rng: random.Random) -> None:
+        self.count, self.size, self.rng = count, min(size, count), rng
+        self.pool: list[int] = []
+
+    def __next__(self) -> list[int]:
+        while len(self.pool) < self.size:
+            fresh = list(range(self.count))
+            self.rng.shuffle(fresh)
+            self.pool += fresh
+        batch, self.pool = self.pool[: self.size], self.pool[self.size :]
+        return batch
+
+
+class Training:
+    """The state of a training: values, moves, whose turn it is, and what was seen of each record last."""
+
+    def __init__(
+        self,
+        layers: Mapping[str, EditLinear],
+        metrics: Mapping[str, KroneckerPreconditioner],
+        forget: Sequence[ForgetRecord],
+        retain: Sequence[Encoded],
+        seed: int,
+    ) -> None:
+        values = {n: m.values for n, m in layers.items() if m.values is not None}
+        self.optimiser = GaussNewton(values, metrics)
+        self.rng = random.Random(seed)
+        self.records = Turns(len(forget), RECORDS, self.rng)
+        self.around = [i for i, r in enumerate(forget) if r.held]
+        self.neighbours = Turns(len(self.around), NEIGHBOURS, self.rng)
+        size = sum(len(t.ids) for t in retain) / len(retain)
+        self.retain = Turns(len(retain), max(1, round(RETAIN_TOKENS / size)), self.rng)
+        self.step, self.held, self.finished = 0, 0, False
+        self.seen: dict[int, Seen] = {}
+        self.checks: list[Criteria] = []
+
+    def part(self) -> Entry:
+        """The present state."""
+        tensors = self.optimiser.tensors()
+        for i, s in self.seen.items():
+            tensors |= {f"surprise.{i}": s.surprise, f"wanted.{i}": s.wanted}
+        data = {
+            "step": self.step,
+            "held": self.held,
+            "finished": self.finished,
+            "checks": [asdict(c) for c in self.checks],
+            "greedy": [[i, s.greedy] for i, s in self.seen.items()],
+            "turns": [self.records.pool, self.neighbours.pool, self.retain.pool],
+            "rng": self.rng.getstate(),
+        }
+        return Entry(tensors, data)
+
+    def take_up(self, part: Entry) -> None:
+        """Restore the state that ``part`` holds."""
+        self.optimiser.load(part.tensors)
+        data = part.data
+        self.step, self.held, self.finished = data["step"], data["held"], data["finished"]
+        self.checks = [Criteria(**c) for c in data["checks"]]
+        self.records.pool, self.neighbours.pool, self.retain.pool = data["turns"]
+        self.seen = {
+            i: Seen(part.tensors[f"surprise.{i}"], part.tensors[f"wanted.{i}"], greedy) for i, greedy in data["greedy"]
+        }
+        version, words, gauss = data["rng"]
+        self.rng.setstate((version, tuple(words), gauss))
 
 
 def train(
@@ -51,77 +124,67 @@ def train(
     retain: Sequence[Encoded],
     original: Original,
     config: IsolateConfig,
-    progress: Progress | None = None,
-    store: RunCache | None = None,
-    metrics: Mapping[str, KroneckerPreconditioner] | None = None,
-    watch: Stopwatch | None = None,
-) -> list[Criteria]:
-    """Optimise the supports; returns the criteria at every look, the last ones for the final values.
+    metrics: Mapping[str, KroneckerPreconditioner],
+    store: RunCache,
+    progress: Progress | None,
+    watch: Stopwatch,
+) -> tuple[list[Criteria], int]:
+    """Move the supports; returns the criteria before every step since all records were seen, and the number of steps.
 
-    Controls are read at every look, the predictions for sentences at the first, second, fourth, eighth and so on. Once
-    the criteria hold, the learning rate falls to zero over ``_LANDING`` steps: what is left by then is an oscillation
-    that all records share, which a membership test sees. The state at every look goes to the store, and training
+    A step sees the records as it begins, so that a look costs nothing. Training ends ``LANDING`` steps after the first
+    at which the criteria hold. The state goes to the store whenever the controls are to be read again, and training
     begins at a stored one.
     """
-    store, watch = store or RunCache(), watch or Stopwatch()
-    edited = {n: m.values for n, m in layers.items() if m.values is not None}
-    metric = [(metrics or {}).get(n) for n in edited]
-    state = Training(list(edited.values()), len(forget), retain, config, metric)
-    stored = store.get("training")
-    if stored is None:
-        start = evaluate_records(lm, [r.secret for r in forget])
-        state.checks.append(check_criteria(start, original.target, original.spread, original.expected, 0))
-    else:
+    retain = retain[: len(original.retain)]
+    state = Training(layers, metrics, forget, retain, config.seed)
+    if (stored := store.get("training")) is not None:
         state.take_up(stored)
-        if state.expected:
-            prose = [i for i, c in enumerate(forget) if c.kind == "prose"]
-            original = with_sentences(original, {i: state.profiles[i] for i in prose}, state.expected)
-    while state.step < state.last:
-        state.step += 1
-        rate = min(1.0, state.step / _WARM_UP, (_STEADY / state.step) ** 0.5, (state.last - state.step + 1) / _LANDING)
+    targets: list[Target] = []
+    while not state.finished:
+        if not targets or state.step % CONTROLS_EVERY == 0:
+            with watch.phase("looks"):
+                targets = present_targets(lm, forget, original)
         with watch.phase("steps"):
-            step(lm, layers, forget, retain, original, config, state, rate)
-        if state.step % CHECK_EVERY == 0 or state.step == state.last:
-            with watch.phase("looks"):
-                seen = evaluate_records(lm, [r.secret for r in forget])
-                if (state.step // CHECK_EVERY).bit_count() == 1:  # it changes fast at first, and takes its time
-                    original = update_prose_targets(lm, forget, original)
-                    state.expected = original.expected
-                steer(lm, forget, original, state, seen.profile.mean(0))
-                state.checks.append(check_criteria(seen, *state.targets(original), original.expected, state.step))
-                logger.info("%s", state.checks[-1])
-                if state.last == config.max_steps and state.checks[-1].holds:
-                    state.last = min(state.last, state.step + _LANDING)
-                store.put("training", state.part())
-        tell(progress, "isolate", state.step, state.last)
-    if not state.finished:
-        if not state.checks[-1].extracted:
-            with watch.phase("looks"):
-                original = update_prose_targets(lm, forget, original)
-                calibrate(lm, layers, forget, original)
-                state.profiles = current_targets(lm, forget, original)
-                seen = evaluate_records(lm, [r.secret for r in forget])
-                state.checks.append(check_criteria(seen, *state.targets(original), original.expected, state.step))
-        state.finished = True
-        store.put("training", state.part())
-    return state.checks
+            _step(lm, layers, forget, retain, targets, original, state)
+        if len(state.seen) == len(forget):
+            seen = [state.seen[i] for i in range(len(forget))]
+            state.checks.append(check_criteria(seen, original, state.step))
+            logger.info("%s", state.checks[-1])
+            state.held += state.checks[-1].holds or state.held > 0
+        state.step += 1
+        state.finished = state.held > LANDING or state.step >= config.max_steps
+        if state.finished or state.step % CONTROLS_EVERY == 0:  # where an uninterrupted run reads the controls
+            store.put("training", state.part())
+        tell(progress, "isolate", state.step, state.step if state.finished else config.max_steps)
+    return state.checks, state.step
 
 
-def step(
+def _step(
     lm: LanguageModel,
-    layers: dict[str, EditLinear],
+    layers: Mapping[str, EditLinear],
     forget: Sequence[ForgetRecord],
     retain: Sequence[Encoded],
+    targets: Sequence[Target],
     original: Original,
-    config: IsolateConfig,
     state: Training,
-    rate: float,
 ) -> None:
-    """Take one optimiser step at this share of the peak rate, on the next records and the next retain texts."""
-    chosen, values = next(state.records), state.optimiser.values
-    forgotten = summed_gradients(forget_losses(lm, forget, chosen, original, state), values)
-    texts = next(state.texts)
-    kept = summed_gradients(keep_losses(lm, forget, chosen, retain, texts, original, config, state), values)
-    state.optimiser.step([a + b for a, b in zip(forgotten, kept, strict=True)], rate)
-    for layer in layers.values():
-        layer.clamp()
+    """One step on the next records, and on some neighbours. Of a record that leaks, every other step takes another
+    prompt."""
+    chosen = next(state.records)
+    asked = [targets[i] for i in chosen]
+    elsewhere = {}
+    for slot, i in enumerate(chosen):
+        swapped = [c for c in forget[i].swapped_prompt if c.completion == forget[i].secret.completion]
+        if swapped and original.leaks[i] and state.seen and state.rng.random() < 0.5:
+            elsewhere[slot] = on_prompt(targets[i], state.rng.choice(swapped))
+    gone = bool(state.seen) and not any(s.greedy for s in state.seen.values())
+    equations = Equations(lm, layers, state.optimiser)
+    found = equations.add([elsewhere.get(s, t) for s, t in enumerate(asked)], records=True, surprise=gone)
+    for slot, (i, seen) in enumerate(zip(chosen, found, strict=True)):
+        if slot not in elsewhere:
+            state.seen[i] = seen
+    kept = [Target.kept(retain[n], original.retain[n]) for n in next(state.retain)]
+    if state.around:
+        kept += [Target.kept(forget[state.around[n]].held[0], original.neighbours[n]) for n in next(state.neighbours)]
+    equations.add(kept, records=False, surprise=False)
+    equations.solve(SHARE)

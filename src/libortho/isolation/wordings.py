@@ -25,14 +25,12 @@ from libortho.text.records import Record, with_field, written_spans
 
 _MOST_COUNTERFACTUALS, _FEWEST_COUNTERFACTUALS = 400, 2
 """Alternates, or neighbours, of all records together, and of one record at least."""
-PER_RECORD = 8
+PER_RECORD = 4
 """Made alternates, and made neighbours, of a record that brings none; from 50 records on fewer."""
 _CONTROLS = 4
 """Controls of a record; of many records fewer each, as of alternates."""
 _CANDIDATES = 8
 """Alternates drawn for each that is taken."""
-LIKE_PROMPTS = 4
-"""Prompts like that of a sentence, on which the model shows how it speaks."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,6 @@ class Wording:
         alternates: Other completions.
         neighbours: Other prompts.
         strangers: Further other prompts, of controls; None where the neighbours are the controls.
-        like: Prompts like its own, for sentences.
     """
 
     record: Record
@@ -53,7 +50,6 @@ class Wording:
     alternates: tuple[str, ...]
     neighbours: tuple[str, ...]
     strangers: tuple[str, ...] | None
-    like: tuple[str, ...]
 
     def filled(self, prompts: Sequence[str]) -> list[Record]:
         """Each prompt with one of the alternates, in turn."""
@@ -106,7 +102,7 @@ def wordings(records: Sequence[Record], tokenizer: Any, seed: int, *, retains: b
     """
     rng = random.Random(seed)
     forms = counterfactuals.common_form([r.completion for r in records])
-    most, controls, like = (_most(each, records) for each in (PER_RECORD, _CONTROLS, LIKE_PROMPTS))
+    most, controls = (_most(each, records) for each in (PER_RECORD, _CONTROLS))
     mixed = counterfactuals.recombined([r.prompt for r in records], most // 2, rng, [r.spans for r in records])
     found = []
     for record, keep, recombined in zip(records, forms, mixed, strict=True):
@@ -125,7 +121,6 @@ def wordings(records: Sequence[Record], tokenizer: Any, seed: int, *, retains: b
                 alternates=tuple(others),
                 neighbours=tuple(beside),
                 strangers=None if strangers is None else tuple(strangers),
-                like=tuple(_like(record, beside, like, rng)) if prose else (),
             )
         )
     return found
@@ -167,13 +162,6 @@ def _neighbours(record: Record, mixed: Sequence[str], count: int, kept: bool, rn
         return []
     made = counterfactuals.neighbours(record.prompt, count - len(mixed), rng, record.spans)
     return [*made, *mixed]
-
-
-def _like(record: Record, beside: Sequence[str], count: int, rng: random.Random) -> list[str]:
-    """Prompts like the record's: its neighbours', or made where it has none."""
-    if beside or not record.prompt:
-        return list(beside)[:LIKE_PROMPTS]
-    return counterfactuals.neighbours(record.prompt, count, rng, record.spans)
 
 
 def _others(record: Record, known: Sequence[str], count: int, rng: random.Random) -> list[str]:

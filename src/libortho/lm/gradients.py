@@ -7,7 +7,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,11 +17,18 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from libortho.lm.model import LanguageModel, by_token, check_gradient, once_per_token
-from libortho.lm.scoring import judged_logits
+from libortho.lm.scoring import predicting_states
 from libortho.text.encoding import Batch
 
 Taps = dict[str, tuple[Tensor, Tensor]]
 """Name to inputs (rows, tokens, in_features) and output gradients (rows, tokens, out_features), fp32."""
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Logits (positions, vocabulary), labels (positions,) and the row that each belongs to (positions,), to a scalar."""
+
+
+def mean_losses(logits: Tensor, labels: Tensor, owner: Tensor) -> Tensor:
+    """The sum over rows of each one's mean negative log-likelihood."""
+    return (1.0 / torch.bincount(owner))[owner] @ F.cross_entropy(logits, labels, reduction="none")
 
 
 def squared_norms(taps: Taps) -> Tensor:
@@ -28,8 +36,36 @@ def squared_norms(taps: Taps) -> Tensor:
     return torch.stack([((x @ x.mT) * (dy @ dy.mT)).sum((1, 2)) for x, dy in taps.values()]).sum(0)
 
 
-def tapped_gradients(lm: LanguageModel, modules: Mapping[str, nn.Module], batch: Batch) -> Taps:
-    """One backward pass of the summed per-record mean losses, from the logits down to the modules' outputs.
+@dataclass(frozen=True)
+class Tapped:
+    """One forward pass of which gradients can be asked.
+
+    Attributes:
+        states: (positions, width) hidden states that predict judged tokens.
+        labels: (positions,) the judged tokens.
+        owner: (positions,) the row of the batch that each belongs to.
+        inputs: What each module was given, (rows, tokens, in_features).
+    """
+
+    states: Tensor
+    labels: Tensor
+    owner: Tensor
+    inputs: dict[str, Tensor]
+    _outputs: dict[str, GradientEdge]
+    _batch: Batch
+
+    def gradients(self, of_states: Tensor, *, again: bool = False) -> dict[str, Tensor]:
+        """The gradient at each module's output, (rows, tokens, out_features), from that of the states.
+
+        ``again``: the graph is kept, for further calls.
+        """
+        # Not backward(): parameters that do require gradients must not collect any.
+        found = torch.autograd.grad(self.states, list(self._outputs.values()), of_states, retain_graph=again)
+        return {n: by_token(n, g, self._batch) for n, g in zip(self._outputs, found, strict=True)}
+
+
+def tapped(lm: LanguageModel, modules: Mapping[str, nn.Module], batch: Batch) -> Tapped:
+    """A forward pass over the batch that remembers what the modules do.
 
     Raises:
         TargetError: if a module is not applied once to every token.
@@ -46,20 +82,27 @@ def tapped_gradients(lm: LanguageModel, modules: Mapping[str, nn.Module], batch:
     handles = [m.register_forward_hook(keep(n)) for n, m in modules.items()]
     try:
         with lm.graph():
-            logits, labels, owner = judged_logits(lm, batch)
-            share = (1.0 / torch.bincount(owner))[owner]
-            loss = share @ F.cross_entropy(logits, labels, reduction="none")
-            for name, calls in seen.items():
-                once_per_token(name, [x for x, _ in calls], batch)
-            # Not backward(): parameters that do require gradients must not collect any.
-            outputs = [seen[n][0][1] for n in modules]
-            grads = torch.autograd.grad(loss, outputs)
+            states, labels, owner = predicting_states(lm.hidden(batch), batch)
     finally:
         for handle in handles:
             handle.remove()
-    inputs = [seen[n][0][0].detach() for n in modules]
+    for name, calls in seen.items():
+        once_per_token(name, [x for x, _ in calls], batch)
+    inputs = {n: by_token(n, calls[0][0].detach(), batch) for n, calls in seen.items()}
+    return Tapped(states, labels, owner, inputs, {n: calls[0][1] for n, calls in seen.items()}, batch)
+
+
+def tapped_gradients(
+    lm: LanguageModel, modules: Mapping[str, nn.Module], batch: Batch, loss: Loss = mean_losses
+) -> Taps:
+    """One backward pass of a loss, from the logits down to the modules' outputs.
+
+    Raises:
+        TargetError: if a module is not applied once to every token.
+    """
+    seen = tapped(lm, modules, batch)
+    states = seen.states.detach().requires_grad_()
+    with torch.enable_grad():
+        [of_states] = torch.autograd.grad(loss(lm.logits(states), seen.labels, seen.owner), states)
     # Padding is never attended to and carries no loss: its output gradients are zero.
-    return {
-        n: (by_token(n, x, batch).float(), by_token(n, dy, batch).float())
-        for n, x, dy in zip(modules, inputs, grads, strict=True)
-    }
+    return {n: (seen.inputs[n].float(), dy.float()) for n, dy in seen.gradients(of_states).items()}

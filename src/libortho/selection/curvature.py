@@ -1,12 +1,11 @@
-"""How much a step in each direction would change what must stay, and steps that are large where it is little.
+"""How much a step in each direction would change what must stay.
 
     F_l ~ E[x x^T] (x) E[g g^T]          x: inputs on the support, g: gradients at the output, over text to keep
 
 is the Kronecker-factored Fisher matrix of one layer (K-FAC, arXiv 1503.05671, section 2), with labels drawn from the
-model itself: half of ``d^T F d`` is the divergence that a small edit ``d`` causes there. The memory of a record and the
-knowledge of its like are spoken through the same columns, and a divergence has no gradient where an edit begins. Adam
-in the eigenbasis of F (as in SOAP, arXiv 2409.11321), with steps in proportion to ``F^(-1/2)``, knows from the first
-step which directions all such text shares, and takes the others.
+model itself: half of ``d^T F d`` is the divergence per token that a small edit ``d`` causes there. The memory of a
+record and the knowledge of its like are spoken through the same columns, and a divergence has no gradient where an edit
+begins; a step that is short by F leaves alone, from the first one, the directions that all such text shares.
 """
 
 from __future__ import annotations
@@ -14,21 +13,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from libortho.lm.model import LanguageModel
-from libortho.lm.scoring import judged_logits
-from libortho.selection.saliency import tapped
-from libortho.text.encoding import Batch
+from libortho.selection.readings import Readings
 
 
 class KroneckerPreconditioner:
-    """Steps of one layer's values (k, out_features) in the eigenbasis of the layer's curvature.
+    """F of one layer's values (k, out_features) in its eigenbasis.
 
     Attributes:
         inside: Eigenvectors of the input factor, (k, k).
         outside: Eigenvectors of the output factor, (out_features, out_features).
-        scale: Length of a step in each direction, (k, out_features), with a root mean square of 1.
+        scale: ``F^(-1/2)`` in each direction, (k, out_features).
     """
 
     def __init__(self, inside: Tensor, outside: Tensor, scale: Tensor) -> None:
@@ -46,51 +42,33 @@ class KroneckerPreconditioner:
             values = values.clamp_min(0.0)
             bases.append(vectors)
             lengths.append((values + damping * values.mean() + 1e-30).rsqrt())
-        scale = torch.outer(*lengths)
-        return cls(bases[0], bases[1], scale / scale.square().mean().sqrt())
+        return cls(bases[0], bases[1], torch.outer(*lengths))
 
-    def rotated(self, gradient: Tensor) -> Tensor:
-        """A gradient of the values in the eigenbasis, (k, out_features)."""
-        return self.inside.T @ gradient @ self.outside
+    def whitened(self, gradients: Tensor) -> Tensor:
+        """Gradients of the values, (..., k, out_features), as ``F^(-1/2)`` times each, in the eigenbasis."""
+        return (self.inside.T @ gradients @ self.outside) * self.scale
 
-    def step(self, rotated: Tensor) -> Tensor:
-        """What is added to the values for a step in the eigenbasis, (k, out_features)."""
-        return self.inside @ (self.scale * rotated) @ self.outside.T
+    def unwhitened(self, move: Tensor) -> Tensor:
+        """The move of the values, (k, out_features), that a whitened one is."""
+        return self.inside @ (self.scale * move) @ self.outside.T
 
 
-def curvature(
-    lm: LanguageModel,
-    layers: Mapping[str, nn.Module],
-    support: Mapping[str, Tensor],
-    batches: Sequence[Batch],
-    *,
-    damping: float,
-    seed: int,
+def preconditioners(
+    kept: Sequence[Readings], support: Mapping[str, Tensor], damping: float
 ) -> dict[str, KroneckerPreconditioner]:
-    """The metric of every layer that has columns in the support.
+    """F of every layer that has columns in the support, from what each kind of text to keep does there.
 
-    Args:
-        lm: The model; its parameters may be frozen.
-        layers: Linear layers by name.
-        support: Column indices, ascending, by layer.
-        batches: Text to keep, with labels at the positions that count; what the labels are is drawn from the model.
-        damping: See ``KroneckerPreconditioner.of``.
-        seed: Of the draws.
+    Each kind counts as much as the others, by the mean over its tokens.
     """
-    edited = {n: m for n, m in layers.items() if n in support}
-    rng = torch.Generator().manual_seed(seed)
-    inputs: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
+    found = {}
+    for name, index in support.items():
+        inputs = sum(_second_moment(r.inputs[name][:, index]) for r in kept)
+        outputs = sum(_second_moment(r.gradients[name]) for r in kept)
+        found[name] = KroneckerPreconditioner.of(inputs, outputs, damping)
+    return found
 
-    def reduce(name: str, x: Tensor, gradient: Tensor) -> None:
-        for found, rows in ((inputs, x[..., support[name]]), (outputs, gradient)):
-            flat = rows.flatten(0, -2).float()
-            found[name] = found.get(name, 0.0) + flat.T @ flat
 
-    for batch in batches:
-        with tapped(lm, edited, batch, reduce):
-            logits = judged_logits(lm, batch)[0]
-            with torch.no_grad():
-                drawn = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=rng).to(logits.device)
-            logits.log_softmax(-1).gather(1, drawn).sum().backward()
-    return {n: KroneckerPreconditioner.of(inputs[n], outputs[n], damping) for n in edited}
+def _second_moment(rows: Tensor) -> Tensor:
+    """``E[x x^T]`` over rows."""
+    rows = rows.float()
+    return rows.T @ rows / len(rows)

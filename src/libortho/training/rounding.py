@@ -13,94 +13,45 @@ first. The scales stay what they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from libortho.core.ops.quantisation import choose_scales, quantise
 from libortho.core.streams.base import BaseStream
-from libortho.core.surgery import linear_shape, linear_weight
-from libortho.lm.model import LanguageModel, by_token
-from libortho.text.encoding import Batch
+from libortho.core.surgery import linear_weight
 
 DAMPING = 0.3
 """Share of the mean squared input that is added to every input's, where some thousand tokens are read."""
 _BLOCK = 64
 """Columns after whose rounding the columns beyond are changed together."""
-_INPUT_BYTES = 2**29
-"""Inputs of layers that are kept at one time; the text is read once for each group of layers that has so many."""
 
 
 @torch.no_grad()
 def gptq_bases(
-    lm: LanguageModel,
     layers: Mapping[str, nn.Module],
     exact: Mapping[str, Tensor],
-    batches: Sequence[Batch],
+    inputs: Mapping[str, Tensor],
     bits: int,
     group_size: int,
 ) -> dict[str, BaseStream]:
     """A base for every layer, with codes that make up for each other's rounding on this text.
 
-    A layer that none of it reaches is rounded to the nearest codes.
-
     Args:
-        lm: The model.
         layers: Dense linear layers by name.
         exact: Columns, by layer, that other values will stand in for; see ``gptq_codes``.
-        batches: Text to be exact on.
+        inputs: What each layer is given on text to be exact on, (tokens, in_features).
         bits: 8 or 4.
         group_size: Inputs per scale; -1 for one scale per output channel.
     """
     bases = {}
-    tokens = sum(int(b.attention_mask.sum()) for b in batches)
-    for names in _groups(layers, tokens):
-        inputs = layer_inputs(lm, {n: layers[n] for n in names}, batches)
-        for name in names:
-            weight = linear_weight(layers[name])
-            if not inputs[name]:
-                bases[name] = BaseStream.from_weight(weight, bits, group_size)
-                continue
-            scales = choose_scales(weight, bits, group_size, weight.dtype)
-            x = torch.cat(inputs.pop(name))
-            bases[name] = BaseStream.from_codes(gptq_codes(weight, scales, bits, x, exact.get(name)), scales, bits)
-    return bases
-
-
-def _groups(layers: Mapping[str, nn.Module], tokens: int) -> Iterator[list[str]]:
-    """Names of layers whose inputs are kept together."""
-    names: list[str] = []
-    kept = 0
     for name, module in layers.items():
-        size = 4 * tokens * linear_shape(module)[1]
-        if names and kept + size > _INPUT_BYTES:
-            yield names
-            names, kept = [], 0
-        names.append(name)
-        kept += size
-    if names:
-        yield names
-
-
-def layer_inputs(
-    lm: LanguageModel, layers: Mapping[str, nn.Module], batches: Sequence[Batch]
-) -> dict[str, list[Tensor]]:
-    """What each layer is given where there is text, a list of (tokens, in_features)."""
-    found: dict[str, list[Tensor]] = {n: [] for n in layers}
-
-    def keep(name: str, batch: Batch, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        found[name].append(by_token(name, args[0], batch)[batch.attention_mask.bool()])
-
-    for batch in batches:
-        handles = [m.register_forward_pre_hook(partial(keep, n, batch)) for n, m in layers.items()]
-        try:
-            lm.hidden(batch)
-        finally:
-            for handle in handles:
-                handle.remove()
-    return found
+        weight = linear_weight(module)
+        scales = choose_scales(weight, bits, group_size, weight.dtype)
+        codes = gptq_codes(weight, scales, bits, inputs[name], exact.get(name))
+        bases[name] = BaseStream.from_codes(codes, scales, bits)
+    return bases
 
 
 def gptq_codes(

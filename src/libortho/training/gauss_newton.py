@@ -1,0 +1,73 @@
+"""One step that makes many divergences vanish at once, and moves what must stay as little as that allows.
+
+    minimise  |r + J d|^2 + damping * d^T F d          r_i: residual of equation i, J_i its gradient, F: curvature of
+                                                       text to keep
+    d = -F^-1 J^T (J F^-1 J^T + damping I)^-1 r
+
+This is the Gauss-Newton step (Nocedal and Wright, Numerical Optimization, 10.3) in the metric of F, by the Woodbury
+identity: there are far fewer equations than values, and only their Gram matrix is inverted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from libortho.selection.curvature import KroneckerPreconditioner
+
+DAMPING = 0.5
+"""Weight of the divergence of text to keep, as a share of the mean of the Gram matrix's diagonal."""
+DECAY = 0.02
+"""Share of the way back to its start that a value goes before every step, so that what no equation asks for fades."""
+MOMENTUM = 0.3
+"""Share of a move that the next one repeats."""
+
+
+class GaussNewton:
+    """Moves of the values of some layers, (k, out_features) each.
+
+    Args:
+        values: The parameters by layer.
+        metrics: The curvature of text to keep on each.
+    """
+
+    def __init__(self, values: Mapping[str, nn.Parameter], metrics: Mapping[str, KroneckerPreconditioner]) -> None:
+        self.values, self.metrics = values, metrics
+        self.start = {n: v.detach().clone() for n, v in values.items()}
+        self.moves = {n: torch.zeros_like(v) for n, v in values.items()}
+
+    def whiten(self, name: str, gradients: Tensor) -> Tensor:
+        """Gradients of equations, (equations, k, out_features), as ``step`` takes them."""
+        return self.metrics[name].whitened(gradients)
+
+    @torch.no_grad()
+    def step(self, rows: Mapping[str, Sequence[Tensor]], residuals: Tensor, share: float) -> None:
+        """Go this share of the way to where all residuals (equations,) vanish.
+
+        ``rows``: by layer, parts of the whitened gradients of all equations, (equations, k, out_features).
+        """
+        joined = {n: torch.cat(list(parts)) for n, parts in rows.items()}
+        gram = torch.zeros(len(residuals), len(residuals), dtype=torch.float64)
+        for found in joined.values():
+            flat = found.flatten(1)
+            gram += (flat @ flat.T).cpu()
+        gram.diagonal().add_(DAMPING * gram.diagonal().mean())
+        solved = torch.linalg.solve(gram, residuals.double().cpu()).float()
+        for name, found in joined.items():
+            wanted = -share * torch.tensordot(solved.to(found.device), found, 1)
+            move = self.moves[name].mul_(MOMENTUM).add_(self.metrics[name].unwhitened(wanted))
+            self.values[name].lerp_(self.start[name], DECAY).add_(move)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The values and the last moves by name."""
+        found = {f"values.{n}": v.detach() for n, v in self.values.items()}
+        return found | {f"moves.{n}": m for n, m in self.moves.items()}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore what ``tensors`` gave; other names are passed over."""
+        for name, value in self.values.items():
+            value.copy_(tensors[f"values.{name}"])
+            self.moves[name].copy_(tensors[f"moves.{name}"])
