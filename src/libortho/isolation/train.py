@@ -10,6 +10,8 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
+import torch
+
 from libortho.core.progress import Progress, Stopwatch, tell
 from libortho.core.run_cache import Entry, RunCache
 from libortho.isolation.config import IsolateConfig
@@ -65,7 +67,7 @@ class Turns:
 
 
 class Training:
-    """The state of a training: values, moves, whose turn it is, and what was seen of each record last."""
+    """The state of a training: values, whose turn it is, and what was seen of each record last."""
 
     def __init__(
         self,
@@ -89,7 +91,7 @@ class Training:
 
     def part(self) -> Entry:
         """The present state."""
-        tensors = self.optimiser.tensors()
+        tensors = {f"values.{n}": v.detach() for n, v in self.optimiser.values.items()}
         for i, s in self.seen.items():
             tensors |= {f"surprise.{i}": s.surprise, f"wanted.{i}": s.wanted}
         data = {
@@ -103,9 +105,11 @@ class Training:
         }
         return Entry(tensors, data)
 
+    @torch.no_grad()
     def take_up(self, part: Entry) -> None:
         """Restore the state that ``part`` holds."""
-        self.optimiser.load(part.tensors)
+        for name, value in self.optimiser.values.items():
+            value.copy_(part.tensors[f"values.{name}"])
         data = part.data
         self.step, self.held, self.finished = data["step"], data["held"], data["finished"]
         self.checks = [Criteria(**c) for c in data["checks"]]
@@ -187,4 +191,6 @@ def _step(
     if state.around:
         kept += [Target.kept(forget[state.around[n]].held[0], original.neighbours[n]) for n in next(state.neighbours)]
     equations.add(kept, records=False, surprise=False)
+    moved = torch.cat(equations.residuals[-(1 + (len(kept) > 1)) :]).square() / 2
+    logger.info("kept %s", [round(x, 4) for x in moved.tolist()])
     equations.solve(SHARE)

@@ -17,12 +17,8 @@ from torch import Tensor, nn
 
 from libortho.selection.curvature import KroneckerPreconditioner
 
-DAMPING = 0.5
+DAMPING = 0.1
 """Weight of the divergence of text to keep, as a share of the mean of the Gram matrix's diagonal."""
-DECAY = 0.02
-"""Share of the way back to its start that a value goes before every step, so that what no equation asks for fades."""
-MOMENTUM = 0.3
-"""Share of a move that the next one repeats."""
 
 
 class GaussNewton:
@@ -35,8 +31,6 @@ class GaussNewton:
 
     def __init__(self, values: Mapping[str, nn.Parameter], metrics: Mapping[str, KroneckerPreconditioner]) -> None:
         self.values, self.metrics = values, metrics
-        self.start = {n: v.detach().clone() for n, v in values.items()}
-        self.moves = {n: torch.zeros_like(v) for n, v in values.items()}
 
     def whiten(self, name: str, gradients: Tensor) -> Tensor:
         """Gradients of equations, (equations, k, out_features), as ``step`` takes them."""
@@ -57,17 +51,4 @@ class GaussNewton:
         solved = torch.linalg.solve(gram, residuals.double().cpu()).float()
         for name, found in joined.items():
             wanted = -share * torch.tensordot(solved.to(found.device), found, 1)
-            move = self.moves[name].mul_(MOMENTUM).add_(self.metrics[name].unwhitened(wanted))
-            self.values[name].lerp_(self.start[name], DECAY).add_(move)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The values and the last moves by name."""
-        found = {f"values.{n}": v.detach() for n, v in self.values.items()}
-        return found | {f"moves.{n}": m for n, m in self.moves.items()}
-
-    @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore what ``tensors`` gave; other names are passed over."""
-        for name, value in self.values.items():
-            value.copy_(tensors[f"values.{name}"])
-            self.moves[name].copy_(tensors[f"moves.{name}"])
+            self.values[name].add_(self.metrics[name].unwhitened(wanted))
