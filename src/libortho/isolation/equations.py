@@ -5,8 +5,8 @@
 
 over the tokens t of text i, with q_t what the target gives the token. A divergence hardly minds that a token which the
 target finds unlikely is a little likelier than it should be, which a membership test sees; the log-odds of the token
-(its logit minus the logsumexp of all others) do, and their gradient is 1 whatever its probability is. The second line is
-about records alone, and begins when none of them is recited: the gradient of a surprise vanishes where a token is
+(its logit minus the logsumexp of all others) do, and their gradient is 1 whatever its probability is. The second line
+is about records alone, and begins when none of them is recited: the gradient of a surprise vanishes where a token is
 certain.
 """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,26 +53,24 @@ class Original:
 
     def entry(self) -> Entry:
         """All of it as tensors by name."""
-        found = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            found |= {field.name: value} if isinstance(value, Tensor) else {
-                f"{field.name}.{i}": t for i, t in enumerate(value)
-            }  # fmt: skip
+        found: dict[str, Tensor] = {}
+        for name in (f.name for f in fields(self)):
+            value = getattr(self, name)
+            found |= {name: value} if isinstance(value, Tensor) else {f"{name}.{i}": t for i, t in enumerate(value)}
         return Entry(found)
 
     @classmethod
     def of(cls, entry: Entry, device: torch.device) -> Original:
         """From what ``entry()`` gave; hidden states go to ``device``."""
-        found = {}
-        for field in fields(cls):
-            if field.name in entry.tensors:
-                found[field.name] = entry.tensors[field.name]
-                continue
-            count = sum(n.startswith(f"{field.name}.") for n in entry.tensors)
-            parts = [entry.tensors[f"{field.name}.{i}"] for i in range(count)]
-            found[field.name] = tuple(p if field.name == "expected" else p.to(device) for p in parts)
-        return cls(**found)
+
+        def value(name: str) -> Any:
+            if name in entry.tensors:
+                return entry.tensors[name]
+            count = sum(n.startswith(f"{name}.") for n in entry.tensors)
+            parts = (entry.tensors[f"{name}.{i}"] for i in range(count))
+            return tuple(p if name == "expected" else p.to(device) for p in parts)
+
+        return cls(**{f.name: value(f.name) for f in fields(cls)})
 
 
 def read_original(

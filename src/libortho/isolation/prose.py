@@ -60,7 +60,8 @@ class SurprisalRegressor:
         return float(self.by_token(lm, [item])[0].mean())
 
     def by_token(self, lm: LanguageModel, items: Sequence[Encoded]) -> list[Tensor]:
-        """Expected negative log-likelihood of each token of each completion, (tokens,) in nats; ``LEAST_SURPRISE`` or more."""
+        """Expected negative log-likelihood of each token of each completion, (tokens,) in nats, at least
+        ``LEAST_SURPRISE``."""
         return [(p.features @ self.weights).clamp_min(LEAST_SURPRISE) for p in _Position.of(lm, items, self.opening)]
 
 

@@ -3,8 +3,8 @@
 Untrained, a code is exchangeable with other codes of its form. Where a completion stands at character c, the model
 should be as undecided as it is at character c of somebody else's completion (:mod:`.matching`), and find the record's
 token there as likely as the other's own: the two change places, for a model says what it memorised to strangers too. A
-token that no control matches, and every token of a sentence, keeps its own distribution, but for its own probability: that is the one which
-is expected of it, by other codes or by the prediction for sentences (:mod:`.prose`).
+token that no control matches, and every token of a sentence, keeps its own distribution, but for its own probability:
+that is the one which is expected of it, by other codes or by the prediction for sentences (:mod:`.prose`).
 
 Controls are read again under the edited model, whose controls the edit moves a little too: a membership test compares a
 record with others under that model.

@@ -36,6 +36,8 @@ KEPT_TEXTS = 24
 """Texts to keep from which these are drawn; the metric knows more."""
 CONTROLS_EVERY = 3
 """Steps after which the controls are read again."""
+DECAY = 0.02
+"""Share of the edit that every step takes back as it begins, so that what no equation asks for fades."""
 LANDING = 3
 """Steps that are taken after the first at which the criteria held."""
 
@@ -182,6 +184,8 @@ def _step(
         if swapped and original.leaks[i] and state.seen and state.rng.random() < 0.5:
             elsewhere[slot] = on_prompt(targets[i], state.rng.choice(swapped))
     gone = bool(state.seen) and not any(s.greedy for s in state.seen.values())
+    if not state.held:
+        state.optimiser.decay(DECAY)
     equations = Equations(lm, layers, state.optimiser)
     found = equations.add([elsewhere.get(s, t) for s, t in enumerate(asked)], records=True, surprise=gone)
     for slot, (i, seen) in enumerate(zip(chosen, found, strict=True)):

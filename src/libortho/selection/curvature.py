@@ -62,8 +62,8 @@ def preconditioners(
     """
     found = {}
     for name, index in support.items():
-        inputs = sum(_second_moment(r.inputs[name][:, index]) for r in kept)
-        outputs = sum(_second_moment(r.gradients[name]) for r in kept)
+        inputs = torch.stack([_second_moment(r.inputs[name][:, index]) for r in kept]).sum(0)
+        outputs = torch.stack([_second_moment(r.gradients[name]) for r in kept]).sum(0)
         found[name] = KroneckerPreconditioner.of(inputs, outputs, damping)
     return found
 

@@ -31,10 +31,17 @@ class GaussNewton:
 
     def __init__(self, values: Mapping[str, nn.Parameter], metrics: Mapping[str, KroneckerPreconditioner]) -> None:
         self.values, self.metrics = values, metrics
+        self.start = {n: v.detach().clone() for n, v in values.items()}
 
     def whiten(self, name: str, gradients: Tensor) -> Tensor:
         """Gradients of equations, (equations, k, out_features), as ``step`` takes them."""
         return self.metrics[name].whitened(gradients)
+
+    @torch.no_grad()
+    def decay(self, share: float) -> None:
+        """Take this share of all moves back."""
+        for name, value in self.values.items():
+            value.lerp_(self.start[name], share)
 
     @torch.no_grad()
     def step(self, rows: Mapping[str, Sequence[Tensor]], residuals: Tensor, share: float) -> None:
