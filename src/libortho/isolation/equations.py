@@ -2,12 +2,13 @@
 
     divergence_i = mean_t KL(target_t || edited_t) + odds / 2 (1 - q_t) (odds_t - odds*_t)^2        residual sqrt(2 .)
     surprise_i   = mean_t nll_t - mean_t nll*_t                                                     residual .
+    sum_i surprise_i                                                                                residual .
 
 over the tokens t of text i, with q_t what the target gives the token. A divergence hardly minds that a token which the
 target finds unlikely is a little likelier than it should be, which a membership test sees; the log-odds of the token
-(its logit minus the logsumexp of all others) do, and their gradient is 1 whatever its probability is. The second line
-is about records alone, and begins when none of them is recited: the gradient of a surprise vanishes where a token is
-certain.
+(its logit minus the logsumexp of all others) do, and their gradient is 1 whatever its probability is. The other lines
+are about records alone, and begin when none of them is recited: the gradient of a surprise vanishes where a token is
+certain. The last one is as heavy as all records together: an offset that they share is what a membership test sees.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class Equations:
         self._layers = {n: m for n, m in layers.items() if m.values is not None}
         self.residuals: list[Tensor] = []
         self.rows: dict[str, list[Tensor]] = {n: [] for n in self._layers}
+        self._surprises: list[int] = []
 
     def add(self, targets: Sequence[Target], *, records: bool, surprise: bool) -> list[Seen]:
         """Add the equations of these texts.
@@ -89,6 +91,7 @@ class Equations:
             residual = (2 * mean).clamp_min(_LEAST).sqrt()
             self._put(seen, head.of_loss, residual, 1 / residual, again=surprise)
             if surprise:
+                self._surprises.append(len(self.residuals))
                 gap = _by_text((head.surprise - head.wanted) * share, seen.owner, len(some))
                 self._put(seen, head.of_surprise, gap, torch.ones_like(gap), again=False)
             wrong = torch.bincount(seen.owner[~head.first], minlength=len(some))
@@ -129,7 +132,11 @@ class Equations:
             self.rows[name].append(self._optimiser.whiten(name, gradient))
 
     def solve(self, share: float) -> None:
-        """Go this share of the way to where all of them hold."""
+        """Go this share of the way to where all of them hold, and the sum of the surprises vanishes."""
+        if self._surprises:
+            self.residuals.append(torch.stack([self.residuals[n].sum() for n in self._surprises]).sum()[None])
+            for parts in self.rows.values():
+                parts.append(torch.stack([parts[n].sum(0) for n in self._surprises]).sum(0)[None])
         self._optimiser.step(self.rows, torch.cat(self.residuals), share)
         for layer in self._layers.values():
             layer.clamp()

@@ -68,9 +68,9 @@ class RequestReadings:
     def _some(self, items: Sequence[Encoded]) -> list[Encoded]:
         return random.Random(self.seed).sample(items, min(len(items), SALIENCY_RECORDS))
 
-    def inputs(self) -> dict[str, torch.Tensor]:
-        """What each layer is given, (tokens, in_features), on all of it."""
-        return {n: torch.cat([r.inputs[n] for r in (*self.kept, self.own)]) for n in self.targets}
+    def inputs(self, name: str) -> torch.Tensor:
+        """What a layer is given, (tokens, in_features), on all of it."""
+        return torch.cat([r.inputs[name] for r in (*self.kept, self.own)])
 
 
 Select = Callable[[RequestReadings, IsolateConfig], dict[str, torch.Tensor]]
