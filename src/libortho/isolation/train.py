@@ -38,8 +38,9 @@ CONTROLS_EVERY = 3
 """Steps after which the controls are read again."""
 DECAY = 0.02
 """Share of the edit that every step takes back as it begins, so that what no equation asks for fades."""
-LANDING = 3
-"""Steps that are taken after the first at which the criteria held."""
+LANDING, LONGEST_LANDING = 3, 9
+"""Steps in which nothing is taken back, from the first on at which the records are near: so many, and at most so many
+until the criteria hold."""
 
 
 def training_finished(store: RunCache) -> bool:
@@ -87,7 +88,7 @@ class Training:
         self.neighbours = Turns(len(self.around), NEIGHBOURS, self.rng)
         size = sum(len(t.ids) for t in retain) / len(retain)
         self.retain = Turns(len(retain), max(1, round(RETAIN_TOKENS / size)), self.rng)
-        self.step, self.held, self.finished = 0, 0, False
+        self.step, self.landing, self.finished = 0, 0, False
         self.seen: dict[int, Seen] = {}
         self.checks: list[Criteria] = []
 
@@ -98,7 +99,7 @@ class Training:
             tensors |= {f"surprise.{i}": s.surprise, f"wanted.{i}": s.wanted}
         data = {
             "step": self.step,
-            "held": self.held,
+            "landing": self.landing,
             "finished": self.finished,
             "checks": [asdict(c) for c in self.checks],
             "greedy": [[i, s.greedy] for i, s in self.seen.items()],
@@ -113,7 +114,7 @@ class Training:
         for name, value in self.optimiser.values.items():
             value.copy_(part.tensors[f"values.{name}"])
         data = part.data
-        self.step, self.held, self.finished = data["step"], data["held"], data["finished"]
+        self.step, self.landing, self.finished = data["step"], data["landing"], data["finished"]
         self.checks = [Criteria(**c) for c in data["checks"]]
         self.records.pool, self.neighbours.pool, self.retain.pool = data["turns"]
         self.seen = {
@@ -137,9 +138,8 @@ def train(
 ) -> tuple[list[Criteria], int]:
     """Move the supports; returns the criteria before every step since all records were seen, and the number of steps.
 
-    A step sees the records as it begins, so that a look costs nothing. Training ends ``LANDING`` steps after the first
-    at which the criteria hold. The state goes to the store whenever the controls are to be read again, and training
-    begins at a stored one.
+    A step sees the records as it begins, so that a look costs nothing. Training ends after a landing. The state goes
+    to the store whenever the controls are to be read again, and training begins at a stored one.
     """
     retain = retain[: len(original.retain)]
     state = Training(layers, metrics, forget, retain, config.seed)
@@ -156,9 +156,10 @@ def train(
             seen = [state.seen[i] for i in range(len(forget))]
             state.checks.append(check_criteria(seen, original, state.step))
             logger.info("%s", state.checks[-1])
-            state.held += state.checks[-1].holds or state.held > 0
+            state.landing += state.checks[-1].near or state.landing > 0
         state.step += 1
-        state.finished = state.held > LANDING or state.step >= config.max_steps
+        landed = state.landing > (LANDING if state.checks and state.checks[-1].holds else LONGEST_LANDING)
+        state.finished = landed or state.step >= config.max_steps
         if state.finished or state.step % CONTROLS_EVERY == 0:  # where an uninterrupted run reads the controls
             store.put("training", state.part())
         tell(progress, "isolate", state.step, state.step if state.finished else config.max_steps)
@@ -184,7 +185,7 @@ def _step(
         if swapped and original.leaks[i] and state.seen and state.rng.random() < 0.5:
             elsewhere[slot] = on_prompt(targets[i], state.rng.choice(swapped))
     gone = bool(state.seen) and not any(s.greedy for s in state.seen.values())
-    if not state.held:
+    if not state.landing:
         state.optimiser.decay(DECAY)
     equations = Equations(lm, layers, state.optimiser)
     found = equations.add([elsewhere.get(s, t) for s, t in enumerate(asked)], records=True, surprise=gone)
