@@ -25,7 +25,7 @@ from libortho.text.encoding import IGNORE, Encoded
 
 LAYER_CAP = 4.0
 """No layer takes more than this many times its even share of the budget."""
-_RETAIN_TOKENS = 1536
+_RETAIN_TOKENS = 2560
 """Tokens of retain text that are read for a request of up to ``SALIENCY_RECORDS`` records, and how many times as many
 for a large one: the more is to be moved, the better the curvature must be known."""
 _MOST = 4.0

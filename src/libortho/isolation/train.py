@@ -36,7 +36,7 @@ KEPT_TEXTS = 24
 """Texts to keep from which these are drawn; the metric knows more."""
 CONTROLS_EVERY = 3
 """Steps after which the controls are read again."""
-DECAY = 0.02
+DECAY = 0.03
 """Share of the edit that every step takes back as it begins, so that what no equation asks for fades."""
 LANDING, LONGEST_LANDING = 3, 9
 """Steps in which nothing is taken back, from the first on at which the records are near: so many, and at most so many
