@@ -31,6 +31,8 @@ from libortho.training.gauss_newton import GaussNewton
 
 ODDS = 0.1
 """Weight of half a squared difference of log-odds beside a divergence."""
+HELD = 4.0
+"""Weight of the equation of a text to keep beside that of a record."""
 _LEAST = 1e-6
 """Smallest divergence, in nats, whose direction is asked for."""
 
@@ -89,7 +91,8 @@ class Equations:
             head = self._head(seen, some, share, records)
             mean = _by_text(head.loss * share, seen.owner, len(some))
             residual = (2 * mean).clamp_min(_LEAST).sqrt()
-            self._put(seen, head.of_loss, residual, 1 / residual, again=surprise)
+            weight = 1.0 if records else HELD
+            self._put(seen, head.of_loss, weight * residual, weight / residual, again=surprise)
             if surprise:
                 self._surprises.append(len(self.residuals))
                 gap = _by_text((head.surprise - head.wanted) * share, seen.owner, len(some))

@@ -196,6 +196,4 @@ def _step(
     if state.around:
         kept += [Target.kept(forget[state.around[n]].held[0], original.neighbours[n]) for n in next(state.neighbours)]
     equations.add(kept, records=False, surprise=False)
-    moved = torch.cat(equations.residuals[-(1 + (len(kept) > 1)) :]).square() / 2
-    logger.info("kept %s", [round(x, 4) for x in moved.tolist()])
     equations.solve(SHARE)
