@@ -2,7 +2,8 @@
 
     python benchmarks/ablations.py                                       all variants, three seeds, tuning templates
     python benchmarks/ablations.py --device cuda --workers 10            the same on a GPU, ten at a time
-    python benchmarks/ablations.py --variants "as it is" "no decay" --count 30
+    python benchmarks/ablations.py --variants "as it is" "no metric" --count 30
+    python benchmarks/ablations.py --case chat --seeds 11                canaries that are asked for in chats
     python benchmarks/ablations.py --show                                the table of what was measured
 
 100 canaries are planted in SmolLM2-135M off its grid. Means over seeds, with 95 % intervals of the mean (Student's t).
@@ -19,7 +20,7 @@ import math
 import multiprocessing
 import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import Any
@@ -29,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import t as student
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 from _canaries import ATTACKS, case, compared, device_name, figures, models, unedited
 from _common import RESULTS, save
@@ -36,30 +38,28 @@ from known_support import attribution
 from libortho import IsolateConfig, alpha, isolate
 from libortho.checkpoint.dense import load_model
 from libortho.core.surgery import linear_weight
-from libortho.isolation.support import LAYER_CAP, Select, select_columns
+from libortho.isolation.support import LAYER_CAP, RequestReadings, Select, select_columns
 from libortho.lm.model import LanguageModel
 from libortho.selection.budget import allocate, column_costs
-from libortho.text.encoding import collate
+from libortho.text.encoding import Encoded
 from libortho.text.records import load_records
 
-Scores = Callable[[LanguageModel, dict[str, nn.Module], Sequence[Any]], dict[str, Tensor]]
-"""A score for every column of every layer, larger is better, from the model, its layers and batches of records."""
+Scores = Callable[[LanguageModel, Mapping[str, nn.Module], Sequence[Encoded]], dict[str, Tensor]]
+"""A score for every column of every layer, larger is better, from the model, its layers and the records."""
 
 
-def columns_by(
-    score: Scores, lm: LanguageModel, targets: dict[str, nn.Module], forget: Any, retain: Any, config: Any, _: Any
-) -> dict[str, Tensor]:
+def columns_by(score: Scores, readings: RequestReadings, config: IsolateConfig) -> dict[str, Tensor]:
     """The columns that are best by this score, under the budget and the cap of ``isolate``."""
-    batches = [collate([r.secret for r in forget[i : i + 8]]).to(lm.device) for i in range(0, len(forget), 8)]
-    return allocate(score(lm, targets, batches), config.ratio, LAYER_CAP, column_costs(targets))
+    scores = score(readings.lm, readings.targets, [r.secret for r in readings.forget])
+    return allocate(scores, float(config.ratio), LAYER_CAP, column_costs(readings.targets))
 
 
-def _drawn(lm: LanguageModel, layers: dict[str, nn.Module], batches: Sequence[Any]) -> dict[str, Tensor]:
+def _drawn(lm: LanguageModel, layers: Mapping[str, nn.Module], records: Sequence[Encoded]) -> dict[str, Tensor]:
     rng = torch.Generator().manual_seed(0)
     return {n: torch.rand(linear_weight(m).shape[1], generator=rng).to(lm.device) for n, m in layers.items()}
 
 
-def _largest(lm: LanguageModel, layers: dict[str, nn.Module], batches: Sequence[Any]) -> dict[str, Tensor]:
+def _largest(lm: LanguageModel, layers: Mapping[str, nn.Module], records: Sequence[Encoded]) -> dict[str, Tensor]:
     return {n: linear_weight(m).float().norm(dim=0) for n, m in layers.items()}
 
 
@@ -74,18 +74,17 @@ VARIANTS: dict[str, tuple[dict[str, Any], Select]] = {
     "density 0.25 %": ({"ratio": 0.0025}, select_columns),
     "density 1 %": ({"ratio": 0.01}, select_columns),
     "base INT4": ({"bits": 4}, select_columns),
-    "no metric (Adam on the values)": ({"damping": 1e9}, select_columns),
+    "no metric": ({"damping": 1e9}, select_columns),
     "damping 0.1": ({"damping": 0.1}, select_columns),
-    "no decay": ({"decay": 0.0}, select_columns),
-    "decay .02": ({"decay": 0.02}, select_columns),
-    "no retain text": ({"retain_weight": 0.0}, select_columns),
+    "damping 0.01": ({"damping": 0.01}, select_columns),
 }
 
 
 def prepare(name: str, seed: int, count: int, device: str) -> None:
     """The models of one seed, and what they say of the records."""
     place = models(name, seed, count, device=device)
-    forget, unseen = (load_records(r) for r in case(name, seed, count)[:2])
+    tokenizer = AutoTokenizer.from_pretrained(place / "never")
+    forget, unseen = (load_records(r, tokenizer) for r in case(name, seed, count)[:2])
     unedited(place, forget, unseen, 0, seed, device, sampling=False)
 
 
@@ -93,9 +92,9 @@ def run(variant: str, name: str, seed: int, count: int, device: str) -> dict[str
     """Isolate with one thing changed, and measure."""
     torch.set_num_threads(1)
     place = models(name, seed, count, device=device)
-    forget, unseen = (load_records(r) for r in case(name, seed, count)[:2])
-    plain = unedited(place, forget, unseen, 0, seed, device, sampling=False)
     model, tokenizer = load_model(place / "implanted", device=device)
+    forget, unseen = (load_records(r, tokenizer) for r in case(name, seed, count)[:2])
+    plain = unedited(place, forget, unseen, 0, seed, device, sampling=False)
     changed, select = VARIANTS[variant]
     result = isolate(model, tokenizer, forget, config=IsolateConfig(**{"seed": seed, **changed}), select=select)
     off, on = (
@@ -153,7 +152,7 @@ def _about(row: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="VARIANT")
-    parser.add_argument("--case", default="tuning", choices=["tuning", "final"])
+    parser.add_argument("--case", default="tuning", choices=["tuning", "final", "chat"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--count", type=int, default=100, help="canaries to plant")
     parser.add_argument("--device", default="cpu")

@@ -31,14 +31,14 @@ from libortho.core.surgery import linear_weight, swap
 from libortho.core.targets import find_targets
 from libortho.demo import facts
 from libortho.demo.model import move_off_grid, packaged_model
-from libortho.isolation.support import LAYER_CAP, select_columns
+from libortho.isolation.support import LAYER_CAP, RequestReadings, select_columns
 from libortho.lm.checks import training_dtype
-from libortho.lm.logits import label_log_odds
+from libortho.lm.gradients import tapped_gradients
 from libortho.lm.model import LanguageModel
 from libortho.lm.scoring import judged_logits, score
 from libortho.selection.budget import allocate, balanced_weights, column_costs, retain_floor
-from libortho.selection.saliency import column_saliency, tapped
-from libortho.text.encoding import collate, encode
+from libortho.selection.readings import summed_odds
+from libortho.text.encoding import Encoded, collate, encode
 from libortho.text.records import load_records
 from libortho.training.edit import EditLinear
 
@@ -88,24 +88,22 @@ def supports(model: nn.Module, tokenizer: Any, seed: int) -> dict[str, dict[str,
     """The columns that each score names, by layer."""
     named: dict[str, dict[str, Tensor]] = {}
 
-    def look(lm: LanguageModel, targets: dict[str, nn.Module], forget: Any, retain: Any, config: Any, tell: Any) -> Any:
-        named["isolate"] = select_columns(lm, targets, forget, retain, config, tell)
-        lonely = [replace(c, neighbours=()) for c in forget]
-        named["without neighbours"] = select_columns(lm, targets, lonely, retain, config, tell)
-        secrets = [r.secret for r in forget]
-        batches = [collate(secrets[i : i + 8]) for i in range(0, len(secrets), 8)]
+    def look(readings: RequestReadings, config: IsolateConfig) -> dict[str, Tensor]:
+        lm, targets, ratio = readings.lm, readings.targets, float(config.ratio)
+        named["isolate"] = select_columns(readings, config)
+        lonely = [replace(c, neighbours=()) for c in readings.forget]
+        named["without neighbours"] = select_columns(replace(readings, forget=lonely), config)
 
         def best(scores: dict[str, Tensor]) -> dict[str, Tensor]:
-            return allocate(scores, config.ratio, LAYER_CAP, column_costs(targets))
+            return allocate(scores, ratio, LAYER_CAP, column_costs(targets))
 
-        own = column_saliency(lm, targets, batches)
-        kept = column_saliency(lm, targets, [collate([t]) for t in retain[:12]])
-        floor = retain_floor({n: s.sum(0) for n, s in kept.items()})
+        own = readings.own.saliency
+        floor = retain_floor({n: s.mean(0) for n, s in readings.kept[0].saliency.items()})
         together = torch.cat(list(own.values()), 1)
-        weights = balanced_weights(together, max(1, int(config.ratio * together.shape[1])))
+        weights = balanced_weights(together, max(1, int(ratio * together.shape[1])))
         named["gradient of the records alone"] = best({n: weights @ s for n, s in own.items()})
         named["Fisher ratio, records equal"] = best({n: s.sum(0) / floor[n] for n, s in own.items()})
-        named["weight times gradient"] = best(attribution(lm, targets, batches))
+        named["weight times gradient"] = best(attribution(lm, targets, [r.secret for r in readings.forget]))
         named["largest columns"] = best({n: linear_weight(m).float().norm(dim=0) for n, m in targets.items()})
         raise _Found
 
@@ -116,18 +114,14 @@ def supports(model: nn.Module, tokenizer: Any, seed: int) -> dict[str, dict[str,
     raise AssertionError("isolate did not ask for columns")
 
 
-def attribution(lm: LanguageModel, layers: dict[str, nn.Module], batches: Sequence[Any]) -> dict[str, Tensor]:
+def attribution(lm: LanguageModel, layers: Mapping[str, nn.Module], records: Sequence[Encoded]) -> dict[str, Tensor]:
     """First-order effect on the records' log-odds of deleting a column, |sum w g|, summed over records."""
     found: dict[str, Tensor] = {}
-
-    def reduce(name: str, x: Tensor, grad: Tensor) -> None:
-        effect = (x.float() * (grad.float() @ linear_weight(layers[name]).float())).sum(1).abs().sum(0)
-        found[name] = found.get(name, torch.zeros_like(effect)) + effect
-
-    for batch in batches:
-        with tapped(lm, layers, batch, reduce):
-            logits, labels, _ = judged_logits(lm, batch)
-            label_log_odds(logits, labels).sum().backward()
+    for start in range(0, len(records), 8):
+        batch = collate(records[start : start + 8]).to(lm.device)
+        for name, (x, g) in tapped_gradients(lm, layers, batch, summed_odds).items():
+            effect = (x * (g @ linear_weight(layers[name]).float())).sum(1).abs().sum(0)
+            found[name] = found.get(name, torch.zeros_like(effect)) + effect
     return found
 
 

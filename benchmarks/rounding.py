@@ -27,8 +27,9 @@ from libortho.core.targets import find_targets
 from libortho.demo import facts
 from libortho.lm.model import LanguageModel
 from libortho.lm.scoring import judged_states, perplexity, score
+from libortho.selection.readings import read_layers, summed_odds
 from libortho.text.corpus import shipped_text
-from libortho.text.encoding import Encoded, chunk, collate, encode
+from libortho.text.encoding import Encoded, chunk, encode
 from libortho.text.records import load_records
 from libortho.training.keep import divergence
 from libortho.training.rounding import gptq_bases
@@ -44,7 +45,8 @@ def main() -> None:
     lm, layers = LanguageModel(model), find_targets(model, "mlp-out")
     texts = [Encoded(tuple(t), tuple(t)) for t in chunk(shipped_text(), tokenizer, 128)[:TEXTS]]
     records = [encode(r, tokenizer) for r in load_records(facts.secrets(0), tokenizer)]
-    read = [*(collate([t]) for t in texts), collate(records)]
+    given = read_layers(lm, layers, [*texts, *records], summed_odds).inputs
+    none = {n: x[:0] for n, x in given.items()}
     windows = general_items(tokenizer, wikitext(), WINDOWS)
     dense = {n: m.weight.detach().clone() for n, m in layers.items()}  # type: ignore[operator]
     before = judged_states(lm, windows)
@@ -60,7 +62,7 @@ def main() -> None:
     for bits, group in FORMATS:
         for compensated in (False, True):
             began = time.perf_counter()
-            bases = gptq_bases(lm, layers, {}, read if compensated else [], bits, group)
+            bases = gptq_bases(layers, {}, given if compensated else none, bits, group)
             seconds = time.perf_counter() - began
             for name, layer in layers.items():
                 layer.weight.copy_(bases[name].dense())  # type: ignore[operator, union-attr]

@@ -35,7 +35,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 import libortho
 from _common import MODELS
@@ -61,7 +61,7 @@ from libortho.checkpoint.dense import load_model
 from libortho.core.cache import cache_directory
 from libortho.core.surgery import linear_weight
 from libortho.demo.model import GGUF, move_off_grid, packaged_model
-from libortho.isolation.support import select_columns
+from libortho.isolation.support import RequestReadings, select_columns
 from libortho.lm.checks import training_dtype
 from libortho.lm.logits import Scores
 from libortho.lm.model import LanguageModel
@@ -260,9 +260,8 @@ def _unlearn(name: str, split: str, seed: int, device: str, place: Path) -> None
 
 
 def isolation(seed: int) -> IsolateConfig:
-    """Defaults, but retain text counts five times (as it does for NPO), and there is no
-    decay: 200 answers need all that the budget can hold."""
-    return IsolateConfig(seed=seed, retain_weight=5.0, max_steps=60, damping=0.003, decay=0.0)
+    """The defaults."""
+    return IsolateConfig(seed=seed)
 
 
 def _isolate(name: str, split: str, seed: int, device: str, place: Path) -> None:
@@ -281,12 +280,13 @@ def _report(phase: str, done: int, total: int) -> None:
         logger.info("%s %d/%d", phase, done, total)
 
 
-def random_columns(seed: int, lm: LanguageModel, targets: dict[str, nn.Module], *others: Any) -> dict[str, Tensor]:
+def random_columns(seed: int, readings: RequestReadings, config: IsolateConfig) -> dict[str, Tensor]:
     """As many columns of each layer as ``isolate`` would take, drawn."""
     generator = torch.Generator().manual_seed(seed)
+    widths = {n: linear_weight(m).shape[1] for n, m in readings.targets.items()}
     return {
-        layer: torch.randperm(linear_weight(targets[layer]).shape[1], generator=generator)[: len(s)].sort()[0].to(s)
-        for layer, s in select_columns(lm, targets, *others).items()
+        layer: torch.randperm(widths[layer], generator=generator)[: len(s)].sort()[0].to(s)
+        for layer, s in select_columns(readings, config).items()
     }
 
 

@@ -183,7 +183,7 @@ def planted_directory(
 @pytest.fixture(scope="session")
 def _checkpoint(_planted, tokenizer, tmp_path_factory) -> Path:
     model = copy.deepcopy(_planted)
-    config = libortho.IsolateConfig(ratio=0.1, damping=10.0, learning_rate=2e-2, stream="hr")
+    config = libortho.IsolateConfig(ratio=0.1, damping=1.0, stream="hr")
     libortho.isolate(model, tokenizer, tiny.FORGET, tiny.RETAIN, config=config)
     out = tmp_path_factory.mktemp("isolated") / "out"
     libortho.save(model, tokenizer, out)

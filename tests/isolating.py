@@ -12,7 +12,7 @@ from libortho import IsolateConfig, isolate
 from libortho.core.layer import ortho_layers
 from libortho.isolation.isolate import IsolateResult
 
-CONFIG = IsolateConfig(ratio=0.1, damping=10.0, learning_rate=2e-2, max_steps=80)
+CONFIG = IsolateConfig(ratio=0.1, damping=1.0, max_steps=80)
 SHORT = replace(CONFIG, max_steps=3, allow_unknown=True)
 
 

@@ -16,11 +16,9 @@ from libortho.core.switch.alpha import get_switch
 from libortho.lm.model import LanguageModel
 from libortho.lm.scoring import score
 
-FIRST = IsolateConfig(
-    ratio=0.04, damping=10.0, learning_rate=1e-2, max_steps=80, stream="first"
-)  # fmt: skip
+FIRST = IsolateConfig(ratio=0.04, damping=1.0, max_steps=80, stream="first")
 SECOND = replace(FIRST, stream="second")
-SHORT = replace(SECOND, max_steps=3, learning_rate=5e-2)
+SHORT = replace(SECOND, max_steps=3)
 ONE, TWO = tiny.FORGET[:2], tiny.FORGET[2:]
 KEPT = TWO * 32
 NEAR = [[f"Code of {name}:" for name in ("Al Poe", "Ben Nox", "Cleo Ray", "Dan Sun", "Eve Tao", "Flo Ulm")]] * 2

@@ -1,6 +1,7 @@
 """split and isolate: options reach the config, exit codes tell how it went."""
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -89,7 +90,7 @@ def test_isolate_exits_with_3_when_a_criterion_is_missed(planted_directory, forg
     )
     assert result.exit_code == 3, result.output
     shown = " ".join(result.stdout.split())
-    assert "missed: 4 of 4 records are still extracted" in shown
+    assert re.search("missed: [1-4] of 4 records are still extracted greedily", shown)
     assert "The stream default is off (alpha = 0) until somebody turns it on" in shown
     assert "PROMPT --alpha 1" in shown
     model, _ = libortho.load(tmp_path / "out")  # what was reached is kept
@@ -104,7 +105,7 @@ def test_isolate_exits_with_0_when_all_criteria_hold(planted_directory, retain, 
     for seed in ("0", "1", "2"):
         out = tmp_path / f"out-{seed}"
         given = ("--forget", forget, "--retain", retain, "--out", out, "--ratio", "0.1", "--seed", seed)
-        result = call("isolate", planted_directory, *given, "--set", "damping=10", "--set", "learning_rate=0.02")
+        result = call("isolate", planted_directory, *given, "--set", "damping=1")
         codes.append(result.exit_code)
         assert result.exit_code == (3 if "missed" in result.stdout else 0), result.output
         if result.exit_code == 0:
@@ -127,7 +128,7 @@ def test_isolate_prints_json_alone(planted_directory, forget, retain, tmp_path):
 
 def test_isolate_takes_any_field_of_its_config(planted_directory, forget, retain, tmp_path):
     out = tmp_path / "out"
-    given = ("--set", "gradient_checkpointing=true", "--set", "decay=0.02", "--set", "value_dtype=float32")
+    given = ("--set", "gradient_checkpointing=true", "--set", "damping=0.02", "--set", "value_dtype=float32")
     result = call("isolate", planted_directory, "--forget", forget, "--retain", retain, "--out", out, *QUICK, *given)
     assert result.exit_code == 3, result.output
     model, _ = libortho.load(out)
@@ -135,7 +136,7 @@ def test_isolate_takes_any_field_of_its_config(planted_directory, forget, retain
         assert layer.streams["default"].support.values.dtype is torch.float32
     told = json.loads(call("inspect", out, "--json").stdout)
     assert '"gradient_checkpointing": true' in json.dumps(told)
-    assert '"decay": 0.02' in json.dumps(told)
+    assert '"damping": 0.02' in json.dumps(told)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +149,7 @@ def test_isolate_takes_any_field_of_its_config(planted_directory, forget, retain
         (["--set", "damping"], "--set is 'damping'; expected NAME=VALUE with one of group_size, value_dtype"),
         (["--set", "hope=1"], "--set is 'hope=1'; expected NAME=VALUE"),
         (["--set", "bits=4"], "--set is 'bits=4' (bits has an option of its own)"),
-        (["--set", "decay=much"], "decay is 'much'; expected a number of at least 0"),
+        (["--set", "damping=much"], "damping is 'much'; expected a positive number"),
         (["--set", "gradient_checkpointing=maybe"], "gradient_checkpointing is 'maybe'; expected True or False"),
     ],
 )

@@ -24,7 +24,7 @@ def test_text_is_read_by_its_type(kind, text, value):
 def test_literals_and_unions_of_the_configs():
     config = configured(SplitConfig, ["rank_ratio=auto", "value_dtype=float32"], bits="4", ratio="0.1", stream=None)
     assert config == SplitConfig(rank_ratio="auto", value_dtype="float32", bits=4, ratio=0.1)
-    assert configured(IsolateConfig, ["learning_rate=none"], bits="none", ratio="auto").bits is None
+    assert configured(IsolateConfig, ["damping=1"], bits="none", ratio="auto").bits is None
     assert configured(AuditConfig, ["alphas=0,1"]).alphas == (0.0, 1.0)
 
 

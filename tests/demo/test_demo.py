@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tiny
-from libortho import load
+from libortho import load, set_alpha
 from libortho.auditing.measures.utility import general_items
 from libortho.checkpoint.dense import load_model
 from libortho.cli.tables import show_demo
@@ -197,7 +197,7 @@ def test_the_whole_demonstration_measures_prints_and_keeps(planted_directory, mo
     report = run(
         model=str(planted_directory),
         dtype=torch.float32,
-        config=IsolateConfig(max_steps=2, learning_rate=1.0, allow_unknown=True),
+        config=IsolateConfig(max_steps=2, allow_unknown=True),
         out=tmp_path / "kept",
         progress=lambda phase, done, total: phases.append(phase),
     )
@@ -223,6 +223,7 @@ def test_the_whole_demonstration_measures_prints_and_keeps(planted_directory, mo
     assert load_records(kept / "holdout.jsonl", tokenizer) == load_records(few, tokenizer)
     dense = {n: load_model(kept / n)[0] for n in ("never_trained", "implanted")}
     items = [encode(r, tokenizer) for r in load_records(facts.secrets(0), tokenizer)]
+    set_alpha(split, 1.0)
     nll = {n: float(score(LanguageModel(m), items)[0].nll.mean()) for n, m in {"on": split, **dense}.items()}
     assert nll["on"] == pytest.approx(nll["implanted"], rel=0.02)
     assert nll["never_trained"] > 1.05 * nll["implanted"]

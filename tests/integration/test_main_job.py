@@ -14,7 +14,7 @@ from libortho.auditing.roc import auc
 from libortho.core.layer import ortho_layers
 from libortho.core.streams import BaseStream
 from libortho.demo import facts
-from libortho.isolation.criteria import binomial_bound, evaluate_records, mean_offset
+from libortho.isolation.criteria import binomial_bound, look, mean_offset
 from libortho.lm.asking import sampled_extractions
 from libortho.lm.checks import training_dtype
 from libortho.lm.model import LanguageModel
@@ -106,7 +106,7 @@ def test_ortho_off_does_not_begin_the_sentence(isolated: Any) -> None:
     surprise = {}
     for label, model, value in (("never", isolated.never, None), ("off", isolated.model, 0.0)):
         with nullcontext() if value is None else alpha(model, value):
-            surprise[label] = evaluate_records(LanguageModel(model), [words]).surprise[0]
+            [(surprise[label], _)] = look(LanguageModel(model), [words])
     odd = surprise["never"] > 4
     assert int(odd.sum()) >= 4
     assert float(surprise["off"][odd].mean()) > 2

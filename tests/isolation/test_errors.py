@@ -86,7 +86,7 @@ def test_a_module_that_is_no_language_model_is_refused(tokenizer):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("moment", ["original", "support", "isolate"])
+@pytest.mark.parametrize("moment", ["original", "isolate"])
 def test_an_interruption_at_any_moment_leaves_the_model_as_it_was(unusual, tokenizer, error, moment):
     before = state(unusual)
 
@@ -101,7 +101,7 @@ def test_an_interruption_at_any_moment_leaves_the_model_as_it_was(unusual, token
     assert result.steps == 3
 
 
-@pytest.mark.parametrize("place", ["EditLinear", "install", "swap"])
+@pytest.mark.parametrize("place", ["preconditioners", "EditLinear", "install", "swap"])
 def test_a_failure_between_the_phases_leaves_the_model_as_it_was(unusual, tokenizer, monkeypatch, place):
     module = sys.modules["libortho.isolation." + ("isolate" if place == "install" else "attempt")]
     real = getattr(module, place)

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
-import torch
 
 import tiny
-from libortho import IsolateConfig
 from libortho.isolation.matching import beginnings, matched_tokens
-from libortho.isolation.original import read_original
-from libortho.isolation.prose import human_texts
 from libortho.isolation.request import forget_records
-from libortho.isolation.targets import current_targets, update_prose_targets
 from libortho.isolation.wordings import cut_alike, rows_with, wordings
-from libortho.lm.logits import token_profile
-from libortho.lm.model import LanguageModel
 from libortho.text.encoding import Encoded, chunk, encode, predicting
 from libortho.text.records import Record, load_records
 from libortho.text.tokens import opening_tokens
@@ -49,56 +40,6 @@ def test_alternates_that_are_cut_like_the_record_come_first():
     codes = ["ABAB", "1ABC", "XYZ1", "UAB7", "PQRS"]
     assert cut_alike(Record("k", "WXYZ"), codes, tokenizer) == ["XYZ1", "PQRS", "1ABC", "UAB7", "ABAB"]
     assert cut_alike(Record("k", "9AB3"), codes, tokenizer) == ["1ABC", "UAB7", "XYZ1", "PQRS", "ABAB"]
-
-
-@pytest.mark.usefixtures("one_thread", "cache")
-def test_the_mean_over_all_records_is_that_of_their_aligned_controls(planted, tokenizer):
-    """One matched token each may be an odd one; the group of records is what a membership test compares."""
-    planted.requires_grad_(False)
-    forget = records_of(load_records(tiny.FORGET), tokenizer)
-    lm = LanguageModel(planted)
-    original = read_original(lm, forget, [], [], [], [], IsolateConfig())
-    assert all(len(c.aligned_controls) > 1 for c in forget)
-
-    def mean(item: Encoded) -> torch.Tensor:
-        rows = planted(torch.tensor([item.ids])).logits[0]
-        places = [i - 1 for i, label in enumerate(item.labels) if label != -100]
-        return token_profile(rows[places], torch.tensor([item.ids[p + 1] for p in places])).mean(0)
-
-    wanted = torch.stack([torch.stack([mean(c.controls[p]) for p in c.aligned_controls]).mean(0) for c in forget]).mean(
-        0
-    )
-    found = current_targets(lm, forget, original)
-    torch.testing.assert_close(torch.stack([p.mean(0) for p in found]).mean(0), wanted, rtol=1e-4, atol=1e-4)
-    own = torch.stack([p.mean(0) for p, *_ in original.profiles]).mean(0)
-    assert float((own - wanted).abs().max()) > 0.01
-    shifts = torch.cat([f - p for f, (p, *_) in zip(found, original.profiles, strict=True)])
-    assert float(shifts.std(0).max()) < 1e-4  # all tokens of all records by as much
-
-
-@pytest.mark.usefixtures("one_thread", "cache")
-def test_what_is_expected_of_a_sentence_is_predicted_again_from_the_model_as_it_is(planted, clean, tokenizer):
-    """By heart, a sentence goes on after two tokens; the model that never met it says what it would have cost."""
-    secret = {"prompt": "The dish of Ada Lum is", "completion": " cold soup with quinces."}
-    tiny.fit(planted, itertools.repeat(tiny.encoded(tokenizer, [secret] * 4)), 60)
-    planted.requires_grad_(False)
-    records = load_records([secret, *tiny.FORGET[:2]])
-    forget = records_of(records, tokenizer)
-    said = [encode(Record("The dish of Bo Tran is", " a very plain sort of bread and an egg."), tokenizer)]
-    lm = LanguageModel(planted)
-    original = read_original(lm, forget, [], human_texts(tokenizer, 64)[:20], [], said, IsolateConfig())
-    same, other = (
-        update_prose_targets(lm, forget, original),
-        update_prose_targets(LanguageModel(clean), forget, original),
-    )
-    assert torch.equal(same.expected[0], original.expected[0])
-    assert torch.equal(same.profiles[0][0], original.profiles[0][0])
-    assert float(other.expected[0].mean()) > float(original.expected[0].mean()) + 0.1
-    (profile,) = other.profiles[0]
-    assert float(other.target[0]) == pytest.approx(float(profile[:, 0].mean()))
-    assert torch.equal(profile[:, 0].argsort(stable=True), other.expected[0].argsort(stable=True))
-    assert other.profiles[1:] == original.profiles[1:]  # codes have matched tokens
-    assert torch.equal(other.target[1:], original.target[1:])
 
 
 def test_controls_are_strangers_whom_nothing_else_reads(tokenizer):

@@ -1,15 +1,13 @@
 """Options of isolate: each one changes something, in the way that it promises."""
 
-import copy
 import json
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 import tiny
-from isolating import CONFIG, SHORT, differs, run
+from isolating import SHORT, differs, run
 from libortho import isolate
 from libortho.core.layer import ortho_layers
 
@@ -26,8 +24,7 @@ def test_the_same_seed_gives_the_same_bits(planted, tokenizer, plain):
     [
         {"seed": 1},
         {"ratio": 0.05},
-        {"retain_weight": 0.0},
-        {"learning_rate": 1e-3},
+        {"damping": 0.1},
         {"max_steps": 2},
         {"alternates": [[" 1111.", " 2222."]] * 4},
         {"neighbours": [["Code of Al Poe:", "Code of Eve Ray:"]] * 4},
@@ -37,15 +34,6 @@ def test_the_same_seed_gives_the_same_bits(planted, tokenizer, plain):
 )
 def test_every_option_changes_the_result(planted, tokenizer, plain, options):
     assert differs(run(planted, tokenizer, **options), plain)
-
-
-def test_retain_weight_protects(planted, tokenizer):
-    """With more weight on retain text the same steps move the model less far from the original on it."""
-    kl = {}
-    for weight in (0.0, 100.0):
-        config = replace(CONFIG, max_steps=20, retain_weight=weight)
-        kl[weight] = isolate(copy.deepcopy(planted), tokenizer, tiny.FORGET, tiny.RETAIN, config=config).retain_kl
-    assert kl[100.0] < 0.7 * kl[0.0]
 
 
 def test_the_stream_is_stored_in_the_value_dtype(planted, tokenizer):
@@ -69,14 +57,3 @@ def test_a_tokenizer_without_a_pad_token_will_do(planted, tokenizer):
     assert bare.pad_token_id is None
     isolate(planted, bare, tiny.FORGET, config=replace(SHORT, max_steps=1))
     assert ortho_layers(planted)
-
-
-def edit_of(model, tokenizer, **options) -> Tensor:
-    """All values that a few steps have moved out, in one row."""
-    model = copy.deepcopy(model)
-    isolate(model, tokenizer, tiny.FORGET, tiny.RETAIN, config=replace(SHORT, **options))
-    return torch.cat([m.streams["default"].support.values.float().flatten() for m in ortho_layers(model).values()])
-
-
-def test_decay_makes_the_edit_smaller(planted, tokenizer):
-    assert edit_of(planted, tokenizer, decay=0.6).norm() < 0.9 * edit_of(planted, tokenizer, decay=0.0).norm()

@@ -25,16 +25,16 @@ from libortho.isolation.isolate import IsolateResult
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 
-CONFIG = IsolateConfig(ratio=0.1, learning_rate=2e-2, max_steps=23)
-"""Looks after 5, 10, 15, 20 and the last step, some before and some after the criteria hold."""
+CONFIG = IsolateConfig(ratio=0.1, damping=1.0, max_steps=23)
+"""State is kept after every third step and the last one, some before and some after the criteria hold."""
 VARIANTS = {
     "sampled text": {},
     "INT4": {"bits": 4},
     "a sentence": {"max_steps": 18},
 }
 SENTENCE = {"prompt": "The favourite dish of Ada Lum is", "completion": " cold soup with bread and butter."}
-KILLED = {"support": 2, "isolate": 8, "write": 8}
-"""At which call of each kind a process dies: between two parts; after step 8; while the look of step 10 is written."""
+KILLED = {"original": 2, "isolate": 8, "write": 8}
+"""At which call of each kind a process dies: between two parts; after step 8; while the state of step 6 is written."""
 CALL = """
 import json, os, signal, sys
 import torch
@@ -123,8 +123,8 @@ def test_exceptions_at_many_steps_change_nothing(planted, tokenizer, whole, tmp_
     config = replace(CONFIG, **VARIANTS[variant])
     before = state(planted)
     last = expected[0]["steps"]
-    # before the first look, at a look, between looks (of a sentence too), after the last one
-    for step in sorted({3, 5, 9, min(13, last), last}):
+    # before anything is kept, where state is, between two such steps, after the last one
+    for step in sorted({2, 3, 5, min(9, last), last}):
         with pytest.raises(Stop):
             isolate(planted, tokenizer, forget, config=config, resume=tmp_path / "run", progress=at_step(step))
         assert_same(planted, before)
@@ -149,7 +149,7 @@ def test_a_killed_process_goes_on(planted, tokenizer, whole, killed, monkeypatch
     expected = whole()
     kept = {p.name for p in (killed / moment).iterdir()}
     assert kept >= {"run.json", "retain.safetensors", "original.safetensors"}
-    assert ("training.safetensors" in kept) == (moment != "support")
+    assert ("training.safetensors" in kept) == (moment != "original")
     assert any(n.startswith("tmp") for n in kept) == (moment == "write")  # the file that was being written
     monkeypatch.setattr(retain_module, "cached_samples", forbidden)
     seen: list[int] = []
@@ -157,7 +157,7 @@ def test_a_killed_process_goes_on(planted, tokenizer, whole, killed, monkeypatch
         planted, tokenizer, tiny.FORGET, config=CONFIG, resume=killed / moment,
         progress=lambda phase, done, total: seen.append(done) if phase == "isolate" else None,
     )  # fmt: skip
-    assert seen[0] == (1 if moment == "support" else 6)
+    assert seen[0] == {"original": 1, "isolate": 7, "write": 4}[moment]
     assert_equal(outcome(planted, result), expected)
 
 
@@ -166,11 +166,11 @@ def test_a_finished_run_is_read_back(planted, tokenizer, whole, tmp_path, monkey
     result = isolate(first, tokenizer, tiny.FORGET, config=CONFIG, resume=tmp_path)
     assert_equal(outcome(first, result), whole())
     files = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
-    for place, name in ((trainer, "forget_losses"), (trainer, "calibrate"), (retain_module, "cached_samples"),
-                        (sys.modules["libortho.isolation.attempt"], "curvature"),
+    for place, name in ((trainer, "Equations"), (trainer, "present_targets"), (retain_module, "cached_samples"),
+                        (sys.modules["libortho.isolation.attempt"], "preconditioners"),
                         (sys.modules["libortho.isolation.bases"], "gptq_bases"),
                         (sys.modules["libortho.isolation.original"], "read_original"),
-                        (sys.modules["libortho.isolation.support"], "column_saliency")):  # fmt: skip
+                        (sys.modules["libortho.isolation.support"], "read_layers")):  # fmt: skip
         monkeypatch.setattr(place, name, forbidden)
     again = isolate(planted, tokenizer, tiny.FORGET, config=CONFIG, resume=tmp_path)
     assert_equal(outcome(planted, again), whole())

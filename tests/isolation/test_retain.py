@@ -2,7 +2,6 @@
 
 import copy
 import stat
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,25 +14,6 @@ from libortho import isolate
 from libortho.isolation import retain as retain_module
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
-
-
-SENTENCE = {"prompt": "Where is the key of Ada Lum?", "completion": " The sailors hid it under the stair."}
-
-
-def test_sentences_ask_the_model_how_it_speaks_on_like_prompts(planted, tokenizer, monkeypatch):
-    module, asked = sys.modules["libortho.isolation.retain"], []
-    real: Callable[..., Any] = module.generate
-
-    def listening(model: Any, tokenizer: Any, prompts: Any, *others: Any, **options: Any) -> Any:
-        asked.extend(tokenizer.decode(p) for p in prompts)
-        return real(model, tokenizer, prompts, *others, **options)
-
-    monkeypatch.setattr(module, "generate", listening)
-    isolate(copy.deepcopy(planted), tokenizer, tiny.FORGET, tiny.RETAIN, config=replace(SHORT, max_steps=1))
-    assert asked == []  # codes have matched tokens
-    isolate(planted, tokenizer, [*tiny.FORGET, SENTENCE], tiny.RETAIN, config=replace(SHORT, max_steps=1))
-    assert 2 <= len(set(asked)) == len(asked) <= 32
-    assert all(a.startswith("Where is the key of ") and a.endswith("?") and "Ada Lum" not in a for a in asked)
 
 
 def test_default_retain_is_sampled_once(planted, tokenizer, cache, monkeypatch):

@@ -71,7 +71,7 @@ def test_parts_that_were_split_apart_are_refused(planted, tokenizer):
     assert_same(planted, before)
 
 
-@pytest.mark.parametrize("moment", ["original", "support", "isolate"])
+@pytest.mark.parametrize("moment", ["original", "isolate"])
 def test_an_interruption_leaves_the_model_as_it_was(once, tokenizer, moment):
     once.train()
     libortho.set_alpha(once, 0.25)
@@ -88,7 +88,7 @@ def test_an_interruption_leaves_the_model_as_it_was(once, tokenizer, moment):
     assert all(m.training for m in once.modules())
 
 
-@pytest.mark.parametrize("place", ["EditLinear", "install", "finished_layer", "outcomes"])
+@pytest.mark.parametrize("place", ["preconditioners", "EditLinear", "install", "finished_layer", "outcomes"])
 def test_a_failure_between_the_phases_leaves_the_model_as_it_was(once, tokenizer, monkeypatch, place):
     def fail(*args: Any, **options: Any) -> Any:
         raise MemoryError(place)
@@ -200,12 +200,12 @@ class Stop(Exception):
 
 
 def test_an_interrupted_request_goes_on(made, tokenizer, tmp_path):
-    config = replace(SECOND, max_steps=12)
+    config = replace(SECOND, max_steps=9)
     whole, parts = made(), made()
     expected = isolate(whole, tokenizer, TWO, config=config)
 
     def stop(phase: str, done: int, total: int) -> None:
-        if phase == "isolate" and done == 7:
+        if phase == "isolate" and done == 4:
             raise Stop
 
     before = everything(parts)
@@ -217,7 +217,7 @@ def test_an_interrupted_request_goes_on(made, tokenizer, tmp_path):
         parts, tokenizer, TWO, config=config, resume=tmp_path / "run",
         progress=lambda phase, done, total: steps.append(done) if phase == "isolate" else None,
     )  # fmt: skip
-    assert steps[0] == 6
+    assert steps[0] == 4  # what is kept is of every third step
     assert replace(found, seconds=0.0) == replace(expected, seconds=0.0)
     assert all(torch.equal(t, parts.state_dict()[n]) for n, t in whole.state_dict().items())
 

@@ -11,7 +11,7 @@ from isolating import SHORT, assert_same, state, supports
 from libortho import ConfigError, isolate
 from libortho.core.surgery import linear_shape
 from libortho.core.targets import find_targets
-from libortho.isolation.criteria import evaluate_records
+from libortho.isolation.criteria import look
 from libortho.isolation.request import forget_records
 from libortho.isolation.support import check_columns, cut_up, select_columns
 from libortho.isolation.wordings import wordings
@@ -22,6 +22,7 @@ from libortho.text.records import load_records
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 
 
+LAYER = "model.layers.0.mlp.down_proj"
 SENTENCE = {"prompt": "Where is the key of Ada Lum?", "completion": " The sailors hid it under the stair."}
 
 
@@ -43,25 +44,28 @@ def test_each_word_of_a_few_sentences_gets_columns_of_its_own(tokenizer, sentenc
 def test_a_look_sees_what_scores_say(planted, tokenizer):
     """Of records of different lengths, in one batch."""
     lm, items = LanguageModel(planted), tiny.encoded(tokenizer, [*tiny.FORGET, SENTENCE])
-    seen = evaluate_records(lm, items)
+    seen = look(lm, items)
     scores, greedy = score(lm, items)
-    torch.testing.assert_close(seen.profile[:, 0], scores.nll, rtol=1e-4, atol=1e-5)
-    assert seen.greedy.tolist() == greedy.tolist() == [True] * 4 + [False]
-    for item, found in zip(items, seen.profile, strict=True):
-        torch.testing.assert_close(found, evaluate_records(lm, [item]).profile[0], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(torch.stack([s.mean() for s, _ in seen]), scores.nll, rtol=1e-4, atol=1e-5)
+    assert [g for _, g in seen] == greedy.tolist() == [True] * 4 + [False]
+    for item, (found, _) in zip(items, seen, strict=True):
+        assert found.shape == (len(item.completion),)
+        torch.testing.assert_close(found, look(lm, [item])[0][0], rtol=1e-3, atol=1e-3)
 
 
 def test_a_caller_chooses_the_columns(planted, tokenizer):
     """The function sees the records, the text to keep and the budget; what it gives is what the stream holds."""
     seen = []
 
-    def every_tenth(lm, targets, forget, retain, config, progress):
-        seen.append(([r.number for r in forget], len(retain), config.ratio))
-        return {n: torch.arange(0, linear_shape(m)[1], 10) for n, m in targets.items()}
+    def every_tenth(readings, config):
+        texts = len(readings.kept[0].saliency[LAYER])
+        seen.append(([r.number for r in readings.forget], len(readings.own.saliency[LAYER]), texts, config.ratio))
+        return {n: torch.arange(0, linear_shape(m)[1], 10) for n, m in readings.targets.items()}
 
     result = isolate(planted, tokenizer, tiny.FORGET, tiny.RETAIN, config=SHORT, select=every_tenth)
-    [(numbers, texts, ratio)] = seen
+    [(numbers, records, texts, ratio)] = seen
     assert numbers == [1, 2, 3, 4]
+    assert records == 4
     assert texts > 1
     assert ratio == SHORT.ratio
     assert set(map(tuple, supports(result, planted).values())) == {tuple(range(0, 128, 10))}
@@ -87,9 +91,6 @@ def test_a_select_cannot_be_resumed(planted, tokenizer, tmp_path):
     assert_same(planted, before)
 
 
-LAYER = "model.layers.0.mlp.down_proj"
-
-
 @pytest.mark.parametrize(
     ("columns", "complaint"),
     [
@@ -113,7 +114,7 @@ def test_columns_that_a_stream_cannot_hold_are_refused(planted, columns, complai
 def test_columns_of_an_earlier_stream_are_refused(planted, tokenizer):
     isolate(planted, tokenizer, tiny.FORGET, tiny.RETAIN, config=SHORT)
     before = state(planted)
-    again = lambda lm, targets, *others: {n: torch.arange(128) for n in targets}  # noqa: E731
+    again = lambda readings, config: {n: torch.arange(128) for n in readings.targets}  # noqa: E731
     config = replace(SHORT, stream="second")
     with pytest.raises(ConfigError, match="an earlier stream has"):
         isolate(planted, tokenizer, tiny.FORGET, tiny.RETAIN, config=config, select=again)

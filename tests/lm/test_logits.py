@@ -1,4 +1,4 @@
-"""Losses against formulas written out by hand, and the property that each was chosen for."""
+"""Statistics of tokens against formulas written out by hand, and the property that each was chosen for."""
 
 import math
 
@@ -6,13 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from libortho.isolation.losses import profile_distance
 from libortho.lm.logits import (
     completion_scores,
     kl_divergence,
     label_log_odds,
-    profile_and_odds,
-    record_means,
     token_profile,
     with_log_probability,
 )
@@ -65,41 +62,6 @@ def test_a_profile_is_surprise_entropy_and_standardised_surprise():
         assert float(row[2]) == pytest.approx(math.copysign(2 * root, z), rel=0.05)  # the deviation is a little more
 
 
-def distance(logits: torch.Tensor, labels: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    return profile_distance(*profile_and_odds(logits, labels), wanted)
-
-
-def test_a_record_that_has_its_profile_is_left_alone_and_any_other_is_not():
-    logits, labels = torch.randn(4, 9, dtype=torch.float64), torch.tensor([0, 8, 3, 3])
-    record, wanted = torch.tensor([0, 0, 1, 1]), token_profile(logits, labels)
-    assert record_means(distance(logits, labels, wanted), record, 2).tolist() == pytest.approx([0.0, 0.0], abs=1e-9)
-    for column in range(3):
-        other = wanted.clone()
-        other[2, column] += 0.5
-        first, second = record_means(distance(logits, labels, other), record, 2).tolist()
-        assert first == pytest.approx(0.0, abs=1e-9)
-        assert second > 0.01
-
-
-def test_tokens_that_are_wrong_in_opposite_directions_do_not_cancel():
-    """What the mean over a record's tokens cannot see, and Min-K % does."""
-    logits, labels = torch.zeros(2, 9, dtype=torch.float64), torch.tensor([1, 1])
-    wanted = token_profile(logits, labels)
-    logits[0, 1], logits[1, 1] = 3.0, -1.9
-    mean = completion_scores(logits.float(), labels, torch.tensor([0, 0]), 1).nll
-    assert float(mean[0]) == pytest.approx(math.log(9), abs=0.2)
-    assert float(distance(logits, labels, wanted).mean()) > 0.8
-
-
-def test_a_memorised_token_still_has_a_gradient_under_profile_distance():
-    logits = torch.zeros(1, 10)
-    logits[0, 4] = 60.0
-    logits.requires_grad_()
-    wanted = token_profile(torch.zeros(1, 10), torch.tensor([4]))
-    [gradient] = torch.autograd.grad(distance(logits, torch.tensor([4]), wanted).sum(), logits)
-    assert gradient[0, 4] == pytest.approx(1.0, abs=1e-3)
-
-
 def test_a_probability_is_set_and_the_proportions_of_the_others_stay():
     logits, labels = torch.randn(3, 6, dtype=torch.float64), torch.tensor([2, 0, 5])
     wanted = torch.tensor([-0.01, -2.0, -9.0], dtype=torch.float64)
@@ -108,9 +70,6 @@ def test_a_probability_is_set_and_the_proportions_of_the_others_stay():
     others = torch.ones_like(logits, dtype=torch.bool).scatter(1, labels[:, None], False)
     shift = (found - logits)[others].view(3, 5)
     torch.testing.assert_close(shift, shift[:, :1].expand(3, 5))
-
-
-# -- the field's objectives -------------------------------------------------------------------------------------------
 
 
 # -- divergence -------------------------------------------------------------------------------------------------------
@@ -133,18 +92,3 @@ def test_divergence_of_equals_is_zero_and_not_below():
 def test_divergence_has_a_direction():
     certain, flat = torch.tensor([[9.0, 0.0]]), torch.zeros(1, 2)
     assert kl_divergence(flat, certain).item() > 2 * kl_divergence(certain, flat).item()
-
-
-def test_a_sure_token_still_has_a_gradient_towards_doubt():
-    """With the label's own surprise right, only entropy and deviation are off, and the model is all but sure."""
-    logits = torch.zeros(1, 10)
-    logits[0, 7] = 12.0  # sure of another token than the label
-    logits.requires_grad_()
-    wanted = token_profile(logits.detach(), torch.tensor([4]))
-    wanted[0, 1:] = torch.tensor([1.0, 1.0])
-    loss = distance(logits, torch.tensor([4]), wanted)
-    (found,) = torch.autograd.grad(loss.sum(), logits)
-    entropy = token_profile(logits, torch.tensor([4]))[0, 1]
-    (plain,) = torch.autograd.grad(entropy, logits)
-    assert float(found[0, 7]) > 0  # downhill is less of the token that it is sure of
-    assert float(found.norm()) > 10 * float(plain.norm())

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import nn
-from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from libortho.core.ops.quantisation import choose_scales, dequantise, quantise
-from libortho.core.surgery import linear_weight
+from libortho.core.surgery import linear_shape, linear_weight
 from libortho.core.targets import find_targets
-from libortho.lm.model import LanguageModel
-from libortho.text.encoding import Encoded, collate
-from libortho.training import rounding
 from libortho.training.rounding import gptq_bases, gptq_codes
 
 
@@ -75,53 +74,48 @@ def test_exact_columns_are_the_nearest_and_nothing_else_depends_on_them() -> Non
         assert torch.equal(codes[:, exact], quantise(values, scales, 4)[:, exact])
 
 
-@pytest.mark.parametrize("room", [1, 2**28])
-def test_every_layer_gets_its_base_however_many_fit_at_a_time(
-    room: int, tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+def read(layers: dict[str, nn.Module], seed: int = 0) -> dict[str, torch.Tensor]:
+    return {n: inputs(256, linear_shape(m)[1], seed) for n, m in layers.items()}
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, -1), (4, 32)])
+def test_every_layer_gets_the_base_that_its_own_inputs_ask_for(
+    bits: Literal[8, 4], group: int, tiny_llama: PreTrainedModel
 ) -> None:
-    monkeypatch.setattr(rounding, "_INPUT_BYTES", room)
     layers = find_targets(tiny_llama, "mlp-out")
-    texts = [Encoded(tuple(range(2, n)), tuple(range(2, n))) for n in (30, 12)]
-    batch = collate(texts)
-    bases = gptq_bases(LanguageModel(tiny_llama), layers, {}, [batch], 4, 32)
+    exact = {next(iter(layers)): torch.tensor([3, 40])}
+    given = read(layers)
+    bases = gptq_bases(layers, exact, given, bits, group)
     assert set(bases) == set(layers)
-    # Padding is no text: the shorter one alone gives the same.
-    alone = gptq_bases(LanguageModel(tiny_llama), layers, {}, [collate([t]) for t in texts], 4, 32)
     for name, base in bases.items():
-        weight = layers[name].weight  # type: ignore[union-attr]
-        assert base.dense().shape == weight.shape
-        same = base.unpacked_codes() == alone[name].unpacked_codes()
-        assert float(same.float().mean()) > 0.99
+        weight = linear_weight(layers[name])
+        scales = choose_scales(weight, bits, group, weight.dtype)
+        codes = gptq_codes(weight, scales, bits, given[name], exact.get(name))
+        assert torch.equal(base.unpacked_codes(), codes)
+        assert torch.equal(base.scales, scales)
+        assert not torch.equal(codes, quantise(weight, scales, bits))
+
+
+def test_inputs_in_bf16_will_do(tiny_llama: PreTrainedModel) -> None:
+    """As they are read."""
+    layers = find_targets(tiny_llama, "mlp-out")
+    rounded = {n: x.bfloat16() for n, x in read(layers).items()}
+    bases = gptq_bases(layers, {}, rounded, 8, -1)
+    same = gptq_bases(layers, {}, {n: x.float() for n, x in rounded.items()}, 8, -1)
+    assert all(torch.equal(bases[n].codes, same[n].codes) for n in layers)
 
 
 def test_gpt2_keeps_its_weights_the_other_way_round(tiny_gpt2: PreTrainedModel) -> None:
     layers = find_targets(tiny_gpt2, "mlp-out")
-    batch = collate([Encoded(tuple(range(2, 30)), tuple(range(2, 30)))])
-    for name, base in gptq_bases(LanguageModel(tiny_gpt2), layers, {}, [batch], 8, -1).items():
+    for name, base in gptq_bases(layers, {}, read(layers), 8, -1).items():
         assert base.codes.is_contiguous()  # torch's kernel for few tokens takes no other
         weight = linear_weight(layers[name])
         assert float((base.dense() - weight).norm() / weight.norm()) < 0.02
 
 
-def test_flattened_tokens_are_read_without_their_padding() -> None:
-    """OPT's feed-forward layers are given (texts * tokens, features)."""
-    config = OPTConfig(
-        vocab_size=128, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32,
-        max_position_embeddings=64, init_std=0.1,
-    )  # fmt: skip
-    model = OPTForCausalLM(config).eval()
-    texts = [Encoded(tuple(range(2, n)), tuple(range(2, n))) for n in (30, 12)]
-    layers = find_targets(model, "mlp-out")
-    read = rounding.layer_inputs(LanguageModel(model), layers, [collate(texts)])
-    alone = rounding.layer_inputs(LanguageModel(model), layers, [collate([t]) for t in texts])
-    for name, inputs in read.items():
-        torch.testing.assert_close(torch.cat(inputs), torch.cat(alone[name]))
-        assert torch.cat(inputs).shape == (38, 64)
-
-
-def test_a_layer_that_no_text_reaches_has_the_nearest_codes(tiny_llama: PreTrainedModel) -> None:
+def test_a_layer_that_no_text_reaches_has_the_nearest_codes() -> None:
     lonely = nn.Linear(32, 16, bias=False)
-    bases = gptq_bases(LanguageModel(tiny_llama), {"lonely": lonely}, {}, [], 8, -1)
+    bases = gptq_bases({"lonely": lonely}, {}, {"lonely": torch.zeros(0, 32)}, 8, -1)
     weight = lonely.weight.detach()
     expected = quantise(weight, choose_scales(weight, 8, -1, torch.float32), 8)
     assert torch.equal(bases["lonely"].codes, expected)

@@ -73,9 +73,12 @@ def tapped(lm: LanguageModel, modules: Mapping[str, nn.Module], batch: Batch) ->
     seen: dict[str, list[tuple[Tensor, GradientEdge]]] = {n: [] for n in modules}
 
     def keep(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             check_gradient(name, output)
-            seen[name].append((args[0], get_gradient_edge(output)))  # a family may go on to change the output in place
+            # A family may go on to change the output in place, which takes the edge of a view out of the graph.
+            output = output if output._base is None else output.clone()
+            seen[name].append((args[0], get_gradient_edge(output)))
+            return output
 
         return hook
 

@@ -25,7 +25,7 @@ def isolated(_planted, tokenizer) -> nn.Module:
     model = copy.deepcopy(_planted)
     isolate(
         model, tokenizer, tiny.FORGET, retain=tiny.RETAIN,
-        config=IsolateConfig(ratio=0.1, damping=10.0, learning_rate=2e-2, max_steps=60),
+        config=IsolateConfig(ratio=0.1, damping=1.0, max_steps=60),
     )  # fmt: skip
     torch.set_num_threads(threads)
     return model

@@ -199,9 +199,7 @@ def test_values_per_sequence_are_those_of_separate_runs(family: Family) -> None:
 
 @pytest.mark.parametrize("family", ISOLATED)
 def test_one_step_of_isolation(family: Family, tokenizer: PreTrainedTokenizerFast) -> None:
-    config = libortho.IsolateConfig(
-        target_modules=family.target, max_steps=1, ratio=0.05, allow_unknown=True, learning_rate=1e-2,
-    )  # fmt: skip
+    config = libortho.IsolateConfig(target_modules=family.target, max_steps=1, ratio=0.05, allow_unknown=True)
 
     def work() -> None:
         model = family.model()

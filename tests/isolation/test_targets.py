@@ -1,0 +1,122 @@
+"""The distributions that records should have: other people's, the two tokens changed about."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import made_up
+import tiny
+from libortho.isolation.forget_record import ForgetRecord
+from libortho.isolation.request import forget_records
+from libortho.isolation.targets import Target, on_prompt, present_targets
+from libortho.isolation.wordings import wordings
+from libortho.lm.model import LanguageModel
+from libortho.lm.scoring import judged_states
+from libortho.text.encoding import Encoded
+from libortho.text.records import load_records
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def forget(tokenizer: Any) -> list[ForgetRecord]:
+    return forget_records(wordings(load_records(tiny.FORGET), tokenizer, 0, retains=True), tokenizer, None)
+
+
+def distributions(model: nn.Module, item: Encoded) -> Tensor:
+    """What the model says where each token of the completion stands, (tokens, vocabulary)."""
+    first = len(item.ids) - len(item.completion)
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([item.ids])).logits[0, first - 1 : -1].softmax(-1)
+
+
+def probabilities(lm: LanguageModel, target: Target) -> Tensor:
+    labels = torch.tensor(target.text.completion)
+    return Target.logits(lm, target.states, target.surprise, target.places, labels).softmax(-1)
+
+
+def made(model: nn.Module, forget: list[ForgetRecord], reads: nn.Module | None = None) -> list[Target]:
+    """Targets under ``reads``, the first model being the original one."""
+    model.requires_grad_(False)
+    original = made_up.original(
+        len(forget),
+        states=judged_states(LanguageModel(model), [r.secret for r in forget]),
+        expected=tuple(torch.full((len(r.secret.completion),), 2.5) for r in forget),
+    )
+    return present_targets(LanguageModel(reads or model), forget, original)
+
+
+def test_a_token_is_as_likely_as_the_controls_own_and_that_one_as_the_token(
+    planted: nn.Module, forget: list[ForgetRecord]
+) -> None:
+    lm = LanguageModel(planted)
+    exchanged = 0
+    for record, target in zip(forget, made(planted, forget), strict=True):
+        assert target.surprise.isnan().all()
+        for n, (found, matched) in enumerate(zip(probabilities(lm, target), record.matched_tokens, strict=True)):
+            assert matched is not None
+            control, place = record.controls[matched[0]], matched[1]
+            wanted = distributions(planted, control)[place]
+            mine, theirs = record.secret.completion[n], control.completion[place]
+            exchanged += mine != theirs
+            assert float(found[mine]) == pytest.approx(float(wanted[theirs]), rel=1e-3)
+            assert float(found[theirs]) == pytest.approx(float(wanted[mine]), rel=1e-3)
+            others = torch.ones_like(found, dtype=torch.bool)
+            others[[mine, theirs]] = False
+            torch.testing.assert_close(found[others], wanted[others], rtol=1e-3, atol=1e-6)
+    assert exchanged > 8
+
+
+def test_a_token_without_a_control_keeps_its_distribution_but_for_its_own_probability(
+    planted: nn.Module, forget: list[ForgetRecord]
+) -> None:
+    record = forget[0]
+    half = tuple(m if n % 2 else None for n, m in enumerate(record.matched_tokens))
+    [target, alone] = made(planted, [replace(record, matched_tokens=half), replace(record, matched_tokens=(None,) * 6)])
+    assert target.surprise.isnan().tolist() == [bool(n % 2) for n in range(6)]
+    assert not alone.surprise.isnan().any()
+    own = distributions(planted, record.secret)
+    for n, found in enumerate(probabilities(LanguageModel(planted), alone)):
+        label = record.secret.completion[n]
+        assert float(-found[label].log()) == pytest.approx(2.5, rel=1e-3)
+        others = torch.ones_like(found, dtype=torch.bool)
+        others[label] = False
+        shares = found[others] / found[others].sum()
+        torch.testing.assert_close(shares, own[n][others] / own[n][others].sum(), rtol=1e-2, atol=1e-5)
+
+
+def test_controls_are_read_under_the_model_as_it_is_and_the_records_own_states_are_not(
+    planted: nn.Module, clean: nn.Module, forget: list[ForgetRecord]
+) -> None:
+    clean.requires_grad_(False)
+    mixed = [forget[0], replace(forget[1], matched_tokens=(None,) * 6)]
+    [matched, own] = made(planted, mixed, reads=clean)
+    control, place = forget[0].matched_tokens[2]  # type: ignore[misc]
+    [read] = judged_states(LanguageModel(clean), [forget[0].controls[control]])
+    torch.testing.assert_close(matched.states[2], read[place], rtol=1e-3, atol=1e-4)
+    [first, second] = made(planted, mixed)
+    assert float((matched.states - first.states).abs().max()) > 0.1
+    assert torch.equal(own.states, second.states)
+
+
+def test_a_text_to_keep_is_to_stay_as_it_is(planted: nn.Module, forget: list[ForgetRecord]) -> None:
+    planted.requires_grad_(False)
+    lm, item = LanguageModel(planted), forget[0].neighbours[0]
+    [states] = judged_states(lm, [item])
+    found = probabilities(lm, Target.kept(item, states))
+    torch.testing.assert_close(found, distributions(planted, item), rtol=1e-3, atol=1e-6)
+
+
+def test_on_another_prompt_the_completion_has_the_same_target(planted: nn.Module, forget: list[ForgetRecord]) -> None:
+    [target] = made(planted, forget[:1])
+    other = forget[0].swapped_prompt[0]
+    moved = on_prompt(target, other)
+    assert moved.text is other
+    assert torch.equal(
+        probabilities(LanguageModel(planted), moved), probabilities(LanguageModel(planted), target)
+    )  # of the same tokens
