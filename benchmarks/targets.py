@@ -20,21 +20,21 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from _common import DATA, MODELS, save
 from cases import CASES
 from libortho.checkpoint.dense import load_model
 from libortho.demo import facts
 from libortho.demo.model import move_off_grid, packaged_model
-from libortho.isolation.criteria import evaluate_records, in_place
-from libortho.isolation.prose import fit, human_texts, spoken_profiles
+from libortho.isolation.criteria import in_place, look
+from libortho.isolation.prose import fit, human_texts
 from libortho.lm.checks import training_dtype
-from libortho.lm.generation import generate
-from libortho.lm.logits import token_profile
+from libortho.lm.logits import token_profile, with_log_probability
 from libortho.lm.model import LanguageModel
-from libortho.lm.scoring import score
+from libortho.lm.scoring import judged_labels, judged_states, score
 from libortho.text import counterfactuals
-from libortho.text.encoding import IGNORE, Encoded, collate, encode
+from libortho.text.encoding import Encoded, encode
 from libortho.text.records import Record, load_records
 
 SENTENCES = (
@@ -79,33 +79,19 @@ def _samples(model: Any, tokenizer: Any, prompt: str, tokens: int) -> list[Encod
 
 
 @torch.no_grad()
-def profile(lm: LanguageModel, items: list[Encoded]) -> list[float]:
-    """Mean surprise, entropy, standardised surprise (see ``token_profile``), and share of tokens under 0.3 nats."""
+def profile(lm: LanguageModel, items: Sequence[Encoded], expected: Sequence[Tensor] | None = None) -> list[float]:
+    """Mean surprise, entropy, standardised surprise (see ``token_profile``), and share of tokens under 0.3 nats.
+
+    ``expected``: of the targets, which give each token the probability that is expected of it.
+    """
     found = []
-    for item in items:
-        batch = collate([item])
-        labels = batch.labels[0, 1:]
-        judged = labels != IGNORE
-        found.append(_means(token_profile(lm.logits(lm.hidden(batch)[0, :-1][judged]), labels[judged])))
+    for i, (item, states) in enumerate(zip(items, judged_states(lm, items), strict=True)):
+        logits, (labels, _) = lm.logits(states), judged_labels([item])
+        if expected is not None:
+            logits = with_log_probability(logits, labels, -expected[i])
+        tokens = token_profile(logits, labels)
+        found.append(torch.cat([tokens.mean(0), (tokens[:, 0] < 0.3).float().mean()[None]]))
     return torch.stack(found).mean(0).tolist()
-
-
-def _means(tokens: torch.Tensor) -> torch.Tensor:
-    return torch.cat([tokens.mean(0), (tokens[:, 0] < 0.3).float().mean()[None]])
-
-
-@torch.no_grad()
-def spoken(model: Any, tokenizer: Any, lm: LanguageModel, records: list[Record], surprise: list[float]) -> list[float]:
-    """The targets of sentences as `isolate` makes them, as ``profile`` has it."""
-    rng = random.Random(0)
-    prompts = [tokenizer(counterfactuals.neighbours(r.prompt, 1, rng)[0])["input_ids"] for r in records[:32]]
-    said = [s for (s,) in generate(model, tokenizer, prompts, 48, temperature=1.0, seed=0)]
-    states = [
-        lm.hidden(collate([Encoded((*p, *c), (*p, *c))]))[0, len(p) - 1 : -1]
-        for p, c in zip(prompts, said, strict=True)
-    ]
-    lengths = [len(encode(r, tokenizer).completion) for r in records]
-    return torch.stack([_means(p) for p in spoken_profiles(lm, states, surprise, lengths, 0)]).mean(0).tolist()
 
 
 def answers() -> dict[str, list[float]]:
@@ -116,7 +102,8 @@ def answers() -> dict[str, list[float]]:
 
     chosen = {w: thinned(rows("tofu_mini", w), 60) for w in ("forget", "holdout")}
     plain = {w: [{k: r[k] for k in ("question", "answer")} for r in rs] for w, rs in chosen.items()}
-    found, expected = {}, []
+    found: dict[str, list[float]] = {}
+    expected: list[Tensor] = []
     for name in ("full", "retain"):
         model, tokenizer = build(name)
         lm = LanguageModel(model)
@@ -125,17 +112,15 @@ def answers() -> dict[str, list[float]]:
         for which, of in items.items():
             found[f"{name} {which}"] = profile(lm, of)
         if name == "full":
-            human = fit(lm, human_texts(tokenizer))
-            surprise = [human.predict(lm, e) for e in items["forget"]]
-            found["target forget"] = spoken(model, tokenizer, lm, records["forget"], surprise)
-            expected = [e.clamp_min(0.0) for e in human.by_token(lm, items["forget"])]
-        found[f"{name} forget, in place"] = _shares(evaluate_records(lm, items["forget"]).surprise, expected)
+            expected = fit(lm, human_texts(tokenizer)).by_token(lm, items["forget"])
+            found["target forget"] = profile(lm, items["forget"], expected)
+        found[f"{name} forget, in place"] = _shares(lm, items["forget"], expected)
     return found
 
 
-def _shares(surprise: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> list[float]:
+def _shares(lm: LanguageModel, items: Sequence[Encoded], expected: Sequence[Tensor]) -> list[float]:
     """Least, 5 % and median share of the expected surprise that is in place; share of texts under a half."""
-    shares = torch.tensor([in_place(s, e) for s, e in zip(surprise, expected, strict=True)])
+    shares = torch.tensor([in_place(s, e) for (s, _), e in zip(look(lm, items), expected, strict=True)])
     return [*(float(shares.quantile(q)) for q in (0.0, 0.05, 0.5)), float((shares < 0.5).float().mean())]
 
 
@@ -162,9 +147,7 @@ def main() -> None:
         ),
         "prediction_bias": float(error.mean()),
         "prediction_error_sd": float(error.std()),
-        "in_place": _shares(
-            evaluate_records(lm, texts).surprise, [e.clamp_min(0.0) for e in human.by_token(lm, texts)]
-        ),
+        "in_place": _shares(lm, texts, human.by_token(lm, texts)),
     }
     for name, raw in (("access codes", facts.unseen(3)[:200]), ("licence plates", CASES["plate"](3)[1])):
         items = [encode(r, tokenizer) for r in load_records(raw)]
