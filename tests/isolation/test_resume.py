@@ -166,7 +166,7 @@ def test_a_finished_run_is_read_back(planted, tokenizer, whole, tmp_path, monkey
     result = isolate(first, tokenizer, tiny.FORGET, config=CONFIG, resume=tmp_path)
     assert_equal(outcome(first, result), whole())
     files = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
-    for place, name in ((trainer, "Equations"), (trainer, "present_targets"), (retain_module, "cached_samples"),
+    for place, name in ((trainer, "Equations"), (trainer, "record_targets"), (retain_module, "cached_samples"),
                         (sys.modules["libortho.isolation.attempt"], "preconditioners"),
                         (sys.modules["libortho.isolation.bases"], "gptq_bases"),
                         (sys.modules["libortho.isolation.original"], "read_original"),

@@ -13,7 +13,7 @@ import made_up
 import tiny
 from libortho.isolation.forget_record import ForgetRecord
 from libortho.isolation.request import forget_records
-from libortho.isolation.targets import Target, on_prompt, present_targets
+from libortho.isolation.targets import Target, on_prompt, record_targets
 from libortho.isolation.wordings import wordings
 from libortho.lm.model import LanguageModel
 from libortho.lm.scoring import judged_states
@@ -48,7 +48,7 @@ def made(model: nn.Module, forget: list[ForgetRecord], reads: nn.Module | None =
         states=judged_states(LanguageModel(model), [r.secret for r in forget]),
         expected=tuple(torch.full((len(r.secret.completion),), 2.5) for r in forget),
     )
-    return present_targets(LanguageModel(reads or model), forget, original)
+    return record_targets(LanguageModel(reads or model), forget, original)
 
 
 def test_a_token_is_as_likely_as_the_controls_own_and_that_one_as_the_token(
@@ -90,7 +90,7 @@ def test_a_token_without_a_control_keeps_its_distribution_but_for_its_own_probab
         torch.testing.assert_close(shares, own[n][others] / own[n][others].sum(), rtol=1e-2, atol=1e-5)
 
 
-def test_controls_are_read_under_the_model_as_it_is_and_the_records_own_states_are_not(
+def test_controls_are_read_under_the_given_model_and_the_records_own_states_are_not(
     planted: nn.Module, clean: nn.Module, forget: list[ForgetRecord]
 ) -> None:
     clean.requires_grad_(False)

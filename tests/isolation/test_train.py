@@ -116,7 +116,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> type[Watched]:
     def targets(lm: Any, forget: Sequence[ForgetRecord], original: Any) -> list[Target]:
         return [Target.kept(r.secret, torch.zeros(4, 2)) for r in forget]
 
-    monkeypatch.setattr(trainer, "present_targets", targets)
+    monkeypatch.setattr(trainer, "record_targets", targets)
     monkeypatch.setattr(Watched, "added", [], raising=False)
     monkeypatch.setattr(Watched, "greedy", False)
     return Watched

@@ -38,7 +38,8 @@ class IsolateResult:
         steps: Optimiser steps.
         seconds: Wall time of this call.
         phase_seconds: The same by phase: "texts" (sampled from the model), "original" (what it says), "columns",
-            "curvature", "rounding", "steps", "looks" (at the controls) and "result" (the finished layers measured).
+            "curvature", "rounding", "controls" (what is said of them), "steps" and "result" (the finished layers
+            measured).
     """
 
     stream: str

@@ -19,7 +19,7 @@ from libortho.isolation.criteria import Criteria, check_criteria
 from libortho.isolation.equations import Equations, Seen
 from libortho.isolation.forget_record import ForgetRecord
 from libortho.isolation.original import Original
-from libortho.isolation.targets import Target, on_prompt, present_targets
+from libortho.isolation.targets import Target, on_prompt, record_targets
 from libortho.lm.model import LanguageModel
 from libortho.selection.curvature import KroneckerPreconditioner
 from libortho.text.encoding import Encoded
@@ -31,11 +31,11 @@ logger = logging.getLogger(__name__)
 SHARE = 0.5
 """Share of the way to where all equations of a step hold that it goes."""
 RECORDS, NEIGHBOURS, RETAIN_TOKENS = 64, 8, 128
-"""Most records, and most neighbours, of one step, and its tokens of text to keep."""
+"""Most records of one step, its neighbours (or a fourth as many as records), and its tokens of text to keep."""
 KEPT_TEXTS = 24
 """Texts to keep from which these are drawn; the metric knows more."""
-CONTROLS_EVERY = 3
-"""Steps after which the controls are read again."""
+KEPT_EVERY = 3
+"""Steps after which the state goes to the store."""
 DECAY = 0.03
 """Share of the edit that every step takes back as it begins, so that what no equation asks for fades."""
 LANDING, LONGEST_LANDING = 3, 9
@@ -85,7 +85,7 @@ class Training:
         self.rng = random.Random(seed)
         self.records = Turns(len(forget), RECORDS, self.rng)
         self.around = [i for i, r in enumerate(forget) if r.held]
-        self.neighbours = Turns(len(self.around), NEIGHBOURS, self.rng)
+        self.neighbours = Turns(len(self.around), max(NEIGHBOURS, self.records.size // 4), self.rng)
         size = sum(len(t.ids) for t in retain) / len(retain)
         self.retain = Turns(len(retain), max(1, round(RETAIN_TOKENS / size)), self.rng)
         self.step, self.landing, self.finished = 0, 0, False
@@ -139,17 +139,15 @@ def train(
     """Move the supports; returns the criteria before every step since all records were seen, and the number of steps.
 
     A step sees the records as it begins, so that a look costs nothing. Training ends after a landing. The state goes
-    to the store whenever the controls are to be read again, and training begins at a stored one.
+    to the store every ``KEPT_EVERY`` steps, and training begins at a stored one.
     """
     retain = retain[: len(original.retain)]
     state = Training(layers, metrics, forget, retain, config.seed)
+    with watch.phase("controls"):  # before any value has moved
+        targets = [] if training_finished(store) else record_targets(lm, forget, original)
     if (stored := store.get("training")) is not None:
         state.take_up(stored)
-    targets: list[Target] = []
     while not state.finished:
-        if not targets or state.step % CONTROLS_EVERY == 0:
-            with watch.phase("looks"):
-                targets = present_targets(lm, forget, original)
         with watch.phase("steps"):
             _step(lm, layers, forget, retain, targets, original, state)
         if len(state.seen) == len(forget):
@@ -160,7 +158,7 @@ def train(
         state.step += 1
         landed = state.landing > (LANDING if state.checks and state.checks[-1].holds else LONGEST_LANDING)
         state.finished = landed or state.step >= config.max_steps
-        if state.finished or state.step % CONTROLS_EVERY == 0:  # where an uninterrupted run reads the controls
+        if state.finished or state.step % KEPT_EVERY == 0:
             store.put("training", state.part())
         tell(progress, "isolate", state.step, state.step if state.finished else config.max_steps)
     return state.checks, state.step
