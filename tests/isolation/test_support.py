@@ -13,10 +13,11 @@ from libortho.core.surgery import linear_shape
 from libortho.core.targets import find_targets
 from libortho.isolation.criteria import look
 from libortho.isolation.request import forget_records
-from libortho.isolation.support import check_columns, cut_up, select_columns
+from libortho.isolation.support import RequestReadings, check_columns, cut_up, select_columns
 from libortho.isolation.wordings import wordings
 from libortho.lm.model import LanguageModel
 from libortho.lm.scoring import score
+from libortho.selection.readings import Readings
 from libortho.text.records import load_records
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
@@ -69,6 +70,40 @@ def test_a_caller_chooses_the_columns(planted, tokenizer):
     assert texts > 1
     assert ratio == SHORT.ratio
     assert set(map(tuple, supports(result, planted).values())) == {tuple(range(0, 128, 10))}
+
+
+def test_readings_are_of_the_records_and_of_both_kinds_of_text_to_keep(planted, tokenizer, monkeypatch):
+    """A sentence is read piece by piece; of text to keep there is more for more records."""
+    planted.requires_grad_(False)
+    lm, targets = LanguageModel(planted), find_targets(planted, "mlp-out")
+    records = load_records([*tiny.FORGET, SENTENCE])
+    forget = forget_records(wordings(records, tokenizer, 0, retains=False), tokenizer, None)
+    retain = tiny.encoded(tokenizer, tiny.RETAIN)
+    lengths = [len(t.ids) for t in retain]
+    monkeypatch.setattr("libortho.isolation.support._RETAIN_TOKENS", sum(lengths[:3]))
+    readings = RequestReadings(lm, targets, forget, retain, 0)
+    assert len(readings.own.saliency[LAYER]) == sum(r.pieces for r in forget) > 5
+    texts, around = readings.kept
+    assert len(texts.inputs[LAYER]) == sum(lengths[:3])
+    assert len(around.saliency[LAYER]) == 5
+    rows = [r.inputs[LAYER] for r in (texts, around, readings.own)]
+    assert torch.equal(readings.inputs()[LAYER], torch.cat(rows))
+    many = RequestReadings(lm, targets, [replace(forget[0], neighbours=())] * 128, retain, 0)
+    [texts] = many.kept
+    assert sum(lengths[:5]) < len(texts.inputs[LAYER]) <= 2 * sum(lengths[:3])
+
+
+def test_columns_that_text_to_keep_uses_are_left_to_it(planted, tokenizer):
+    """Of two columns that are as good for the records, the other one is taken."""
+    planted.requires_grad_(False)
+    targets = find_targets(planted, "mlp-out")
+    own = {n: torch.full((4, 128), 1 / 256) for n in targets}
+    kept = {n: torch.full((3, 128), 3 / 256) for n in targets}
+    kept[LAYER][:, :7] /= 3
+    readings = RequestReadings(LanguageModel(planted), targets, [], [], 0)
+    readings.own, readings.kept = Readings(own, {}, {}), [Readings(kept, {}, {})]
+    found = select_columns(readings, replace(SHORT, ratio=7 / 256))
+    assert {n: i.tolist() for n, i in found.items()} == {LAYER: list(range(7))}
 
 
 def test_no_layer_takes_more_than_its_cap(planted, tokenizer, monkeypatch):
