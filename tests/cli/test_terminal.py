@@ -108,7 +108,7 @@ def certificate() -> Any:
 def isolation() -> Any:
     return SimpleNamespace(
         stream=HOSTILE, records=(), steps=1, seconds=1.0, density=0.1, columns_per_layer={}, retain_kl=0.0, recited=2,
-        recited_on=1, warnings=(HOSTILE,), missed=(HOSTILE,),
+        recited_on=1, warnings=(HOSTILE,), missed=(HOSTILE,), advice=(HOSTILE,),
     )  # fmt: skip
 
 
