@@ -5,7 +5,7 @@
 For sentences: the true surprise (nats per token), that of alternates with random words, of the model's own samples, the
 prediction of `plausibility`, and which share of what it expects of the tokens is at those tokens (`in_place`).
 For codes: the true surprise, that of alternates, and the correlation of surprise per token with having few tokens.
-For answers (TOFU's small cut, where its data and adapters lie) surprise, entropy, standardised surprise and share of
+For answers (TOFU's small cut, where its data and adapters lie) surprise, entropy and share of
 tokens under 0.3 nats: the targets that the fine-tuned model gives them, beside what the retrained one says and what
 both say of a holdout; and the share in place, of predictions by the fine-tuned model.
 """
@@ -30,7 +30,7 @@ from libortho.demo.model import move_off_grid, packaged_model
 from libortho.isolation.criteria import in_place, look
 from libortho.isolation.prose import fit, human_texts
 from libortho.lm.checks import training_dtype
-from libortho.lm.logits import token_profile, with_log_probability
+from libortho.lm.logits import with_log_probability
 from libortho.lm.model import LanguageModel
 from libortho.lm.scoring import judged_labels, judged_states, score
 from libortho.text import counterfactuals
@@ -80,7 +80,7 @@ def _samples(model: Any, tokenizer: Any, prompt: str, tokens: int) -> list[Encod
 
 @torch.no_grad()
 def profile(lm: LanguageModel, items: Sequence[Encoded], expected: Sequence[Tensor] | None = None) -> list[float]:
-    """Mean surprise, entropy, standardised surprise (see ``token_profile``), and share of tokens under 0.3 nats.
+    """Mean surprise and entropy in nats, and share of tokens under 0.3 nats of surprise.
 
     ``expected``: of the targets, which give each token the probability that is expected of it.
     """
@@ -89,8 +89,9 @@ def profile(lm: LanguageModel, items: Sequence[Encoded], expected: Sequence[Tens
         logits, (labels, _) = lm.logits(states), judged_labels([item])
         if expected is not None:
             logits = with_log_probability(logits, labels, -expected[i])
-        tokens = token_profile(logits, labels)
-        found.append(torch.cat([tokens.mean(0), (tokens[:, 0] < 0.3).float().mean()[None]]))
+        log_p = logits.log_softmax(-1)
+        surprise, entropy = -log_p.gather(1, labels[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+        found.append(torch.stack([surprise.mean(), entropy.mean(), (surprise < 0.3).float().mean()]))
     return torch.stack(found).mean(0).tolist()
 
 

@@ -1,7 +1,5 @@
 """Statistics of tokens against formulas written out by hand, and the property that each was chosen for."""
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +8,6 @@ from libortho.lm.logits import (
     completion_scores,
     kl_divergence,
     label_log_odds,
-    token_profile,
     with_log_probability,
 )
 
@@ -46,20 +43,6 @@ def test_completion_scores_average_over_the_tokens_of_each_record():
 
 
 # -- token by token ---------------------------------------------------------------------------------------------------
-
-
-def test_a_profile_is_surprise_entropy_and_standardised_surprise():
-    logits, labels = torch.randn(4, 9, dtype=torch.float64), torch.tensor([0, 8, 3, 3])
-    found = token_profile(logits, labels)
-    own = torch.distributions.Categorical(logits=logits)
-    torch.testing.assert_close(found[:, 0], -own.log_prob(labels))
-    torch.testing.assert_close(found[:, 1], own.entropy())
-    for row, logit in zip(found, logits, strict=True):
-        p = logit.softmax(-1)
-        variance = sum(float(x) * (math.log(float(x)) + float(row[1])) ** 2 for x in p)
-        z = float(row[0] - row[1]) / math.sqrt(variance)
-        root = math.sqrt(1 + abs(z)) - 1
-        assert float(row[2]) == pytest.approx(math.copysign(2 * root, z), rel=0.05)  # the deviation is a little more
 
 
 def test_a_probability_is_set_and_the_proportions_of_the_others_stay():

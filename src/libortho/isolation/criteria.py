@@ -78,7 +78,6 @@ class Criteria:
         outside: Records whose likelihood is outside the band of their counterfactuals.
         far: Those of them that are more than ``FAR`` times its half-width from its middle.
         gap: Mean over records of negative log-likelihood minus target; negative means remembered.
-        near: No record is extracted or far, and no more are outside than untrained ones would be.
         holds: The criteria hold; see ``acceptable``.
     """
 
@@ -87,7 +86,6 @@ class Criteria:
     outside: int
     far: int
     gap: float
-    near: bool
     holds: bool
 
 
@@ -170,15 +168,13 @@ def check_criteria(seen: Sequence[Seen], original: Original, step: int) -> Crite
     logger.debug("gap by record %s", [round(g, 1) for g in gap.tolist()])
     distance = gap.abs() / (BAND * original.spread)
     extracted, outside, far = sum(s.greedy for s in seen), int((distance > 1).sum()), int((distance > FAR).sum())
-    near = extracted == 0 and far == 0 and outside <= binomial_bound(len(gap))
     return Criteria(
         step=step,
         extracted=extracted,
         outside=outside,
         far=far,
         gap=float(gap.mean()),
-        near=near,
-        holds=near and acceptable(gap, outside, original.spread),
+        holds=extracted == 0 and far == 0 and acceptable(gap, outside, original.spread),
     )
 
 

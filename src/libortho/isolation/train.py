@@ -38,8 +38,8 @@ KEPT_EVERY = 3
 """Steps after which the state goes to the store."""
 DECAY = 0.03
 """Share of the edit that every step takes back as it begins, so that what no equation asks for fades."""
-LANDING, LONGEST_LANDING = 3, 9
-"""Steps in which nothing is taken back, from the first on at which the records are near: so many, and at most so many
+LANDING, LONGEST_LANDING = 3, 12
+"""Steps in which nothing is taken back, from the first on at which no record is recited: so many, and at most so many
 until the criteria hold."""
 
 
@@ -154,7 +154,7 @@ def train(
             seen = [state.seen[i] for i in range(len(forget))]
             state.checks.append(check_criteria(seen, original, state.step))
             logger.info("%s", state.checks[-1])
-            state.landing += state.checks[-1].near or state.landing > 0
+            state.landing += state.checks[-1].extracted == 0 or state.landing > 0
         state.step += 1
         landed = state.landing > (LANDING if state.checks and state.checks[-1].holds else LONGEST_LANDING)
         state.finished = landed or state.step >= config.max_steps

@@ -8,9 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SMALL = 0.02
-"""Nats of entropy or deviation below which differences hardly count."""
-
 
 @dataclass(frozen=True)
 class Scores:
@@ -47,45 +44,6 @@ def completion_scores(logits: Tensor, labels: Tensor, record: Tensor, records: i
     """
     surprise = F.softplus(-label_log_odds(logits, labels))
     return Scores(record_means(surprise, record, records), torch.bincount(record, minlength=records).to(surprise))
-
-
-def token_profile(logits: Tensor, labels: Tensor) -> Tensor:
-    """Surprise, entropy and standardised surprise at each token, (tokens, 3).
-
-    Surprise is ``-log p_y`` and entropy its mean under the model's own distribution, both in nats. The third is what
-    Min-K%++ looks at (arXiv 2404.02936, eq. 3): by how many of the model's own deviations,
-    ``sqrt(sum_v p_v log^2 p_v - H^2)``, the surprise is more than the entropy; as ``standardised`` has it.
-
-    Args:
-        logits: (tokens, vocabulary) fp32, at the positions that predict completion tokens.
-        labels: (tokens,) the completion tokens.
-    """
-    return profile_and_odds(logits, labels)[0]
-
-
-def profile_and_odds(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """``token_profile`` (tokens, 3), and ``label_log_odds`` (tokens,), which it is made with."""
-    odds = label_log_odds(logits, labels)
-    entropy, deviation = moments(logits)
-    surprise = F.softplus(-odds)
-    return torch.stack([surprise, entropy, standardised(surprise, entropy, deviation)], 1), odds
-
-
-def moments(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the surprise under the model's own distribution, each (tokens,), in nats."""
-    log_p = logits.log_softmax(-1)
-    p = log_p.exp()
-    entropy = -(p * log_p).sum(-1)
-    return entropy, ((p * log_p.square()).sum(-1) - entropy.square()).clamp_min(1e-6).sqrt()
-
-
-def standardised(surprise: Tensor, entropy: Tensor, deviation: Tensor) -> Tensor:
-    """The third column of ``token_profile``: ``2 sign(z) (sqrt(1 + |z|) - 1)``, ``z = (surprise - entropy) / s``.
-
-    It is z near 0. Its tail is long: z itself would be about nothing else, and a logarithm would not see it.
-    """
-    z = (surprise - entropy) / (deviation + SMALL)
-    return 2 * z / (1 + (1 + z.abs()).sqrt())
 
 
 def record_means(values: Tensor, record: Tensor, records: int) -> Tensor:

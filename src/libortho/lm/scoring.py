@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from libortho.core.errors import DataError
-from libortho.lm.head import HEAD_POSITIONS
-from libortho.lm.logits import Scores, completion_scores, token_profile
+from libortho.lm.logits import Scores, completion_scores
 from libortho.lm.model import LanguageModel
 from libortho.text.encoding import IGNORE, Batch, Encoded, batches, collate, predicting
 from libortho.text.tokens import text_ids
@@ -98,19 +97,6 @@ def in_parts(
     """``reduce(logits, labels)`` of so many rows at a time: logits of all would be the largest tensor of all."""
     pairs = zip(states.split(rows), labels.split(rows), strict=True)
     return [reduce(lm.logits(some), of) for some, of in pairs]
-
-
-def profiles_of_states(lm: LanguageModel, states: Tensor, labels: Tensor) -> Tensor:
-    """``token_profile`` from hidden states (tokens, width); (tokens, 3)."""
-    return torch.cat(in_parts(lm, states, labels, token_profile, HEAD_POSITIONS))
-
-
-def token_profiles(lm: LanguageModel, items: Sequence[Encoded]) -> list[Tensor]:
-    """``token_profile`` of each text's own judged tokens, each (tokens, 3)."""
-    if not items:
-        return []
-    labels, sizes = judged_labels(items)
-    return list(profiles_of_states(lm, torch.cat(judged_states(lm, items)), labels.to(lm.device)).cpu().split(sizes))
 
 
 def judged_labels(items: Sequence[Encoded]) -> tuple[Tensor, list[int]]:

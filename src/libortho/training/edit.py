@@ -104,13 +104,6 @@ class EditLinear(nn.Module):
         return self.codes() * self.step
 
     @torch.no_grad()
-    def rescale(self, trained: Tensor, factor: float) -> None:
-        """Set the values to the original plus ``factor`` times the edit that ``trained`` (same shape) is."""
-        assert self.values is not None
-        self.values.copy_(self.original + factor * (trained - self.original))
-        self.clamp()
-
-    @torch.no_grad()
     def clamp(self) -> None:
         """Keep the values inside the grid's range, so that the straight-through gradient never points at a wall."""
         if self.values is not None and self.step is not None and self.base.bits is not None:
