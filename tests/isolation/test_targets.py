@@ -90,7 +90,7 @@ def test_a_token_without_a_control_keeps_its_distribution_but_for_its_own_probab
         torch.testing.assert_close(shares, own[n][others] / own[n][others].sum(), rtol=1e-2, atol=1e-5)
 
 
-def test_controls_are_read_under_the_given_model_and_the_records_own_states_are_not(
+def test_controls_are_read_under_the_model_as_it_is_and_the_records_own_states_are_not(
     planted: nn.Module, clean: nn.Module, forget: list[ForgetRecord]
 ) -> None:
     clean.requires_grad_(False)

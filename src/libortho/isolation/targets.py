@@ -5,6 +5,9 @@ should be as undecided as it is at character c of somebody else's completion (:m
 token there as likely as the other's own: the two change places, for a model says what it memorised to strangers too. A
 token that no control matches, and every token of a sentence, keeps its own distribution, but for its own probability:
 that is the one which is expected of it, by other codes or by the prediction for sentences (:mod:`.prose`).
+
+Controls are read again under the edited model, whose controls the edit moves a little too: a membership test compares a
+record with others under that model.
 """
 
 from __future__ import annotations
@@ -58,7 +61,7 @@ class Target:
 
 @torch.no_grad()
 def record_targets(lm: LanguageModel, forget: Sequence[ForgetRecord], original: Original) -> list[Target]:
-    """The records' targets, by what the model says of their controls."""
+    """The records' targets, by what the model as it is says of their controls."""
     used = [sorted({m[0] for m in r.matched_tokens if m is not None}) for r in forget]
     read = iter(judged_states(lm, [r.controls[n] for r, numbers in zip(forget, used, strict=True) for n in numbers]))
     found = []

@@ -34,8 +34,8 @@ RECORDS, NEIGHBOURS, RETAIN_TOKENS = 64, 8, 128
 """Most records of one step, its neighbours (or a fourth as many as records), and its tokens of text to keep."""
 KEPT_TEXTS = 24
 """Texts to keep from which these are drawn; the metric knows more."""
-KEPT_EVERY = 3
-"""Steps after which the state goes to the store."""
+CONTROLS_EVERY = 3
+"""Steps after which the controls are read again."""
 DECAY = 0.03
 """Share of the edit that every step takes back as it begins, so that what no equation asks for fades."""
 LANDING, LONGEST_LANDING = 3, 12
@@ -139,15 +139,17 @@ def train(
     """Move the supports; returns the criteria before every step since all records were seen, and the number of steps.
 
     A step sees the records as it begins, so that a look costs nothing. Training ends after a landing. The state goes
-    to the store every ``KEPT_EVERY`` steps, and training begins at a stored one.
+    to the store whenever the controls are to be read, and training begins at a stored one.
     """
     retain = retain[: len(original.retain)]
     state = Training(layers, metrics, forget, retain, config.seed)
-    with watch.phase("controls"):  # before any value has moved
-        targets = [] if training_finished(store) else record_targets(lm, forget, original)
     if (stored := store.get("training")) is not None:
         state.take_up(stored)
+    targets: list[Target] = []
     while not state.finished:
+        if state.step % CONTROLS_EVERY == 0:
+            with watch.phase("controls"):
+                targets = record_targets(lm, forget, original)
         with watch.phase("steps"):
             _step(lm, layers, forget, retain, targets, original, state)
         if len(state.seen) == len(forget):
@@ -158,7 +160,7 @@ def train(
         state.step += 1
         landed = state.landing > (LANDING if state.checks and state.checks[-1].holds else LONGEST_LANDING)
         state.finished = landed or state.step >= config.max_steps
-        if state.finished or state.step % KEPT_EVERY == 0:
+        if state.finished or state.step % CONTROLS_EVERY == 0:  # where the controls are to be read
             store.put("training", state.part())
         tell(progress, "isolate", state.step, state.step if state.finished else config.max_steps)
     return state.checks, state.step
