@@ -203,9 +203,7 @@ def test_the_whole_demonstration_measures_prints_and_keeps(planted_directory, mo
     )
     assert [m.label for m in report.isolated] == [
         "alpha = 1",
-        "alpha = 0.75",
         "alpha = 0.5",
-        "alpha = 0.25",
         "alpha = 0",
     ]
     assert report.implanted.secret_perplexity < report.never_trained.secret_perplexity
@@ -216,7 +214,7 @@ def test_the_whole_demonstration_measures_prints_and_keeps(planted_directory, mo
     console = Console(record=True, width=200, file=io.StringIO())
     show_demo(report, console)
     printed = console.export_text()
-    assert all(label in printed for label in ("never trained", "alpha = 0.25", "use_low_rank=False", "missed:"))
+    assert all(label in printed for label in ("never trained", "alpha = 0.5", "use_low_rank=False", "missed:"))
     kept = tmp_path / "kept"
     split, tokenizer = load(kept / "isolated")
     assert load_records(kept / "forget.jsonl", tokenizer) == load_records(facts.secrets(0), tokenizer)

@@ -79,7 +79,7 @@ def test_a_training_goes_on_where_it_was_put_away() -> None:
     expected = steps(whole, 7)
     begun = steps(first, 3)
     first.checks.append(Criteria(3, 1, 2, 0, 0.1, False))
-    first.held = 1
+    first.landing = 1
     part = first.part()
     other.take_up(Entry({n: t.clone() for n, t in part.tensors.items()}, json.loads(json.dumps(part.data))))
     assert other.seen.keys() == first.seen.keys()
@@ -88,7 +88,7 @@ def test_a_training_goes_on_where_it_was_put_away() -> None:
     assert [s.greedy for s in other.seen.values()] == [s.greedy for s in first.seen.values()]
     assert begun + steps(other, 4) == expected
     assert all(torch.equal(v, other.optimiser.values[n]) for n, v in whole.optimiser.values.items())
-    assert (other.step, other.held, other.finished) == (7, 1, False)
+    assert (other.step, other.landing, other.finished) == (7, 1, False)
     assert other.checks == [Criteria(3, 1, 2, 0, 0.1, False)]
 
 
@@ -101,7 +101,7 @@ class Watched:
     def __init__(self, *arguments: Any) -> None:
         self.residuals = [torch.zeros(1)]
 
-    def add(self, targets: Sequence[Target], *, records: bool, surprise: bool) -> list[Seen]:
+    def add(self, targets: Sequence[Target], *, records: bool, surprise: bool, weight: float = 1.0) -> list[Seen]:
         self.added.append((list(targets), records, surprise))
         return [Seen(torch.full((4,), 4.0), torch.full((4,), 4.0), self.greedy) for _ in targets]
 
@@ -193,11 +193,14 @@ def test_what_leaks_to_other_prompts_is_asked_for_there_in_every_other_step(
     assert 10 < texts.count(other) < 30 if leaks else other not in texts
 
 
-def test_a_small_model_is_trained_until_a_few_steps_after_the_criteria_held(planted: nn.Module, tokenizer: Any) -> None:
+def test_a_small_model_is_trained_until_the_criteria_hold_a_few_steps_after_nothing_is_recited(
+    planted: nn.Module, tokenizer: Any
+) -> None:
     result = isolate(planted, tokenizer, tiny.FORGET, tiny.RETAIN, config=CONFIG)
     first = next(c for c in result.checks if c.holds)
     assert [c.step for c in result.checks] == list(range(result.steps))
-    assert result.steps == first.step + 1 + LANDING < CONFIG.max_steps
+    silent = next(c for c in result.checks if c.extracted == 0)
+    assert result.steps == max(first.step, silent.step + LANDING) + 1 < CONFIG.max_steps
     assert first.step > 2
     assert result.checks[0].extracted == 4
     assert result.checks[0].gap < result.checks[2].gap < first.gap

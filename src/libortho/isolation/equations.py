@@ -31,8 +31,6 @@ from libortho.training.gauss_newton import GaussNewton
 
 ODDS = 0.1
 """Weight of half a squared difference of log-odds beside a divergence."""
-HELD = 4.0
-"""Weight of the equation of a text to keep beside that of a record."""
 _LEAST = 1e-6
 """Smallest divergence, in nats, whose direction is asked for."""
 
@@ -74,13 +72,14 @@ class Equations:
         self.rows: dict[str, list[Tensor]] = {n: [] for n in self._layers}
         self._surprises: list[int] = []
 
-    def add(self, targets: Sequence[Target], *, records: bool, surprise: bool) -> list[Seen]:
+    def add(self, targets: Sequence[Target], *, records: bool, surprise: bool, weight: float = 1.0) -> list[Seen]:
         """Add the equations of these texts.
 
         Args:
             targets: The texts, with the distributions that they should have.
             records: They are records, whose log-odds count too.
             surprise: Their mean surprise is an equation of its own.
+            weight: Of their divergences.
         """
         found: dict[int, Seen] = {}
         for rows in batches([t.text for t in targets], training_tokens(self._lm.device)):
@@ -91,7 +90,6 @@ class Equations:
             head = self._head(seen, some, share, records)
             mean = _by_text(head.loss * share, seen.owner, len(some))
             residual = (2 * mean).clamp_min(_LEAST).sqrt()
-            weight = 1.0 if records else HELD
             self._put(seen, head.of_loss, weight * residual, weight / residual, again=surprise)
             if surprise:
                 self._surprises.append(len(self.residuals))

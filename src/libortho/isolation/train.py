@@ -38,6 +38,8 @@ CONTROLS_EVERY = 3
 """Steps after which the controls are read again."""
 DECAY = 0.03
 """Share of the edit that every step takes back as it begins, so that what no equation asks for fades."""
+HELD = 1.0
+"""Weight of texts to keep beside records."""
 LANDING, LONGEST_LANDING = 3, 12
 """Steps in which nothing is taken back, from the first on at which no record is recited: so many, and at most so many
 until the criteria hold."""
@@ -195,5 +197,5 @@ def _step(
     kept = [Target.kept(retain[n], original.retain[n]) for n in next(state.retain)]
     if state.around:
         kept += [Target.kept(forget[state.around[n]].held[0], original.neighbours[n]) for n in next(state.neighbours)]
-    equations.add(kept, records=False, surprise=False)
+    equations.add(kept, records=False, surprise=False, weight=HELD)
     equations.solve(SHARE)
