@@ -38,7 +38,7 @@ CONTROLS_EVERY = 3
 """Steps after which the controls are read again."""
 DECAY = 0.03
 """Share of the edit that every step takes back as it begins, so that what no equation asks for fades."""
-HELD = 1.0
+HELD = 4.0
 """Weight of texts to keep beside records."""
 LANDING, LONGEST_LANDING = 3, 12
 """Steps in which nothing is taken back, from the first on at which no record is recited: so many, and at most so many
