@@ -80,13 +80,16 @@ class Training:
         metrics: Mapping[str, KroneckerPreconditioner],
         forget: Sequence[ForgetRecord],
         retain: Sequence[Encoded],
+        original: Original,
         seed: int,
     ) -> None:
         values = {n: m.values for n, m in layers.items() if m.values is not None}
         self.optimiser = GaussNewton(values, metrics)
         self.rng = random.Random(seed)
         self.records = Turns(len(forget), RECORDS, self.rng)
-        self.around = [i for i, r in enumerate(forget) if r.held]
+        # A model that says a record to strangers too is not held to that.
+        held = [i for i, r in enumerate(forget) if r.held]
+        self.around = [(i, n) for n, i in enumerate(held) if not original.leaks[i]]
         self.neighbours = Turns(len(self.around), max(NEIGHBOURS, self.records.size // 4), self.rng)
         size = sum(len(t.ids) for t in retain) / len(retain)
         self.retain = Turns(len(retain), max(1, round(RETAIN_TOKENS / size)), self.rng)
@@ -144,7 +147,7 @@ def train(
     to the store whenever the controls are to be read, and training begins at a stored one.
     """
     retain = retain[: len(original.retain)]
-    state = Training(layers, metrics, forget, retain, config.seed)
+    state = Training(layers, metrics, forget, retain, original, config.seed)
     if (stored := store.get("training")) is not None:
         state.take_up(stored)
     targets: list[Target] = []
@@ -196,6 +199,9 @@ def _step(
             state.seen[i] = seen
     kept = [Target.kept(retain[n], original.retain[n]) for n in next(state.retain)]
     if state.around:
-        kept += [Target.kept(forget[state.around[n]].held[0], original.neighbours[n]) for n in next(state.neighbours)]
+        kept += [
+            Target.kept(forget[i].held[0], original.neighbours[n])
+            for i, n in (state.around[t] for t in next(state.neighbours))
+        ]
     equations.add(kept, records=False, surprise=False, weight=HELD)
     equations.solve(SHARE)
