@@ -53,7 +53,7 @@ def training() -> Training:
     torch.manual_seed(0)
     layers = {n: EditLinear(torch.randn(6, 8), None, torch.tensor([1, 4]), 8, -1) for n in "ab"}
     metrics = {n: KroneckerPreconditioner.of(torch.eye(2), torch.arange(6.0).diag(), 0.1) for n in "ab"}
-    return Training(layers, metrics, many(100), TEXTS, 0)
+    return Training(layers, metrics, many(100), TEXTS, made_up.original(100), 0)
 
 
 def steps(state: Training, count: int) -> list[Any]:
