@@ -62,7 +62,7 @@ def main() -> None:
     for bits, group in FORMATS:
         for compensated in (False, True):
             began = time.perf_counter()
-            bases = gptq_bases(layers, {}, given if compensated else none, bits, group)
+            bases = gptq_bases(layers, {}, (given if compensated else none).__getitem__, bits, group)
             seconds = time.perf_counter() - began
             for name, layer in layers.items():
                 layer.weight.copy_(bases[name].dense())  # type: ignore[operator, union-attr]

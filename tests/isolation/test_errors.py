@@ -86,7 +86,7 @@ def test_a_module_that_is_no_language_model_is_refused(tokenizer):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("moment", ["original", "isolate"])
+@pytest.mark.parametrize("moment", ["original", "support", "isolate"])
 def test_an_interruption_at_any_moment_leaves_the_model_as_it_was(unusual, tokenizer, error, moment):
     before = state(unusual)
 

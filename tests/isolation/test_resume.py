@@ -33,7 +33,7 @@ VARIANTS = {
     "a sentence": {"max_steps": 18},
 }
 SENTENCE = {"prompt": "The favourite dish of Ada Lum is", "completion": " cold soup with bread and butter."}
-KILLED = {"original": 2, "isolate": 8, "write": 8}
+KILLED = {"support": 2, "isolate": 8, "write": 8}
 """At which call of each kind a process dies: between two parts; after step 8; while the state of step 6 is written."""
 CALL = """
 import json, os, signal, sys
@@ -149,7 +149,7 @@ def test_a_killed_process_goes_on(planted, tokenizer, whole, killed, monkeypatch
     expected = whole()
     kept = {p.name for p in (killed / moment).iterdir()}
     assert kept >= {"run.json", "retain.safetensors", "original.safetensors"}
-    assert ("training.safetensors" in kept) == (moment != "original")
+    assert ("training.safetensors" in kept) == (moment != "support")
     assert any(n.startswith("tmp") for n in kept) == (moment == "write")  # the file that was being written
     monkeypatch.setattr(retain_module, "cached_samples", forbidden)
     seen: list[int] = []
@@ -157,7 +157,7 @@ def test_a_killed_process_goes_on(planted, tokenizer, whole, killed, monkeypatch
         planted, tokenizer, tiny.FORGET, config=CONFIG, resume=killed / moment,
         progress=lambda phase, done, total: seen.append(done) if phase == "isolate" else None,
     )  # fmt: skip
-    assert seen[0] == {"original": 1, "isolate": 7, "write": 4}[moment]
+    assert seen[0] == {"support": 1, "isolate": 7, "write": 4}[moment]
     assert_equal(outcome(planted, result), expected)
 
 

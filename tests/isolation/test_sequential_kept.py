@@ -71,7 +71,7 @@ def test_parts_that_were_split_apart_are_refused(planted, tokenizer):
     assert_same(planted, before)
 
 
-@pytest.mark.parametrize("moment", ["original", "isolate"])
+@pytest.mark.parametrize("moment", ["original", "support", "isolate"])
 def test_an_interruption_leaves_the_model_as_it_was(once, tokenizer, moment):
     once.train()
     libortho.set_alpha(once, 0.25)

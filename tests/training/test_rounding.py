@@ -85,7 +85,7 @@ def test_every_layer_gets_the_base_that_its_own_inputs_ask_for(
     layers = find_targets(tiny_llama, "mlp-out")
     exact = {next(iter(layers)): torch.tensor([3, 40])}
     given = read(layers)
-    bases = gptq_bases(layers, exact, given, bits, group)
+    bases = gptq_bases(layers, exact, given.__getitem__, bits, group)
     assert set(bases) == set(layers)
     for name, base in bases.items():
         weight = linear_weight(layers[name])
@@ -100,14 +100,14 @@ def test_inputs_in_bf16_will_do(tiny_llama: PreTrainedModel) -> None:
     """As they are read."""
     layers = find_targets(tiny_llama, "mlp-out")
     rounded = {n: x.bfloat16() for n, x in read(layers).items()}
-    bases = gptq_bases(layers, {}, rounded, 8, -1)
-    same = gptq_bases(layers, {}, {n: x.float() for n, x in rounded.items()}, 8, -1)
+    bases = gptq_bases(layers, {}, rounded.__getitem__, 8, -1)
+    same = gptq_bases(layers, {}, lambda n: rounded[n].float(), 8, -1)
     assert all(torch.equal(bases[n].codes, same[n].codes) for n in layers)
 
 
 def test_gpt2_keeps_its_weights_the_other_way_round(tiny_gpt2: PreTrainedModel) -> None:
     layers = find_targets(tiny_gpt2, "mlp-out")
-    for name, base in gptq_bases(layers, {}, read(layers), 8, -1).items():
+    for name, base in gptq_bases(layers, {}, read(layers).__getitem__, 8, -1).items():
         assert base.codes.is_contiguous()  # torch's kernel for few tokens takes no other
         weight = linear_weight(layers[name])
         assert float((base.dense() - weight).norm() / weight.norm()) < 0.02
@@ -115,7 +115,7 @@ def test_gpt2_keeps_its_weights_the_other_way_round(tiny_gpt2: PreTrainedModel) 
 
 def test_a_layer_that_no_text_reaches_has_the_nearest_codes() -> None:
     lonely = nn.Linear(32, 16, bias=False)
-    bases = gptq_bases({"lonely": lonely}, {}, {"lonely": torch.zeros(0, 32)}, 8, -1)
+    bases = gptq_bases({"lonely": lonely}, {}, lambda _: torch.zeros(0, 32), 8, -1)
     weight = lonely.weight.detach()
     expected = quantise(weight, choose_scales(weight, 8, -1, torch.float32), 8)
     assert torch.equal(bases["lonely"].codes, expected)

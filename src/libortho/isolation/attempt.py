@@ -6,10 +6,11 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from libortho.core.layer import OrthoLinear
-from libortho.core.progress import Progress, Stopwatch
+from libortho.core.progress import Progress, Stopwatch, tell
 from libortho.core.run_cache import Entry, RunCache
 from libortho.core.surgery import bias_of, swap
 from libortho.core.switch.alpha import Switch
@@ -22,6 +23,7 @@ from libortho.isolation.result import IsolateResult, known_before, result_of
 from libortho.isolation.support import RequestReadings, Select, check_columns
 from libortho.isolation.train import train, training_finished
 from libortho.lm.model import LanguageModel, gradient_checkpointing
+from libortho.lm.scoring import score
 from libortho.selection.curvature import preconditioners
 from libortho.text.encoding import Encoded
 from libortho.training.edit import EditLinear
@@ -54,14 +56,17 @@ def attempt(
     began = time.monotonic()
     lm, targets, original = inputs.lm, inputs.targets, inputs.original
     model, forget = lm.model, inputs.asked.forget
+    tell(progress, "support", 0, 2)
     with watch.phase("columns"):
         chosen = store.get_or_compute("support", lambda: Entry(select(inputs.readings, config))).tensors
+    tell(progress, "support", 1, 2)
     check_columns(chosen, targets)
     support = {n: index.to(lm.device) for n, index in chosen.items()}
     metrics = {}
     if not training_finished(store):
         with watch.phase("curvature"):
             metrics = preconditioners(inputs.readings.kept, support, config.damping)
+    tell(progress, "support", 2, 2)
     with watch.phase("rounding"):
         bases = quantised_bases(inputs.readings, support, config, store)
     layers = {
@@ -81,7 +86,8 @@ def attempt(
         swap(model, finished)  # what follows is measured on the layers that callers get
         with watch.phase("result"):
             switch.set(1.0, extrapolate=False)
-            _, recited_on = inputs.asked.recited(lm)
+            _, first = score(lm, [r.secret for r in forget])
+            recited_on = inputs.asked.recited(lm, first)
             switch.set(0.0, extrapolate=False)
             records = _measured(inputs)
             retain_kl = divergence(lm, inputs.held_back, original.held_back)
@@ -99,5 +105,5 @@ def _measured(inputs: Inputs) -> tuple[RecordOutcome, ...]:
     """The outcome of every record under the model as it is, asked as ``generate`` asks it too."""
     forget, original = inputs.asked.forget, inputs.original
     found = outcomes(inputs.lm, forget, original, known_before(original))
-    _, recited = inputs.asked.recited(inputs.lm)
-    return tuple(replace(r, extracted=r.extracted or said) for r, said in zip(found, recited.tolist(), strict=True))
+    recited = inputs.asked.recited(inputs.lm, torch.tensor([r.extracted for r in found]))
+    return tuple(replace(r, extracted=said) for r, said in zip(found, recited.tolist(), strict=True))

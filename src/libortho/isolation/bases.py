@@ -30,9 +30,7 @@ def quantised_bases(
     dense = {n: m for n, m in readings.targets.items() if not isinstance(m, OrthoLinear)}
 
     def make() -> Entry:
-        made = {}
-        for name, module in dense.items():  # one at a time: the inputs of all would be the largest thing in memory
-            made |= gptq_bases({name: module}, support, {name: readings.inputs(name)}, bits, config.resolved_group_size)
+        made = gptq_bases(dense, support, readings.inputs, bits, config.resolved_group_size)
         return Entry({f"{n}.{field}": getattr(b, field) for n, b in made.items() for field in ("codes", "scales")})
 
     found = store.get_or_compute("bases", make).tensors

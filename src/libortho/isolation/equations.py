@@ -52,7 +52,10 @@ class Seen:
 
 @dataclass(frozen=True)
 class _Head:
-    """The head's part of a pass, by position: losses, and the gradients of the states."""
+    """The head's part of a pass, by position: losses, and the gradients of the states.
+
+    ``of_surprise`` is empty where the surprise is no equation: it takes as long as the other one.
+    """
 
     loss: Tensor
     surprise: Tensor
@@ -87,7 +90,7 @@ class Equations:
             seen = tapped(self._lm, self._layers, collate([t.text for t in some]).to(self._lm.device))
             sizes = torch.bincount(seen.owner, minlength=len(some))
             share = 1 / sizes[seen.owner].float()
-            head = self._head(seen, some, share, records)
+            head = self._head(seen, some, share, records=records, surprise=surprise)
             mean = _by_text(head.loss * share, seen.owner, len(some))
             residual = (2 * mean).clamp_min(_LEAST).sqrt()
             self._put(seen, head.of_loss, weight * residual, weight / residual, again=surprise)
@@ -101,8 +104,8 @@ class Equations:
                 found[r] = Seen(nll, wanted, n == 0)
         return [found[r] for r in range(len(targets))]
 
-    def _head(self, seen: Tapped, targets: Sequence[Target], share: Tensor, records: bool) -> _Head:
-        states, surprise, places = (
+    def _head(self, seen: Tapped, targets: Sequence[Target], share: Tensor, *, records: bool, surprise: bool) -> _Head:
+        states, expected, places = (
             torch.cat([getattr(t, name) for t in targets]).to(seen.labels.device)
             for name in ("states", "surprise", "places")
         )
@@ -110,7 +113,7 @@ class Equations:
         for part in evenly(len(states)):
             mine, labels = seen.states[part].detach().requires_grad_(), seen.labels[part]
             with torch.no_grad():
-                target = Target.logits(self._lm, states[part], surprise[part], places[part], labels)
+                target = Target.logits(self._lm, states[part], expected[part], places[part], labels)
                 wanted = -log_probability(target, labels)
             with torch.enable_grad():
                 logits = self._lm.logits(mine)
@@ -119,8 +122,8 @@ class Equations:
                     off = label_log_odds(logits, labels) - label_log_odds(target, labels)
                     loss = loss + ODDS / 2 * -torch.expm1(-wanted) * off.square()
                 nll = -log_probability(logits, labels)
-                [of_loss] = torch.autograd.grad(share[part] @ loss, mine, retain_graph=True)
-                [of_nll] = torch.autograd.grad(share[part] @ nll, mine)
+                [of_loss] = torch.autograd.grad(share[part] @ loss, mine, retain_graph=surprise)
+                [of_nll] = torch.autograd.grad(share[part] @ nll, mine) if surprise else [torch.empty(0)]
             first = logits.argmax(-1) == labels
             parts.append((loss.detach(), nll.detach(), wanted, first, of_loss, of_nll))
         return _Head(*(torch.cat(column) for column in zip(*parts, strict=True)))

@@ -15,7 +15,7 @@ from libortho.isolation.codes import expected_codes
 from libortho.isolation.prose import fit
 from libortho.isolation.request import Request
 from libortho.lm.model import LanguageModel
-from libortho.lm.scoring import grouped_scores, judged_states
+from libortho.lm.scoring import grouped_scores, judged_states, score
 from libortho.text.encoding import Encoded, predicting
 
 _SWAPPED = 2
@@ -92,7 +92,7 @@ def read_original(
         opening: Special tokens that the model expects before one.
     """
     forget = asked.forget
-    secret, recited = asked.recited(lm)
+    secret, first = score(lm, [r.secret for r in forget])
     code = torch.tensor([r.kind == "code" for r in forget])
     wanted, spread = torch.zeros(len(forget)), torch.zeros(len(forget))
     expected: list[Tensor] = [torch.empty(0)] * len(forget)
@@ -109,7 +109,7 @@ def read_original(
     remembered = torch.tensor([float(s.nll.mean()) if len(s.nll) else math.inf for s in swapped])
     return Original(
         nll=secret.nll,
-        recited=recited,
+        recited=asked.recited(lm, first),
         wanted=wanted,
         spread=spread,
         leaks=remembered < wanted - spread,

@@ -12,9 +12,7 @@ from libortho.isolation.forget_record import ForgetRecord
 from libortho.isolation.matching import beginnings, matched_tokens
 from libortho.isolation.wordings import Wording
 from libortho.lm.asking import answers, room
-from libortho.lm.logits import Scores
 from libortho.lm.model import LanguageModel
-from libortho.lm.scoring import score
 from libortho.text.encoding import Encoded, encode, encode_closed
 from libortho.text.records import Record
 from libortho.text.tokens import says
@@ -33,13 +31,11 @@ class Request:
     records: list[Record]
     forget: list[ForgetRecord]
 
-    def recited(self, lm: LanguageModel) -> tuple[Scores, Tensor]:
-        """The records' scores, and which of them the model says greedily, (records,) bool.
-
-        It does where every token is the first choice; records with a question and a short answer of which this is not
-        so are asked as ``generate`` asks them.
+    def recited(self, lm: LanguageModel, first: Tensor) -> Tensor:
+        """Which records the model says greedily, (records,) bool: those of which every token is the ``first`` choice,
+        (records,) bool, and those with a question and a short answer that it says when asked as ``generate`` asks.
         """
-        scores, found = score(lm, [c.secret for c in self.forget])
+        found = first.clone()
         sizes = [len(c.secret.completion) for c in self.forget]
         short = [i for i, r in enumerate(self.records) if r.question and sizes[i] <= _SPOKEN_AT_MOST and not found[i]]
         for start in range(0, len(short), _SPOKEN_AT_ONCE):
@@ -48,7 +44,7 @@ class Request:
             most = max(room(r, sizes[i], None, self.tokenizer) for i, r in zip(rows, asked, strict=True))
             for i, record, text in zip(rows, asked, answers(lm.model, self.tokenizer, asked, most), strict=True):
                 found[i] = says(text, record.completion, self.tokenizer)
-        return scores, found
+        return found
 
 
 def forget_records(wordings: Sequence[Wording], tokenizer: Any, limit: int | None) -> list[ForgetRecord]:

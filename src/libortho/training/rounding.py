@@ -13,7 +13,7 @@ first. The scales stay what they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ _BLOCK = 64
 def gptq_bases(
     layers: Mapping[str, nn.Module],
     exact: Mapping[str, Tensor],
-    inputs: Mapping[str, Tensor],
+    inputs: Callable[[str], Tensor],
     bits: int,
     group_size: int,
 ) -> dict[str, BaseStream]:
@@ -41,7 +41,8 @@ def gptq_bases(
     Args:
         layers: Dense linear layers by name.
         exact: Columns, by layer, that other values will stand in for; see ``gptq_codes``.
-        inputs: What each layer is given on text to be exact on, (tokens, in_features).
+        inputs: Name to what a layer is given on text to be exact on, (tokens, in_features); asked for one layer at a
+            time, for those of all would be the largest thing in memory.
         bits: 8 or 4.
         group_size: Inputs per scale; -1 for one scale per output channel.
     """
@@ -49,7 +50,7 @@ def gptq_bases(
     for name, module in layers.items():
         weight = linear_weight(module)
         scales = choose_scales(weight, bits, group_size, weight.dtype)
-        codes = gptq_codes(weight, scales, bits, inputs[name], exact.get(name))
+        codes = gptq_codes(weight, scales, bits, inputs(name), exact.get(name))
         bases[name] = BaseStream.from_codes(codes, scales, bits)
     return bases
 
