@@ -20,7 +20,7 @@ from libortho.core.streams import BaseStream
 @pytest.fixture(scope="module")
 def isolated(_planted: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> tuple[PreTrainedModel, PreTrainedModel]:
     model = copy.deepcopy(_planted)
-    config = IsolateConfig(ratio=0.05, max_steps=6)
+    config = IsolateConfig(ratio=0.05, max_steps=2, value_dtype="float32")
     libortho.isolate(model, tokenizer, tiny.FORGET, retain=tiny.RETAIN, config=config)
     return model, _planted
 
@@ -36,7 +36,7 @@ def test_plain_base_is_the_original_quantised(isolated: tuple[PreTrainedModel, P
         # ortho values are rounded to bf16, so a value half-way between two codes may fall to the other side
         apart = (made.codes.int() - nearest.codes.int())[edited].abs()
         assert int(apart.max()) <= 1
-        assert float((apart > 0).double().mean()) < 0.2
+        assert float((apart > 0).double().mean()) < 0.02
         assert bool((layer.base.codes[edited] != made.codes[edited]).any())
 
 
@@ -56,7 +56,7 @@ def test_a_moved_edit_is_the_same_change_at_other_columns(
         # equal, but for the grid's ends, where a moved change may be cut
         inside = (plain + expected).abs() <= 127 * step
         assert torch.allclose(moved[inside], expected[inside], atol=1e-5)
-        assert float(inside.double().mean()) > 0.97
+        assert float(inside.double().mean()) > 0.99
 
 
 def test_subjects_restore_the_model_even_after_an_error(isolated: tuple[PreTrainedModel, PreTrainedModel]) -> None:

@@ -3,7 +3,6 @@
 import copy
 import json
 import logging
-import re
 import sys
 from dataclasses import replace
 from typing import Any
@@ -242,10 +241,12 @@ def test_gradient_checkpointing_runs_layers_twice_and_changes_nothing(request, t
 
 def test_a_missed_criterion_is_said(planted, tokenizer, monkeypatch):
     monkeypatch.setattr("libortho.isolation.train.SHARE", 1e-6)
-    result = isolate(planted, tokenizer, tiny.FORGET, tiny.RETAIN, config=replace(CONFIG, max_steps=1))
+    others = [[f" {n:04d}." for n in range(13, 8000, 997)]] * 4
+    config = replace(CONFIG, max_steps=1)
+    result = isolate(planted, tokenizer, tiny.FORGET, tiny.RETAIN, alternates=others, config=config)
     assert not result.succeeded
     assert any("4 of 4 records are still extracted" in m for m in result.missed)
-    assert any(re.search("[34] likelier, 0 unlikelier", m) for m in result.missed)
+    assert any("4 likelier, 0 unlikelier" in m for m in result.missed)
     assert len(result.advice) == len(result.missed)
     assert all("raise max_steps" in a for a in result.advice)
     assert extracted(planted, tokenizer, 0.0) == 4
