@@ -75,7 +75,7 @@ class Equations:
         self.rows: dict[str, list[Tensor]] = {n: [] for n in self._layers}
         self._surprises: list[int] = []
 
-    def add(self, targets: Sequence[Target], *, records: bool, surprise: bool, weight: float = 1.0) -> list[Seen]:
+    def add(self, targets: Sequence[Target], *, records: bool, surprise: bool, total: float = 0.0, weight: float = 1.0) -> list[Seen]:
         """Add the equations of these texts.
 
         Args:
@@ -85,23 +85,37 @@ class Equations:
             weight: Of their divergences.
         """
         found: dict[int, Seen] = {}
+        totals: list[Tensor] = []
+        total_rows: dict[str, Tensor] = {}
+        again = surprise or total > 0
         for rows in batches([t.text for t in targets], training_tokens(self._lm.device)):
             some = [targets[r] for r in rows]
             seen = tapped(self._lm, self._layers, collate([t.text for t in some]).to(self._lm.device))
             sizes = torch.bincount(seen.owner, minlength=len(some))
             share = 1 / sizes[seen.owner].float()
-            head = self._head(seen, some, share, records=records, surprise=surprise)
+            head = self._head(seen, some, share, records=records, surprise=again)
             mean = _by_text(head.loss * share, seen.owner, len(some))
             residual = (2 * mean).clamp_min(_LEAST).sqrt()
-            self._put(seen, head.of_loss, weight * residual, weight / residual, again=surprise)
+            self._put(seen, head.of_loss, weight * residual, weight / residual, again=again)
             if surprise:
                 self._surprises.append(len(self.residuals))
                 gap = _by_text((head.surprise - head.wanted) * share, seen.owner, len(some))
                 self._put(seen, head.of_surprise, gap, torch.ones_like(gap), again=False)
+            if total:
+                gap = _by_text((head.surprise - head.wanted) * share, seen.owner, len(some))
+                totals.append(total * gap.sum())
+                for name, g in seen.gradients(head.of_surprise, again=False).items():
+                    x = seen.inputs[name][..., self._layers[name].support].float()
+                    gradient = total * (x.mT @ g.float()).sum(0)
+                    total_rows[name] = total_rows[name] + gradient if name in total_rows else gradient
             wrong = torch.bincount(seen.owner[~head.first], minlength=len(some))
             columns = (x.cpu().split(sizes.tolist()) for x in (head.surprise, head.wanted))
             for r, nll, wanted, n in zip(rows, *columns, wrong.tolist(), strict=True):
                 found[r] = Seen(nll, wanted, n == 0)
+        if total:
+            self.residuals.append(torch.stack(totals).sum()[None])
+            for name, g in total_rows.items():
+                self.rows[name].append(self._optimiser.whiten(name, g[None]))
         return [found[r] for r in range(len(targets))]
 
     def _head(self, seen: Tapped, targets: Sequence[Target], share: Tensor, *, records: bool, surprise: bool) -> _Head:

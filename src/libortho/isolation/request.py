@@ -19,7 +19,7 @@ from libortho.text.tokens import says
 
 SALIENCY_RECORDS = 64
 """Records, or pieces of sentences, whose gradients choose the columns."""
-_SPOKEN_AT_MOST, _SPOKEN_AT_ONCE = 48, 32
+_SPOKEN_AT_MOST, _SPOKEN_AT_ONCE = 48, 16
 """Tokens of the longest answer that is asked for, and records asked at a time."""
 
 
@@ -38,6 +38,7 @@ class Request:
         found = first.clone()
         sizes = [len(c.secret.completion) for c in self.forget]
         short = [i for i, r in enumerate(self.records) if r.question and sizes[i] <= _SPOKEN_AT_MOST and not found[i]]
+        short.sort(key=lambda i: sizes[i])  # the longest answer of a batch says how long all of it takes
         for start in range(0, len(short), _SPOKEN_AT_ONCE):
             rows = short[start : start + _SPOKEN_AT_ONCE]
             asked = [self.records[i] for i in rows]

@@ -40,15 +40,17 @@ _RETAIN_SEQUENCES, _GIVEN_SEQUENCES, _HELD_BACK_SEQUENCES = 24, 600, 8
 """Retain sequences by default, the most of what callers give, and those of them that only the criteria see."""
 _IN_FORM = 96
 """Sequences that the model says where a chat begins."""
-_MOST_SAMPLED = 12
-"""Sampling takes longer than reading; from here on what is shipped must do."""
+_MOST_SAMPLED, _SAMPLED_LENGTH = 16, 64
+"""Sampling takes longer than reading: from here on what is shipped must do. A batch of texts takes as long as one: more
+are better than longer ones."""
 
 
 def default_retain(
     model: nn.Module, tokenizer: Any, forget: Sequence[Encoded], *, sequences: int, length: int, seed: int
 ) -> list[Encoded]:
     """Sampled and shipped text, in equal parts if there is little of it, as sequences of at most ``length`` tokens."""
-    sampled = cached_samples(model, tokenizer, forget, min(sequences // 2, _MOST_SAMPLED), length, seed)
+    count, longest = min(sequences // 2, _MOST_SAMPLED), min(length, _SAMPLED_LENGTH)
+    sampled = cached_samples(model, tokenizer, forget, count, longest, seed)
     paragraphs = list(shipped_text())
     random.Random(seed).shuffle(paragraphs)
     shipped = chunk(paragraphs, tokenizer, length)

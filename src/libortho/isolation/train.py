@@ -38,6 +38,7 @@ CONTROLS_EVERY = 3
 """Steps after which the controls are read again."""
 DECAY = 0.03
 """Share of the edit that every step takes back as it begins, so that what no equation asks for fades."""
+TOTAL = 1.0
 HELD = 4.0
 """Weight of texts to keep beside records."""
 LANDING, LONGEST_LANDING = 3, 12
@@ -198,10 +199,11 @@ def _step(
         if slot not in elsewhere:
             state.seen[i] = seen
     kept = [Target.kept(retain[n], original.retain[n]) for n in next(state.retain)]
+    equations.add(kept, records=False, surprise=False, weight=HELD)
     if state.around:
-        kept += [
+        around = [
             Target.kept(forget[i].held[0], original.neighbours[n])
             for i, n in (state.around[t] for t in next(state.neighbours))
         ]
-    equations.add(kept, records=False, surprise=False, weight=HELD)
+        equations.add(around, records=False, surprise=False, total=TOTAL, weight=HELD)
     equations.solve(SHARE)

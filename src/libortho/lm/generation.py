@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import GenerationConfig
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from libortho.core.errors import DataError
+from libortho.lm.logits import drawn
 
 
 @torch.no_grad()
@@ -56,22 +57,34 @@ def generate(
         raise DataError(f"a prompt has {longest} tokens and the model reads {context}; nothing can be said after it")
     tokens = tokens if context is None else min(tokens, context - longest)
     ends, pad = end_tokens(model, tokenizer), pad_token(tokenizer)
-    ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    rows = [p for p in prompts for _ in range(samples)]
+    ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in rows], device=device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in rows], device=device)
     config = GenerationConfig(
         max_new_tokens=tokens,
-        num_return_sequences=samples,
         eos_token_id=ends or None,
         pad_token_id=pad,
-        **(sampling if temperature > 0 else {"do_sample": False}),
+        do_sample=False,
     )
+    drawing = LogitsProcessorList([_Drawn(temperature)] if temperature > 0 else [])
     with own_config(model, config), torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        output = model.generate(ids, attention_mask=mask, generation_config=config, streamer=streamer)  # type: ignore[operator]
+        output = model.generate(  # type: ignore[operator]
+            ids, attention_mask=mask, generation_config=config, logits_processor=drawing, streamer=streamer
+        )
     said = [_until_end(row, ends) for row in output[:, longest:].tolist()]
     return [said[i : i + samples] for i in range(0, len(said), samples)]
+
+
+class _Drawn(LogitsProcessor):
+    """Leaves one token of each row, drawn from the whole distribution at this temperature; see ``drawn`` for why."""
+
+    def __init__(self, temperature: float) -> None:
+        self.temperature = temperature
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return torch.full_like(scores, -torch.inf).scatter(1, drawn(scores / self.temperature)[:, None], 0.0)
 
 
 @contextmanager

@@ -76,3 +76,15 @@ def kl_divergence(reference_logits: Tensor, logits: Tensor) -> Tensor:
     """``KL(reference || model)`` in nats for each position; both (positions, vocabulary)."""
     reference = F.log_softmax(reference_logits.float(), -1)
     return (reference.exp() * (reference - F.log_softmax(logits.float(), -1))).sum(-1)
+
+
+def drawn(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """One token for each row of logits (rows, vocabulary), drawn from its distribution, (rows,).
+
+    One random number for each row, looked up in the cumulative distribution; ``torch.multinomial`` takes one for each
+    token of the vocabulary, which on a CPU is as slow as a small model. ``generator``: torch's own if not given.
+    """
+    cumulative = logits.float().softmax(-1).cumsum(-1)
+    uniform = torch.rand(len(logits), 1, generator=generator).to(logits.device)
+    found = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
+    return found.clamp_max(logits.shape[-1] - 1)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from libortho.lm.gradients import Loss, tapped_gradients
-from libortho.lm.logits import label_log_odds
+from libortho.lm.logits import drawn, label_log_odds
 from libortho.lm.model import LanguageModel
 from libortho.lm.scoring import log_probability, training_tokens
 from libortho.text.encoding import Encoded, batches, collate
@@ -48,8 +48,7 @@ def drawn_labels(seed: int) -> Loss:
     rng = torch.Generator().manual_seed(seed)
 
     def loss(logits: Tensor, labels: Tensor, owner: Tensor) -> Tensor:
-        drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=rng)[:, 0]
-        return log_probability(logits, drawn.to(logits.device)).sum()
+        return log_probability(logits, drawn(logits.detach(), rng)).sum()
 
     return loss
 

@@ -18,8 +18,7 @@ from libortho.text.encoding import Encoded
 def divergence(lm: LanguageModel, items: Sequence[Encoded], states: Sequence[Tensor]) -> float:
     """Mean KL(original || edited) per token, in nats, over texts whose original ``judged_states`` are given."""
     total, count = 0.0, 0
-    for item, before in zip(items, states, strict=True):
-        [after] = judged_states(lm, [item])
+    for before, after in zip(states, judged_states(lm, items), strict=True):
         for part in evenly(len(after)):
             total += float(kl_divergence(lm.logits(before[part]), lm.logits(after[part])).sum())
         count += len(after)
