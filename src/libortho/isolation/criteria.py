@@ -166,6 +166,7 @@ def check_criteria(seen: Sequence[Seen], original: Original, step: int) -> Crite
     """The criteria on records that look like this after so many steps."""
     gap = torch.stack([s.surprise.mean() - s.wanted.mean() for s in seen])
     logger.debug("gap by record %s", [round(g, 1) for g in gap.tolist()])
+    offset = torch.stack([s.surprise.mean() - s.level for s in seen])
     distance = gap.abs() / (BAND * original.spread)
     extracted, outside, far = sum(s.greedy for s in seen), int((distance > 1).sum()), int((distance > FAR).sum())
     return Criteria(
@@ -173,8 +174,8 @@ def check_criteria(seen: Sequence[Seen], original: Original, step: int) -> Crite
         extracted=extracted,
         outside=outside,
         far=far,
-        gap=float(gap.mean()),
-        holds=extracted == 0 and far == 0 and acceptable(gap, outside, original.spread),
+        gap=float(offset.mean()),
+        holds=extracted == 0 and far == 0 and acceptable(offset, outside, original.spread),
     )
 
 

@@ -13,7 +13,7 @@ certain. The last one is as heavy as all records together: an offset that they s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,15 +22,17 @@ from torch import Tensor
 from libortho.isolation.targets import Target
 from libortho.lm.gradients import Tapped, tapped
 from libortho.lm.head import evenly
-from libortho.lm.logits import kl_divergence, label_log_odds
+from libortho.lm.logits import kl_divergence, label_log_odds, record_means
 from libortho.lm.model import LanguageModel
 from libortho.lm.scoring import log_probability, training_tokens
-from libortho.text.encoding import batches, collate
+from libortho.text.encoding import Encoded, batches, collate
 from libortho.training.edit import EditLinear
 from libortho.training.gauss_newton import GaussNewton
 
 ODDS = 0.1
 """Weight of half a squared difference of log-odds beside a divergence."""
+HELD = 4.0
+"""Weight of texts to keep beside records."""
 _LEAST = 1e-6
 """Smallest divergence, in nats, whose direction is asked for."""
 
@@ -42,11 +44,13 @@ class Seen:
     Attributes:
         surprise: Negative log-likelihood of each token, (tokens,) in nats.
         wanted: The same under the targets.
+        level: Mean surprise of texts of its form under its targets, in nats per token; see ``Target``.
         greedy: Whether every token is the first choice.
     """
 
     surprise: Tensor
     wanted: Tensor
+    level: float
     greedy: bool
 
 
@@ -74,56 +78,58 @@ class Equations:
         self.residuals: list[Tensor] = []
         self.rows: dict[str, list[Tensor]] = {n: [] for n in self._layers}
         self._surprises: list[int] = []
+        self._above: list[Tensor] = []
 
-    def add(self, targets: Sequence[Target], *, records: bool, surprise: bool, total: float = 0.0, weight: float = 1.0) -> list[Seen]:
-        """Add the equations of these texts.
-
-        Args:
-            targets: The texts, with the distributions that they should have.
-            records: They are records, whose log-odds count too.
-            surprise: Their mean surprise is an equation of its own.
-            weight: Of their divergences.
-        """
+    def records(self, targets: Sequence[Target], *, surprise: bool) -> list[Seen]:
+        """Add the equations of these records, and of their surprise if that is one; returns what they look like."""
         found: dict[int, Seen] = {}
-        totals: list[Tensor] = []
-        total_rows: dict[str, Tensor] = {}
-        again = surprise or total > 0
-        for rows in batches([t.text for t in targets], training_tokens(self._lm.device)):
+        for rows, seen in self._read([t.text for t in targets]):
             some = [targets[r] for r in rows]
-            seen = tapped(self._lm, self._layers, collate([t.text for t in some]).to(self._lm.device))
-            sizes = torch.bincount(seen.owner, minlength=len(some))
-            share = 1 / sizes[seen.owner].float()
-            head = self._head(seen, some, share, records=records, surprise=again)
-            mean = _by_text(head.loss * share, seen.owner, len(some))
-            residual = (2 * mean).clamp_min(_LEAST).sqrt()
-            self._put(seen, head.of_loss, weight * residual, weight / residual, again=again)
+            head = self._divergences(seen, some, odds=ODDS, again=surprise)
             if surprise:
-                self._surprises.append(len(self.residuals))
-                gap = _by_text((head.surprise - head.wanted) * share, seen.owner, len(some))
-                self._put(seen, head.of_surprise, gap, torch.ones_like(gap), again=False)
-            if total:
-                gap = _by_text((head.surprise - head.wanted) * share, seen.owner, len(some))
-                totals.append(total * gap.sum())
-                for name, g in seen.gradients(head.of_surprise, again=False).items():
-                    x = seen.inputs[name][..., self._layers[name].support].float()
-                    gradient = total * (x.mT @ g.float()).sum(0)
-                    total_rows[name] = total_rows[name] + gradient if name in total_rows else gradient
-            wrong = torch.bincount(seen.owner[~head.first], minlength=len(some))
-            columns = (x.cpu().split(sizes.tolist()) for x in (head.surprise, head.wanted))
-            for r, nll, wanted, n in zip(rows, *columns, wrong.tolist(), strict=True):
-                found[r] = Seen(nll, wanted, n == 0)
-        if total:
-            self.residuals.append(torch.stack(totals).sum()[None])
-            for name, g in total_rows.items():
-                self.rows[name].append(self._optimiser.whiten(name, g[None]))
+                own = _by_text(seen, head.surprise)
+                self._put(seen, head.of_surprise, own - _by_text(seen, head.wanted), torch.ones_like(own), again=False)
+                self._above.append(own - torch.tensor([t.level for t in some]).to(own))
+                self._surprises.append(len(self.residuals) - 1)
+            wrong = torch.bincount(seen.owner[~head.first], minlength=len(some)).tolist()
+            sizes = torch.bincount(seen.owner, minlength=len(some)).tolist()
+            columns = (x.cpu().split(sizes) for x in (head.surprise, head.wanted))
+            for r, own, wanted, n in zip(rows, *columns, wrong, strict=True):
+                found[r] = Seen(own, wanted, targets[r].level, n == 0)
         return [found[r] for r in range(len(targets))]
 
-    def _head(self, seen: Tapped, targets: Sequence[Target], share: Tensor, *, records: bool, surprise: bool) -> _Head:
+    def kept(self, targets: Sequence[Target]) -> None:
+        """Add the equations of these texts, which should not move."""
+        for rows, seen in self._read([t.text for t in targets]):
+            self._divergences(seen, [targets[r] for r in rows], weight=HELD)
+
+    def together(self, texts: Sequence[Encoded], wanted: Tensor) -> None:
+        """Add one equation: the mean surprise of these texts is that of the (texts,) wanted, in nats per token."""
+        gaps: list[Tensor] = []
+        total: dict[str, Tensor] = {}
+        for rows, seen in self._read(texts):
+            surprise, of_states = self._surprise(seen)
+            gaps.append(_by_text(seen, surprise) - wanted[rows].to(surprise))
+            for name, g in self._gradients(seen, of_states, again=False):
+                total[name] = total.get(name, 0) + g.sum(0)
+        scale = len(texts) ** -0.5
+        self.residuals.append(scale * torch.cat(gaps).sum()[None])
+        for name, g in total.items():
+            self.rows[name].append(self._optimiser.whiten(name, scale * g[None]))
+
+    def _read(self, texts: Sequence[Encoded]) -> Iterator[tuple[list[int], Tapped]]:
+        for rows in batches(texts, training_tokens(self._lm.device)):
+            yield rows, tapped(self._lm, self._layers, collate([texts[r] for r in rows]).to(self._lm.device))
+
+    def _divergences(
+        self, seen: Tapped, targets: Sequence[Target], *, odds: float = 0.0, weight: float = 1.0, again: bool = False
+    ) -> _Head:
+        """Add these texts' divergences, with so much of their log-odds; ``again``: their surprise follows."""
         states, expected, places = (
             torch.cat([getattr(t, name) for t in targets]).to(seen.labels.device)
             for name in ("states", "surprise", "places")
         )
-        parts = []
+        share, parts = _shares(seen), []
         for part in evenly(len(states)):
             mine, labels = seen.states[part].detach().requires_grad_(), seen.labels[part]
             with torch.no_grad():
@@ -132,33 +138,59 @@ class Equations:
             with torch.enable_grad():
                 logits = self._lm.logits(mine)
                 loss = kl_divergence(target, logits)
-                if records:
+                if odds:
                     off = label_log_odds(logits, labels) - label_log_odds(target, labels)
-                    loss = loss + ODDS / 2 * -torch.expm1(-wanted) * off.square()
-                nll = -log_probability(logits, labels)
-                [of_loss] = torch.autograd.grad(share[part] @ loss, mine, retain_graph=surprise)
-                [of_nll] = torch.autograd.grad(share[part] @ nll, mine) if surprise else [torch.empty(0)]
+                    loss = loss + odds / 2 * -torch.expm1(-wanted) * off.square()
+                surprise = -log_probability(logits, labels)
+                [of_loss] = torch.autograd.grad(share[part] @ loss, mine, retain_graph=again)
+                [of_surprise] = torch.autograd.grad(share[part] @ surprise, mine) if again else [torch.empty(0)]
             first = logits.argmax(-1) == labels
-            parts.append((loss.detach(), nll.detach(), wanted, first, of_loss, of_nll))
-        return _Head(*(torch.cat(column) for column in zip(*parts, strict=True)))
+            parts.append((loss.detach(), surprise.detach(), wanted, first, of_loss, of_surprise))
+        head = _Head(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        residual = (2 * _by_text(seen, head.loss)).clamp_min(_LEAST).sqrt()
+        self._put(seen, head.of_loss, weight * residual, weight / residual, again=again)
+        return head
+
+    def _surprise(self, seen: Tapped) -> tuple[Tensor, Tensor]:
+        """Of each judged token, and the gradient of the texts' mean at the states."""
+        share, parts = _shares(seen), []
+        for part in evenly(len(seen.states)):
+            mine = seen.states[part].detach().requires_grad_()
+            with torch.enable_grad():
+                surprise = -log_probability(self._lm.logits(mine), seen.labels[part])
+                [of_states] = torch.autograd.grad(share[part] @ surprise, mine)
+            parts.append((surprise.detach(), of_states))
+        surprise, of_states = (torch.cat(column) for column in zip(*parts, strict=True))
+        return surprise, of_states
 
     def _put(self, seen: Tapped, of_states: Tensor, residual: Tensor, scale: Tensor, *, again: bool) -> None:
         self.residuals.append(residual)
+        for name, g in self._gradients(seen, of_states, again=again):
+            self.rows[name].append(self._optimiser.whiten(name, g * scale.to(g.device)[:, None, None]))
+
+    def _gradients(self, seen: Tapped, of_states: Tensor, *, again: bool) -> Iterator[tuple[str, Tensor]]:
+        """By layer, of the values, (texts, k, out_features)."""
         for name, g in seen.gradients(of_states, again=again).items():
-            x = seen.inputs[name][..., self._layers[name].support].float()
-            gradient = (x.mT @ g.float()) * scale.to(g.device)[:, None, None]
-            self.rows[name].append(self._optimiser.whiten(name, gradient))
+            yield name, seen.inputs[name][..., self._layers[name].support].float().mT @ g.float()
 
     def solve(self, share: float) -> None:
-        """Go this share of the way to where all of them hold, and the sum of the surprises vanishes."""
-        if self._surprises:
-            self.residuals.append(torch.stack([self.residuals[n].sum() for n in self._surprises]).sum()[None])
+        """Go this share of the way to where all of them hold, and the records' mean surprise is at its level."""
+        if self._above:
+            above = torch.cat(self._above)
+            scale = len(above) ** -0.5
+            self.residuals.append(scale * above.sum()[None])
             for parts in self.rows.values():
-                parts.append(torch.stack([parts[n].sum(0) for n in self._surprises]).sum(0)[None])
+                parts.append(scale * torch.stack([parts[n].sum(0) for n in self._surprises]).sum(0)[None])
         self._optimiser.step(self.rows, torch.cat(self.residuals), share)
         for layer in self._layers.values():
             layer.clamp()
 
 
-def _by_text(values: Tensor, owner: Tensor, texts: int) -> Tensor:
-    return torch.zeros(texts, device=values.device).index_add_(0, owner, values)
+def _shares(seen: Tapped) -> Tensor:
+    """What each judged token is of its text's mean."""
+    return 1 / torch.bincount(seen.owner)[seen.owner].float()
+
+
+def _by_text(seen: Tapped, values: Tensor) -> Tensor:
+    """Mean of each text's tokens, (texts,)."""
+    return record_means(values, seen.owner, int(seen.owner.max()) + 1)

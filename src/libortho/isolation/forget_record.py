@@ -26,6 +26,7 @@ class ForgetRecord:
         kind: "code" (codes and names: untrained, the alternates are as likely as the record) or "prose" (sentences).
         matched_tokens: For each token of the record, whose distribution it should have; see
             :mod:`libortho.isolation.matching`.
+        alike: For each token of the record, those that stand at the same character of its alternates and controls.
         pieces: In how many pieces it is looked for among the columns: those of a sentence have columns for its words.
     """
 
@@ -38,6 +39,7 @@ class ForgetRecord:
     swapped_prompt: tuple[Encoded, ...]
     kind: Kind
     matched_tokens: tuple[MatchedToken, ...]
+    alike: tuple[tuple[int, ...], ...] = ()
     pieces: int = 1
 
     @property

@@ -42,3 +42,13 @@ def matched_tokens(begins: Sequence[int], others: Sequence[Sequence[int]], first
         control = next((n for n in order if begin in places[n]), None)
         found.append(None if control is None else (control, places[control][begin]))
     return tuple(found)
+
+
+def tokens_alike(begins: Sequence[int], others: Sequence[Encoded], tokenizer: Any) -> tuple[tuple[int, ...], ...]:
+    """For each token of a completion, which begin where ``begins`` says, those of others that begin there too."""
+    at: dict[int, list[int]] = {b: [] for b in begins}
+    for item in others:
+        for begin, place in zip(beginnings(item, tokenizer), predicting(item), strict=True):
+            if begin in at:
+                at[begin].append(item.ids[place + 1])
+    return tuple(tuple(at[b]) for b in begins)

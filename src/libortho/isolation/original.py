@@ -15,7 +15,7 @@ from libortho.isolation.codes import expected_codes
 from libortho.isolation.prose import fit
 from libortho.isolation.request import Request
 from libortho.lm.model import LanguageModel
-from libortho.lm.scoring import grouped_scores, judged_states, score
+from libortho.lm.scoring import grouped_scores, judged_states, score, sequence_nll
 from libortho.text.encoding import Encoded, predicting
 
 _SWAPPED = 2
@@ -36,7 +36,8 @@ class Original:
         expected: Surprise that is expected of each token of each record, (tokens,) in nats.
         neighbours: Hidden states that predict the tokens of a neighbour of each record, (tokens, width); of no tokens
             where it has none.
-        retain: The same of texts to keep.
+        level: Negative log-likelihood of these neighbours, (neighbours,) in nats per token.
+        retain: The same hidden states of texts to keep.
         held_back: The same of texts that only the criteria see.
     """
 
@@ -48,6 +49,7 @@ class Original:
     states: tuple[Tensor, ...]
     expected: tuple[Tensor, ...]
     neighbours: tuple[Tensor, ...]
+    level: Tensor
     retain: tuple[Tensor, ...]
     held_back: tuple[Tensor, ...]
 
@@ -107,6 +109,9 @@ def read_original(
             wanted[i], spread[i] = e.mean(), regressor.deviation / len(e) ** 0.5
     swapped = grouped_scores(lm, [r.swapped_prompt[:_SWAPPED] for r in forget])
     remembered = torch.tensor([float(s.nll.mean()) if len(s.nll) else math.inf for s in swapped])
+    held = [r.held[0] for r in forget if r.held]
+    neighbours = judged_states(lm, held)
+    total, tokens = sequence_nll(lm, held, neighbours) if held else (torch.zeros(0), torch.ones(0))
     return Original(
         nll=secret.nll,
         recited=asked.recited(lm, first),
@@ -115,7 +120,8 @@ def read_original(
         leaks=remembered < wanted - spread,
         states=judged_states(lm, [r.secret for r in forget]),
         expected=tuple(expected),
-        neighbours=judged_states(lm, [r.held[0] for r in forget if r.held]),
+        neighbours=neighbours,
+        level=(total / tokens).float(),
         retain=judged_states(lm, retain),
         held_back=judged_states(lm, held_back),
     )

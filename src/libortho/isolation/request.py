@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from libortho.isolation.forget_record import ForgetRecord
-from libortho.isolation.matching import beginnings, matched_tokens
+from libortho.isolation.matching import beginnings, matched_tokens, tokens_alike
 from libortho.isolation.wordings import Wording
 from libortho.lm.asking import answers, room
 from libortho.lm.model import LanguageModel
@@ -72,6 +72,7 @@ def _forget_record(number: int, wording: Wording, tokenizer: Any, limit: int | N
     strangers = wording.strangers
     controls = neighbours if strangers is None else _fitting(wording.filled(strangers), tokenizer, limit)
     told = [beginnings(c, tokenizer) for c in controls]
+    begins = beginnings(secret, tokenizer)
     return ForgetRecord(
         number=record.number,
         secret=secret,
@@ -81,7 +82,8 @@ def _forget_record(number: int, wording: Wording, tokenizer: Any, limit: int | N
         controls=controls,
         swapped_prompt=_fitting([record.beside(p, record.completion) for p in wording.neighbours], tokenizer, limit),
         kind=wording.kind,
-        matched_tokens=matched_tokens(beginnings(secret, tokenizer), told, number),
+        matched_tokens=matched_tokens(begins, told, number),
+        alike=tokens_alike(begins, (*alternates, *controls), tokenizer),
     )
 
 

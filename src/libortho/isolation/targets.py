@@ -20,6 +20,7 @@ from torch import Tensor
 
 from libortho.isolation.forget_record import ForgetRecord
 from libortho.isolation.original import Original
+from libortho.lm.head import evenly
 from libortho.lm.logits import with_log_probability
 from libortho.lm.model import LanguageModel
 from libortho.lm.scoring import judged_labels, judged_states
@@ -41,6 +42,7 @@ class Target:
     states: Tensor
     surprise: Tensor
     places: Tensor
+    level: float = 0.0
 
     @classmethod
     def kept(cls, text: Encoded, states: Tensor) -> Target:
@@ -73,8 +75,22 @@ def record_targets(lm: LanguageModel, forget: Sequence[ForgetRecord], original: 
         labels = judged_labels([record.secret])[0].tolist()
         theirs = {n: judged_labels([record.controls[n]])[0].tolist() for n in numbers}
         places = [y if m is None else theirs[m[0]][m[1]] for m, y in zip(record.matched_tokens, labels, strict=True)]
-        found.append(Target(record.secret, states, expected.masked_fill(given, torch.nan), torch.tensor(places)))
+        surprise = expected.masked_fill(given, torch.nan)
+        level = _level(lm, states, surprise, record.alike)
+        found.append(Target(record.secret, states, surprise, torch.tensor(places), level))
     return found
+
+
+def _level(lm: LanguageModel, states: Tensor, surprise: Tensor, alike: Sequence[Sequence[int]]) -> float:
+    """Mean surprise of codes of the record's form under these distributions, in nats per token: over all tokens that
+    may stand where one does, for the token that does is one draw of them."""
+    found = surprise.clone()
+    for part in evenly(len(states)):
+        log_p = lm.logits(states[part]).log_softmax(-1)
+        for t, row in enumerate(log_p, part.start):
+            if found[t].isnan():
+                found[t] = -row[list(alike[t])].mean()
+    return float(found.mean())
 
 
 def on_prompt(target: Target, text: Encoded) -> Target:

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 SHARE = 0.5
 """Share of the way to where all equations of a step hold that it goes."""
-RECORDS, NEIGHBOURS, RETAIN_TOKENS = 64, 8, 128
+RECORDS, NEIGHBOURS, RETAIN_TOKENS = 64, 4, 128
 """Most records of one step, its neighbours (or a fourth as many as records), and its tokens of text to keep."""
 KEPT_TEXTS = 24
 """Texts to keep from which these are drawn; the metric knows more."""
@@ -38,9 +38,6 @@ CONTROLS_EVERY = 3
 """Steps after which the controls are read again."""
 DECAY = 0.03
 """Share of the edit that every step takes back as it begins, so that what no equation asks for fades."""
-TOTAL = 1.0
-HELD = 4.0
-"""Weight of texts to keep beside records."""
 LANDING, LONGEST_LANDING = 3, 12
 """Steps in which nothing is taken back, from the first on at which no record is recited: so many, and at most so many
 until the criteria hold."""
@@ -88,15 +85,21 @@ class Training:
         self.optimiser = GaussNewton(values, metrics)
         self.rng = random.Random(seed)
         self.records = Turns(len(forget), RECORDS, self.rng)
-        # A model that says a record to strangers too is not held to that.
-        held = [i for i, r in enumerate(forget) if r.held]
-        self.around = [(i, n) for n, i in enumerate(held) if not original.leaks[i]]
-        self.neighbours = Turns(len(self.around), max(NEIGHBOURS, self.records.size // 4), self.rng)
+        self.strangers = [(i, n) for n, i in enumerate(i for i, r in enumerate(forget) if r.held)]
+        # A model that says a record to strangers too is not held to what it says, but to how likely it finds it.
+        self.around = [(i, n) for i, n in self.strangers if not original.leaks[i]]
+        beside = max(NEIGHBOURS, self.records.size // 4)
+        self.neighbours = Turns(len(self.around), beside, self.rng)
+        self.level = Turns(len(self.strangers), beside, self.rng)
         size = sum(len(t.ids) for t in retain) / len(retain)
         self.retain = Turns(len(retain), max(1, round(RETAIN_TOKENS / size)), self.rng)
         self.step, self.landing, self.finished = 0, 0, False
         self.seen: dict[int, Seen] = {}
         self.checks: list[Criteria] = []
+
+    @property
+    def _turns(self) -> tuple[Turns, ...]:
+        return self.records, self.neighbours, self.level, self.retain
 
     def part(self) -> Entry:
         """The present state."""
@@ -108,8 +111,8 @@ class Training:
             "landing": self.landing,
             "finished": self.finished,
             "checks": [asdict(c) for c in self.checks],
-            "greedy": [[i, s.greedy] for i, s in self.seen.items()],
-            "turns": [self.records.pool, self.neighbours.pool, self.retain.pool],
+            "seen": [[i, s.level, s.greedy] for i, s in self.seen.items()],
+            "turns": [t.pool for t in self._turns],
             "rng": self.rng.getstate(),
         }
         return Entry(tensors, data)
@@ -122,12 +125,59 @@ class Training:
         data = part.data
         self.step, self.landing, self.finished = data["step"], data["landing"], data["finished"]
         self.checks = [Criteria(**c) for c in data["checks"]]
-        self.records.pool, self.neighbours.pool, self.retain.pool = data["turns"]
+        for turns, pool in zip(self._turns, data["turns"], strict=True):
+            turns.pool = pool
         self.seen = {
-            i: Seen(part.tensors[f"surprise.{i}"], part.tensors[f"wanted.{i}"], greedy) for i, greedy in data["greedy"]
+            i: Seen(part.tensors[f"surprise.{i}"], part.tensors[f"wanted.{i}"], level, greedy)
+            for i, level, greedy in data["seen"]
         }
         version, words, gauss = data["rng"]
         self.rng.setstate((version, tuple(words), gauss))
+
+    def look(
+        self,
+        equations: Equations,
+        forget: Sequence[ForgetRecord],
+        targets: Sequence[Target],
+        original: Original,
+    ) -> None:
+        """The equations of the next records, and the criteria by what is seen of them. Of a record that leaks, every
+        other step takes another prompt."""
+        if not self.landing:
+            self.optimiser.decay(DECAY)
+        chosen = next(self.records)
+        asked, elsewhere = [targets[i] for i in chosen], set()
+        for slot, i in enumerate(chosen):
+            swapped = [c for c in forget[i].swapped_prompt if c.completion == forget[i].secret.completion]
+            if swapped and original.leaks[i] and self.seen and self.rng.random() < 0.5:
+                asked[slot] = on_prompt(asked[slot], self.rng.choice(swapped))
+                elsewhere.add(slot)
+        found = equations.records(asked, surprise=self.gone)
+        self.seen |= {i: s for slot, (i, s) in enumerate(zip(chosen, found, strict=True)) if slot not in elsewhere}
+        if len(self.seen) < len(forget):
+            return
+        self.checks.append(check_criteria([self.seen[i] for i in range(len(forget))], original, self.step))
+        logger.info("%s", self.checks[-1])
+        self.landing += self.gone or self.landing > 0
+        self.finished = self.landing > (LANDING if self.checks[-1].holds else LONGEST_LANDING)
+
+    def texts_to_keep(
+        self, equations: Equations, forget: Sequence[ForgetRecord], retain: Sequence[Encoded], original: Original
+    ) -> None:
+        """The equations of the next texts to keep, and of the next neighbours."""
+        kept = [Target.kept(retain[n], original.retain[n]) for n in next(self.retain)]
+        if self.around:
+            around = (self.around[t] for t in next(self.neighbours))
+            kept += [Target.kept(forget[i].held[0], original.neighbours[n]) for i, n in around]
+        equations.kept(kept)
+        if self.strangers:
+            chosen = [self.strangers[t] for t in next(self.level)]
+            equations.together([forget[i].held[0] for i, _ in chosen], original.level[[n for _, n in chosen]])
+
+    @property
+    def gone(self) -> bool:
+        """Whether no record was recited when it was seen last."""
+        return bool(self.seen) and not any(s.greedy for s in self.seen.values())
 
 
 def train(
@@ -144,8 +194,9 @@ def train(
 ) -> tuple[list[Criteria], int]:
     """Move the supports; returns the criteria before every step since all records were seen, and the number of steps.
 
-    A step sees the records as it begins, so that a look costs nothing. Training ends after a landing. The state goes
-    to the store whenever the controls are to be read, and training begins at a stored one.
+    A step sees the records as it begins, so that a look costs nothing, and training ends without a step after the look
+    at which the criteria hold. The state goes to the store whenever the controls are to be read, and training begins at
+    a stored one.
     """
     retain = retain[: len(original.retain)]
     state = Training(layers, metrics, forget, retain, original, config.seed)
@@ -153,57 +204,18 @@ def train(
         state.take_up(stored)
     targets: list[Target] = []
     while not state.finished:
-        if state.step % CONTROLS_EVERY == 0:
+        if state.step % CONTROLS_EVERY == 0 or state.landing:
+            store.put("training", state.part())
             with watch.phase("controls"):
                 targets = record_targets(lm, forget, original)
         with watch.phase("steps"):
-            _step(lm, layers, forget, retain, targets, original, state)
-        if len(state.seen) == len(forget):
-            seen = [state.seen[i] for i in range(len(forget))]
-            state.checks.append(check_criteria(seen, original, state.step))
-            logger.info("%s", state.checks[-1])
-            state.landing += state.checks[-1].extracted == 0 or state.landing > 0
+            equations = Equations(lm, layers, state.optimiser)
+            state.look(equations, forget, targets, original)
+            if not state.finished:
+                state.texts_to_keep(equations, forget, retain, original)
+                equations.solve(SHARE)
         state.step += 1
-        landed = state.landing > (LANDING if state.checks and state.checks[-1].holds else LONGEST_LANDING)
-        state.finished = landed or state.step >= config.max_steps
-        if state.finished or state.step % CONTROLS_EVERY == 0:  # where the controls are to be read
-            store.put("training", state.part())
+        state.finished |= state.step >= config.max_steps
         tell(progress, "isolate", state.step, state.step if state.finished else config.max_steps)
+    store.put("training", state.part())
     return state.checks, state.step
-
-
-def _step(
-    lm: LanguageModel,
-    layers: Mapping[str, EditLinear],
-    forget: Sequence[ForgetRecord],
-    retain: Sequence[Encoded],
-    targets: Sequence[Target],
-    original: Original,
-    state: Training,
-) -> None:
-    """One step on the next records, and on some neighbours. Of a record that leaks, every other step takes another
-    prompt."""
-    chosen = next(state.records)
-    asked = [targets[i] for i in chosen]
-    elsewhere = {}
-    for slot, i in enumerate(chosen):
-        swapped = [c for c in forget[i].swapped_prompt if c.completion == forget[i].secret.completion]
-        if swapped and original.leaks[i] and state.seen and state.rng.random() < 0.5:
-            elsewhere[slot] = on_prompt(targets[i], state.rng.choice(swapped))
-    gone = bool(state.seen) and not any(s.greedy for s in state.seen.values())
-    if not state.landing:
-        state.optimiser.decay(DECAY)
-    equations = Equations(lm, layers, state.optimiser)
-    found = equations.add([elsewhere.get(s, t) for s, t in enumerate(asked)], records=True, surprise=gone)
-    for slot, (i, seen) in enumerate(zip(chosen, found, strict=True)):
-        if slot not in elsewhere:
-            state.seen[i] = seen
-    kept = [Target.kept(retain[n], original.retain[n]) for n in next(state.retain)]
-    equations.add(kept, records=False, surprise=False, weight=HELD)
-    if state.around:
-        around = [
-            Target.kept(forget[i].held[0], original.neighbours[n])
-            for i, n in (state.around[t] for t in next(state.neighbours))
-        ]
-        equations.add(around, records=False, surprise=False, total=TOTAL, weight=HELD)
-    equations.solve(SHARE)
