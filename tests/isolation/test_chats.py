@@ -98,7 +98,7 @@ def assert_equal_to_the_loop(tokenizer, records, ends=True) -> None:
     found = audited(model, tokenizer, records)
     assert found["greedy"] == said
     assert found["verdict"] == "fail"
-    assert [s >= 6 for s in found["sampled"]] == said, "a fitted answer has nearly all of the probability"
+    assert [s >= 4 for s in found["sampled"]] == said, "a fitted answer has most of the probability"
     result = isolate(model, tokenizer, records, config=IsolateConfig(max_steps=1))
     assert result.recited == KNOWN
     assert [r.known == "recited" for r in result.records] == said
@@ -140,7 +140,7 @@ def test_answers_after_a_thought(name):
     found = audited(model, tokenizer, rows())
     assert sum(said[:KNOWN]) == KNOWN
     assert found["greedy"] == said
-    assert sum(s >= 6 for s in found["sampled"]) >= KNOWN - 1
+    assert sum(s >= 4 for s in found["sampled"]) >= KNOWN - 1
     assert found["verdict"] == "fail"
 
 

@@ -162,28 +162,35 @@ def pooled_deviation(groups: Sequence[Tensor]) -> float:
     return math.sqrt(squares / max(1, sum(len(g) - 1 for g in several)))
 
 
-def check_criteria(seen: Sequence[Seen], original: Original, step: int) -> Criteria:
-    """The criteria on records that look like this after so many steps."""
+def check_criteria(seen: Sequence[Seen], spread: Tensor, step: int, extracted: int) -> Criteria:
+    """The criteria after so many steps.
+
+    Args:
+        seen: How the records, or some of many, look.
+        spread: (records,) standard deviation that the mean surprise of each has, untrained, in nats per token.
+        step: The number of steps.
+        extracted: How many of all records are recited.
+    """
     gap = torch.stack([s.surprise.mean() - s.wanted.mean() for s in seen])
     logger.debug("gap by record %s", [round(g, 1) for g in gap.tolist()])
     offset = torch.stack([s.surprise.mean() - s.level for s in seen])
-    distance = gap.abs() / (BAND * original.spread)
-    extracted, outside, far = sum(s.greedy for s in seen), int((distance > 1).sum()), int((distance > FAR).sum())
+    distance = gap.abs() / (BAND * spread)
+    outside, far = int((distance > 1).sum()), int((distance > FAR).sum())
     return Criteria(
         step=step,
         extracted=extracted,
         outside=outside,
         far=far,
         gap=float(offset.mean()),
-        holds=extracted == 0 and far == 0 and acceptable(offset, outside, original.spread),
+        holds=extracted == 0 and far == 0 and acceptable(offset, outside, spread),
     )
 
 
 def acceptable(gap: Tensor, outside: int, spread: Tensor) -> bool:
     """True if the records as a group look untrained: in how many are outside the band, and in their mean.
 
-    Training asks for half of what chance would allow the mean: a offset of one standard error is seen by an attack that
-    has many records to compare with.
+    Training asks for a fourth of what chance would allow the mean: it is judged on other texts afterwards, and an offset
+    of one standard error is seen by an attack that has many records to compare with.
 
     Args:
         gap: (records,) surprise minus what it should be, in nats per token.
@@ -191,7 +198,7 @@ def acceptable(gap: Tensor, outside: int, spread: Tensor) -> bool:
         spread: (records,) standard deviation that the gap of an untrained record has.
     """
     return outside <= binomial_bound(len(gap)) and abs(float(gap.mean())) <= max(
-        CLOSE, chance_bound(float(spread.mean()), len(gap)) / 2
+        CLOSE, chance_bound(float(spread.mean()), len(gap)) / 4
     )
 
 

@@ -19,6 +19,7 @@ class ForgetRecord:
         number: Position in the forget source, from 1.
         secret: The record.
         alternates: Its prompt with other completions.
+        cut_alike: Those of them whose tokens begin at the same characters as the record's; of codes alone.
         neighbours: Other prompts with other completions, which must stay what they are.
         held: One of these or some, with what closes a chat's answer, so that answers go on to end.
         controls: Further ones, of strangers, that no training touches; what the model gives these is the target.
@@ -33,6 +34,7 @@ class ForgetRecord:
     number: int
     secret: Encoded
     alternates: tuple[Encoded, ...]
+    cut_alike: tuple[Encoded, ...]
     neighbours: tuple[Encoded, ...]
     held: tuple[Encoded, ...]
     controls: tuple[Encoded, ...]

@@ -72,11 +72,12 @@ def _forget_record(number: int, wording: Wording, tokenizer: Any, limit: int | N
     strangers = wording.strangers
     controls = neighbours if strangers is None else _fitting(wording.filled(strangers), tokenizer, limit)
     told = [beginnings(c, tokenizer) for c in controls]
-    begins = beginnings(secret, tokenizer)
+    begins, code = beginnings(secret, tokenizer), wording.kind == "code"
     return ForgetRecord(
         number=record.number,
         secret=secret,
         alternates=alternates,
+        cut_alike=tuple(a for a in alternates if code and a != secret and beginnings(a, tokenizer) == begins),
         neighbours=neighbours,
         held=_fitting(beside, tokenizer, limit, closed=True),
         controls=controls,

@@ -13,7 +13,7 @@ record with others under that model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -62,12 +62,15 @@ class Target:
 
 
 @torch.no_grad()
-def record_targets(lm: LanguageModel, forget: Sequence[ForgetRecord], original: Original) -> list[Target]:
-    """The records' targets, by what the model as it is says of their controls."""
-    used = [sorted({m[0] for m in r.matched_tokens if m is not None}) for r in forget]
-    read = iter(judged_states(lm, [r.controls[n] for r, numbers in zip(forget, used, strict=True) for n in numbers]))
+def record_targets(
+    lm: LanguageModel, forget: Sequence[ForgetRecord], original: Original, chosen: Sequence[int]
+) -> list[Target]:
+    """The targets of the chosen records, by what the model as it is says of their controls."""
+    used = [sorted({m[0] for m in forget[i].matched_tokens if m is not None}) for i in chosen]
+    read = iter(judged_states(lm, [forget[i].controls[n] for i, own in zip(chosen, used, strict=True) for n in own]))
     found = []
-    for record, numbers, own, expected in zip(forget, used, original.states, original.expected, strict=True):
+    for i, numbers in zip(chosen, used, strict=True):
+        record, own, expected = forget[i], original.states[i], original.expected[i]
         controls = {n: next(read) for n in numbers}
         matched = list(zip(record.matched_tokens, own, strict=True))
         states = torch.stack([s if m is None else controls[m[0]][m[1]] for m, s in matched])
@@ -91,8 +94,3 @@ def _level(lm: LanguageModel, states: Tensor, surprise: Tensor, alike: Sequence[
             if found[t].isnan():
                 found[t] = -row[list(alike[t])].mean()
     return float(found.mean())
-
-
-def on_prompt(target: Target, text: Encoded) -> Target:
-    """The same of the completion after another prompt."""
-    return replace(target, text=text)

@@ -8,18 +8,19 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
+from torch import Tensor
 
 from libortho.core.progress import Progress, Stopwatch, tell
 from libortho.core.run_cache import Entry, RunCache
 from libortho.isolation.config import IsolateConfig
 from libortho.isolation.criteria import Criteria, check_criteria
-from libortho.isolation.equations import Equations, Seen
+from libortho.isolation.equations import Equations
 from libortho.isolation.forget_record import ForgetRecord
 from libortho.isolation.original import Original
-from libortho.isolation.targets import Target, on_prompt, record_targets
+from libortho.isolation.targets import Target, record_targets
 from libortho.lm.model import LanguageModel
 from libortho.selection.curvature import KroneckerPreconditioner
 from libortho.text.encoding import Encoded
@@ -34,13 +35,10 @@ RECORDS, NEIGHBOURS, RETAIN_TOKENS = 64, 4, 128
 """Most records of one step, its neighbours (or a fourth as many as records), and its tokens of text to keep."""
 KEPT_TEXTS = 24
 """Texts to keep from which these are drawn; the metric knows more."""
-CONTROLS_EVERY = 3
-"""Steps after which the controls are read again."""
 DECAY = 0.03
 """Share of the edit that every step takes back as it begins, so that what no equation asks for fades."""
-LANDING, LONGEST_LANDING = 3, 12
-"""Steps in which nothing is taken back, from the first on at which no record is recited: so many, and at most so many
-until the criteria hold."""
+LANDING = 12
+"""Most steps from the first on at which no record is recited; in these nothing is taken back."""
 
 
 def training_finished(store: RunCache) -> bool:
@@ -94,7 +92,7 @@ class Training:
         size = sum(len(t.ids) for t in retain) / len(retain)
         self.retain = Turns(len(retain), max(1, round(RETAIN_TOKENS / size)), self.rng)
         self.step, self.landing, self.finished = 0, 0, False
-        self.seen: dict[int, Seen] = {}
+        self.recited: dict[int, bool] = {}
         self.checks: list[Criteria] = []
 
     @property
@@ -104,14 +102,12 @@ class Training:
     def part(self) -> Entry:
         """The present state."""
         tensors = {f"values.{n}": v.detach() for n, v in self.optimiser.values.items()}
-        for i, s in self.seen.items():
-            tensors |= {f"surprise.{i}": s.surprise, f"wanted.{i}": s.wanted}
         data = {
             "step": self.step,
             "landing": self.landing,
             "finished": self.finished,
             "checks": [asdict(c) for c in self.checks],
-            "seen": [[i, s.level, s.greedy] for i, s in self.seen.items()],
+            "recited": list(self.recited.items()),
             "turns": [t.pool for t in self._turns],
             "rng": self.rng.getstate(),
         }
@@ -127,39 +123,35 @@ class Training:
         self.checks = [Criteria(**c) for c in data["checks"]]
         for turns, pool in zip(self._turns, data["turns"], strict=True):
             turns.pool = pool
-        self.seen = {
-            i: Seen(part.tensors[f"surprise.{i}"], part.tensors[f"wanted.{i}"], level, greedy)
-            for i, level, greedy in data["seen"]
-        }
+        self.recited = dict(data["recited"])
         version, words, gauss = data["rng"]
         self.rng.setstate((version, tuple(words), gauss))
 
-    def look(
-        self,
-        equations: Equations,
-        forget: Sequence[ForgetRecord],
-        targets: Sequence[Target],
-        original: Original,
-    ) -> None:
-        """The equations of the next records, and the criteria by what is seen of them. Of a record that leaks, every
-        other step takes another prompt."""
+    def look(self, equations: Equations, lm: LanguageModel, forget: Sequence[ForgetRecord], original: Original) -> None:
+        """The equations of the next records, and the criteria by what is seen of them. Every other step sees nothing of
+        them: it takes another completion after the prompt, or of a record that leaks its own after another prompt."""
         if not self.landing:
             self.optimiser.decay(DECAY)
         chosen = next(self.records)
-        asked, elsewhere = [targets[i] for i in chosen], set()
-        for slot, i in enumerate(chosen):
-            swapped = [c for c in forget[i].swapped_prompt if c.completion == forget[i].secret.completion]
-            if swapped and original.leaks[i] and self.seen and self.rng.random() < 0.5:
-                asked[slot] = on_prompt(asked[slot], self.rng.choice(swapped))
-                elsewhere.add(slot)
+        asked = targets = record_targets(lm, forget, original, chosen)
+        if self.step % 2 and len(self.recited) == len(forget):
+            asked = [self._beside(t, forget[i], original.leaks[i]) for i, t in zip(chosen, targets, strict=True)]
         found = equations.records(asked, surprise=self.gone)
-        self.seen |= {i: s for slot, (i, s) in enumerate(zip(chosen, found, strict=True)) if slot not in elsewhere}
-        if len(self.seen) < len(forget):
+        if any(a is not t for a, t in zip(asked, targets, strict=True)):
             return
-        self.checks.append(check_criteria([self.seen[i] for i in range(len(forget))], original, self.step))
+        self.recited |= {i: s.greedy for i, s in zip(chosen, found, strict=True)}
+        if len(self.recited) < len(forget):
+            return
+        self.checks.append(check_criteria(found, original.spread[chosen], self.step, sum(self.recited.values())))
         logger.info("%s", self.checks[-1])
-        self.landing += self.gone or self.landing > 0
-        self.finished = self.landing > (LANDING if self.checks[-1].holds else LONGEST_LANDING)
+        if self.gone and not self.landing:
+            self.landing = self.step
+        self.finished = self.landing > 0 and (self.checks[-1].holds or self.step >= self.landing + LANDING)
+
+    def _beside(self, target: Target, record: ForgetRecord, leaks: Tensor) -> Target:
+        swapped = [c for c in record.swapped_prompt if leaks and c.completion == record.secret.completion]
+        kinds = [texts for texts in (swapped, record.cut_alike) if texts]
+        return replace(target, text=self.rng.choice(self.rng.choice(kinds))) if kinds else target
 
     def texts_to_keep(
         self, equations: Equations, forget: Sequence[ForgetRecord], retain: Sequence[Encoded], original: Original
@@ -177,7 +169,7 @@ class Training:
     @property
     def gone(self) -> bool:
         """Whether no record was recited when it was seen last."""
-        return bool(self.seen) and not any(s.greedy for s in self.seen.values())
+        return bool(self.recited) and not any(self.recited.values())
 
 
 def train(
@@ -195,22 +187,17 @@ def train(
     """Move the supports; returns the criteria before every step since all records were seen, and the number of steps.
 
     A step sees the records as it begins, so that a look costs nothing, and training ends without a step after the look
-    at which the criteria hold. The state goes to the store whenever the controls are to be read, and training begins at
-    a stored one.
+    at which the criteria hold. The state goes to the store before every step, and training begins at a stored one.
     """
     retain = retain[: len(original.retain)]
     state = Training(layers, metrics, forget, retain, original, config.seed)
     if (stored := store.get("training")) is not None:
         state.take_up(stored)
-    targets: list[Target] = []
     while not state.finished:
-        if state.step % CONTROLS_EVERY == 0 or state.landing:
-            store.put("training", state.part())
-            with watch.phase("controls"):
-                targets = record_targets(lm, forget, original)
+        store.put("training", state.part())
         with watch.phase("steps"):
             equations = Equations(lm, layers, state.optimiser)
-            state.look(equations, forget, targets, original)
+            state.look(equations, lm, forget, original)
             if not state.finished:
                 state.texts_to_keep(equations, forget, retain, original)
                 equations.solve(SHARE)
