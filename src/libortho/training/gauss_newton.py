@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from libortho.selection.curvature import KroneckerPreconditioner
 
-MEDIAN = 0
 DAMPING = 0.1
 """Weight of the divergence of text to keep, as a share of the mean of the Gram matrix's diagonal."""
 
@@ -55,7 +54,7 @@ class GaussNewton:
         for found in joined.values():
             flat = found.flatten(1)
             gram += (flat @ flat.T).cpu()
-        gram.diagonal().add_(DAMPING * (gram.diagonal().median() if MEDIAN else gram.diagonal().mean()))
+        gram.diagonal().add_(DAMPING * gram.diagonal().mean())
         solved = torch.linalg.solve(gram, residuals.double().cpu()).float()
         for name, found in joined.items():
             wanted = -share * torch.tensordot(solved.to(found.device), found, 1)
