@@ -19,7 +19,7 @@ KEY, OPTIONS = ("model", "case", "seed", "records"), ("objective", "gradient_wei
 """What tells stored runs apart, beside where they ran; options of the isolation."""
 
 
-METHOD = {"objective": "profile", "gradient_weight": 0.0}
+METHOD = {"objective": "gauss-newton", "gradient_weight": 0.0}
 """The method of the library, as stored runs of others name theirs."""
 
 

@@ -155,7 +155,9 @@ class Training:
         kinds = [texts for texts in (swapped, record.cut_alike) if texts]
         if not kinds:
             return target
-        return replace(target, text=self.rng.choice(kinds[-1 if self.rng.random() < OTHER_COMPLETIONS else 0]))
+        return replace(
+            target, text=self.rng.choice(kinds[-1 if self.landing and self.rng.random() < OTHER_COMPLETIONS else 0])
+        )
 
     def texts_to_keep(
         self, equations: Equations, forget: Sequence[ForgetRecord], retain: Sequence[Encoded], original: Original
