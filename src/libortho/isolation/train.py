@@ -37,8 +37,6 @@ KEPT_TEXTS = 24
 """Texts to keep from which these are drawn; the metric knows more."""
 DECAY = 0.03
 """Share of the edit that every step takes back as it begins, so that what no equation asks for fades."""
-OTHER_COMPLETIONS = 0.75
-"""Share of records that every other step takes with other completions; the others, which leak, after other prompts."""
 LANDING = 12
 """Most steps from the first on at which no record is recited; in these nothing is taken back."""
 
@@ -155,9 +153,7 @@ class Training:
         kinds = [texts for texts in (swapped, record.cut_alike) if texts]
         if not kinds:
             return target
-        return replace(
-            target, text=self.rng.choice(kinds[-1 if self.landing and self.rng.random() < OTHER_COMPLETIONS else 0])
-        )
+        return replace(target, text=self.rng.choice(self.rng.choice(kinds) if self.landing else kinds[0]))
 
     def texts_to_keep(
         self, equations: Equations, forget: Sequence[ForgetRecord], retain: Sequence[Encoded], original: Original
