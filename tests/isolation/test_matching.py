@@ -46,7 +46,9 @@ def test_tokens_alike_are_those_of_others_that_begin_at_the_same_character():
     """In the order of the others, again where they say it again; none where none begins there."""
     tokenizer = tiny.byte_tokenizer([("A", "B")])
     item = encode(Record("k", "A7BC"), tokenizer)
-    others = [encode(Record(p, c), tokenizer) for p, c in (("k", "AB7C"), ("longer", "XYAB"), ("k", "ABAB"), ("k", "X"))]
+    others = [
+        encode(Record(p, c), tokenizer) for p, c in (("k", "AB7C"), ("longer", "XYAB"), ("k", "ABAB"), ("k", "X"))
+    ]
     found = tokens_alike(beginnings(item, tokenizer), others, tokenizer)
     told = [tokenizer.convert_ids_to_tokens(list(ids)) for ids in found]
     assert told == [["AB", "X", "AB", "X"], ["Y"], ["7", "AB", "AB"], ["C"]]
