@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -17,14 +15,10 @@ import made_up
 import tiny
 from isolating import CONFIG
 from libortho import isolate
-from libortho.core.progress import Stopwatch
-from libortho.core.run_cache import Entry, RunCache
-from libortho.isolation import train as trainer
+from libortho.core.run_cache import Entry
 from libortho.isolation.criteria import Criteria
-from libortho.isolation.equations import Seen
 from libortho.isolation.forget_record import ForgetRecord
-from libortho.isolation.targets import Target
-from libortho.isolation.train import LANDING, RECORDS, Training, Turns, train, training_finished
+from libortho.isolation.train import Training, Turns
 from libortho.lm.scoring import SCORING_TOKENS, scoring_tokens
 from libortho.selection.curvature import KroneckerPreconditioner
 from libortho.text.encoding import Encoded, batches
