@@ -23,6 +23,7 @@ def record(tokens: int, alternates: tuple[int, ...] = (), *, kind: Kind = "code"
         number=1,
         secret=text(tokens),
         alternates=tuple(text(n) for n in alternates),
+        cut_alike=(),
         neighbours=(),
         held=(),
         controls=(),
@@ -44,6 +45,7 @@ def original(records: int, **known: Any) -> Original:
         states=none,
         expected=none,
         neighbours=(),
+        level=torch.zeros(records),
         retain=(),
         held_back=(),
     )

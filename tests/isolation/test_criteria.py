@@ -26,12 +26,14 @@ from libortho.isolation.equations import Seen
 from libortho.lm.logits import Scores
 
 
-def seen(surprise: float, wanted: float, *, greedy: bool = False) -> Seen:
-    return Seen(torch.tensor([surprise - 0.5, surprise + 0.5]), torch.tensor([wanted, wanted]), greedy)
+def seen(surprise: float, wanted: float, level: float | None = None) -> Seen:
+    """A record with this mean surprise, and of a form whose texts have this level under its targets."""
+    level = wanted if level is None else level
+    return Seen(torch.tensor([surprise - 0.5, surprise + 0.5]), torch.tensor([wanted, wanted]), level, False)
 
 
-def check(*found: Seen) -> criteria.Criteria:
-    return check_criteria(found, made_up.original(len(found)), 7)
+def check(*found: Seen, recited: int = 0) -> criteria.Criteria:
+    return check_criteria(found, torch.ones(len(found)), 7, recited)
 
 
 def test_the_criteria_hold_where_records_are_as_surprising_as_their_targets() -> None:
@@ -40,12 +42,32 @@ def test_the_criteria_hold_where_records_are_as_surprising_as_their_targets() ->
 
 def test_each_criterion_is_counted() -> None:
     """With a spread of 1 the band ends at 1.645, and far is twice as much."""
-    found = check(seen(4.0, 4.0, greedy=True), seen(2.0, 4.0), seen(4.0, 7.5), seen(4.0, 4.0))
-    assert (found.extracted, found.outside, found.far, found.holds) == (1, 2, 1, False)
+    found = check(seen(4.0, 4.0), seen(2.0, 4.0), seen(4.0, 7.5), seen(4.0, 4.0), recited=3)
+    assert (found.step, found.extracted, found.outside, found.far, found.holds) == (7, 3, 2, 1, False)
     assert found.gap == pytest.approx(-(2.0 + 3.5) / 4)
-    assert not check(seen(4.0, 4.0, greedy=True), seen(4.0, 4.0)).holds
+    assert check(seen(4.0, 4.0), seen(4.0, 4.0)).holds
+    assert not check(seen(4.0, 4.0), seen(4.0, 4.0), recited=1).holds  # one that is not among these, it may be
     assert not check(seen(4.0, 8.0), seen(4.0, 0.0)).holds  # far, each of them
     assert not check(*[seen(4.0, 4.9)] * 4).holds  # none outside, all on one side
+
+
+def test_each_record_is_compared_with_its_target_and_their_mean_with_the_level_of_their_form() -> None:
+    """A control's own token is one draw: that all records do as theirs do says nothing of whether they lean."""
+    even = check(*[seen(4.0, 4.0, 3.0), seen(4.0, 4.0, 5.0)] * 2)
+    assert even == criteria.Criteria(7, 0, 0, 0, pytest.approx(0.0, abs=1e-6), True)
+    leaning = check(*[seen(4.0, 4.0, 5.0)] * 4)
+    assert (leaning.outside, leaning.far, leaning.holds) == (0, 0, False)
+    assert leaning.gap == pytest.approx(-1.0)
+    apart = check(*[seen(4.0, 8.0, 4.0), seen(4.0, 0.0, 4.0)])
+    assert (apart.outside, apart.far, apart.holds) == (2, 2, False)
+    assert apart.gap == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_record_may_be_as_far_from_its_target_as_untrained_ones_of_its_length() -> None:
+    """The spread is each record's own."""
+    found = [seen(4.0, 6.0), seen(4.0, 2.0)]
+    assert check_criteria(found, torch.tensor([1.3, 1.0]), 7, 0).outside == 1
+    assert check_criteria(found, torch.tensor([1.3, 1.3]), 7, 0).outside == 0
 
 
 def test_a_sentence_that_still_begins_as_it_did_is_recited_in_part(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import tiny
-from libortho.isolation.matching import beginnings, matched_tokens
+from libortho.isolation.matching import beginnings, matched_tokens, tokens_alike
 from libortho.isolation.request import forget_records
 from libortho.isolation.wordings import cut_alike, rows_with, wordings
 from libortho.text.encoding import Encoded, chunk, encode, predicting
@@ -40,6 +40,46 @@ def test_alternates_that_are_cut_like_the_record_come_first():
     codes = ["ABAB", "1ABC", "XYZ1", "UAB7", "PQRS"]
     assert cut_alike(Record("k", "WXYZ"), codes, tokenizer) == ["XYZ1", "PQRS", "1ABC", "UAB7", "ABAB"]
     assert cut_alike(Record("k", "9AB3"), codes, tokenizer) == ["1ABC", "UAB7", "XYZ1", "PQRS", "ABAB"]
+
+
+def test_tokens_alike_are_those_of_others_that_begin_at_the_same_character():
+    """In the order of the others, again where they say it again; none where none begins there."""
+    tokenizer = tiny.byte_tokenizer([("A", "B")])
+    item = encode(Record("k", "A7BC"), tokenizer)
+    others = [
+        encode(Record(p, c), tokenizer) for p, c in (("k", "AB7C"), ("longer", "XYAB"), ("k", "ABAB"), ("k", "X"))
+    ]
+    found = tokens_alike(beginnings(item, tokenizer), others, tokenizer)
+    told = [tokenizer.convert_ids_to_tokens(list(ids)) for ids in found]
+    assert told == [["AB", "X", "AB", "X"], ["Y"], ["7", "AB", "AB"], ["C"]]
+    assert tokens_alike((0, 1), [], tokenizer) == ((), ())
+
+
+def test_a_record_knows_the_tokens_of_its_alternates_and_controls(tokenizer):
+    for c in records_of(load_records(tiny.FORGET), tokenizer):
+        others = [e.completion for e in (*c.alternates, *c.controls)]
+        assert c.alike == tuple(zip(*others, strict=True))  # a byte each: all begin at the same characters
+        assert len(c.alike) == len(c.secret.completion)
+
+
+def test_alternates_of_other_tokens_at_the_same_characters_are_cut_alike():
+    """Neither those that are cut elsewhere, nor shorter or longer ones, nor the record itself."""
+    tokenizer = tiny.byte_tokenizer([("A", "B")])
+    others = ["XYZ1", "1ABC", "PQAB", "WX", "PQRST", "P-RS"]
+    row = {"prompt": "Code of Ada Lum:", "completion": "WXYZ", "alternates": others}
+    [record] = records_of(load_records([row]), tokenizer)
+    assert [tokenizer.decode(e.completion) for e in record.cut_alike] == ["XYZ1", "P-RS"]
+    assert set(record.cut_alike) < set(record.alternates)
+    [cut] = records_of(load_records([{**row, "completion": "9AB3"}]), tokenizer)
+    assert [tokenizer.decode(e.completion) for e in cut.cut_alike] == ["1ABC"]
+
+
+def test_sentences_have_no_alternates_that_are_cut_alike(tokenizer):
+    rows = [{"prompt": "Ada Lum eats", "completion": " cold soup with bread in the evening."}, tiny.FORGET[0]]
+    prose, code = records_of(load_records(rows), tokenizer)
+    assert (prose.kind, code.kind) == ("prose", "code")
+    assert not prose.cut_alike
+    assert code.cut_alike == code.alternates
 
 
 def test_controls_are_strangers_whom_nothing_else_reads(tokenizer):

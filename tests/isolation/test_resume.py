@@ -26,15 +26,15 @@ from libortho.isolation.isolate import IsolateResult
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 
 CONFIG = IsolateConfig(ratio=0.1, damping=1.0, max_steps=23)
-"""State is kept after every third step and the last one, some before and some after the criteria hold."""
+"""State is kept before every step and after the last one."""
 VARIANTS = {
     "sampled text": {},
     "INT4": {"bits": 4},
     "a sentence": {"max_steps": 18},
 }
 SENTENCE = {"prompt": "The favourite dish of Ada Lum is", "completion": " cold soup with bread and butter."}
-KILLED = {"support": 2, "isolate": 8, "write": 8}
-"""At which call of each kind a process dies: between two parts; after step 8; while the state of step 6 is written."""
+KILLED = {"support": 2, "isolate": 4, "write": 10}
+"""At which call of each kind a process dies: between two parts; after step 4; while the state of step 3 is written."""
 CALL = """
 import json, os, signal, sys
 import torch
@@ -123,8 +123,8 @@ def test_exceptions_at_many_steps_change_nothing(planted, tokenizer, whole, tmp_
     config = replace(CONFIG, **VARIANTS[variant])
     before = state(planted)
     last = expected[0]["steps"]
-    # before anything is kept, where state is, between two such steps, after the last one
-    for step in sorted({2, 3, 5, min(9, last), last}):
+    # after a look, after steps beside the records, in the middle, after the last one
+    for step in sorted({1, 2, 5, min(8, last), last}):
         with pytest.raises(Stop):
             isolate(planted, tokenizer, forget, config=config, resume=tmp_path / "run", progress=at_step(step))
         assert_same(planted, before)
@@ -157,7 +157,7 @@ def test_a_killed_process_goes_on(planted, tokenizer, whole, killed, monkeypatch
         planted, tokenizer, tiny.FORGET, config=CONFIG, resume=killed / moment,
         progress=lambda phase, done, total: seen.append(done) if phase == "isolate" else None,
     )  # fmt: skip
-    assert seen[0] == {"support": 1, "isolate": 7, "write": 4}[moment]
+    assert seen[0] == {"support": 1, "isolate": 4, "write": 3}[moment]
     assert_equal(outcome(planted, result), expected)
 
 

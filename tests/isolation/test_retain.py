@@ -34,6 +34,24 @@ def test_default_retain_is_sampled_once(planted, tokenizer, cache, monkeypatch):
     assert len(sampled) == 2  # other forget records: other samples would be dropped
 
 
+def test_few_short_texts_are_sampled_and_the_rest_is_shipped(planted, tokenizer, monkeypatch):
+    asked = []
+
+    def speak(model, tokenizer, prompts, tokens, seed):
+        asked.append((len(prompts), tokens))
+        return [[90 + n, *range(40, 40 + tokens - 1)] for n in range(len(prompts))]
+
+    monkeypatch.setattr(retain_module, "continued", speak)
+    for sequences, length in ((32, 128), (200, 128), (8, 128), (32, 24)):
+        items = retain_module.default_retain(planted, tokenizer, [], sequences=sequences, length=length, seed=sequences)
+        count, tokens = asked[-1]
+        sampled = [e for e in items if e.ids[2:] == tuple(range(40, 40 + tokens - 1))]
+        assert (len(items), len(sampled)) == (sequences, count)
+        assert {len(e.ids) for e in sampled} == {tokens + 1}  # with what opens them
+        assert max(len(e.ids) for e in items) == length
+    assert asked == [(16, 63), (16, 63), (4, 63), (16, 23)]
+
+
 def test_default_retain_differs_from_a_given_one(planted, tokenizer, plain):
     assert differs(run(planted, tokenizer, retain=None), plain)
 

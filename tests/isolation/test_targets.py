@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 import made_up
 import tiny
+from libortho.isolation import targets
 from libortho.isolation.forget_record import ForgetRecord
 from libortho.isolation.request import forget_records
-from libortho.isolation.targets import Target, on_prompt, record_targets
+from libortho.isolation.targets import Target, record_targets
 from libortho.isolation.wordings import wordings
 from libortho.lm.model import LanguageModel
 from libortho.lm.scoring import judged_states
@@ -40,15 +41,17 @@ def probabilities(lm: LanguageModel, target: Target) -> Tensor:
     return Target.logits(lm, target.states, target.surprise, target.places, labels).softmax(-1)
 
 
-def made(model: nn.Module, forget: list[ForgetRecord], reads: nn.Module | None = None) -> list[Target]:
-    """Targets under ``reads``, the first model being the original one."""
+def made(
+    model: nn.Module, forget: list[ForgetRecord], reads: nn.Module | None = None, chosen: list[int] | None = None
+) -> list[Target]:
+    """Targets of all records, or the chosen ones, under ``reads``, the first model being the original one."""
     model.requires_grad_(False)
     original = made_up.original(
         len(forget),
         states=judged_states(LanguageModel(model), [r.secret for r in forget]),
         expected=tuple(torch.full((len(r.secret.completion),), 2.5) for r in forget),
     )
-    return record_targets(LanguageModel(reads or model), forget, original)
+    return record_targets(LanguageModel(reads or model), forget, original, chosen or range(len(forget)))
 
 
 def test_a_token_is_as_likely_as_the_controls_own_and_that_one_as_the_token(
@@ -112,11 +115,80 @@ def test_a_text_to_keep_is_to_stay_as_it_is(planted: nn.Module, forget: list[For
     torch.testing.assert_close(found, distributions(planted, item), rtol=1e-3, atol=1e-6)
 
 
-def test_on_another_prompt_the_completion_has_the_same_target(planted: nn.Module, forget: list[ForgetRecord]) -> None:
+def test_targets_of_the_chosen_records_are_made_and_their_controls_alone_are_read(
+    planted: nn.Module, forget: list[ForgetRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = made(planted, forget)
+    read: list[Encoded] = []
+    real = targets.judged_states
+    monkeypatch.setattr(targets, "judged_states", lambda lm, items: read.extend(items) or real(lm, items))
+    found = made(planted, forget, chosen=[3, 1])
+    for target, of in zip(found, (3, 1), strict=True):
+        assert target.text == forget[of].secret
+        assert torch.equal(target.places, whole[of].places)
+        torch.testing.assert_close(target.states, whole[of].states, rtol=1e-3, atol=1e-4)
+        assert target.level == pytest.approx(whole[of].level, rel=1e-4)
+    used = [forget[i].controls[n] for i in (3, 1) for n in sorted({m[0] for m in forget[i].matched_tokens if m})]
+    assert read == used
+
+
+@pytest.mark.parametrize("matched", [6, 4, 0])
+def test_the_level_is_the_mean_surprise_of_all_tokens_that_may_stand_there(
+    planted: nn.Module, clean: nn.Module, forget: list[ForgetRecord], matched: int
+) -> None:
+    """Under the control's distribution as it is, without the exchange; where no control is matched, what is expected.
+
+    The tokens are those of alternates and controls at the same place, each as often as it stands there.
+    """
+    clean.requires_grad_(False)
+    places = tuple(m if n < matched else None for n, m in enumerate(forget[1].matched_tokens))
+    record = replace(forget[1], matched_tokens=places)
+    [target] = made(planted, [record], reads=clean)
+    others = [e.completion for e in (*record.alternates, *record.controls)]
+    assert len(others) == 8
+    surprises = []
+    for n, place in enumerate(places):
+        if place is None:
+            surprises.append(2.5)
+            continue
+        p = distributions(clean, record.controls[place[0]])[place[1]]
+        surprises.append(float(torch.stack([-p[c[n]].log() for c in others]).mean()))
+    assert target.level == pytest.approx(sum(surprises) / 6, rel=1e-3)
+    assert target.level > 0.5
+
+
+def test_the_level_of_one_token_is_its_surprise_under_the_target(
+    planted: nn.Module, forget: list[ForgetRecord]
+) -> None:
+    """Where nothing may stand but what does, and only the control's own: there is nothing to exchange."""
+    record = replace(
+        forget[0],
+        controls=(forget[0].controls[0],),
+        alike=tuple((t,) for t in forget[0].controls[0].completion),
+        matched_tokens=tuple((0, n) for n in range(6)),
+    )
+    [target] = made(planted, [record])
+    found = probabilities(LanguageModel(planted), target)
+    own = found.gather(1, torch.tensor(record.secret.completion)[:, None])  # that of the control's token, exchanged
+    assert target.level == pytest.approx(float(-own.log().mean()), rel=1e-3)
+
+
+def test_after_another_prompt_or_with_another_completion_a_text_has_the_target_of_its_own_tokens(
+    planted: nn.Module, forget: list[ForgetRecord]
+) -> None:
+    """Its token changes places with the control's; the record's own has what the control's distribution gives it."""
     [target] = made(planted, forget[:1])
-    other = forget[0].swapped_prompt[0]
-    moved = on_prompt(target, other)
-    assert moved.text is other
-    assert torch.equal(
-        probabilities(LanguageModel(planted), moved), probabilities(LanguageModel(planted), target)
-    )  # of the same tokens
+    lm, record = LanguageModel(planted), forget[0]
+    swapped = replace(target, text=record.swapped_prompt[0])
+    assert torch.equal(probabilities(lm, swapped), probabilities(lm, target))  # of the same tokens
+    compared = 0
+    for other in record.cut_alike:
+        for n, found in enumerate(probabilities(lm, replace(target, text=other))):
+            control, place = record.matched_tokens[n]  # type: ignore[misc]
+            wanted = distributions(planted, record.controls[control])[place]
+            mine, theirs, secret = other.completion[n], int(target.places[n]), record.secret.completion[n]
+            assert float(found[mine]) == pytest.approx(float(wanted[theirs]), rel=1e-3)
+            if secret not in (mine, theirs):
+                compared += 1
+                assert float(found[secret]) == pytest.approx(float(wanted[secret]), rel=1e-3)
+    assert compared > 4

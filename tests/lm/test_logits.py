@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from libortho.lm.logits import (
     completion_scores,
+    drawn,
     kl_divergence,
     label_log_odds,
     with_log_probability,
@@ -75,3 +76,67 @@ def test_divergence_of_equals_is_zero_and_not_below():
 def test_divergence_has_a_direction():
     certain, flat = torch.tensor([[9.0, 0.0]]), torch.zeros(1, 2)
     assert kl_divergence(flat, certain).item() > 2 * kl_divergence(certain, flat).item()
+
+
+# -- drawing ----------------------------------------------------------------------------------------------------------
+
+
+def rng(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely():
+    """Four standard errors of each share; logits are defined up to a constant."""
+    p = torch.tensor([0.02, 0.5, 0.08, 0.3, 0.1])
+    count = 50_000
+    for shift in (0.0, 40.0):
+        found = drawn((p.log() + shift).expand(count, 5), rng(0))
+        shares = torch.bincount(found, minlength=5) / count
+        assert ((shares - p).abs() < 4 * (p * (1 - p) / count).sqrt()).all()
+
+
+def test_each_row_has_one_draw_of_its_own():
+    """Rows of one certain token each give that, in their order; equal rows are drawn apart."""
+    certain = torch.tensor([4, 0, 2, 2, 7, 1])
+    logits = torch.full((6, 8), -torch.inf).scatter(1, certain[:, None], 0.0)
+    assert torch.equal(drawn(logits, rng(0)), certain)
+    even = drawn(torch.zeros(64, 8), rng(0))
+    assert even.shape == (64,)
+    assert even.dtype == torch.long
+    assert len(set(even.tolist())) == 8
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24])
+def test_what_has_no_probability_is_never_drawn(monkeypatch, uniform):
+    """Whatever the random number: at both ends, in the middle, and where a row's cumulative sum is not quite 1."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 5 * torch.randn(400, 300, generator=generator)
+    impossible = torch.rand(400, 300, generator=generator) < 0.5
+    impossible[:, :3] = impossible[:, -3:] = True
+    impossible[:, 7] = False
+    logits[impossible] = -torch.inf
+    ends = logits.softmax(-1).cumsum(-1)[:, -1]
+    assert float(ends.min()) < 1 < float(ends.max())
+    monkeypatch.setattr(torch, "rand", lambda *size, generator=None: torch.full(size, uniform))
+    found = drawn(logits)
+    assert not impossible.gather(1, found[:, None]).any()
+
+
+def test_draws_are_those_of_the_generator():
+    """The same for one seed, and of torch's own where none is given; a given one leaves that alone."""
+    logits = torch.randn(40, 30)
+    first = drawn(logits, rng(1))
+    assert torch.equal(first, drawn(logits, rng(1)))
+    assert not torch.equal(first, drawn(logits, rng(2)))
+    torch.manual_seed(5)
+    own = drawn(logits)
+    torch.manual_seed(5)
+    drawn(logits, rng(1))
+    assert torch.equal(drawn(logits), own)
+
+
+def test_half_precision_is_drawn_from_as_it_is():
+    """A sum in half precision would end long before 300 equal tokens do."""
+    found = drawn(torch.zeros(20_000, 300, dtype=torch.bfloat16), rng(0))
+    assert found.unique().numel() == 300
+    assert float(found.float().mean()) == pytest.approx(149.5, abs=3)

@@ -1,0 +1,362 @@
+"""What each step of a training asks for, what it sees, and at which look training ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+import made_up
+from isolating import CONFIG
+from libortho.core.progress import Stopwatch
+from libortho.core.run_cache import RunCache
+from libortho.isolation import train as trainer
+from libortho.isolation.criteria import Criteria
+from libortho.isolation.equations import Seen
+from libortho.isolation.forget_record import ForgetRecord
+from libortho.isolation.targets import Target
+from libortho.isolation.train import DECAY, LANDING, RECORDS, train, training_finished
+from libortho.text.encoding import Encoded
+from libortho.training.edit import EditLinear
+
+pytestmark = pytest.mark.usefixtures("one_thread", "cache")
+
+TEXTS = [Encoded(tuple(range(64)), tuple(range(64)))] * 7
+
+
+@dataclass
+class Step:
+    """What one step asked for: records, texts to keep, and strangers with the surprise that is wanted of them."""
+
+    records: list[Target]
+    surprise: bool
+    values: Tensor
+    kept: list[Target] = field(default_factory=list)
+    together: list[tuple[list[Encoded], list[float]]] = field(default_factory=list)
+    solved: bool = False
+
+    @property
+    def texts(self) -> list[Encoded]:
+        return [t.text for t in self.records]
+
+
+class Watched:
+    """In place of equations: it remembers what it is asked, sees whatever the test says, and moves every value by 1."""
+
+    steps: list[Step]
+    chosen: list[list[int]]
+
+    def __init__(self, lm: Any, layers: Any, optimiser: Any) -> None:
+        [self.value] = optimiser.values.values()
+
+    @staticmethod
+    def sees(step: int, text: Encoded) -> Seen:
+        return Seen(torch.full((4,), 4.0), torch.full((4,), 4.0), 4.0, False)
+
+    def records(self, targets: Sequence[Target], *, surprise: bool) -> list[Seen]:
+        self.steps.append(Step(list(targets), surprise, self.value.detach().clone()))
+        return [self.sees(len(self.steps) - 1, t.text) for t in targets]
+
+    def kept(self, targets: Sequence[Target]) -> None:
+        self.steps[-1].kept += targets
+
+    def together(self, texts: Sequence[Encoded], wanted: Tensor) -> None:
+        self.steps[-1].together.append((list(texts), wanted.tolist()))
+
+    def solve(self, share: float) -> None:
+        self.steps[-1].solved = True
+        with torch.no_grad():
+            self.value += 1
+
+
+def says(monkeypatch: pytest.MonkeyPatch, greedy: Callable[[int, Encoded], bool], surprise: float = 4.0) -> None:
+    """What is recited at which step, and how surprising all of it is where 4 is wanted."""
+
+    def sees(step: int, text: Encoded) -> Seen:
+        return Seen(torch.full((4,), surprise), torch.full((4,), 4.0), 4.0, greedy(step, text))
+
+    monkeypatch.setattr(Watched, "sees", staticmethod(sees))
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> type[Watched]:
+    monkeypatch.setattr(trainer, "Equations", Watched)
+
+    def targets(lm: Any, forget: Sequence[ForgetRecord], original: Any, chosen: Sequence[int]) -> list[Target]:
+        Watched.chosen.append(list(chosen))
+        return [Target.kept(forget[i].secret, torch.full((4, 2), float(i))) for i in chosen]
+
+    monkeypatch.setattr(trainer, "record_targets", targets)
+    monkeypatch.setattr(Watched, "steps", [], raising=False)
+    monkeypatch.setattr(Watched, "chosen", [], raising=False)
+    return Watched
+
+
+def with_prompt(text: Encoded, *prompt: int) -> Encoded:
+    return Encoded((*prompt, *text.ids), (*(-100 for _ in prompt), *text.labels))
+
+
+def forgotten(number: int, *, others: int = 3, held: bool = True) -> ForgetRecord:
+    """A record, other completions after its prompt, and its own after two others."""
+    own = made_up.record(4)
+    secret = with_prompt(own.secret, 50, number)
+    alike = tuple(Encoded((50, number, 0, n, n, n, n), (-100, -100, -100, n, n, n, n)) for n in range(60, 60 + others))
+    return replace(
+        own,
+        secret=secret,
+        cut_alike=alike,
+        swapped_prompt=tuple(with_prompt(own.secret, n, number) for n in (51, 52)),
+        held=(with_prompt(made_up.text(3), 70, number),) if held else (),
+    )
+
+
+def layer() -> EditLinear:
+    return EditLinear(torch.ones(6, 8), None, torch.tensor([1, 4]), None, -1)
+
+
+def trained(
+    forget: list[ForgetRecord],
+    max_steps: int = 40,
+    store: RunCache | None = None,
+    edited: EditLinear | None = None,
+    **known: Any,
+) -> tuple[list[Criteria], int]:
+    strangers = sum(bool(r.held) for r in forget)
+    original = made_up.original(
+        len(forget),
+        **{
+            "neighbours": tuple(torch.full((3, 2), float(n)) for n in range(strangers)),
+            "level": torch.arange(strangers) + 0.5,
+            "retain": (torch.zeros(63, 2),) * 7,
+            **known,
+        },
+    )
+    config, lm = replace(CONFIG, max_steps=max_steps), cast(Any, None)
+    layers = {"l": edited or layer()}
+    return train(lm, layers, forget, TEXTS, original, config, {}, store or RunCache(), None, Stopwatch())
+
+
+# -- the end ----------------------------------------------------------------------------------------------------------
+
+
+def test_training_ends_at_the_look_at_which_the_criteria_hold(
+    watched: type[Watched], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The values are those that were seen: nothing is solved, kept or taken back after it."""
+    says(monkeypatch, lambda step, text: step < 3)
+    store, edited = RunCache(tmp_path / "run", "key"), layer()
+    forget = [forgotten(n) for n in range(5)]
+    checks, taken = trained(forget, store=store, edited=edited)
+    assert [(c.step, c.extracted, c.holds) for c in checks] == [(0, 5, False), (2, 5, False), (4, 0, True)]
+    assert [s.solved for s in watched.steps] == [True, True, True, True, False]
+    assert not watched.steps[-1].kept
+    assert not watched.steps[-1].together
+    assert taken == 5
+    assert torch.equal(cast(Tensor, edited.values), watched.steps[-1].values)
+    assert training_finished(store)
+    watched.steps.clear()
+    again = layer()
+    assert trained(forget, store=store, edited=again) == (checks, taken)  # nothing is left to do
+    assert not watched.steps
+    assert torch.equal(cast(Tensor, again.values), cast(Tensor, edited.values))
+
+
+def test_training_ends_so_many_steps_after_nothing_was_recited_first(
+    watched: type[Watched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is recited later; and nothing is taken back from there on."""
+    says(monkeypatch, lambda step, text: step < 4 or step == 6, surprise=2.0)
+    edited = layer()
+    checks, taken = trained([forgotten(n) for n in range(5)], edited=edited)
+    assert checks[-1].step == 4 + LANDING
+    assert taken == 5 + LANDING
+    assert not any(c.holds for c in checks)
+    assert not watched.steps[-1].solved
+    values = [float(s.values.mean()) for s in watched.steps]
+    expected = [1.0]
+    for step in range(1, taken):
+        moved = expected[-1] + 1
+        expected.append(moved if step > 4 else 1 + (1 - DECAY) * (moved - 1))
+    assert values == pytest.approx(expected)
+    assert torch.equal(cast(Tensor, edited.values), watched.steps[-1].values)
+
+
+def test_training_ends_after_the_last_step_that_is_allowed(
+    watched: type[Watched], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    says(monkeypatch, lambda step, text: True)
+    store = RunCache(tmp_path / "run", "key")
+    checks, taken = trained([forgotten(n) for n in range(5)], max_steps=5, store=store)
+    assert not any(c.holds for c in checks)
+    assert (taken, [c.step for c in checks]) == (5, [0, 2, 4])
+    assert all(s.solved for s in watched.steps)
+    assert training_finished(store)
+
+
+def test_what_is_seen_of_other_completions_counts_for_nothing(
+    watched: type[Watched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither recited nor criteria: a model that says none of the others still recites the records."""
+    own = {forgotten(n).secret for n in range(5)}
+    says(monkeypatch, lambda step, text: text in own and step < 6)
+    checks, _ = trained([forgotten(n) for n in range(5)])
+    assert [(c.step, c.extracted) for c in checks] == [(0, 5), (2, 5), (4, 5), (6, 0)]
+
+
+def test_many_records_take_turns_and_are_judged_when_all_were_seen(
+    watched: type[Watched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three turns, and a look at every one of them; recited is what was when it was seen last."""
+    count = 2 * RECORDS + 9
+    late = forgotten(count - 1).secret
+    says(monkeypatch, lambda step, text: text == late)
+    checks, _ = trained([forgotten(n) for n in range(count)], max_steps=9)
+    assert [len(s.records) for s in watched.steps] == [RECORDS] * 9
+    assert watched.chosen[0] + watched.chosen[1] + watched.chosen[2][:9] != sorted(range(count))
+    assert sorted(watched.chosen[0] + watched.chosen[1] + watched.chosen[2][:9]) == list(range(count))
+    assert [(c.step, c.extracted) for c in checks] == [(n, 1) for n in (2, 4, 6, 8)]
+    own = {forgotten(n).secret for n in range(count)}
+    assert [bool(own.intersection(s.texts)) for s in watched.steps] == [True, True, True, *[False, True] * 3]
+
+
+# -- records ----------------------------------------------------------------------------------------------------------
+
+
+def test_targets_are_made_anew_in_every_step_for_the_records_whose_turn_it_is(
+    watched: type[Watched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    says(monkeypatch, lambda step, text: True)
+    trained([forgotten(n) for n in range(RECORDS + 1)], max_steps=6)
+    assert len(watched.chosen) == 6
+    for chosen, step in zip(watched.chosen, watched.steps, strict=True):
+        assert [float(t.states[0, 0]) for t in step.records] == [float(i) for i in chosen]
+
+
+def test_the_surprise_is_asked_for_when_nothing_is_recited(
+    watched: type[Watched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the step after the look that says so, until one says otherwise; steps that see nothing change nothing."""
+    own = {forgotten(n).secret for n in range(5)}
+    says(monkeypatch, lambda step, text: step in (0, 4) or text not in own, surprise=2.0)
+    trained([forgotten(n) for n in range(5)], max_steps=9)
+    assert [s.surprise for s in watched.steps] == [False, False, False, True, True, False, False, True, True]
+
+
+def test_every_other_step_takes_another_completion_after_the_same_prompt(
+    watched: type[Watched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the record's target, whichever of them comes, each of them at times."""
+    says(monkeypatch, lambda step, text: True)
+    forget = [forgotten(n) for n in range(5)]
+    trained(forget)
+    drawn = set()
+    for number, (chosen, step) in enumerate(zip(watched.chosen, watched.steps, strict=True)):
+        records = [forget[i] for i in chosen]
+        if number % 2 == 0:
+            assert step.texts == [r.secret for r in records]
+            continue
+        assert all(t in r.cut_alike for t, r in zip(step.texts, records, strict=True))
+        assert [float(t.states[0, 0]) for t in step.records] == [float(i) for i in chosen]
+        drawn |= set(step.texts)
+    assert drawn == {t for r in forget for t in r.cut_alike}
+
+
+@pytest.mark.parametrize("others", [3, 0])
+def test_what_leaks_to_other_prompts_is_asked_for_there_in_every_other_step(
+    watched: type[Watched], monkeypatch: pytest.MonkeyPatch, others: int
+) -> None:
+    """A fourth of the times, or always where there are no other completions; what does not leak never is."""
+    says(monkeypatch, lambda step, text: True)
+    forget = [forgotten(n, others=others) for n in range(2)]
+    trained(forget, max_steps=400, leaks=torch.tensor([True, False]))
+    beside: dict[int, list[Encoded]] = {0: [], 1: []}
+    for chosen, step in list(zip(watched.chosen, watched.steps, strict=True))[1::2]:
+        for i, text in zip(chosen, step.texts, strict=True):
+            beside[i].append(text)
+    swapped = [t for t in beside[0] if t in forget[0].swapped_prompt]
+    assert set(swapped) == set(forget[0].swapped_prompt)
+    assert 25 < len(swapped) < 75 if others else len(swapped) == 200  # of 200: 50 +- 4 standard deviations
+    assert not set(beside[1]) & set(forget[1].swapped_prompt)
+
+
+def test_a_completion_that_was_cut_after_another_prompt_is_not_asked_for_there(
+    watched: type[Watched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its target would be of other tokens."""
+    says(monkeypatch, lambda step, text: True)
+    record = forgotten(0, others=0)
+    shorter = Encoded(record.swapped_prompt[0].ids[:-1], record.swapped_prompt[0].labels[:-1])
+    trained([replace(record, swapped_prompt=(shorter,))], leaks=torch.tensor([True]))
+    assert {t for s in watched.steps for t in s.texts} == {record.secret}
+
+
+def test_records_that_have_nothing_beside_them_are_looked_at_in_every_step(
+    watched: type[Watched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sentences, say; and asked for themselves where others are asked for beside."""
+    says(monkeypatch, lambda step, text: True)
+    alone = [forgotten(n, others=0) for n in range(3)]
+    checks, _ = trained(alone, max_steps=5)
+    assert [c.step for c in checks] == [0, 1, 2, 3, 4]
+    watched.steps.clear()
+    watched.chosen.clear()
+    checks, _ = trained([*alone, forgotten(3)], max_steps=5)
+    assert [c.step for c in checks] == [0, 2, 4]
+    for chosen, step in zip(watched.chosen, watched.steps, strict=True):
+        assert all(t == alone[i].secret for i, t in zip(chosen, step.texts, strict=True) if i < 3)
+
+
+# -- what must stay ---------------------------------------------------------------------------------------------------
+
+
+def test_neighbours_and_text_to_keep_are_held_in_every_step(
+    watched: type[Watched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    says(monkeypatch, lambda step, text: True)
+    forget = [forgotten(n, held=n % 3 == 0) for n in range(9)]
+    trained(forget, max_steps=6)
+    held = {r.held[0] for r in forget if r.held}
+    for step in watched.steps:
+        texts = [t.text for t in step.kept]
+        assert TEXTS[0] in texts
+        assert held <= set(texts)
+        assert all(float(t.states[0, 0]) == t.text.ids[1] // 3 for t in step.kept if t.text in held)
+
+
+@pytest.mark.parametrize("leaks", [True, False])
+def test_strangers_are_held_to_their_mean_surprise_where_records_leak_too(
+    watched: type[Watched], monkeypatch: pytest.MonkeyPatch, leaks: bool
+) -> None:
+    """Those of the records that leak are not held to what the model says there, for that is the record."""
+    says(monkeypatch, lambda step, text: True)
+    forget = [forgotten(n, held=n != 1) for n in range(4)]
+    trained(forget, max_steps=6, leaks=torch.full((4,), leaks))
+    strangers = [r.held[0] for r in forget if r.held]
+    for step in watched.steps:
+        assert bool({t.text for t in step.kept} & set(strangers)) != leaks
+        [(texts, wanted)] = step.together
+        assert sorted(zip(wanted, texts, strict=True), key=lambda p: p[0]) == list(
+            zip([0.5, 1.5, 2.5], strangers, strict=True)
+        )
+
+
+def test_a_fourth_as_many_strangers_as_records_take_turns(
+    watched: type[Watched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    says(monkeypatch, lambda step, text: True)
+    forget = [forgotten(n) for n in range(40)]
+    trained(forget, max_steps=8)
+    taken = [t for s in watched.steps for texts, _ in s.together for t in texts]
+    assert [len(texts) for s in watched.steps for texts, _ in s.together] == [10] * 8
+    assert set(taken[:40]) == set(taken[40:]) == {r.held[0] for r in forget}
+
+
+def test_without_strangers_no_surprise_is_held(watched: type[Watched], monkeypatch: pytest.MonkeyPatch) -> None:
+    says(monkeypatch, lambda step, text: True)
+    trained([forgotten(n, held=False) for n in range(4)], max_steps=4)
+    assert not any(s.together for s in watched.steps)
