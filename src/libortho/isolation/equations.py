@@ -1,14 +1,15 @@
-"""What a step solves: for every record, that it looks like its control; for every text to keep, that it has not moved.
+"""What a step solves: every record looks like its control, and nothing else has moved.
 
     divergence_i = mean_t KL(target_t || edited_t) + odds / 2 (1 - q_t) (odds_t - odds*_t)^2        residual sqrt(2 .)
     surprise_i   = mean_t nll_t - mean_t nll*_t                                                     residual .
-    sum_i surprise_i                                                                                residual .
+    all records  = sum_i (mean_t nll_t - level_i) / sqrt(n)                                         residual .
+    strangers    = sum_j (mean_t nll_t - mean_t nll_t under the original) / sqrt(n)                 residual .
 
 over the tokens t of text i, with q_t what the target gives the token. A divergence hardly minds that a token which the
 target finds unlikely is a little likelier than it should be, which a membership test sees; the log-odds of the token
-(its logit minus the logsumexp of all others) do, and their gradient is 1 whatever its probability is. The other lines
-are about records alone, and begin when none of them is recited: the gradient of a surprise vanishes where a token is
-certain. The last one is as heavy as all records together: an offset that they share is what a membership test sees.
+(its logit minus the logsumexp of all others) do, and their gradient is 1 whatever its probability is. The surprises of
+records begin to count when none of them is recited: their gradient vanishes where a token is certain. An offset that
+all records share is what a membership test sees; over sqrt(n), it weighs as much as one record.
 """
 
 from __future__ import annotations

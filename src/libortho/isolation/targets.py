@@ -36,6 +36,7 @@ class Target:
         states: (tokens, width) hidden states that give the distributions.
         surprise: (tokens,) what the token itself should have there, in nats; nan where the distribution says it.
         places: (tokens,) the token with which the text's own changes places.
+        level: Mean surprise of texts of a record's form under these distributions, in nats per token.
     """
 
     text: Encoded
