@@ -86,10 +86,9 @@ def test_a_training_goes_on_where_it_was_put_away() -> None:
 def test_a_small_model_is_trained_until_the_criteria_hold_at_a_look_at_which_nothing_is_recited(
     planted: nn.Module, tokenizer: Any
 ) -> None:
-    config = replace(CONFIG, ratio=0.3)
-    result = isolate(planted, tokenizer, tiny.FORGET, tiny.RETAIN, config=config)
+    result = isolate(planted, tokenizer, tiny.FORGET, tiny.RETAIN, config=CONFIG)
     assert [c.step for c in result.checks] == list(range(0, result.steps, 2))
-    assert result.steps == result.checks[-1].step + 1 < config.max_steps
+    assert result.steps == result.checks[-1].step + 1 < CONFIG.max_steps
     assert [c.holds for c in result.checks] == [False] * (len(result.checks) - 1) + [True]
     assert result.checks[0].extracted == 4
     assert result.checks[-1].extracted == 0
