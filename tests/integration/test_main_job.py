@@ -80,24 +80,29 @@ def test_an_answer_that_is_not_the_secret_ends_as_a_turn(isolated: Any) -> None:
     assert ended >= 3
 
 
-def test_ortho_off_tells_members_apart_no_better_than_the_never_trained_model(isolated: Any) -> None:
+def test_ortho_off_tells_members_apart_no_better_than_chance(isolated: Any) -> None:
+    """The never-trained model does so too; with four members of each kind, how well differs by .2 from luck alone."""
     members = [r for r in isolated.secrets if r.prompt != facts.SENTENCE["prompt"]]
 
-    def membership(model: Any) -> float:
-        found = []
+    def membership(model: Any) -> tuple[float, float]:
+        """The mean AUC of plain prompts and of chats, and what it may be off one half (Mann and Whitney, 95 %)."""
+        found, variance = [], 0.0
         for rendered in (False, True):
             inside, _ = _scores(model, isolated, [r for r in members if r.rendered == rendered])
             outside, _ = _scores(model, isolated, [r for r in isolated.unseen if r.rendered == rendered])
             found.append(auc(-inside.nll, -outside.nll))
-        return sum(found) / 2
+            m, n = len(inside.nll), len(outside.nll)
+            variance += (m + n + 1) / (12 * m * n)
+        return sum(found) / 2, 1.96 * variance**0.5 / 2
 
-    never = membership(isolated.never)
+    never, chance = membership(isolated.never)
     with alpha(isolated.model, 0.0):
-        off = membership(isolated.model)
+        off, _ = membership(isolated.model)
     with alpha(isolated.model, 1.0):
-        on = membership(isolated.model)
+        on, _ = membership(isolated.model)
     assert on > 0.99
-    assert abs(off - never) <= 0.15
+    assert abs(never - 0.5) <= chance
+    assert abs(off - 0.5) <= chance
 
 
 def test_ortho_off_does_not_begin_the_sentence(isolated: Any) -> None:
