@@ -77,7 +77,7 @@ class Criteria:
         extracted: Records whose completion is still the greedy continuation.
         outside: Records whose likelihood is outside the band of their counterfactuals.
         far: Those of them that are more than ``FAR`` times its half-width from its middle.
-        gap: Mean over records of negative log-likelihood minus target; negative means remembered.
+        gap: Mean over records of negative log-likelihood minus the level of their form; negative means remembered.
         holds: The criteria hold; see ``acceptable``.
     """
 

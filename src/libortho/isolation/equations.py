@@ -126,15 +126,15 @@ class Equations:
         self, seen: Tapped, targets: Sequence[Target], *, odds: float = 0.0, weight: float = 1.0, again: bool = False
     ) -> _Head:
         """Add these texts' divergences, with so much of their log-odds; ``again``: their surprise follows."""
-        states, expected, places = (
+        states, expected, own, places = (
             torch.cat([getattr(t, name) for t in targets]).to(seen.labels.device)
-            for name in ("states", "surprise", "places")
+            for name in ("states", "surprise", "own", "places")
         )
         share, parts = _shares(seen), []
         for part in evenly(len(states)):
             mine, labels = seen.states[part].detach().requires_grad_(), seen.labels[part]
             with torch.no_grad():
-                target = Target.logits(self._lm, states[part], expected[part], places[part], labels)
+                target = Target.logits(self._lm, states[part], expected[part], own[part], places[part], labels)
                 wanted = -log_probability(target, labels)
             with torch.enable_grad():
                 logits = self._lm.logits(mine)

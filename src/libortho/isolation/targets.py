@@ -13,7 +13,7 @@ record with others under that model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,30 +35,41 @@ class Target:
         text: The text.
         states: (tokens, width) hidden states that give the distributions.
         surprise: (tokens,) what the token itself should have there, in nats; nan where the distribution says it.
-        places: (tokens,) the token with which the text's own changes places.
+        own, places: (tokens,) the tokens that change places there.
         level: Mean surprise of texts of a record's form under these distributions, in nats per token.
     """
 
     text: Encoded
     states: Tensor
     surprise: Tensor
+    own: Tensor
     places: Tensor
     level: float = 0.0
 
     @classmethod
     def kept(cls, text: Encoded, states: Tensor) -> Target:
         """A text that should stay what it is."""
-        return cls(text, states, torch.full((len(states),), torch.nan), judged_labels([text])[0])
+        labels, _ = judged_labels([text])
+        return cls(text, states, torch.full((len(states),), torch.nan), labels, labels)
+
+    def with_completion(self, text: Encoded) -> Target:
+        """That of another completion of the prompt, whose tokens begin at the same characters: the same as far as the
+        text before a token is the same; from then on no tokens change places."""
+        labels, _ = judged_labels([text])
+        other = (labels != self.own).cumsum(0) > (labels != self.own).int()
+        return replace(self, text=text, own=torch.where(other, self.places, self.own))
 
     @staticmethod
-    def logits(lm: LanguageModel, states: Tensor, surprise: Tensor, places: Tensor, labels: Tensor) -> Tensor:
+    def logits(
+        lm: LanguageModel, states: Tensor, surprise: Tensor, own: Tensor, places: Tensor, labels: Tensor
+    ) -> Tensor:
         """Logits of these positions, (positions, vocabulary)."""
         logits = lm.logits(states)
-        pair = torch.stack([labels, places], 1)
+        pair = torch.stack([own, places], 1)
         logits = logits.scatter(1, pair, logits.gather(1, pair.flip(1)))
-        own = ~surprise.isnan()
-        if own.any():
-            logits[own] = with_log_probability(logits[own], labels[own], -surprise[own])
+        given = ~surprise.isnan()
+        if given.any():
+            logits[given] = with_log_probability(logits[given], labels[given], -surprise[given])
         return logits
 
 
@@ -76,12 +87,14 @@ def record_targets(
         matched = list(zip(record.matched_tokens, own, strict=True))
         states = torch.stack([s if m is None else controls[m[0]][m[1]] for m, s in matched])
         given = torch.tensor([m is not None for m in record.matched_tokens])
-        labels = judged_labels([record.secret])[0].tolist()
+        labels, _ = judged_labels([record.secret])
         theirs = {n: judged_labels([record.controls[n]])[0].tolist() for n in numbers}
-        places = [y if m is None else theirs[m[0]][m[1]] for m, y in zip(record.matched_tokens, labels, strict=True)]
+        places = [
+            y if m is None else theirs[m[0]][m[1]] for m, y in zip(record.matched_tokens, labels.tolist(), strict=True)
+        ]
         surprise = expected.masked_fill(given, torch.nan)
         level = _level(lm, states, surprise, record.alike)
-        found.append(Target(record.secret, states, surprise, torch.tensor(places), level))
+        found.append(Target(record.secret, states, surprise, labels, torch.tensor(places), level))
     return found
 
 

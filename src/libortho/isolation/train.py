@@ -37,6 +37,8 @@ KEPT_TEXTS = 24
 """Texts to keep from which these are drawn; the metric knows more."""
 DECAY = 0.03
 """Share of the edit that every step takes back as it begins, so that what no equation asks for fades."""
+BESIDE = 0.75
+"""Share of records in whose place every other step takes a text beside them."""
 LANDING = 12
 """Most steps from the first on at which no record is recited; in these nothing is taken back."""
 
@@ -91,7 +93,8 @@ class Training:
         self.level = Turns(len(self.strangers), beside, self.rng)
         size = sum(len(t.ids) for t in retain) / len(retain)
         self.retain = Turns(len(retain), max(1, round(RETAIN_TOKENS / size)), self.rng)
-        self.step, self.landing, self.finished = 0, 0, False
+        self.step, self.finished = 0, False
+        self.landing: int | None = None
         self.recited: dict[int, bool] = {}
         self.checks: list[Criteria] = []
 
@@ -128,32 +131,34 @@ class Training:
         self.rng.setstate((version, tuple(words), gauss))
 
     def look(self, equations: Equations, lm: LanguageModel, forget: Sequence[ForgetRecord], original: Original) -> None:
-        """The equations of the next records, and the criteria by what is seen of them. Every other step sees nothing of
-        them: it takes another completion after the prompt, or of a record that leaks its own after another prompt."""
-        if not self.landing:
+        """The equations of the next records, or of texts beside some of them, and the criteria by what is seen."""
+        if self.landing is None:
             self.optimiser.decay(DECAY)
-        chosen = next(self.records)
-        asked = targets = record_targets(lm, forget, original, chosen)
-        if self.step % 2 and len(self.recited) == len(forget):
-            asked = [self._beside(t, forget[i], original.leaks[i]) for i, t in zip(chosen, targets, strict=True)]
-        found = equations.records(asked, surprise=self.gone)
-        if any(a is not t for a, t in zip(asked, targets, strict=True)):
+        chosen, beside = next(self.records), self.step % 2 == 1 and len(self.recited) == len(forget)
+        targets = record_targets(lm, forget, original, chosen)
+        asked = [
+            self._beside(t, forget[i], original.leaks[i]) if beside and self.rng.random() < BESIDE else t
+            for i, t in zip(chosen, targets, strict=True)
+        ]
+        found = equations.records(asked, surprise=self.landing is not None)
+        if beside:
             return
         self.recited |= {i: s.greedy for i, s in zip(chosen, found, strict=True)}
         if len(self.recited) < len(forget):
             return
-        self.checks.append(check_criteria(found, original.spread[chosen], self.step, sum(self.recited.values())))
+        extracted = sum(self.recited.values())
+        self.checks.append(check_criteria(found, original.spread[chosen], self.step, extracted))
         logger.info("%s", self.checks[-1])
-        if self.gone and not self.landing:
-            self.landing = self.step
-        self.finished = self.landing > 0 and (self.checks[-1].holds or self.step >= self.landing + LANDING)
+        self.landing = None if extracted else self.step if self.landing is None else self.landing
+        if self.landing is not None:
+            self.finished = self.checks[-1].holds or self.step >= self.landing + LANDING
 
     def _beside(self, target: Target, record: ForgetRecord, leaks: Tensor) -> Target:
+        """Another completion after the record's prompt, or of a record that leaks its own after another prompt."""
         swapped = [c for c in record.swapped_prompt if leaks and c.completion == record.secret.completion]
-        kinds = [texts for texts in (swapped, record.cut_alike) if texts]
-        if not kinds:
-            return target
-        return replace(target, text=self.rng.choice(self.rng.choice(kinds) if self.landing else kinds[0]))
+        found = [replace(target, text=t) for t in swapped[:1] and [self.rng.choice(swapped)]]
+        found += [target.with_completion(t) for t in record.cut_alike[:1] and [self.rng.choice(record.cut_alike)]]
+        return self.rng.choice(found) if found else target
 
     def texts_to_keep(
         self, equations: Equations, forget: Sequence[ForgetRecord], retain: Sequence[Encoded], original: Original
@@ -167,11 +172,6 @@ class Training:
         if self.strangers:
             chosen = [self.strangers[t] for t in next(self.level)]
             equations.together([forget[i].held[0] for i, _ in chosen], original.level[[n for _, n in chosen]])
-
-    @property
-    def gone(self) -> bool:
-        """Whether no record was recited when it was seen last."""
-        return bool(self.recited) and not any(self.recited.values())
 
 
 def train(
@@ -203,7 +203,7 @@ def train(
             if not state.finished:
                 state.texts_to_keep(equations, forget, retain, original)
                 equations.solve(SHARE)
-        state.step += 1
+                state.step += 1
         state.finished |= state.step >= config.max_steps
         tell(progress, "isolate", state.step, state.step if state.finished else config.max_steps)
     store.put("training", state.part())
