@@ -87,8 +87,8 @@ def test_a_small_model_is_trained_until_the_criteria_hold_at_a_look_at_which_not
     planted: nn.Module, tokenizer: Any
 ) -> None:
     result = isolate(planted, tokenizer, tiny.FORGET, tiny.RETAIN, config=CONFIG)
-    assert [c.step for c in result.checks] == list(range(0, result.steps, 2))
-    assert result.steps == result.checks[-1].step + 1 < CONFIG.max_steps
+    assert [c.step for c in result.checks] == list(range(0, result.steps + 1, 2))
+    assert result.steps == result.checks[-1].step < CONFIG.max_steps
     assert [c.holds for c in result.checks] == [False] * (len(result.checks) - 1) + [True]
     assert result.checks[0].extracted == 4
     assert result.checks[-1].extracted == 0
