@@ -52,7 +52,7 @@ def test_a_record_that_was_isolated_already_is_unknown(planted, tokenizer):
     config = IsolateConfig(ratio=0.1, damping=1.0, max_steps=60)
     first = isolate(planted, tokenizer, tiny.FORGET, tiny.RETAIN, config=config)
     assert not any(r.extracted for r in first.records)
-    n = min(range(4), key=lambda i: first.records[i].after - sum(first.records[i].band) / 2)  # some end a little likelier
+    n = min(range(4), key=lambda i: first.records[i].after - sum(first.records[i].band) / 2)
     again = IsolateConfig(ratio=0.1, max_steps=1, stream="again")
     with pytest.raises(DataError, match="unknown to the model"):
         isolate(planted, tokenizer, tiny.FORGET[n : n + 1], tiny.RETAIN, config=again)
