@@ -52,9 +52,10 @@ class Edited:
         for text, found in zip(TEXTS, states, strict=True):
             surprise = torch.rand(len(found), generator=generator) * 6
             surprise[::2] = torch.nan
-            places = torch.tensor(text.completion)
+            own, places = torch.tensor(text.completion), torch.tensor(text.completion)
             places[::2] = (places[::2] * 7) % 120
-            self.targets.append(Target(text, found, surprise, places, float(len(text.ids)) / 5))
+            own[::3] = (own[::3] * 11) % 120  # with another completion, not the text's own token
+            self.targets.append(Target(text, found, surprise, own, places, float(len(text.ids)) / 5))
 
     def logits(self, target: Target) -> tuple[Tensor, Tensor]:
         """At the positions that predict the completion, and the completion."""
@@ -65,11 +66,10 @@ class Edited:
     def wanted(self, target: Target) -> Tensor:
         """The target's log-probabilities, token by token."""
         rows = []
-        for state, label, surprise, place in zip(
-            target.states, target.text.completion, target.surprise.tolist(), target.places.tolist(), strict=True
-        ):
+        columns = (target.surprise.tolist(), target.own.tolist(), target.places.tolist())
+        for state, label, surprise, own, place in zip(target.states, target.text.completion, *columns, strict=True):
             p = cast(Any, self.model).lm_head(state).softmax(-1)
-            p[[label, place]] = p[[place, label]]
+            p[[own, place]] = p[[place, own]]
             if surprise == surprise:
                 q = torch.exp(torch.tensor(-surprise))
                 p = p * (1 - q) / (1 - p[label])

@@ -20,13 +20,15 @@ from libortho.isolation.criteria import Criteria
 from libortho.isolation.equations import Seen
 from libortho.isolation.forget_record import ForgetRecord
 from libortho.isolation.targets import Target
-from libortho.isolation.train import DECAY, LANDING, RECORDS, train, training_finished
+from libortho.isolation.train import BESIDE, DECAY, LANDING, RECORDS, train, training_finished
 from libortho.text.encoding import Encoded
 from libortho.training.edit import EditLinear
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 
 TEXTS = [Encoded(tuple(range(64)), tuple(range(64)))] * 7
+CONTROLS = 9
+"""The token with which every token of a record changes places."""
 
 
 @dataclass
@@ -89,7 +91,8 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> type[Watched]:
 
     def targets(lm: Any, forget: Sequence[ForgetRecord], original: Any, chosen: Sequence[int]) -> list[Target]:
         Watched.chosen.append(list(chosen))
-        return [Target.kept(forget[i].secret, torch.full((4, 2), float(i))) for i in chosen]
+        made = [Target.kept(forget[i].secret, torch.full((4, 2), float(i))) for i in chosen]
+        return [replace(t, places=torch.full((4,), CONTROLS)) for t in made]
 
     monkeypatch.setattr(trainer, "record_targets", targets)
     monkeypatch.setattr(Watched, "steps", [], raising=False)
@@ -147,7 +150,7 @@ def trained(
 def test_training_ends_at_the_look_at_which_the_criteria_hold(
     watched: type[Watched], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The values are those that were seen: nothing is solved, kept or taken back after it."""
+    """The values are those that were seen: nothing is solved, kept or taken back after it, and it is no step."""
     says(monkeypatch, lambda step, text: step < 3)
     store, edited = RunCache(tmp_path / "run", "key"), layer()
     forget = [forgotten(n) for n in range(5)]
@@ -156,7 +159,7 @@ def test_training_ends_at_the_look_at_which_the_criteria_hold(
     assert [s.solved for s in watched.steps] == [True, True, True, True, False]
     assert not watched.steps[-1].kept
     assert not watched.steps[-1].together
-    assert taken == 5
+    assert taken == 4
     assert torch.equal(cast(Tensor, edited.values), watched.steps[-1].values)
     assert training_finished(store)
     watched.steps.clear()
@@ -166,24 +169,60 @@ def test_training_ends_at_the_look_at_which_the_criteria_hold(
     assert torch.equal(cast(Tensor, again.values), cast(Tensor, edited.values))
 
 
+def values_before(steps: int, decays: Callable[[int], bool]) -> list[float]:
+    """At every look of so many, each a step apart, where those that ``decays`` says take back as they begin."""
+    found = [1.0]
+    for step in range(1, steps):
+        moved = found[-1] + 1
+        found.append(1 + (1 - DECAY) * (moved - 1) if decays(step) else moved)
+    return found
+
+
 def test_training_ends_so_many_steps_after_nothing_was_recited_first(
     watched: type[Watched], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever is recited later; and nothing is taken back from there on."""
-    says(monkeypatch, lambda step, text: step < 4 or step == 6, surprise=2.0)
+    """And nothing is taken back from there on."""
+    says(monkeypatch, lambda step, text: step < 4, surprise=2.0)
     edited = layer()
     checks, taken = trained([forgotten(n) for n in range(5)], edited=edited)
     assert checks[-1].step == 4 + LANDING
-    assert taken == 5 + LANDING
+    assert taken == 4 + LANDING
     assert not any(c.holds for c in checks)
-    assert not watched.steps[-1].solved
+    assert [s.solved for s in watched.steps] == [True] * taken + [False]
     values = [float(s.values.mean()) for s in watched.steps]
-    expected = [1.0]
-    for step in range(1, taken):
-        moved = expected[-1] + 1
-        expected.append(moved if step > 4 else 1 + (1 - DECAY) * (moved - 1))
-    assert values == pytest.approx(expected)
+    assert values == pytest.approx(values_before(taken + 1, lambda step: step <= 4))
     assert torch.equal(cast(Tensor, edited.values), watched.steps[-1].values)
+
+
+@pytest.mark.parametrize("again", [6, 8, 4 + LANDING])
+def test_the_landing_is_taken_back_where_something_is_recited_again(
+    watched: type[Watched], monkeypatch: pytest.MonkeyPatch, again: int
+) -> None:
+    """By one record, at whichever look, the last one too: it begins anew at the next at which nothing is.
+
+    What is seen in the steps between looks takes nothing back.
+    """
+    one = forgotten(2).secret
+    says(
+        monkeypatch,
+        lambda step, text: step < 4 or step % 2 == 1 or (step == again and text == one),
+        surprise=2.0,
+    )
+    checks, taken = trained([forgotten(n) for n in range(5)])
+    looks = range(0, again + 2 + LANDING + 1, 2)
+    assert [(c.step, c.extracted) for c in checks] == [(n, 5 if n < 4 else int(n == again)) for n in looks]
+    assert taken == again + 2 + LANDING
+    values = [float(s.values.mean()) for s in watched.steps]
+    assert values == pytest.approx(values_before(taken + 1, lambda n: n <= 4 or again < n <= again + 2))
+    assert [s.surprise for s in watched.steps] == [4 < n <= again or n > again + 2 for n in range(taken + 1)]
+
+
+def test_the_landing_may_begin_at_the_first_look(watched: type[Watched], monkeypatch: pytest.MonkeyPatch) -> None:
+    says(monkeypatch, lambda step, text: False, surprise=2.0)
+    checks, taken = trained([forgotten(n) for n in range(5)])
+    assert (checks[-1].step, taken) == (LANDING, LANDING)
+    assert [s.surprise for s in watched.steps] == [False] + [True] * LANDING
+    assert [float(s.values.mean()) for s in watched.steps] == pytest.approx([1.0 + n for n in range(LANDING + 1)])
 
 
 def test_training_ends_after_the_last_step_that_is_allowed(
@@ -208,6 +247,19 @@ def test_what_is_seen_of_other_completions_counts_for_nothing(
     assert [(c.step, c.extracted) for c in checks] == [(0, 5), (2, 5), (4, 5), (6, 0)]
 
 
+@pytest.mark.parametrize("odd", [False, True])
+@pytest.mark.parametrize("others", [3, 0])
+def test_what_is_seen_of_records_between_looks_counts_for_nothing(
+    watched: type[Watched], monkeypatch: pytest.MonkeyPatch, others: int, odd: bool
+) -> None:
+    """Some records are asked for in those steps too."""
+    says(monkeypatch, lambda step, text: (step % 2 == 1) == odd, surprise=2.0)
+    checks, _ = trained([forgotten(n, others=others) for n in range(5)], max_steps=LANDING + 1)
+    assert [(c.step, c.extracted) for c in checks] == [(n, 0 if odd else 5) for n in range(0, LANDING + 1, 2)]
+    own = {forgotten(n).secret for n in range(5)}
+    assert any(own & set(s.texts) for s in watched.steps[1::2])
+
+
 def test_many_records_take_turns_and_are_judged_when_all_were_seen(
     watched: type[Watched], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,7 +273,9 @@ def test_many_records_take_turns_and_are_judged_when_all_were_seen(
     assert sorted(watched.chosen[0] + watched.chosen[1] + watched.chosen[2][:9]) == list(range(count))
     assert [(c.step, c.extracted) for c in checks] == [(n, 1) for n in (2, 4, 6, 8)]
     own = {forgotten(n).secret for n in range(count)}
-    assert [bool(own.intersection(s.texts)) for s in watched.steps] == [True, True, True, *[False, True] * 3]
+    seen = [sum(t in own for t in s.texts) for s in watched.steps]
+    assert seen[:3] + seen[4::2] == [RECORDS] * 6
+    assert all(0 < n < RECORDS / 2 for n in seen[3::2])  # 16 +- 4 standard deviations
 
 
 # -- records ----------------------------------------------------------------------------------------------------------
@@ -247,41 +301,64 @@ def test_the_surprise_is_asked_for_when_nothing_is_recited(
     assert [s.surprise for s in watched.steps] == [False, False, False, True, True, False, False, True, True]
 
 
-def test_every_other_step_takes_another_completion_after_the_same_prompt(
+def about(found: int, draws: int, share: float) -> bool:
+    """Within four standard deviations of what so many draws with this probability give."""
+    return abs(found - draws * share) < 4 * (draws * share * (1 - share)) ** 0.5
+
+
+def test_every_other_step_takes_other_completions_in_the_place_of_three_of_four_records(
     watched: type[Watched], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the record's target, whichever of them comes, each of them at times."""
+    """After the same prompt, whichever of them comes, each at times; with the target of the record whose turn it is."""
     says(monkeypatch, lambda step, text: True)
     forget = [forgotten(n) for n in range(5)]
-    trained(forget)
-    drawn = set()
+    trained(forget, max_steps=400)
+    drawn: list[Encoded] = []
+    mixed = 0
     for number, (chosen, step) in enumerate(zip(watched.chosen, watched.steps, strict=True)):
         records = [forget[i] for i in chosen]
-        if number % 2 == 0:
-            assert step.texts == [r.secret for r in records]
-            continue
-        assert all(t in r.cut_alike for t, r in zip(step.texts, records, strict=True))
         assert [float(t.states[0, 0]) for t in step.records] == [float(i) for i in chosen]
-        drawn |= set(step.texts)
-    assert drawn == {t for r in forget for t in r.cut_alike}
+        own = [t == r.secret for t, r in zip(step.texts, records, strict=True)]
+        if number % 2 == 0:
+            assert all(own)
+        assert all(o or t in r.cut_alike for o, t, r in zip(own, step.texts, records, strict=True))
+        drawn += [t for o, t in zip(own, step.texts, strict=True) if not o]
+        mixed += 0 < sum(own) < 5
+        for o, target in zip(own, step.records, strict=True):  # other completions differ from the first token on
+            assert target.own.tolist() == ([0, 1, 2, 3] if o else [0, CONTROLS, CONTROLS, CONTROLS])
+            assert target.places.tolist() == [CONTROLS] * 4
+    assert set(drawn) == {t for r in forget for t in r.cut_alike}
+    assert about(len(drawn), 1000, BESIDE)
+    assert about(mixed, 200, 1 - BESIDE**5 - (1 - BESIDE) ** 5)  # each record by a draw of its own
+    assert BESIDE == 0.75
 
 
 @pytest.mark.parametrize("others", [3, 0])
 def test_what_leaks_to_other_prompts_is_asked_for_there_in_every_other_step(
     watched: type[Watched], monkeypatch: pytest.MonkeyPatch, others: int
 ) -> None:
-    """A fourth of the times, or always where there are no other completions; what does not leak never is."""
+    """Half of the times, or always where there are no other completions; what does not leak never is."""
     says(monkeypatch, lambda step, text: True)
     forget = [forgotten(n, others=others) for n in range(2)]
     trained(forget, max_steps=400, leaks=torch.tensor([True, False]))
-    beside: dict[int, list[Encoded]] = {0: [], 1: []}
-    for chosen, step in list(zip(watched.chosen, watched.steps, strict=True))[1::2]:
-        for i, text in zip(chosen, step.texts, strict=True):
-            beside[i].append(text)
-    swapped = [t for t in beside[0] if t in forget[0].swapped_prompt]
-    assert set(swapped) == set(forget[0].swapped_prompt)
-    assert 25 < len(swapped) < 75 if others else len(swapped) == 200  # of 200: 50 +- 4 standard deviations
-    assert not set(beside[1]) & set(forget[1].swapped_prompt)
+    beside: dict[int, list[Target]] = {0: [], 1: []}
+    for number, (chosen, step) in enumerate(zip(watched.chosen, watched.steps, strict=True)):
+        for i, target in zip(chosen, step.records, strict=True):
+            if number % 2 == 0:
+                assert target.text == forget[i].secret
+            else:
+                beside[i].append(target)
+    swapped = [t for t in beside[0] if t.text in forget[0].swapped_prompt]
+    assert {t.text for t in swapped} == set(forget[0].swapped_prompt)
+    assert all(t.own.tolist() == [0, 1, 2, 3] for t in swapped)
+    assert about(len(swapped), 200, BESIDE / 2 if others else BESIDE)
+    assert about(sum(t.text == forget[0].secret for t in beside[0]), 200, 1 - BESIDE)
+    assert not {t.text for t in beside[1]} & set(forget[1].swapped_prompt)
+    if others:
+        assert about(sum(t.text in forget[0].cut_alike for t in beside[0]), 200, BESIDE / 2)
+        assert about(sum(t.text in forget[1].cut_alike for t in beside[1]), 200, BESIDE)
+    else:
+        assert {t.text for t in beside[1]} == {forget[1].secret}
 
 
 def test_a_completion_that_was_cut_after_another_prompt_is_not_asked_for_there(
@@ -295,18 +372,16 @@ def test_a_completion_that_was_cut_after_another_prompt_is_not_asked_for_there(
     assert {t for s in watched.steps for t in s.texts} == {record.secret}
 
 
-def test_records_that_have_nothing_beside_them_are_looked_at_in_every_step(
-    watched: type[Watched], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("beside", [False, True])
+def test_records_that_have_nothing_beside_them_are_looked_at_in_every_other_step(
+    watched: type[Watched], monkeypatch: pytest.MonkeyPatch, beside: bool
 ) -> None:
-    """Sentences, say; and asked for themselves where others are asked for beside."""
+    """Sentences, say; and asked for themselves in the others, whether or not a record has something beside it."""
     says(monkeypatch, lambda step, text: True)
     alone = [forgotten(n, others=0) for n in range(3)]
-    checks, _ = trained(alone, max_steps=5)
-    assert [c.step for c in checks] == [0, 1, 2, 3, 4]
-    watched.steps.clear()
-    watched.chosen.clear()
-    checks, _ = trained([*alone, forgotten(3)], max_steps=5)
-    assert [c.step for c in checks] == [0, 2, 4]
+    checks, _ = trained([*alone, *([forgotten(3)] if beside else [])], max_steps=9)
+    assert [c.step for c in checks] == [0, 2, 4, 6, 8]
+    assert len(watched.steps) == 9
     for chosen, step in zip(watched.chosen, watched.steps, strict=True):
         assert all(t == alone[i].secret for i, t in zip(chosen, step.texts, strict=True) if i < 3)
 
