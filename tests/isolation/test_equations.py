@@ -67,13 +67,13 @@ class Edited:
         """The target's log-probabilities, token by token."""
         rows = []
         columns = (target.surprise.tolist(), target.own.tolist(), target.places.tolist())
-        for state, label, surprise, own, place in zip(target.states, target.text.completion, *columns, strict=True):
+        for state, surprise, own, place in zip(target.states, *columns, strict=True):
             p = cast(Any, self.model).lm_head(state).softmax(-1)
             p[[own, place]] = p[[place, own]]
             if surprise == surprise:
                 q = torch.exp(torch.tensor(-surprise))
-                p = p * (1 - q) / (1 - p[label])
-                p[label] = q
+                p = p * (1 - q) / (1 - p[own])
+                p[own] = q
             rows.append(p.log())
         return torch.stack(rows)
 

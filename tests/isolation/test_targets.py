@@ -37,8 +37,7 @@ def distributions(model: nn.Module, item: Encoded) -> Tensor:
 
 
 def probabilities(lm: LanguageModel, target: Target) -> Tensor:
-    labels = torch.tensor(target.text.completion)
-    return Target.logits(lm, target.states, target.surprise, target.own, target.places, labels).softmax(-1)
+    return Target.logits(lm, target.states, target.surprise, target.own, target.places).softmax(-1)
 
 
 def made(

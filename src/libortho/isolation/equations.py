@@ -134,7 +134,7 @@ class Equations:
         for part in evenly(len(states)):
             mine, labels = seen.states[part].detach().requires_grad_(), seen.labels[part]
             with torch.no_grad():
-                target = Target.logits(self._lm, states[part], expected[part], own[part], places[part], labels)
+                target = Target.logits(self._lm, states[part], expected[part], own[part], places[part])
                 wanted = -log_probability(target, labels)
             with torch.enable_grad():
                 logits = self._lm.logits(mine)

@@ -34,8 +34,8 @@ class Target:
     Attributes:
         text: The text.
         states: (tokens, width) hidden states that give the distributions.
-        surprise: (tokens,) what the token itself should have there, in nats; nan where the distribution says it.
-        own, places: (tokens,) the tokens that change places there.
+        surprise: (tokens,) what the record's token should have there, in nats; nan where the distribution says it.
+        own, places: (tokens,) the tokens that change places there, a record's and its control's.
         level: Mean surprise of texts of a record's form under these distributions, in nats per token.
     """
 
@@ -60,16 +60,14 @@ class Target:
         return replace(self, text=text, own=torch.where(other, self.places, self.own))
 
     @staticmethod
-    def logits(
-        lm: LanguageModel, states: Tensor, surprise: Tensor, own: Tensor, places: Tensor, labels: Tensor
-    ) -> Tensor:
+    def logits(lm: LanguageModel, states: Tensor, surprise: Tensor, own: Tensor, places: Tensor) -> Tensor:
         """Logits of these positions, (positions, vocabulary)."""
         logits = lm.logits(states)
         pair = torch.stack([own, places], 1)
         logits = logits.scatter(1, pair, logits.gather(1, pair.flip(1)))
         given = ~surprise.isnan()
         if given.any():
-            logits[given] = with_log_probability(logits[given], labels[given], -surprise[given])
+            logits[given] = with_log_probability(logits[given], own[given], -surprise[given])
         return logits
 
 
