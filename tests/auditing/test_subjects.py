@@ -56,7 +56,7 @@ def test_a_moved_edit_is_the_same_change_at_other_columns(
         # equal, but for the grid's ends, where a moved change may be cut
         inside = (plain + expected).abs() <= 127 * step
         assert torch.allclose(moved[inside], expected[inside], atol=1e-5)
-        assert float(inside.double().mean()) > 0.99
+        assert float(inside.double().mean()) > 0.95
 
 
 def test_subjects_restore_the_model_even_after_an_error(isolated: tuple[PreTrainedModel, PreTrainedModel]) -> None:

@@ -1,17 +1,22 @@
 """Isolations that several files read."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 import tiny
 from isolating import run
 from libortho import isolate
+from libortho.isolation import train as trainer
+from libortho.isolation.forget_record import ForgetRecord
+from libortho.isolation.targets import Target
 from sequential import FIRST, KEPT, NEAR, ONE, SECOND, TWO, VARIANTS
+from watching import CONTROLS, Watched
 
 
 @pytest.fixture(scope="session")
@@ -51,3 +56,18 @@ def _twice(made: Callable[..., nn.Module], tokenizer: Any) -> nn.Module:
 def twice(_twice: nn.Module) -> nn.Module:
     """After the second request."""
     return copy.deepcopy(_twice)
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> type[Watched]:
+    monkeypatch.setattr(trainer, "Equations", Watched)
+
+    def targets(lm: Any, forget: Sequence[ForgetRecord], original: Any, chosen: Sequence[int]) -> list[Target]:
+        Watched.chosen.append(list(chosen))
+        made = [Target.kept(forget[i].secret, torch.full((4, 2), float(i))) for i in chosen]
+        return [replace(t, places=torch.full((4,), CONTROLS)) for t in made]
+
+    monkeypatch.setattr(trainer, "record_targets", targets)
+    monkeypatch.setattr(Watched, "steps", [], raising=False)
+    monkeypatch.setattr(Watched, "chosen", [], raising=False)
+    return Watched
