@@ -32,7 +32,8 @@ from libortho.training.keep import divergence
 
 @dataclass(frozen=True)
 class Inputs:
-    """What every attempt has: the model, its layers (targets, and all stand-ins), and what it is held to."""
+    """What every attempt has: the model, its layers (targets, and all stand-ins), what it is held to, and whether it is the
+    only one, after which nothing is read again."""
 
     lm: LanguageModel
     asked: Request
@@ -42,6 +43,7 @@ class Inputs:
     held_back: list[Encoded]
     original: Original
     readings: RequestReadings
+    once: bool
 
 
 def attempt(
@@ -69,6 +71,8 @@ def attempt(
     tell(progress, "support", 2, 2)
     with watch.phase("rounding"):
         bases = quantised_bases(inputs.readings, support, config, store)
+    if inputs.once:
+        inputs.readings.release()
     layers = {
         n: EditLinear(edited_from(m), bias_of(m), support.get(n), config.bits, config.resolved_group_size, bases.get(n))
         for n, m in inputs.replaced.items()

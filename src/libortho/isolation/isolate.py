@@ -164,8 +164,8 @@ def isolate(
                 raise DataError(f"{unknown}; allow_unknown=True (--allow-unknown) isolates them all the same")
             logger.warning("%s", unknown)
         readings = RequestReadings(lm, targets, asked.forget, kept, config.seed)
-        inputs = Inputs(lm, asked, targets, replaced, kept, held_back, original, readings)
         budgets = AUTO_RATIOS if config.ratio == "auto" else (config.ratio,)
+        inputs = Inputs(lm, asked, targets, replaced, kept, held_back, original, readings, len(budgets) == 1)
         for ratio in budgets:
             tried = replace(config, ratio=ratio)
             inside = store if len(budgets) == 1 else store.inside(f"ratio-{ratio:g}")

@@ -65,6 +65,11 @@ class RequestReadings:
         loss = drawn_labels(self.seed)
         return [read_layers(self.lm, self.targets, items, loss) for items in (texts, around) if items]
 
+    def release(self) -> None:
+        """Drop what was read, the largest thing in memory; it is read anew where it is asked for again."""
+        for name in ("own", "kept"):
+            self.__dict__.pop(name, None)
+
     def _some(self, items: Sequence[Encoded]) -> list[Encoded]:
         return random.Random(self.seed).sample(items, min(len(items), SALIENCY_RECORDS))
 

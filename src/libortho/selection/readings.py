@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from libortho.lm.gradients import Loss, tapped_gradients
+from libortho.lm.gradients import Loss, Tapped, tapped
+from libortho.lm.head import evenly
 from libortho.lm.logits import drawn, label_log_odds
 from libortho.lm.model import LanguageModel
 from libortho.lm.scoring import log_probability, training_tokens
@@ -54,7 +55,7 @@ def drawn_labels(seed: int) -> Loss:
 
 
 def read_layers(lm: LanguageModel, layers: Mapping[str, nn.Module], items: Sequence[Encoded], loss: Loss) -> Readings:
-    """Read all items in one forward and backward pass each.
+    """Read all items in one forward and backward pass each; the loss is a sum over positions.
 
     Raises:
         TargetError: if a layer is not applied once to every token.
@@ -64,8 +65,9 @@ def read_layers(lm: LanguageModel, layers: Mapping[str, nn.Module], items: Seque
     gradients: dict[str, list[Tensor]] = {n: [] for n in layers}
     for rows in batches(items, training_tokens(lm.device)):
         batch = collate([items[i] for i in rows]).to(lm.device)
-        there = batch.attention_mask.bool()
-        for name, (x, g) in tapped_gradients(lm, layers, batch, loss).items():
+        there, seen = batch.attention_mask.bool(), tapped(lm, layers, batch)
+        for name, of_output in seen.gradients(_of_states(lm, seen, loss)).items():
+            x, g = seen.inputs[name].float(), of_output.float()
             # |G^T v|^2 = v^T (G G^T) v for each column (the Gram identity of arXiv 1510.01799).
             if not saliency[name].shape[1]:
                 saliency[name] = torch.zeros(len(items), x.shape[-1], device=x.device)
@@ -75,6 +77,17 @@ def read_layers(lm: LanguageModel, layers: Mapping[str, nn.Module], items: Seque
     norms = torch.stack([s.sum(1) for s in saliency.values()]).sum(0).clamp_min(1e-30)
     return Readings(
         {n: s / norms[:, None] for n, s in saliency.items()},
-        {n: torch.cat(x) for n, x in inputs.items()},
-        {n: torch.cat(g) for n, g in gradients.items()},
+        {n: torch.cat(inputs.pop(n)) for n in layers},  # the parts go as they are joined
+        {n: torch.cat(gradients.pop(n)) for n in layers},
     )
+
+
+def _of_states(lm: LanguageModel, seen: Tapped, loss: Loss) -> Tensor:
+    """The gradient of a loss that is a sum over positions, some at a time: logits are the largest tensor of all."""
+    found = []
+    for part in evenly(len(seen.states)):
+        states = seen.states[part].detach().requires_grad_()
+        with torch.enable_grad():
+            own = loss(lm.logits(states), seen.labels[part], seen.owner[part])
+            found += torch.autograd.grad(own, states)
+    return torch.cat(found)
