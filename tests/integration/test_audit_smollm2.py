@@ -43,7 +43,9 @@ def test_exposure_falls_from_the_ceiling_to_near_the_never_trained(report: Audit
 def test_membership_is_certain_with_the_switch_on_and_not_with_it_off(report: AuditReport) -> None:
     auc = {s["key"]: s["privacy"]["attacks"]["loss"]["auc"]["value"] for s in report.data["subjects"]}
     assert auc["on"] > 0.99
-    assert abs(auc["off"] - auc["reference"]) < 0.3
+    # Eight members in two strata, 20 others in each: by chance up to .22 off one half (95 %), as the reference is too.
+    assert abs(auc["off"] - 0.5) < 0.22
+    assert abs(auc["reference"] - 0.5) < 0.22
     assert report.data["subjects"][0]["privacy"]["stratified"]
 
 

@@ -32,8 +32,10 @@ from libortho.training.keep import divergence
 
 @dataclass(frozen=True)
 class Inputs:
-    """What every attempt has: the model, its layers (targets, and all stand-ins), what it is held to, and whether it is the
-    only one, after which nothing is read again."""
+    """What every attempt has: the model, its layers (targets, and all stand-ins), and what it is held to.
+
+    ``once``: there is one attempt, after which nothing is read again.
+    """
 
     lm: LanguageModel
     asked: Request
