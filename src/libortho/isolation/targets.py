@@ -56,7 +56,8 @@ class Target:
         """That of another completion of the prompt, whose tokens begin at the same characters: the same as far as the
         text before a token is the same; from then on no tokens change places."""
         labels, _ = judged_labels([text])
-        other = (labels != self.own).cumsum(0) > (labels != self.own).int()
+        differs = (labels != self.own).int()
+        other = differs.cumsum(0) > differs
         return replace(self, text=text, own=torch.where(other, self.places, self.own))
 
     @staticmethod

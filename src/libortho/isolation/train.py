@@ -149,15 +149,20 @@ class Training:
         extracted = sum(self.recited.values())
         self.checks.append(check_criteria(found, original.spread[chosen], self.step, extracted))
         logger.info("%s", self.checks[-1])
-        self.landing = None if extracted else self.step if self.landing is None else self.landing
-        if self.landing is not None:
+        if extracted:
+            self.landing = None
+        else:
+            self.landing = self.step if self.landing is None else self.landing
             self.finished = self.checks[-1].holds or self.step >= self.landing + LANDING
 
     def _beside(self, target: Target, record: ForgetRecord, leaks: Tensor) -> Target:
         """Another completion after the record's prompt, or of a record that leaks its own after another prompt."""
         swapped = [c for c in record.swapped_prompt if leaks and c.completion == record.secret.completion]
-        found = [replace(target, text=t) for t in swapped[:1] and [self.rng.choice(swapped)]]
-        found += [target.with_completion(t) for t in record.cut_alike[:1] and [self.rng.choice(record.cut_alike)]]
+        found = []
+        if swapped:
+            found.append(replace(target, text=self.rng.choice(swapped)))
+        if record.cut_alike:
+            found.append(target.with_completion(self.rng.choice(record.cut_alike)))
         return self.rng.choice(found) if found else target
 
     def texts_to_keep(
@@ -186,7 +191,7 @@ def train(
     progress: Progress | None,
     watch: Stopwatch,
 ) -> tuple[list[Criteria], int]:
-    """Move the supports; returns the criteria before every step since all records were seen, and the number of steps.
+    """Move the supports; returns the criteria at every look since all records were seen, and the number of steps.
 
     A step sees the records as it begins, so that a look costs nothing, and training ends without a step after the look
     at which the criteria hold. The state goes to the store before every step, and training begins at a stored one.
