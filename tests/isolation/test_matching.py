@@ -49,10 +49,10 @@ def test_tokens_alike_are_those_of_others_that_begin_at_the_same_character():
     others = [
         encode(Record(p, c), tokenizer) for p, c in (("k", "AB7C"), ("longer", "XYAB"), ("k", "ABAB"), ("k", "X"))
     ]
-    found = tokens_alike(beginnings(item, tokenizer), others, tokenizer)
+    found = tokens_alike(beginnings(item, tokenizer), others, [beginnings(o, tokenizer) for o in others])
     told = [tokenizer.convert_ids_to_tokens(list(ids)) for ids in found]
     assert told == [["AB", "X", "AB", "X"], ["Y"], ["7", "AB", "AB"], ["C"]]
-    assert tokens_alike((0, 1), [], tokenizer) == ((), ())
+    assert tokens_alike((0, 1), [], []) == ((), ())
 
 
 def test_a_record_knows_the_tokens_of_its_alternates_and_controls(tokenizer):

@@ -27,7 +27,7 @@ class ForgetRecord:
         kind: "code" (codes and names: untrained, the alternates are as likely as the record) or "prose" (sentences).
         matched_tokens: For each token of the record, whose distribution it should have; see
             :mod:`libortho.isolation.matching`.
-        alike: For each token of the record, those that stand at the same character of its alternates and controls.
+        alike: For each token of the record, those at the same character of its alternates and controls; of codes alone.
         pieces: In how many pieces it is looked for among the columns: those of a sentence have columns for its words.
     """
 

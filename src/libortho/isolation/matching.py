@@ -44,11 +44,16 @@ def matched_tokens(begins: Sequence[int], others: Sequence[Sequence[int]], first
     return tuple(found)
 
 
-def tokens_alike(begins: Sequence[int], others: Sequence[Encoded], tokenizer: Any) -> tuple[tuple[int, ...], ...]:
-    """For each token of a completion, which begin where ``begins`` says, those of others that begin there too."""
+def tokens_alike(
+    begins: Sequence[int], others: Sequence[Encoded], told: Sequence[Sequence[int]]
+) -> tuple[tuple[int, ...], ...]:
+    """For each token of a completion, which begin where ``begins`` says, those of others that begin there too.
+
+    ``told``: where the tokens of each of the others begin.
+    """
     at: dict[int, list[int]] = {b: [] for b in begins}
-    for item in others:
-        for begin, place in zip(beginnings(item, tokenizer), predicting(item), strict=True):
+    for item, places in zip(others, told, strict=True):
+        for begin, place in zip(places, predicting(item), strict=True):
             if begin in at:
                 at[begin].append(item.ids[place + 1])
     return tuple(tuple(at[b]) for b in begins)

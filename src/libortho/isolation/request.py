@@ -73,18 +73,19 @@ def _forget_record(number: int, wording: Wording, tokenizer: Any, limit: int | N
     controls = neighbours if strangers is None else _fitting(wording.filled(strangers), tokenizer, limit)
     told = [beginnings(c, tokenizer) for c in controls]
     begins, code = beginnings(secret, tokenizer), wording.kind == "code"
+    cuts = [beginnings(a, tokenizer) for a in alternates] if code else []
     return ForgetRecord(
         number=record.number,
         secret=secret,
         alternates=alternates,
-        cut_alike=tuple(a for a in alternates if code and a != secret and beginnings(a, tokenizer) == begins),
+        cut_alike=tuple(a for a, cut in zip(alternates, cuts, strict=False) if a != secret and cut == begins),
         neighbours=neighbours,
         held=_fitting(beside, tokenizer, limit, closed=True),
         controls=controls,
         swapped_prompt=_fitting([record.beside(p, record.completion) for p in wording.neighbours], tokenizer, limit),
         kind=wording.kind,
         matched_tokens=matched_tokens(begins, told, number),
-        alike=tokens_alike(begins, (*alternates, *controls), tokenizer),
+        alike=tokens_alike(begins, (*alternates, *controls), (*cuts, *told)) if code else (),
     )
 
 
