@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -109,8 +110,10 @@ class Equations:
         gaps: list[Tensor] = []
         total: dict[str, Tensor] = {}
         for rows, seen in self._read(texts):
-            surprise, of_states = self._surprise(seen)
-            gaps.append(_by_text(seen, surprise) - wanted[rows].to(surprise))
+            surprises: list[Tensor] = []
+            of_states = seen.of_states(self._lm, partial(_means, torch.bincount(seen.owner), surprises))
+            own = _by_text(seen, torch.cat(surprises))
+            gaps.append(own - wanted[rows].to(own))
             for name, g in self._gradients(seen, of_states, again=False):
                 total[name] = total.get(name, 0) + g.sum(0)
         scale = len(texts) ** -0.5
@@ -152,18 +155,6 @@ class Equations:
         self._put(seen, head.of_loss, weight * residual, weight / residual, again=again)
         return head
 
-    def _surprise(self, seen: Tapped) -> tuple[Tensor, Tensor]:
-        """Of each judged token, and the gradient of the texts' mean at the states."""
-        share, parts = _shares(seen), []
-        for part in evenly(len(seen.states)):
-            mine = seen.states[part].detach().requires_grad_()
-            with torch.enable_grad():
-                surprise = -log_probability(self._lm.logits(mine), seen.labels[part])
-                [of_states] = torch.autograd.grad(share[part] @ surprise, mine)
-            parts.append((surprise.detach(), of_states))
-        surprise, of_states = (torch.cat(column) for column in zip(*parts, strict=True))
-        return surprise, of_states
-
     def _put(self, seen: Tapped, of_states: Tensor, residual: Tensor, scale: Tensor, *, again: bool) -> None:
         self.residuals.append(residual)
         for name, g in self._gradients(seen, of_states, again=again):
@@ -185,6 +176,13 @@ class Equations:
         self._optimiser.step(self.rows, torch.cat(self.residuals), share)
         for layer in self._layers.values():
             layer.clamp()
+
+
+def _means(sizes: Tensor, found: list[Tensor], logits: Tensor, labels: Tensor, owner: Tensor) -> Tensor:
+    """The sum of each text's mean surprise, by its size; what the tokens have is added to ``found``."""
+    surprise = -log_probability(logits, labels)
+    found.append(surprise.detach())
+    return (1 / sizes)[owner] @ surprise
 
 
 def _shares(seen: Tapped) -> Tensor:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from libortho.lm.head import evenly
 from libortho.lm.model import LanguageModel, by_token, check_gradient, once_per_token
 from libortho.lm.scoring import predicting_states
 from libortho.text.encoding import Batch
@@ -53,6 +54,19 @@ class Tapped:
     inputs: dict[str, Tensor]
     _outputs: dict[str, GradientEdge]
     _batch: Batch
+
+    def of_states(self, lm: LanguageModel, loss: Loss) -> Tensor:
+        """The gradient at the states of a loss that is a sum over positions.
+
+        The head runs some positions at a time: logits are the largest tensor of all.
+        """
+        found = []
+        for part in evenly(len(self.states)):
+            states = self.states[part].detach().requires_grad_()
+            with torch.enable_grad():
+                own = loss(lm.logits(states), self.labels[part], self.owner[part])
+                found.append(torch.autograd.grad(own, states)[0])
+        return torch.cat(found)
 
     def gradients(self, of_states: Tensor, *, again: bool = False) -> dict[str, Tensor]:
         """The gradient at each module's output, (rows, tokens, out_features), from that of the states.

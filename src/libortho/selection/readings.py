@@ -16,8 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from libortho.lm.gradients import Loss, Tapped, tapped
-from libortho.lm.head import evenly
+from libortho.lm.gradients import Loss, tapped
 from libortho.lm.logits import drawn, label_log_odds
 from libortho.lm.model import LanguageModel
 from libortho.lm.scoring import log_probability, training_tokens
@@ -66,7 +65,7 @@ def read_layers(lm: LanguageModel, layers: Mapping[str, nn.Module], items: Seque
     for rows in batches(items, training_tokens(lm.device)):
         batch = collate([items[i] for i in rows]).to(lm.device)
         there, seen = batch.attention_mask.bool(), tapped(lm, layers, batch)
-        for name, of_output in seen.gradients(_of_states(lm, seen, loss)).items():
+        for name, of_output in seen.gradients(seen.of_states(lm, loss)).items():
             x, g = seen.inputs[name].float(), of_output.float()
             # |G^T v|^2 = v^T (G G^T) v for each column (the Gram identity of arXiv 1510.01799).
             if not saliency[name].shape[1]:
@@ -80,14 +79,3 @@ def read_layers(lm: LanguageModel, layers: Mapping[str, nn.Module], items: Seque
         {n: torch.cat(inputs.pop(n)) for n in layers},  # the parts go as they are joined
         {n: torch.cat(gradients.pop(n)) for n in layers},
     )
-
-
-def _of_states(lm: LanguageModel, seen: Tapped, loss: Loss) -> Tensor:
-    """The gradient of a loss that is a sum over positions, some at a time: logits are the largest tensor of all."""
-    found = []
-    for part in evenly(len(seen.states)):
-        states = seen.states[part].detach().requires_grad_()
-        with torch.enable_grad():
-            own = loss(lm.logits(states), seen.labels[part], seen.owner[part])
-            found += torch.autograd.grad(own, states)
-    return torch.cat(found)
