@@ -88,6 +88,9 @@ def test_readings_are_of_the_records_and_of_both_kinds_of_text_to_keep(planted, 
     assert len(around.saliency[LAYER]) == 5
     rows = [r.inputs[LAYER] for r in (texts, around, readings.own)]
     assert torch.equal(readings.inputs(LAYER), torch.cat(rows))
+    readings.release()
+    assert not {"own", "kept"} & set(vars(readings))
+    assert torch.equal(readings.kept[0].inputs[LAYER], texts.inputs[LAYER])
     many = RequestReadings(lm, targets, [replace(forget[0], neighbours=())] * 128, retain, 0)
     [texts] = many.kept
     assert sum(lengths[:5]) < len(texts.inputs[LAYER]) <= 2 * sum(lengths[:3])

@@ -106,3 +106,17 @@ def test_a_sample_ends_where_the_text_does(tiny_llama: nn.Module, tokenizer: Any
     lengths = {len(t) for t in texts}
     assert min(lengths) < 40 == max(lengths)
     assert all(end not in t for t in texts)
+
+
+def test_the_head_is_given_states_that_lie_side_by_side(tiny_llama: nn.Module, tokenizer: Any) -> None:
+    """For a view of the last positions, torch's CPU matmul copies the head's weight for every row."""
+    seen = []
+    head = tiny_llama.get_output_embeddings()  # type: ignore[operator]
+    handle = head.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    try:
+        said(tiny_llama, tokenizer, PROMPTS, 2)
+    finally:
+        handle.remove()
+    assert len(seen) == 2
+    assert all(x.is_contiguous() for x in seen)
+    assert not head._forward_pre_hooks

@@ -10,7 +10,7 @@ identity: there are far fewer equations than values, and only their Gram matrix 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -44,12 +44,13 @@ class GaussNewton:
             value.lerp_(self.start[name], share)
 
     @torch.no_grad()
-    def step(self, rows: Mapping[str, Sequence[Tensor]], residuals: Tensor, share: float) -> None:
+    def step(self, rows: dict[str, list[Tensor]], residuals: Tensor, share: float) -> None:
         """Go this share of the way to where all residuals (equations,) vanish.
 
-        ``rows``: by layer, parts of the whitened gradients of all equations, (equations, k, out_features).
+        ``rows``: by layer, parts of the whitened gradients of all equations, (equations, k, out_features);
+        emptied as they are joined, for they are the largest thing in memory.
         """
-        joined = {n: torch.cat(list(parts)) for n, parts in rows.items()}
+        joined = {n: torch.cat(rows.pop(n)) for n in list(rows)}
         gram = torch.zeros(len(residuals), len(residuals), dtype=torch.float64)
         for found in joined.values():
             flat = found.flatten(1)
