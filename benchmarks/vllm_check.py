@@ -192,7 +192,7 @@ def leaking(job: Job, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def http(job: Job, found: dict[str, Any], eager: bool) -> dict[str, Any]:
-    """``vllm serve`` as in docs/vllm.md, asked for every model name over HTTP.
+    """``vllm serve`` as in docs/how-to/serve-vllm.md, asked for every model name over HTTP.
 
     The engines above are eager; a server is compiled unless told otherwise, and then rounds otherwise.
     """

@@ -9,8 +9,10 @@ import pytest
 from libortho.text.records import load_records
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCKS = re.findall(r"```jsonl\n(.*?)```", (ROOT / "docs" / "records.md").read_text(), re.DOTALL)
+DOCS = ROOT / "docs"
+PAGES = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY")), *sorted(DOCS.rglob("*.md"))]
+BLOCKS = re.findall(r"```jsonl\n(.*?)```", (DOCS / "how-to" / "records.md").read_text(), re.DOTALL)
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 
 def anchors(page):
@@ -19,7 +21,7 @@ def anchors(page):
     return {re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if target.startswith("http"):
@@ -27,10 +29,11 @@ def test_links_lead_somewhere(page):
         file, _, anchor = target.partition("#")
         found = (page.parent / file) if file else page
         assert found.exists(), target
+        assert DOCS not in page.parents or DOCS in found.resolve().parents, f"{target} is outside the site"
         assert not anchor or anchor in anchors(found), target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_named_files_of_the_repository_exist(page):
     for name in re.findall(r"`((?:benchmarks|scripts|examples|tests|src)/[\w./-]+\.\w+)", page.read_text()):
         assert (ROOT / name).exists(), name

@@ -85,8 +85,8 @@ class AuditReport:
     """Everything one audit found.
 
     Attributes:
-        data: JSON-ready figures; the layout is described in ``docs/audit.md``. The same model, data and seed give the
-            same figures.
+        data: JSON-ready figures; the layout is described in ``docs/reference/audit.md``. The same model, data and seed
+            give the same figures.
         verdicts: The answers, in the order of a reader's questions.
         seconds: Wall time of each part; not part of the JSON.
     """

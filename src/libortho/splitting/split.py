@@ -6,7 +6,8 @@
     sparse  W - base - tail on the chosen entries, never more than ``ratio`` of them
 
 Tail and sparse form the ortho stream. A memory that fine-tuning left is spread over the whole weight and survives in
-any base that is good enough to be of use (measured; see docs/isolation.md): forgetting takes :func:`libortho.isolate`.
+any base that is good enough to be of use (measured; see docs/explanation/isolation.md): forgetting takes
+:func:`libortho.isolate`.
 """
 
 from __future__ import annotations

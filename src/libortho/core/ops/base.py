@@ -9,8 +9,8 @@ fp32, where the result equals the stored weight's to the last bit.)
     y[t, n] = scale[n] * sum_k x[t, k] code[n, k]
 
 With ``activation_bits=8`` the inputs are rounded too, with one scale per token (W8A8, opt-in): faster than bf16 in
-prefill (docs/speed.md), at a cost in accuracy that the caller has to measure. Shapes that the GPU's product does not
-take stay W8A16.
+prefill (docs/explanation/speed.md), at a cost in accuracy that the caller has to measure. Shapes that the GPU's product
+does not take stay W8A16.
 """
 
 from __future__ import annotations
