@@ -2,11 +2,14 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from libortho.text.records import load_records
+from templates import TEMPLATES
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -58,3 +61,24 @@ def test_the_tests_that_the_pages_name_exist():
     for file, test in named:
         found = [f for f in (ROOT / "tests").rglob(file) if f"def {test}(" in f.read_text()]
         assert found, f"{file}::{test}"
+
+
+def test_the_generated_reference_is_that_of_the_source():
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "reference.py", "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_page_is_in_the_navigation():
+    shown = re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text())
+    assert sorted({*shown, "research-log.md"}) == sorted(str(p.relative_to(DOCS)) for p in DOCS.rglob("*.md"))
+
+
+def test_the_pages_of_models_names_every_family_and_template_that_is_tested():
+    page = (DOCS / "reference" / "models.md").read_text()
+    families = re.findall(
+        r'^    "(\w+)": Family\(', (ROOT / "tests/core/switch/test_families.py").read_text(), re.MULTILINE
+    )
+    assert len(families) > 30
+    assert [name for name in (*families, *TEMPLATES) if f"`{name}`" not in page] == []
