@@ -9,7 +9,7 @@ import pytest
 from libortho.text.records import load_records
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCKS = re.findall(r"```jsonl\n(.*?)```", (ROOT / "docs" / "records.md").read_text(), re.DOTALL)
 
 
