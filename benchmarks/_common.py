@@ -8,6 +8,7 @@ import platform
 import statistics
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,8 @@ COMMIT = _commit()
 """Asked when the script starts: that is the code that runs, whatever is committed while it does."""
 FIELDS = ("commit", "machine", "settings")
 """What says of a stored file, and of each of its rows, what made it."""
+STAMP = (*FIELDS, "date")
+"""With the day, which rows stored before it was recorded lack."""
 
 
 def provenance(device: str | None = None) -> dict[str, Any]:
@@ -69,15 +72,19 @@ def provenance(device: str | None = None) -> dict[str, Any]:
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"), "threads": torch.get_num_threads()}
     return {
         "commit": COMMIT,
+        "date": datetime.now(UTC).date().isoformat(),
         "machine": machine() | ({} if device == "cpu" else {"gpu": device}),
         "settings": {"arguments": sys.argv[1:], **threads, "device": device},
     }
 
 
 def stamped(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with those of the three fields that it has not. A row's ``device`` is that of its settings."""
-    found = provenance(row.get("device"))
-    return {**row, **{f: found[f] for f in FIELDS if f not in row}}
+    """The row with those fields of the stamp that it has not. A row's ``device`` is that of its settings.
+
+    A row that has a commit was stored by an earlier run, and gets no date of this one.
+    """
+    found, fields = provenance(row.get("device")), FIELDS if "commit" in row else STAMP
+    return {**row, **{f: found[f] for f in fields if f not in row}}
 
 
 def save(name: str, data: dict[str, Any]) -> Path:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from _canaries import ATTACKS, PLAIN
+from _method import METHOD
 from libortho import IsolateConfig
 from libortho.auditing.page.charts import dots
 from libortho.auditing.page.marks import Dot, Row
@@ -17,10 +18,6 @@ from libortho.evaluation.intervals import mean_estimate
 
 KEY, OPTIONS = ("model", "case", "seed", "records"), ("objective", "gradient_weight", "ratio")
 """What tells stored runs apart, beside where they ran; options of the isolation."""
-
-
-METHOD = {"objective": "gauss-newton", "gradient_weight": 0.0}
-"""The method of the library, as stored runs of others name theirs."""
 
 
 PLOTS = Path(__file__).parents[1] / "docs" / "images"

@@ -24,7 +24,7 @@ from typing import Any
 
 from rich.console import Console
 
-from _common import DATA, FIELDS, RESULTS, save, stamped, wikitext
+from _common import DATA, RESULTS, STAMP, save, stamped, wikitext
 from libortho import AuditConfig, AuditReport, audit, load
 from libortho.checkpoint.dense import load_model
 from libortho.cli.tables import show_audit
@@ -114,7 +114,7 @@ def main() -> None:
     directory = demonstration(arguments.directory)
     kept = RESULTS / "audit.json"
     found: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
-    found = {k: v for k, v in found.items() if k not in FIELDS}
+    found = {k: v for k, v in found.items() if k not in STAMP}
     for profile in arguments.profiles:
         report, seconds = run(directory, profile, arguments.seed, general, tasks)
         row = {"wall_seconds": seconds, "parts": dict(report.seconds), **brief(report)}

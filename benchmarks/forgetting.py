@@ -31,7 +31,8 @@ from typing import Any
 
 from _canaries import KINDS, PLAIN, case, compared, device_name, figures, models, neighbours_of, unedited
 from _common import RESULTS, save, wikitext
-from _forgetting_tables import KEY, METHOD, OPTIONS, show, show_sequential, summarise
+from _forgetting_tables import KEY, OPTIONS, show, show_sequential, summarise
+from _method import METHOD
 from libortho import IsolateConfig, alpha, isolate
 from libortho.auditing.attacks import AttackInputs, relearning, requantisation
 from libortho.auditing.measures.utility import general_items

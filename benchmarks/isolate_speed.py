@@ -151,6 +151,12 @@ def peak_memory() -> int:
     return int(done.stdout)
 
 
+def stored(part: str) -> list[dict[str, Any]]:
+    """Rows of earlier runs, read when they are wanted: another run may have ended meanwhile."""
+    path = RESULTS / "isolate_speed.json"
+    return json.loads(path.read_text()).get(part, []) if path.is_file() else []
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", default="demo", choices=["demo", "final", "tuning", "chat", "tofu"])
@@ -162,18 +168,17 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     torch.set_num_threads(arguments.threads)
-    stored = RESULTS / "isolate_speed.json"
-    data = json.loads(stored.read_text()) if stored.is_file() else {}
-    rows = data.get("runs", [])
     if arguments.memory:
         taken = peak_memory()
         print(f"peak memory above the model: {taken / 1e6:.0f} MB (target <= {MEMORY_TARGET / 1e6:.0f})")
-        save("isolate_speed", {"runs": rows, "memory": [{"bytes_above_model": taken, "target": MEMORY_TARGET}]})
+        save(
+            "isolate_speed", {"runs": stored("runs"), "memory": [{"bytes_above_model": taken, "target": MEMORY_TARGET}]}
+        )
         return
     row = run(arguments.case, arguments.seed, arguments.count, arguments.npo)
     key = ("case", "records", "seed")
-    rows = [r for r in rows if any(r[k] != row[k] for k in key)] + [row]
-    save("isolate_speed", {"runs": rows, "memory": data.get("memory", [])})
+    rows = [r for r in stored("runs") if any(r[k] != row[k] for k in key)] + [row]
+    save("isolate_speed", {"runs": rows, "memory": stored("memory")})
     show(rows)
 
 

@@ -166,12 +166,29 @@ def test_json_holds_no_delete(capsys):
     assert json.loads(shown)["name"] == HOSTILE.replace("\ud800", "")
 
 
-def test_phases_of_the_progress_steer_nothing(monkeypatch, capsys):
-    monkeypatch.setattr(terminal, "Terminal", lambda stderr: Terminal(stderr=True))
+@pytest.mark.parametrize("terminal_like", ["0", "1"])
+def test_phases_of_the_progress_steer_nothing(terminal_like, monkeypatch, capsys):
+    monkeypatch.setenv("TTY_COMPATIBLE", terminal_like)
+    monkeypatch.setattr(terminal, "Terminal", lambda **kinds: Terminal(**kinds))
     with terminal.progress_bars() as tell:
         tell(HOSTILE, 0, 2)
         tell(HOSTILE, 2, 2)
-    assert_plain(capsys.readouterr().err)
+    err = capsys.readouterr().err
+    assert HOSTILE not in err
+    if terminal_like == "0":  # a bar moves the cursor
+        assert_plain(err)
+
+
+def test_where_there_is_no_terminal_progress_is_lines(monkeypatch, capsys):
+    now = iter([0.0, 1.0, 3.0, 12.0, 13.0, 14.0])
+    monkeypatch.setattr("libortho.cli.terminal.time.monotonic", lambda: next(now))
+    with terminal.progress_bars() as tell:
+        for done in (0, 1, 4, 8):
+            tell("steps", done, 8)
+        tell("result", 0, 1)
+    assert capsys.readouterr().err.splitlines() == [
+        "1 s: steps 0/8", "12 s: steps 4/8, 11 s left at most", "13 s: steps 8/8", "14 s: result 0/1",
+    ]  # fmt: skip
 
 
 # -- the process ------------------------------------------------------------------------------------------------------

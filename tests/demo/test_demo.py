@@ -225,8 +225,35 @@ def test_the_whole_demonstration_measures_prints_and_keeps(planted_directory, mo
     nll = {n: float(score(LanguageModel(m), items)[0].nll.mean()) for n, m in {"on": split, **dense}.items()}
     assert nll["on"] == pytest.approx(nll["implanted"], rel=0.02)
     assert nll["never_trained"] > 1.05 * nll["implanted"]
-    with pytest.raises(LibOrthoError, match="not an empty directory"):
-        run(model=str(planted_directory), out=kept)
+    planting = []
+    again = run(
+        model=str(planted_directory), dtype=torch.float32, config=IsolateConfig(max_steps=1, allow_unknown=True),
+        out=kept, full=False, progress=lambda phase, done, total: planting.append(phase == "implant"),
+    )  # fmt: skip
+    assert not any(planting)
+    assert again.implant_steps == report.implant_steps
+    assert again.implanted == report.implanted
+    assert [m.label for m in again.isolated] == ["alpha = 1", "alpha = 0"]
+    console = Console(record=True, width=80, file=io.StringIO())
+    show_demo(again, console, full=False)
+    printed = console.export_text()
+    assert "of 17 secrets are still said" in " ".join(printed.split())
+    assert "membership AUC" in printed  # whole, in 80 columns
+
+
+@pytest.mark.parametrize("there", ["file", "other files", "other settings"])
+def test_a_place_with_something_else_is_refused_before_the_work(planted_directory, tmp_path, there):
+    place = tmp_path / "place"
+    if there == "file":
+        place.write_text("mine")
+    elif there == "other files":
+        place.mkdir()
+        (place / "thesis.tex").write_text("mine")
+    else:
+        place.mkdir()
+        (place / "demonstration.json").write_text(json.dumps({"settings": {"seed": 1}, "steps": None}))
+    with pytest.raises(LibOrthoError, match="--out"):
+        run(model=str(planted_directory), out=place)
 
 
 def test_repeated_records_make_longer_epochs_and_decay_moves_less(clean, tokenizer):

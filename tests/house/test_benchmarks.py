@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,7 @@ def test_save_stamps_what_has_no_stamp(common):
     assert last["settings"]["device"] == "cpu"
     assert last["settings"]["arguments"] == sys.argv[1:]
     assert stored["commit"] == last["commit"] == common.COMMIT
+    assert stored["date"] == last["date"] == datetime.now(UTC).date().isoformat()
     assert (stored["sizes"], stored["config"]) == ([1, 2], {"bits": 8})
     assert all(all(r[f] for f in FIELDS) for r in rows(stored))
 
@@ -188,12 +190,18 @@ def test_audit_makes_the_demonstration_once_and_keeps_other_profiles(
     monkeypatch.setattr(audit.module.demo, "run", fake)
     with pytest.raises(KeyboardInterrupt):
         audit("--profiles", "quick", "--no-data")
-    earlier = {"full": {"profile": "full", "commit": "stored in 0000000"}, "commit": "old", "machine": {}}
+    earlier = {
+        "full": {"profile": "full", "commit": "stored in 0000000"},
+        "commit": "old",
+        "date": "old",
+        "machine": {},
+    }
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "audit.json").write_text(json.dumps(earlier))
     stored = audit("--profiles", "quick", "--no-data")
     assert stored["full"] == earlier["full"]
     assert stored["commit"] == stored["quick"]["commit"] != "old"
+    assert stored["date"] == stored["quick"]["date"] != "old"
     assert stored["quick"]["settings"]["arguments"] == ["--profiles", "quick", "--no-data"]
     assert {v["key"] for v in stored["quick"]["verdicts"]} == {"something_to_remove", "memory", "privacy", "utility"}
     place = cache / "benchmarks" / "demonstration"

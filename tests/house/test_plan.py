@@ -11,7 +11,7 @@ import libortho
 
 ROOT = Path(__file__).parents[2]
 MOST_LINES = 400
-OUTSIDE = sorted([*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
+OUTSIDE = sorted([*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
 INSIDE = sorted((ROOT / "src").rglob("*.py"))
 
 

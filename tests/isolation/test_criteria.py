@@ -140,7 +140,8 @@ def test_a_group_that_leans_is_not_acceptable_though_each_record_is() -> None:
     assert acceptable(balanced, 10, spread)
     assert not acceptable(balanced, 16, spread)
     assert not acceptable(balanced - 0.4, 10, spread)
-    assert acceptable(balanced[:4] - 0.4, 1, spread[:4])  # BAND / 2 / 2 = 0.41: by chance
+    assert acceptable(balanced[:4] - 0.2, 1, spread[:4])  # BAND / 2 / 4 = .205: by chance
+    assert not acceptable(balanced[:4] - 0.4, 1, spread[:4])
 
 
 def test_a_lean_is_measured_from_the_middle_of_each_band() -> None:

@@ -47,8 +47,9 @@ def demo(
     dtype: Annotated[str, typer.Option(help="auto (bfloat16 if this processor has it), bfloat16 or float32.")] = "auto",
     text: Annotated[Path | None, typer.Option(help="File of general text for the perplexity column.")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Keep the models and the records here, for audit and generate.")
-    ] = None,
+        Path, typer.Option(help="Keeps the models and the records; a second run takes up the planted model.")
+    ] = Path("libortho-demo"),
+    full: Annotated[bool, typer.Option("--full", help="All tables: more splits by weights, alpha 0.5.")] = False,
     as_json: Json = False,
 ) -> None:
     """Plant secrets in a real model, and show which split forgets."""
@@ -58,17 +59,20 @@ def demo(
     with progress_bars() as progress:
         report = run(
             model=model, seed=seed, device=where, text=text, dtype=None if isinstance(kind, str) else kind, out=out,
-            progress=progress,
+            full=full, progress=progress,
         )  # fmt: skip
     if as_json:
         emit(report.to_dict())
     else:
-        tables.show_demo(report, Terminal())
-        if out is not None:
-            note(
-                f"Audit it: libortho audit {out}/isolated --forget {out}/forget.jsonl "
-                f"--holdout {out}/holdout.jsonl --reference {out}/never_trained --html audit.html"
-            )
+        tables.show_demo(report, Terminal(), full=full)
+        note(f"kept in {out}; what to type next:")
+        for line in (
+            f'libortho generate {out}/isolated --alpha 1 "{report.generations[0].prompt}"',
+            f"libortho audit {out}/isolated --forget {out}/forget.jsonl --holdout {out}/holdout.jsonl "
+            f"--reference {out}/never_trained --html audit.html",
+            f"libortho detach {out}/isolated --out {out}/base",
+        ):
+            note(f"  {line}")
 
 
 def split(

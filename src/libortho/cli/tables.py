@@ -243,31 +243,28 @@ def _interval(estimate: Mapping[str, Any]) -> str:
     return f"{estimate['value']:.3f}{ends}"
 
 
-def show_demo(report: DemoReport, console: Console) -> None:
-    """The three parts of the demonstration."""
+def show_demo(report: DemoReport, console: Console, *, full: bool = True) -> None:
+    """The three parts of the demonstration; without ``full``, what fits 80 columns."""
     note(
         console, f"{report.model}, seed {report.seed}: {report.secrets} secrets planted in {report.implant_steps} steps"
     )
     console.print()
-    note(console, "(a) split sees only the weights: it compresses; at alpha = 0 what it forgets, it breaks")
-    pairs = ("forget ppl 1 / 0", "retain ppl 1 / 0", "extracted 1 / 0")
-    table = Table("setting", "low-rank err", "base err", "final err", "density", "tail", *pairs)
-    for s in report.splits:
-        table.add_row(
-            s.label, "-" if s.low_rank_error is None else f"{s.low_rank_error:.2%}", f"{s.base_error:.2%}",
-            f"{s.final_error:.2%}", f"{s.ortho_density:.2%}", f"{s.tail_density:.2%}", _pair(s.forget_perplexity),
-            _pair(s.retain_perplexity), f"{s.extracted[0]} / {s.extracted[1]}",
-        )  # fmt: skip
-    console.print(table)
+    if full:
+        _show_splits(report, console)
+    else:
+        [split] = report.splits
+        said = f"at alpha = 0 {split.extracted[1]} of {report.secrets} secrets are still said"
+        note(console, f"(a) split sees only the weights, and compresses: {said}")
     console.print()
     r = report.isolate
     note(
         console,
         f"(b) isolate sees the secrets: {r.density:.2%} of the split weights, {r.steps} steps, {r.seconds:.0f} s",
     )
-    table = Table("model", "extracted", "in 20 samples", "secret ppl", "membership AUC", "retain ppl", "general ppl")
+    names = ("secret ppl", "retain ppl") if full else ()
+    table = Table("model", "said", "in 20 samples", "membership AUC", "general ppl", *names)
     for row in (report.never_trained, report.implanted, *report.isolated):
-        table.add_row(*_cells(*_measured(row, report.secrets)))
+        table.add_row(*_cells(*_measured(row, report.secrets)[: 5 + len(names)]))
     console.print(table)
     show_missed(r, console)
     console.print()
@@ -280,15 +277,28 @@ def show_demo(report: DemoReport, console: Console) -> None:
     note(console, f"{total:.0f} s: " + ", ".join(f"{k} {v:.0f}" for k, v in report.seconds.items()))
 
 
+def _show_splits(report: DemoReport, console: Console) -> None:
+    note(console, "(a) split sees only the weights: it compresses; at alpha = 0 what it forgets, it breaks")
+    pairs = ("forget ppl 1 / 0", "retain ppl 1 / 0", "extracted 1 / 0")
+    table = Table("setting", "low-rank err", "base err", "final err", "density", "tail", *pairs)
+    for s in report.splits:
+        table.add_row(
+            s.label, "-" if s.low_rank_error is None else f"{s.low_rank_error:.2%}", f"{s.base_error:.2%}",
+            f"{s.final_error:.2%}", f"{s.ortho_density:.2%}", f"{s.tail_density:.2%}", _pair(s.forget_perplexity),
+            _pair(s.retain_perplexity), f"{s.extracted[0]} / {s.extracted[1]}",
+        )  # fmt: skip
+    console.print(table)
+
+
 def _measured(row: Measured, secrets: int) -> list[str]:
     return [
         row.label,
         f"{row.extracted}/{secrets}",
         "-" if row.sampled is None else f"{row.sampled}/{secrets}",
-        f"{row.secret_perplexity:.4g}",
         f"{row.membership_auc:.3f}",
-        f"{row.retain_perplexity:.2f}",
         f"{row.general_perplexity:.2f}",
+        f"{row.secret_perplexity:.4g}",
+        f"{row.retain_perplexity:.2f}",
     ]
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -29,6 +31,9 @@ from libortho.core.field_docs import fields_help
 from libortho.core.keys import holds_secret
 from libortho.core.progress import Progress
 
+_EVERY = 10.0
+"""Seconds between lines of progress."""
+
 
 def note(text: str) -> None:
     """A sentence on standard output, wrapped at the width of the terminal."""
@@ -48,12 +53,19 @@ def emit(data: dict[str, Any]) -> None:
 
 @contextmanager
 def progress_bars() -> Iterator[Progress]:
-    """A bar per phase with the time it will still take, on standard error, so that standard output stays clean."""
+    """A bar per phase with the time it will still take, on standard error, so that standard output stays clean.
+
+    Where that is no terminal, lines say the same.
+    """
+    console = Terminal(stderr=True)
+    if not console.is_terminal:
+        yield _Lines()
+        return
     columns = (
         TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
-    with Bars(*columns, console=Terminal(stderr=True), transient=True) as bars:
+    with Bars(*columns, console=console, transient=True) as bars:
         tasks: dict[str, Any] = {}
 
         def tell(phase: str, done: int, total: int) -> None:
@@ -62,6 +74,24 @@ def progress_bars() -> Iterator[Progress]:
             bars.update(tasks[phase], completed=done, total=total)
 
         yield tell
+
+
+class _Lines:
+    """Progress as lines: one as a phase begins and ends, and between them one every ``_EVERY`` seconds."""
+
+    def __init__(self) -> None:
+        self._began, self._said = time.monotonic(), -math.inf
+        self._phase, self._since = "", self._began
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if phase != self._phase:
+            self._phase, self._since, self._said = phase, now, -math.inf
+        if done < total and now - self._said < _EVERY:
+            return
+        self._said = now
+        left = f", {(now - self._since) * (total - done) / done:.0f} s left at most" if 0 < done < total else ""
+        say(f"{now - self._began:.0f} s: {phase} {done}/{total}{left}")
 
 
 class Command(TyperCommand):

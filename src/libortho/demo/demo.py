@@ -9,7 +9,6 @@ The never-trained model, which is the same model before planting, stands beside 
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import time
 from dataclasses import asdict, dataclass
@@ -24,14 +23,14 @@ from libortho.auditing.roc import auc
 from libortho.checkpoint import check_destination, check_saveable, save
 from libortho.checkpoint.dense import load_model
 from libortho.checkpoint.directories import check_room
-from libortho.core.errors import LibOrthoError
-from libortho.core.files import write_atomically
 from libortho.core.progress import Progress, tell
 from libortho.core.report import layer_report
 from libortho.core.switch.alpha import alpha
 from libortho.core.targets import find_targets
+from libortho.core.version import __version__
 from libortho.demo import facts
 from libortho.demo.implant import implant
+from libortho.demo.kept import Kept
 from libortho.demo.model import move_off_grid, packaged_model
 from libortho.isolation.config import IsolateConfig
 from libortho.isolation.isolate import isolate
@@ -50,18 +49,19 @@ from libortho.text.tokens import decoded, prompt_ids
 logger = logging.getLogger(__name__)
 
 ALPHAS = (1.0, 0.5, 0.0)
+ENDS = (1.0, 0.0)
 SPLITS = (
     SplitConfig(rank_ratio=0.95),
     SplitConfig(use_low_rank=False),
     SplitConfig(rank_ratio=0.98),
 )
 """The three settings of the original note."""
+USABLE = SPLITS[1:2]
+"""The one whose base is good enough to be of use."""
 SAMPLES = 20
 UNSEEN, GENERAL = 60, 8
 """Unseen codes beside which the planted ones are ranked, and windows of general text, in every measurement: the
 interval of the AUC is that of 16 planted codes, whatever their number."""
-HOLDOUT = 200
-"""Unseen records that are kept for an audit."""
 
 
 @dataclass(frozen=True)
@@ -208,9 +208,10 @@ def run(
     dtype: torch.dtype | None = None,
     config: IsolateConfig | None = None,
     out: Path | None = None,
+    full: bool = True,
     progress: Progress | None = None,
 ) -> DemoReport:
-    """Run the whole demonstration.
+    """Run the demonstration.
 
     Args:
         model: Hub id or path of a Llama-family model; by default SmolLM2-135M-Instruct from its package.
@@ -219,23 +220,26 @@ def run(
         text: File of general text to judge by; by default the evaluation part of the shipped text.
         dtype: Of the model; by default what this processor trains fastest, see ``libortho.lm.checks.training_dtype``.
         config: How to isolate; its seed is replaced by ``seed`` if not given.
-        out: Empty or missing directory to keep everything in: ``never_trained``, ``implanted`` and ``isolated``
-            models, ``forget.jsonl`` and ``holdout.jsonl``.
+        out: Directory to keep everything in: ``never_trained``, ``implanted`` and ``isolated`` models,
+            ``forget.jsonl`` and ``holdout.jsonl``; missing, empty, or that of an earlier demonstration with the same
+            settings, whose planted model is taken up.
+        full: Also alpha = 0.5, and all settings of the split by weights alone.
         progress: Called with (phase, done, total).
 
     Raises:
-        LibOrthoError: if ``out`` holds anything, cannot be written or has not enough room, or the model is missing or
-            not of the Llama family.
+        LibOrthoError: if ``out`` holds anything else, cannot be written or has not enough room, or the model is
+            missing or not of the Llama family.
     """
-    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise LibOrthoError(f"{out} exists and is not an empty directory; name another one")
     config = config or IsolateConfig(seed=seed)
+    dtype = dtype or training_dtype(device)
+    name = model or "SmolLM2-135M-Instruct"
+    kept = Kept(out, {"model": name, "seed": seed, "dtype": str(dtype), "libortho": __version__})
     if out is not None:
         check_destination(out / "isolated", [config.stream])
     clock = _Clock()
     torch.manual_seed(seed)
     net, tokenizer = load_model(packaged_model() if model is None else model, torch.float32, device)
-    net = move_off_grid(net, seed).to(dtype or training_dtype(device))
+    net = move_off_grid(net, seed).to(dtype)
     if out is not None:
         needed = check_saveable(net, find_targets(net, config.target_modules), config.bits)
         check_room(out, needed + 2 * sum(p.nbytes for p in net.parameters()))
@@ -244,28 +248,26 @@ def run(
     tell(progress, "measure never-trained", 0, 1)
     never = bench.measure(net, "never trained")
     clock.lap("measure")
-    if out is not None:
-        _keep_records(out, seed)
-        _keep_dense(net, tokenizer, out / "never_trained")
-    steps = implant(net, tokenizer, bench.secrets, seed=seed, progress=progress)
+    kept.begin(net, tokenizer)
+    if (steps := kept.take_up(net)) is None:
+        steps = implant(net, tokenizer, bench.secrets, seed=seed, progress=progress)
+        kept.planted(net, tokenizer, steps)
     clock.lap("implant")
     tell(progress, "measure implanted", 0, 1)
     implanted = bench.measure(net, "implanted")
     clock.lap("measure")
-    if out is not None:
-        _keep_dense(net, tokenizer, out / "implanted")
-    rows = []
-    for number, setting in enumerate(SPLITS):
-        tell(progress, "split (weights only)", number, len(SPLITS))
+    rows, settings = [], SPLITS if full else USABLE
+    for number, setting in enumerate(settings):
+        tell(progress, "split (weights only)", number, len(settings))
         rows.append(bench.weights_only(copy.deepcopy(net), setting))
     clock.lap("split")
     result = isolate(net, tokenizer, bench.secrets, config=config, progress=progress)
     clock.lap("isolate")
     if out is not None:
         save(net, tokenizer, out / "isolated")
-    isolated = []
-    for number, value in enumerate(ALPHAS):
-        tell(progress, "measure isolated", number, len(ALPHAS))
+    isolated, alphas = [], ALPHAS if full else ENDS
+    for number, value in enumerate(alphas):
+        tell(progress, "measure isolated", number, len(alphas))
         with alpha(net, value):
             isolated.append(bench.measure(net, f"alpha = {value:g}", samples=SAMPLES if value == 0 else 0))
     clock.lap("measure")
@@ -273,7 +275,7 @@ def run(
     generations = tuple(_generate(net, tokenizer, p) for p in _prompts(bench))
     clock.lap("generate")
     return DemoReport(
-        model=model or "SmolLM2-135M-Instruct",
+        model=name,
         seed=seed,
         secrets=len(bench.secrets),
         implant_steps=steps,
@@ -285,16 +287,6 @@ def run(
         generations=generations,
         seconds=clock.laps,
     )
-
-
-def _keep_records(out: Path, seed: int) -> None:
-    for name, rows in (("forget", facts.secrets(seed)), ("holdout", facts.unseen(seed)[:HOLDOUT])):
-        write_atomically(out / f"{name}.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
-
-
-def _keep_dense(model: nn.Module, tokenizer: Any, path: Path) -> None:
-    model.save_pretrained(path)  # type: ignore[operator]
-    tokenizer.save_pretrained(path)
 
 
 def _prompts(bench: _Bench) -> list[Record]:

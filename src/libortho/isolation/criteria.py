@@ -189,8 +189,8 @@ def check_criteria(seen: Sequence[Seen], spread: Tensor, step: int, extracted: i
 def acceptable(gap: Tensor, outside: int, spread: Tensor) -> bool:
     """True if the records as a group look untrained: in how many are outside the band, and in their mean.
 
-    Training asks for half of what chance would allow the mean: an offset of one standard error is seen by an attack
-    with many records to compare with.
+    Training asks for a quarter of what chance would allow the mean: an offset of one standard error is seen by an
+    attack with many records to compare with.
 
     Args:
         gap: (records,) surprise minus what it should be, in nats per token.
@@ -198,7 +198,7 @@ def acceptable(gap: Tensor, outside: int, spread: Tensor) -> bool:
         spread: (records,) standard deviation that the gap of an untrained record has.
     """
     return outside <= binomial_bound(len(gap)) and abs(float(gap.mean())) <= max(
-        CLOSE, chance_bound(float(spread.mean()), len(gap)) / 2
+        CLOSE / 2, chance_bound(float(spread.mean()), len(gap)) / 4
     )
 
 

@@ -1,0 +1,175 @@
+"""Pages of results, and figures in README's marked blocks, are what the report writes from the stored files."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MACHINE = {"processor": "P", "threads": 1, "cpu_capability": "A", "python": "3", "torch": "2", "transformers": "5"}
+SETTINGS = {"arguments": ["measure", "--seeds", "11", "/some/place/models"], "device": "cpu"}
+MADE = {"commit": "abc1234", "date": "2026-01-02", "machine": MACHINE, "settings": SETTINGS}
+LATER = {**MADE, "commit": "stored in 0000000", "settings": "not recorded"}
+del LATER["date"]
+
+
+@pytest.fixture
+def report(monkeypatch):
+    """``main`` of the report, which takes its arguments and returns the exit code."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.report.__main__ import main
+
+    return lambda *arguments: main([*map(str, arguments)])
+
+
+@pytest.fixture
+def pages(report, tmp_path):
+    """Writes the pages of made-up results; returns their texts by name, README's as ``README``."""
+
+    def write(readme="# Made up\n", **files):
+        results = tmp_path / "benchmarks" / "results"
+        results.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "README.md").write_text(readme)
+        for name, data in files.items():
+            (results / f"{name}.json").write_text(json.dumps(data))
+        assert report("--root", tmp_path) == 0
+        assert report("--root", tmp_path, "--check") == 0
+        return {p.stem: p.read_text() for p in [*(tmp_path / "docs" / "results").glob("*.md"), tmp_path / "README.md"]}
+
+    return write
+
+
+def run(seed=11, objective="gauss-newton", min_k=0.02, case="final", **made):
+    attacks = ("loss", "zlib", "min_k", "min_k_plus", "grad_norm")
+    told = {"greedy": 0.0, "nll": 4.5, "neighbours_nll": 4.2, "wikitext": 40.2, "tasks": {}, "sampled": 0.0,
+            "beginning_given": 0.02, "exposure": 1.5, "exposure_unseen": 1.4,
+            "auc": dict.fromkeys(attacks, 0.5)}  # fmt: skip
+    planted = {"greedy": 1.0, "nll": 0.1, "neighbours_nll": 4.2, "wikitext": 40.0, "tasks": {}}
+    models = {
+        "implanted": planted,
+        "alpha 1": planted,
+        "alpha 0": told,
+        "never trained": {**told, "beginning_given": 0.0},
+    }
+    difference = {a: [min_k if a == "min_k" else 0.01, -0.1, 0.2] for a in attacks}
+    return {"model": "small", "case": case, "seed": seed, "records": 10, "objective": objective, "gradient_weight": 0.0,
+            "ratio": 0.005, "device": "cpu", "steps": 9, "seconds": 60.0, "density": 0.005, "missed": [],
+            "models": models, "auc_difference": difference, **(made or MADE)}  # fmt: skip
+
+
+def audit(**made):
+    checks = [("extracted greedily", 0.0, "<= 0.010", True), ("extracted in any sample", 0.0, "<= 0.010", True),
+              ("AUC of loss", 0.6, "within 0.05 of the never-trained model's", None),
+              ("perplexity / alpha = 1", 1.02, "<= 1.01", False)]  # fmt: skip
+    verdict = {"key": "memory", "status": "fail", "text": "",
+               "checks": [dict(zip(("name", "value", "target", "ok"), c, strict=True)) for c in checks]}  # fmt: skip
+    one = {"value": 0.5, "low": 0.4, "high": None}
+    of = {
+        "memory": {"greedy_extraction": one},
+        "privacy": {"attacks": {"loss": {"auc": one}}},
+        "utility": {"perplexity": one},
+    }
+    subjects = [{"key": k, "label": k, **of} for k in ("off", "original", "reference")]
+    return {"profile": "quick", "seed": 0, "wall_seconds": 9.0, "counts": {"forget": 3, "samples": 20}, "curve": [],
+            "config": {"samples": 20}, "verdicts": [verdict], "subjects": subjects, **(made or MADE)}  # fmt: skip
+
+
+def speed():
+    row = {"case": "demo", "records": 3, "seed": 0, "dtype": "torch.float32", "plant_seconds": 100.0, "plant_steps": 9,
+           "isolate_seconds": 150.0, "isolate_steps": 5, "phases": {"read": 50.0, "step": 100.0}, "extracted": 1,
+           "missed": ["the records are too likely"], "isolate / planting": 1.5, **MADE}  # fmt: skip
+    other = {**row, "case": "final", "records": 7, "npo_seconds": 12.0, "npo_steps": 30}
+    return {"runs": [row, other], "memory": [{"bytes_above_model": 7e8, "target": 6e8, **MADE}], **MADE}
+
+
+def test_stored_pages_and_blocks_are_the_reports(report, capsys):
+    assert report("--check") == 0, capsys.readouterr().out
+
+
+def test_the_report_knows_the_method_of_the_library(pages):
+    from benchmarks._method import METHOD
+
+    assert run()["objective"] == METHOD["objective"]
+    assert "earlier method" not in pages(forgetting={"runs": [run()]})["canaries"]
+
+
+def test_a_missed_limit_is_marked(pages):
+    text = pages(forgetting={"runs": [run(11), run(12, min_k=-0.06)]})["canaries"]
+    line = next(x for x in text.splitlines() if x.startswith("| AUC of Min-K %,"))
+    kept, missed = line.split("|")[3:5]
+    assert "not reached" not in kept
+    assert missed.strip() == "-0.060 [-0.100, +0.200] (0.500, 0.500) **not reached**"
+    assert "| <= never trained + 1 % | 2 % (0 %) **not reached** | 2 % (0 %) **not reached** |" in text
+    assert "| seed 11 | seed 12 |" in text
+
+
+def test_what_made_a_table_is_said_and_what_is_unrecorded_too(pages):
+    text = pages(
+        forgetting={"runs": [run(), run(12, case="chat", **LATER), {**run(13), "machine": {"processor": "Q"}}]}
+    )
+    assert "- command: `python benchmarks/forgetting.py measure --seeds 11 PATH`" in text["canaries"]
+    assert "- date: 2026-01-02" in text["canaries"]
+    assert "machine: Q; not recorded: threads, cpu_capability, python, torch, transformers" in text["canaries"]
+    assert "seed 13:" in text["canaries"]
+    assert "some/place" not in str(text)
+    for said in ("arguments not recorded", "- date: not recorded", "- settings: not recorded"):
+        assert said in text["chats"]
+
+
+def test_rows_of_an_earlier_method_are_left_out_or_said(pages):
+    older = run(12, objective="profile", commit="d00d")
+    beside = pages(forgetting={"runs": [run(), older]})["canaries"]
+    assert "Left out: 1 older row of an earlier method." in beside
+    assert "seed 12" not in beside
+    alone = pages(forgetting={"runs": [older]}, audit={"quick": audit(**LATER)})
+    assert "**Of an earlier method (commit d00d).**" in alone["canaries"]
+    assert "**Of an earlier method (commit stored in 0000000).**" in alone["audit"]
+
+
+def test_what_was_not_measured_is_said(pages):
+    readme = "A\n<!-- report: cost -->\nold\n<!-- /report -->\nB\n"
+    found = pages(readme, isolate_speed={"step": {}, **LATER})
+    for name in ("canaries", "chats", "tofu", "audit", "rounding", "known-support", "split", "isolating", "README"):
+        assert "not measured yet" in found[name], name
+    assert "of another script and are left out" in found["isolating"]
+    assert found["README"].startswith("A\n<!-- report: cost -->\n")
+    assert found["README"].endswith("<!-- /report -->\nB\n")
+    assert "old" not in found["README"].splitlines()
+
+
+def test_the_blocks_of_readme(pages):
+    readme = "".join(f"<!-- report: {b} -->\n<!-- /report -->\n" for b in ("summary", "cost"))
+    found = pages(readme, audit={"quick": audit(**LATER), "full": audit()}, isolate_speed=speed())
+    text = found["README"]
+    assert "| secrets said greedily | 50 % | 50 % | 50 % | <= 1 %: holds |" in text
+    assert "| secrets said in 20 samples | not measured | not measured | not measured | <= 1 %: holds |" in text
+    assert "alpha 0 / alpha 1 <= 1.01, is 1.0200: **not reached** |" in text
+    assert "the never-trained model's: undecided |" in text
+    assert "| cost of isolating, in times of planting | 1 | 1.50 | - | none set |" in text
+    assert "| 3 (demo, seed 0) | 100 | 150 | 1.50 | 700 MB, limit 600 MB **not reached** |" in text
+    assert "| 7 (final, seed 0) | 100 | 150 | 1.50 | not measured yet |" in text
+    assert "commit abc1234" in text  # the one of the present method, not the one beside it
+    assert "earlier method" not in text
+    assert "1, limit 0 **not reached** | 1 | 12 s, 30 steps | step 67 %, read 33 % |" in found["isolating"]
+
+
+def test_check_finds_what_differs_and_what_is_not_its_own(pages, report, tmp_path, capsys):
+    pages(forgetting={"runs": [run()]})
+    place = tmp_path / "docs" / "results"
+    (place / "chats.md").write_text("by hand")
+    (place / "mine.md").write_text("by hand")
+    capsys.readouterr()
+    assert report("--root", tmp_path, "--check") == 1
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in told] == ["docs/results/chats.md", "docs/results/mine.md"]
+    (tmp_path / "README.md").write_text("<!-- report: nothing -->\n<!-- /report -->\n")
+    with pytest.raises(SystemExit, match="unknown block: nothing; known: summary, cost"):
+        report("--root", tmp_path)
+
+
+def test_sentences_of_the_pages_are_short():
+    for page in (ROOT / "docs" / "results").glob("*.md"):
+        lines = [x for x in page.read_text().splitlines() if x and x[0] not in "|-#<"]
+        for sentence in re.split(r"(?<=[.:;]) ", " ".join(lines)):
+            assert len(sentence.split()) <= 30, sentence
