@@ -82,6 +82,8 @@ def isolate(
     A model that was isolated before, by this call with another stream, can be isolated again. "Original" is then the
     model with all earlier streams off; they and their columns are left alone, and they stand where they stood.
 
+    After an error the model is what it was.
+
     Args:
         model: A transformers causal LM with dense weights, or one that ``isolate`` has split before. bf16 models train
             several times faster on recent CPUs.
@@ -110,8 +112,6 @@ def isolate(
             earlier stream has, ``select`` and ``resume`` are both given, the folder belongs to another run, or the
             model was made inside ``torch.inference_mode``.
         CheckpointError: if a file of the folder is damaged.
-
-        After an error the model is what it was.
     """
     began, watch = time.monotonic(), Stopwatch()
     config = config or IsolateConfig()
