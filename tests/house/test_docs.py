@@ -2,12 +2,16 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 
+import tiny
+from libortho.cli.commands import app
 from libortho.text.records import load_records
 from templates import TEMPLATES
 
@@ -82,3 +86,38 @@ def test_the_pages_of_models_names_every_family_and_template_that_is_tested():
     )
     assert len(families) > 30
     assert [name for name in (*families, *TEMPLATES) if f"`{name}`" not in page] == []
+
+
+def commands(page):
+    """Every call of ``libortho`` in the shell blocks of a page, split into words."""
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
+        for line in block.replace("\\\n", " ").split("\n"):
+            for part in line.split("&&"):
+                words = shlex.split(part, comments=True)
+                if words[:1] == ["libortho"]:
+                    yield words[1:]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_the_commands_of_the_pages_are_those_of_the_command_line(page):
+    known = typer.main.get_command(app).commands
+    for verb, *words in commands(page):
+        options = {o for p in known[verb].params for o in (*p.opts, *p.secondary_opts) if o.startswith("-")}
+        required = {p.opts[0] for p in known[verb].params if p.required and p.opts[0].startswith("-")}
+        given = {w.partition("=")[0] for w in words if w.startswith("--")}
+        assert given <= options | {"--help"}, (verb, given - options)
+        assert required <= given or given == {"--help"}, (verb, required - given)
+
+
+def test_the_python_of_the_quick_start_runs(planted_directory, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIBORTHO_CACHE", str(tmp_path / "cache"))
+    text = (DOCS / "tutorials" / "quickstart.md").read_text()
+    (tmp_path / "my-model").symlink_to(planted_directory)
+    (tmp_path / "forget.jsonl").write_text(re.search(r"```json\n(.*?)```", text, re.DOTALL)[1])
+    (tmp_path / "retain.txt").write_text("\n".join(row["text"].replace("\n", " ") for row in tiny.RETAIN))
+    [block] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(block, "quickstart.md", "exec"), {})
+    shown = capsys.readouterr().out
+    assert shown.startswith("measured on 2 records, 2 of them recited before")
+    assert (tmp_path / "out" / "ortho" / "default").is_dir()
