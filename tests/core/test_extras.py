@@ -125,4 +125,4 @@ def test_the_extras_are_those_of_the_package():
         brought = " ".join(extras[name]).replace("-", "_")
         assert all(m in brought for m in modules)
         require(name, "this test")
-    assert set(extras) == {*MODULES, "dev"}
+    assert set(extras) == {*MODULES, "dev", "docs"}

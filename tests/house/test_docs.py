@@ -12,6 +12,9 @@ import typer
 
 import tiny
 from libortho.cli.commands import app
+from libortho.core import errors
+from libortho.isolation.criteria import RecordOutcome
+from libortho.isolation.result import missed_criteria
 from libortho.text.records import load_records
 from templates import TEMPLATES
 
@@ -121,3 +124,29 @@ def test_the_python_of_the_quick_start_runs(planted_directory, tmp_path, monkeyp
     shown = capsys.readouterr().out
     assert shown.startswith("measured on 2 records, 2 of them recited before")
     assert (tmp_path / "out" / "ortho" / "default").is_dir()
+
+
+def outcome(number, after, **more):
+    return RecordOutcome(number=number, before=-0.1, after=after, band=(-2.0, -1.0), **{"extracted": False} | more)
+
+
+def test_every_missed_criterion_and_every_error_is_explained():
+    def shape(text):
+        text = re.sub(r"\*?\b(\d+(\.\d+)?|[A-Z])\b\*?", "N", re.sub(r"^> |`", "", text, flags=re.MULTILINE))
+        return re.sub(r"\s+", " ", text)
+
+    page = shape((DOCS / "how-to" / "missed-criteria.md").read_text())
+    said = [outcome(i, 0.0, extracted=True, partial=True) for i in range(1, 5)]
+    faint = [outcome(i, -9.0) for i in range(1, 5)]
+    texts = {
+        shape(text)
+        for records in (said, faint)
+        for every_step in (True, False)
+        for criterion in missed_criteria(records, 4, (0.0, 1.0), every_step=every_step)
+        for text in criterion
+    }
+    assert len(texts) == 6 + 9
+    assert [t for t in texts if t not in page] == []
+    kinds = [n for n, c in vars(errors).items() if isinstance(c, type) and issubclass(c, errors.LibOrthoError)]
+    assert len(kinds) == 8
+    assert [n for n in kinds if n not in page] == []
