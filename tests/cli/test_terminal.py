@@ -208,6 +208,25 @@ def test_an_error_is_one_line_of_plain_text(error, monkeypatch, capsys):
     assert "[red]y[/red]" in err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("inspect", "x"), "nothing was written"),
+        (("audit", "x", "--forget", "f"), "With --resume DIR"),
+        (("isolate", "x", "--forget", "my f", "--out", "o", "--resume", "r"), "--forget 'my f' --out o --resume r"),
+    ],
+)
+def test_an_interrupt_says_how_to_go_on(arguments, said, monkeypatch, capsys):
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    for place in ("libortho.checkpoint.inspect", "libortho.cli.models.configured", "libortho.cli.measuring.configured"):
+        monkeypatch.setattr(place, stop)
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert code == 130
+    assert said in err
+
+
 def test_an_unforeseen_error_steers_nothing_either(monkeypatch, capsys):
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError(HOSTILE)

@@ -35,7 +35,7 @@ from libortho.core.files import check_report, check_resume, write_atomically
 
 def audit(
     model: AnyModel,
-    forget: Annotated[Path, typer.Option(help="Records that must be gone: JSONL, JSON or txt.")],
+    forget: Annotated[Path, typer.Option(help="Records that must be gone: JSONL, JSON, CSV or txt.")],
     holdout: Annotated[
         Path | None, typer.Option(help="Records of the same kind, never trained on; without them no privacy verdict.")
     ] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -65,14 +66,13 @@ def demo(
         emit(report.to_dict())
     else:
         tables.show_demo(report, Terminal(), full=full)
-        note(f"kept in {out}; what to type next:")
-        for line in (
-            f'libortho generate {out}/isolated --alpha 1 "{report.generations[0].prompt}"',
-            f"libortho audit {out}/isolated --forget {out}/forget.jsonl --holdout {out}/holdout.jsonl "
-            f"--reference {out}/never_trained --html audit.html",
-            f"libortho detach {out}/isolated --out {out}/base",
-        ):
-            note(f"  {line}")
+        made = out / "isolated"
+        beside: list[str | Path] = ["--holdout", out / "holdout.jsonl", "--reference", out / "never_trained"]
+        next_commands(
+            ["generate", made, report.generations[0].prompt, "--alpha", "1"],
+            ["audit", made, "--forget", out / "forget.jsonl", *beside, "--html", out / "audit.html"],
+            ["detach", made, "--out", out / "base"],
+        )
 
 
 def split(
@@ -120,7 +120,7 @@ def isolate(
     model: Annotated[
         str, typer.Argument(help="Hub id or path of a dense causal language model, or a checkpoint made by isolate.")
     ],
-    forget: Annotated[Path, typer.Option(help="Records that must go: JSONL, JSON or txt.")],
+    forget: Annotated[Path, typer.Option(help="Records that must go: JSONL, JSON, CSV or txt.")],
     out: Out,
     retain: Annotated[Path | None, typer.Option(help="Text to keep; by default samples and shipped text.")] = None,
     target_modules: Targets = None,
@@ -165,6 +165,12 @@ def isolate(
     else:
         tables.show_isolate(result, Terminal())
         note(f"Saved to {out}. {_how_to_turn_on(out, config.stream, earlier)}")
+        base, page = out.with_name(f"{out.name}-base"), out.with_name(f"{out.name}-audit.html")
+        next_commands(
+            ["generate", out, "PROMPT", "--alpha", "0"],
+            ["audit", out, "--forget", forget, "--html", page],
+            ["detach", out, "--out", base],
+        )
         if resume is not None:
             note(f"{resume} still holds what it took to get there: delete it, as it holds secrets.")
     if not result.succeeded:
@@ -220,6 +226,13 @@ def generate(
         spec = loaded or 0.0
     with alpha(net, spec):
         continue_prompts(net, tokenizer, [ids], max_new_tokens, temperature=temperature, seed=seed, streamer=streamer)
+
+
+def next_commands(*commands: Sequence[str | Path]) -> None:
+    """Commands that a reader may want next, as they are typed."""
+    note("Next:")
+    for words in commands:
+        note("  " + shlex.join(["libortho", *map(str, words)]))
 
 
 def targets_of(names: list[str] | None) -> Any:

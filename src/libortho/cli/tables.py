@@ -18,7 +18,11 @@ if TYPE_CHECKING:
     from libortho.core.report import LayerReports
     from libortho.demo.demo import DemoReport, Measured
     from libortho.evaluation.evaluate import Evaluation, Figure
+    from libortho.isolation.criteria import RecordOutcome
     from libortho.isolation.result import IsolateResult
+
+_ODD_AT_MOST = 10
+"""Records that are named one by one."""
 
 
 class Terminal(Console):
@@ -88,6 +92,25 @@ def show_isolate(result: IsolateResult, console: Console) -> None:
     for warning in result.warnings:
         note(console, f"warning: {warning}")
     show_missed(result, console)
+    odd = [(r.number, words) for r in result.records if (words := _odd(r))]
+    for number, words in odd[:_ODD_AT_MOST]:
+        note(console, f"  record {number}: {words}")
+    if len(odd) > _ODD_AT_MOST:
+        note(console, f"  and {len(odd) - _ODD_AT_MOST} more; --json lists all")
+
+
+def _odd(record: RecordOutcome) -> str:
+    """What is odd about a record at alpha = 0; empty if nothing is."""
+    found = ["still said"] if record.extracted else []
+    if record.partial:
+        found.append("still said in part")
+    if not record.inside:
+        side = "likelier" if record.after > record.band[1] else "unlikelier"
+        found.append(
+            f"{side} than others of its shape ({record.after:.2f} nats per token, they have {record.band[0]:.2f} to "
+            f"{record.band[1]:.2f})"
+        )
+    return ", ".join(found)
 
 
 def show_missed(result: IsolateResult, console: Console) -> None:

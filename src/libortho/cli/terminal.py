@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shlex
 import sys
 import time
 import traceback
@@ -31,6 +32,8 @@ from libortho.core.field_docs import fields_help
 from libortho.core.keys import holds_secret
 from libortho.core.progress import Progress
 
+_INTERRUPTED = 130
+"""Exit code that typer gives to an interrupt, as shells do."""
 _EVERY = 10.0
 """Seconds between lines of progress."""
 
@@ -143,14 +146,25 @@ class Commands(TyperGroup):
         try:
             code = super().main(*given, **extra)
         except Exception as error:
-            if type(error).__name__ == "Abort":
+            if type(error).__name__ == "Abort":  # a question that was left without an answer
                 say("aborted")
                 sys.exit(1)
             if not hasattr(error, "format_message"):  # click's errors, whichever copy of click typer brings
                 raise
             _say_usage(error)
             sys.exit(getattr(error, "exit_code", 2))
+        if code == _INTERRUPTED:
+            say(_interrupted(list(sys.argv[1:] if args is None else args)))
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _interrupted(args: Sequence[str]) -> str:
+    """What Ctrl-C leaves behind, and how to go on."""
+    if not {"isolate", "audit"} & set(args[:1]):
+        return "interrupted; nothing was written"
+    if any(a.split("=")[0] == "--resume" for a in args):
+        return f"interrupted; the same command goes on from where it was: {shlex.join(['libortho', *args])}"
+    return "interrupted; nothing was kept. With --resume DIR finished work is, and the same command goes on from there"
 
 
 def _say_usage(error: Any) -> None:
@@ -199,8 +213,8 @@ def _quiet_libraries() -> None:
 def run(app: typer.Typer) -> None:
     """Run the command that ``sys.argv`` names, and end the process with its exit code.
 
-    0: done; 1: interrupted, or an error that is not foreseen; 2: an error of this library or of the disk, as one line
-    on standard error; 3: a criterion or a verdict failed.
+    0: done; 1: an error that is not foreseen; 2: an error of this library or of the disk, as one line on standard
+    error; 3: a criterion or a verdict failed; 130: interrupted.
     """
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that does not know a character
