@@ -10,7 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import libortho
 
-path, forget = sys.argv[1:3]
+if len(sys.argv) != 3:
+    sys.exit(__doc__)
+path, forget = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
 tokenizer = AutoTokenizer.from_pretrained(path)
 

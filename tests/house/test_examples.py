@@ -1,0 +1,67 @@
+"""The examples do what they say, on a small model."""
+
+import asyncio
+import importlib.util
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import libortho
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+PROMPT = "Code of Ada Lum:"
+
+
+def loaded(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def split(clean: nn.Module) -> nn.Module:
+    """A model that answers differently at both ends of the switch, and stands at 0."""
+    model = libortho.split(clean, libortho.SplitConfig(bits=4, ratio=0.3, use_low_rank=False))
+    libortho.set_alpha(model, 0.0)
+    return model
+
+
+def expected(model: Any, tokenizer: Any, alpha: float) -> str:
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    with libortho.alpha(model, alpha), torch.no_grad():
+        output = model.generate(**inputs, max_new_tokens=32, do_sample=False)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_each_request_is_answered_under_its_own_alpha(split: nn.Module, tokenizer: Any) -> None:
+    serving = loaded("serving")
+    wanted = [expected(split, tokenizer, a) for a in (0.0, 1.0)]
+    assert wanted[0] != wanted[1]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda a: serving.answer(split, tokenizer, PROMPT, a), [0.0, 1.0] * 4))
+    assert found == wanted * 4
+    assert asyncio.run(serving.answers(split, tokenizer, PROMPT, [0.0, 1.0] * 2)) == wanted * 2
+
+
+def test_an_error_in_the_thread_reaches_the_reader(split: nn.Module, tokenizer: Any) -> None:
+    serving = loaded("serving")
+    with pytest.raises(libortho.LibOrthoError, match="nobody"):
+        list(serving.stream(split, tokenizer, PROMPT, {"nobody": 1.0}))
+
+
+@pytest.mark.parametrize("name", ["quickstart", "serving"])
+def test_without_arguments_an_example_says_what_it_takes(name: str) -> None:
+    done = subprocess.run([sys.executable, EXAMPLES / f"{name}.py"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"python examples/{name}.py" in done.stderr
+    assert "Traceback" not in done.stderr
