@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib.util
 import math
 import tempfile
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,8 @@ def packaged_model() -> Path:
 
     source = spec.submodule_search_locations[0]
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
-    model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+    with redirect_stderr(StringIO()):  # a bar of its own
+        model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
     keep_dense(model, tokenizer, target)
     return target
 
