@@ -123,21 +123,40 @@ def memory(data: Row) -> str:
     return judged(f"{taken / 1e6:.0f} MB, limit {limit / 1e6:.0f} MB", taken <= limit)
 
 
+KINDS = {
+    "demo": "secrets of the demonstration",
+    "tuning": "codes, templates that were looked at",
+    "final": "codes in plain text",
+    "chat": "codes in chats",
+    "tofu": "answers of TOFU",
+}
+LIMITS = dict.fromkeys(KINDS, 1.0) | {"tofu": 1.5}
+"""Of isolating in times of planting."""
+
+
+def beside_planting(run: Row) -> str:
+    """Isolating in times of planting, beside its limit."""
+    found, most = run["isolate / planting"], LIMITS[run["case"]]
+    return judged(f"{found:.2f}, limit {most:g}", found <= most)
+
+
 def cost(results: Path) -> str:
     """Isolating beside planting; also a block of README."""
     data = read(results, "isolate_speed")
+    runs = sorted(data.get("runs", []), key=lambda r: list(KINDS).index(r["case"]))
+    if not runs:
+        return f"What isolating costs: {UNMEASURED}."
     rows = [
         [
-            f"{r['records']} ({r['case']}, seed {r['seed']})",
+            f"{r['records']} {KINDS[r['case']]}",
             number(r["plant_seconds"], ".0f"),
             number(r["isolate_seconds"], ".0f"),
-            number(r["isolate / planting"], ".2f"),
-            memory(data) if r["case"] == "demo" else UNMEASURED,  # its process isolates the demonstration's records
+            beside_planting(r),
         ]
-        for r in data.get("runs", [])
+        for r in runs
     ]
-    header = ["records", "planted, s", "isolated, s", "isolate / planting", "peak memory above the model"]
-    return table(header, rows) if rows else f"What isolating costs: {UNMEASURED}."
+    shown = table(["records", "planted, s", "isolated, s", "isolated / planted"], rows)
+    return f"{shown}\n\nPeak memory above the model, of the demonstration's request: {memory(data)}."
 
 
 def isolating(results: Path) -> str:
@@ -153,7 +172,14 @@ def isolating(results: Path) -> str:
             said = judged(f"{r['extracted']}, limit 0", r["extracted"] == 0)
             steps = f"{r['plant_steps']}, {r['isolate_steps']}"
             rows.append(
-                [f"{r['records']} ({r['case']}, seed {r['seed']})", steps, said, str(len(r["missed"])), npo, shares]
+                [
+                    f"{r['records']} {KINDS[r['case']]}, seed {r['seed']}",
+                    steps,
+                    said,
+                    str(len(r["missed"])),
+                    npo,
+                    shares,
+                ]
             )
         header = [
             "records",
