@@ -153,7 +153,7 @@ def _clean(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
 @pytest.fixture(scope="session")
 def _planted(_clean: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     model = copy.deepcopy(_clean)
-    tiny.fit(model, tiny.background(tokenizer, seed=1), 150, also=tiny.encoded(tokenizer))
+    tiny.plant(model, tokenizer)
     return model
 
 

@@ -1,7 +1,12 @@
-"""A byte-level tokenizer and a small model that memorised four codes: made in seconds, without a download."""
+"""A byte-level tokenizer and a small model that memorised four codes: made in seconds, without a download.
+
+python tests/tiny.py DIRECTORY  # saves the model there
+"""
 
 import random
+import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -99,6 +104,20 @@ def untrained_on_secrets(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     return model
 
 
+def plant(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Teach the model ``FORGET``, beside what it knows."""
+    fit(model, background(tokenizer, seed=1), 150, also=encoded(tokenizer))
+
+
+def save_planted(directory: Path) -> None:
+    """Make the model that memorised ``FORGET``, and save it with its tokenizer."""
+    tokenizer = byte_tokenizer()
+    model = untrained_on_secrets(tokenizer)
+    plant(model, tokenizer)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
 def encoded(tokenizer: PreTrainedTokenizerFast, rows: Sequence[dict[str, str]] = FORGET) -> list[Encoded]:
     return [encode(r, tokenizer) for r in load_records(rows)]
 
@@ -115,3 +134,9 @@ def sharpened(tokenizer: PreTrainedTokenizerFast, factor: float = 5.0) -> PreTra
             if parameter.dim() > 1:
                 parameter.mul_(factor)
     return model
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    save_planted(Path(sys.argv[1]))

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import typer
 
+import libortho
+import notebook
 import tiny
 from libortho.cli.commands import app
 from libortho.core import errors
@@ -112,18 +114,46 @@ def test_the_commands_of_the_pages_are_those_of_the_command_line(page):
         assert required <= given or given == {"--help"}, (verb, required - given)
 
 
-def test_the_python_of_the_quick_start_runs(planted_directory, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def folder(planted_directory, tmp_path, monkeypatch):
+    """The current directory, with the model of the quick start in it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LIBORTHO_CACHE", str(tmp_path / "cache"))
-    text = (DOCS / "tutorials" / "quickstart.md").read_text()
     (tmp_path / "my-model").symlink_to(planted_directory)
-    (tmp_path / "forget.jsonl").write_text(re.search(r"```json\n(.*?)```", text, re.DOTALL)[1])
-    (tmp_path / "retain.txt").write_text("\n".join(row["text"].replace("\n", " ") for row in tiny.RETAIN))
-    [block] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    exec(compile(block, "quickstart.md", "exec"), {})
-    shown = capsys.readouterr().out
+    return tmp_path
+
+
+def test_the_python_of_the_quick_start_runs(folder):
+    text = (DOCS / "tutorials" / "quickstart.md").read_text()
+    (folder / "forget.jsonl").write_text(re.search(r"```json\n(.*?)```", text, re.DOTALL)[1])
+    (folder / "retain.txt").write_text("\n".join(row["text"].replace("\n", " ") for row in tiny.RETAIN))
+    [shown] = notebook.run(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
     assert shown.startswith("measured on 2 records, 2 of them recited before")
-    assert (tmp_path / "out" / "ortho" / "default").is_dir()
+    assert (folder / "out" / "ortho" / "default").is_dir()
+
+
+def test_the_notebook_of_the_quick_start_prints_what_it_shows(folder):
+    cells = notebook.code_cells(json.loads(notebook.NOTEBOOK.read_text()))
+    stored = ["".join(line for o in c["outputs"] for line in o["text"]) for c in cells]
+    printed = notebook.run(["".join(c["source"]) for c in cells])
+
+    def shape(text):
+        """Figures, and what is made up at alpha = 0, differ from one processor to another."""
+        return re.sub(r"\d+(\.\d+)?", "N", re.sub(r"^(alpha = 0|loaded):.*$", r"\1", text, flags=re.MULTILINE))
+
+    assert [*map(shape, printed)] == [*map(shape, stored)]
+    for texts in (printed, stored):
+        off = re.findall(r"^(?:alpha = 0|loaded):.*$", "".join(texts), re.MULTILINE)
+        on = re.findall(r"^(?:alpha = 1|on|Code of Ada Lum):  (\d+)\.$", "".join(texts), re.MULTILINE)
+        assert on == ["6311"] * 3
+        assert len(off) == 2
+        assert not any("6311" in line for line in off)
+    assert not re.search(r"(?<!\w)[/~]\w|[A-Z]:\\", "".join(stored)), "a path of a machine"
+
+
+def test_the_citation_names_the_version():
+    [version] = re.findall(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert version == libortho.__version__
 
 
 def outcome(number, after, **more):

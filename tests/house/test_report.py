@@ -131,7 +131,8 @@ def test_rows_of_an_earlier_method_are_left_out_or_said(pages):
 def test_what_was_not_measured_is_said(pages):
     readme = "A\n<!-- report: cost -->\nold\n<!-- /report -->\nB\n"
     found = pages(readme, isolate_speed={"step": {}, **LATER})
-    for name in ("canaries", "chats", "tofu", "audit", "rounding", "known-support", "split", "isolating", "README"):
+    silent = ("canaries", "chats", "tofu", "audit", "rounding", "known-support", "split", "disk", "vllm")
+    for name in (*silent, "isolating", "README"):
         assert "not measured yet" in found[name], name
     assert "of another script and are left out" in found["isolating"]
     assert found["README"].startswith("A\n<!-- report: cost -->\n")
@@ -154,6 +155,64 @@ def test_the_blocks_of_readme(pages):
     assert "commit abc1234" in text  # the one of the present method, not the one beside it
     assert "earlier method" not in text
     assert "1, limit 0 **not reached** | 1 | 12 s, 30 steps | step 67 %, read 33 % |" in found["isolating"]
+
+
+def served():
+    """What the check of vLLM stores, with one verdict that fails."""
+    apart = {"max": 0.5, "mean": 0.04}
+    near = {"tokens": 8, "argmax": {"vllm = bf16": 7}, "wrong stream": {"1": apart}, "secret_nll": {"bf16": 2.0},
+            **dict.fromkeys(("vllm - bf16", "vllm - fp32", "bf16 - fp32"), apart)}  # fmt: skip
+    alphas = ("0", "1", "0.5")
+    slots = {"rows": 3, "extracted": 1, "equal to alpha 0": 2, "equal to alpha 1": 1}
+    asked = [{"cached": 0, "first": True, "equal": True}, {"cached": 64, "first": False, "equal": False}]
+    run = {"max_loras": 3, "records": 3, "prompts": 4, "max_tokens": 2, "probes": 4,
+           "scheme": {"num_bits": 4, "group_size": 32}, "one batch = alone": dict.fromkeys(alphas, 4),
+           "mixed": {"mixed [1, 0]": {"rows": 4, "telling": 3, "differ": [2]}},
+           "extracted": dict.fromkeys(alphas, 1), "secret_nll": dict.fromkeys(alphas, 1.5),
+           "reference": {"rows": dict.fromkeys(alphas, near), "prefix of another alpha": {"1 -> 0": apart}},
+           "cached": {"rows": asked, "telling": 1, "mixed batch": {"rows": 2, "equal": 2, "cached": [64, 64]}},
+           "leaking": {"max_loras": 2, "all slots filled": slots},
+           "http": {"rows": [{"model": "base", "equal": True}, {"model": "base", "equal": False}]},
+           "verdicts": {"the base is unchanged": True, "nothing is extracted": False}}  # fmt: skip
+    return {"runs": {"small": run}, "versions": {"vllm": "9"}, **MADE}
+
+
+def test_the_page_of_vllm(pages):
+    text = pages(vllm=served())["vllm"]
+    assert "earlier method" not in text
+    for row in (
+        "| 0.5 | 7/8 | 0.50 (0.040) | 0.50 (0.040) | 0.50 (0.040) | 1: 0.50 (0.040) | 1.500 (2.000) | 1/3 |",
+        "| mixed [1, 0] | 4 | 3 | 1 |",
+        "| all slots filled | 3 | 2 | 1 | 1 |",
+        "| later | 1 | 64 | 0 |",
+        "| http | base | 1/2 |",
+        "| the base is unchanged | holds |",
+        "| nothing is extracted | **not reached** |",
+    ):
+        assert row in text
+    assert "earlier method" in pages(vllm={**served(), **LATER})["vllm"]
+
+
+def test_the_page_of_disk_and_start(pages):
+    stream = {"density": 0.005, "values_of_base": 0.01, "adapter_without_tail_of_base": 0.05, "one_hot_bytes": 2e6,
+              "tail_density": 0.0, "tail_bytes": 0, "adapter_of_base": 0.05}  # fmt: skip
+    base = {"layers": 3, "base_bytes": 4e6, "base_of_bf16": 0.5, "weights_files_bytes": 5e6}
+    sizes = {f"int{b}": {**base, "bits": b, "streams": {"hr": stream}} for b in (8, 4)}
+    time = {"median": 2.0, "runs": [3.0, 2.0, 1.0]}
+    memory = {"median": 2e6, "runs": [1e6, 2e6, 3e6]}
+    load = {"load_seconds": time, "forward_seconds": time, "peak_bytes": memory, "resident_bytes": memory}
+    disk = {"repeats": 3, "dense_files_bytes": 9e6, "sizes": sizes, "loading": {"ours": load}, **MADE}
+    rows = [{"what": "--help", "seconds": 0.6, "target": 0.5}]
+    startup = {"rows": rows, "median_seconds": {"python": 0.1}, "rounds": 3, **MADE}
+    text = pages(disk=disk, startup=startup)["disk"]
+    for row in (
+        "| int8 | INT8 | 3 | 4.00 | 0.5000, limit 0.5500 | 5.0 |",
+        "| int8: hr | 0.500% | 1.000%, limit 1.100% | 5.000%, limit 4.000% **not reached** | 2.00 | - | 5.00% |",
+        "| int4: hr | 0.500% | 1.000% | 5.000% | 2.00 | - | 5.00% |",
+        "| ours | 2.00 [1.00, 3.00] | 2.000 [1.000, 3.000] | 2 [1, 3] | 2 [1, 3] |",
+        "| --help | 0.600, limit 0.5 **not reached** |",
+    ):
+        assert row in text
 
 
 def test_check_finds_what_differs_and_what_is_not_its_own(pages, report, tmp_path, capsys):
