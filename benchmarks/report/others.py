@@ -195,7 +195,7 @@ def isolating(results: Path) -> str:
             lambda r: f"{r['case']} {r['records']}" if "case" in r else "peak memory",
         )
         missed = "\n".join(f"- {r['case']} {r['records']}: {m}." for r in runs for m in r["missed"])
-        parts = [made, *parts, f"Peak memory: {memory(data)}.", table(header, rows)]
+        parts = [made, *parts, table(header, rows)]
         parts += [f"What `isolate` itself says it missed:\n\n{missed}"] if missed else []
     elif data:
         parts += [

@@ -16,6 +16,12 @@ ROWS = (
     ("membership AUC (loss)", ("privacy", "attacks", "loss", "auc", "value"), "AUC of loss"),
     ("perplexity of general text (WikiText)", ("utility", "perplexity", "value"), "perplexity / alpha = 1"),
 )
+ATTACKS = (
+    ("half of them trained again: memory of the rest back", "relearned on forget half: share of the memory back, "
+     "beyond never trained", share),
+    ("base rounded to INT4: nats per token likelier", "rounded to int4: nats gained", lambda v: number(v, "+.2f")),
+)  # fmt: skip
+"""What an attack gives back: label, check of the audit, and how the value is written."""
 
 
 def chosen(results: Path) -> Row | None:
@@ -30,12 +36,19 @@ def figure(value: float, check: str) -> str:
     return number(value, ".2f" if check.startswith("perplexity") else ".3f")
 
 
+def checked(report: Row, name: str) -> Row | None:
+    """The condition of that name, if the audit has it."""
+    return next((c for v in report["verdicts"] for c in v["checks"] if c["name"] == name), None)
+
+
 def limit(report: Row, name: str) -> str:
     """What a check asks for, and whether it is reached."""
-    check = next((c for v in report["verdicts"] for c in v["checks"] if c["name"] == name), None)
+    check = checked(report, name)
     if check is None:
         return UNMEASURED
     target = check["target"]
+    if name.startswith("relearned"):
+        target = f"beyond never trained <= {share(float(target.removeprefix('<= ')))}"
     if name.startswith("extracted"):
         target = f"<= {share(float(target.removeprefix('<= ')))}"
     elif name.startswith("perplexity"):
@@ -61,6 +74,9 @@ def summary(results: Path) -> str:
             found = [at(models.get(key), *keys) for key in ("original", "off", "reference")]
             cells = ["not measured" if v is None else figure(v, check) for v in found]
             rows.append([label.format(**report["counts"]), *cells, limit(report, check)])
+        for label, name, written in ATTACKS:
+            if found := checked(report, name):
+                rows.append([label, "-", written(found["value"]), "-", limit(report, name)])
     rows.append(relative_cost(results))
     shown = table(["figure", "planted", "alpha 0", "never trained", "limit"], rows)
     return "\n\n".join((shown, *([] if report is None else source(report))))
