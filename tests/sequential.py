@@ -16,7 +16,7 @@ from libortho.core.switch.alpha import get_switch
 from libortho.lm.model import LanguageModel
 from libortho.lm.scoring import score
 
-FIRST = IsolateConfig(ratio=0.04, damping=1.0, max_steps=80, stream="first")
+FIRST = IsolateConfig(ratio=0.06, damping=1.0, max_steps=80, stream="first")
 SECOND = replace(FIRST, stream="second")
 SHORT = replace(SECOND, max_steps=3)
 ONE, TWO = tiny.FORGET[:2], tiny.FORGET[2:]
