@@ -241,7 +241,7 @@ def test_the_whole_demonstration_measures_prints_and_keeps(planted_directory, mo
     assert "membership AUC" in printed  # whole, in 80 columns
 
 
-@pytest.mark.parametrize("there", ["file", "other files", "other settings"])
+@pytest.mark.parametrize("there", ["file", "other files", "other settings", "half a file", "a list"])
 def test_a_place_with_something_else_is_refused_before_the_work(planted_directory, tmp_path, there):
     place = tmp_path / "place"
     if there == "file":
@@ -250,8 +250,10 @@ def test_a_place_with_something_else_is_refused_before_the_work(planted_director
         place.mkdir()
         (place / "thesis.tex").write_text("mine")
     else:
+        settings = json.dumps({"settings": {"seed": 1}, "steps": None})
         place.mkdir()
-        (place / "demonstration.json").write_text(json.dumps({"settings": {"seed": 1}, "steps": None}))
+        text = {"other settings": settings, "half a file": settings[:9], "a list": "[]"}[there]
+        (place / "demonstration.json").write_text(text)
     with pytest.raises(LibOrthoError, match="--out"):
         run(model=str(planted_directory), out=place)
 

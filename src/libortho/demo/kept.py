@@ -38,8 +38,8 @@ class Kept:
         if not path.is_dir() or (any(path.iterdir()) and not (path / _FILE).is_file()):
             raise LibOrthoError(f"{path} exists and is no demonstration; name another place with --out")
         if (path / _FILE).is_file():
-            found = json.loads((path / _FILE).read_text(encoding="utf-8"))
-            if (other := found.get("settings")) != settings:
+            found = _read(path / _FILE)
+            if (other := found["settings"]) != settings:
                 raise LibOrthoError(
                     f"{path} is the demonstration of {other}, and this one is of {settings}; name another place with "
                     "--out, or delete it"
@@ -80,3 +80,13 @@ class Kept:
     def _write(self, steps: int | None) -> None:
         assert self.path is not None
         write_atomically(self.path / _FILE, json.dumps({"settings": self._settings, "steps": steps}) + "\n")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or set(found) != {"settings", "steps"}:
+        raise LibOrthoError(f"{path} is damaged; name another place with --out, or delete {path.parent}")
+    return found

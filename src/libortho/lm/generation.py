@@ -98,7 +98,7 @@ def _whole_states(model: nn.Module) -> Iterator[None]:
     if head is None:
         yield
         return
-    handle = head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
+    handle = head.register_forward_pre_hook(lambda module, args: tuple(a.contiguous() for a in args))
     try:
         yield
     finally:

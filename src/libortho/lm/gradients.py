@@ -27,9 +27,10 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Logits (positions, vocabulary), labels (positions,) and the row that each belongs to (positions,), to a scalar."""
 
 
-def mean_losses(logits: Tensor, labels: Tensor, owner: Tensor) -> Tensor:
-    """The sum over rows of each one's mean negative log-likelihood."""
-    return (1.0 / torch.bincount(owner))[owner] @ F.cross_entropy(logits, labels, reduction="none")
+def mean_losses(positions: Tensor) -> Loss:
+    """The sum over rows of each one's mean negative log-likelihood, given the row of every position, (positions,)."""
+    share = 1.0 / torch.bincount(positions)
+    return lambda logits, labels, owner: share[owner] @ F.cross_entropy(logits, labels, reduction="none")
 
 
 def squared_norms(taps: Taps) -> Tensor:
@@ -110,16 +111,14 @@ def tapped(lm: LanguageModel, modules: Mapping[str, nn.Module], batch: Batch) ->
 
 
 def tapped_gradients(
-    lm: LanguageModel, modules: Mapping[str, nn.Module], batch: Batch, loss: Loss = mean_losses
+    lm: LanguageModel, modules: Mapping[str, nn.Module], batch: Batch, loss: Loss | None = None
 ) -> Taps:
-    """One backward pass of a loss, from the logits down to the modules' outputs.
+    """One backward pass of a loss that is a sum over positions (default: ``mean_losses``), to the modules' outputs.
 
     Raises:
         TargetError: if a module is not applied once to every token.
     """
     seen = tapped(lm, modules, batch)
-    states = seen.states.detach().requires_grad_()
-    with torch.enable_grad():
-        [of_states] = torch.autograd.grad(loss(lm.logits(states), seen.labels, seen.owner), states)
+    of_states = seen.of_states(lm, loss or mean_losses(seen.owner))
     # Padding is never attended to and carries no loss: its output gradients are zero.
     return {n: (seen.inputs[n].float(), dy.float()) for n, dy in seen.gradients(of_states).items()}
