@@ -180,14 +180,17 @@ def test_phases_of_the_progress_steer_nothing(terminal_like, monkeypatch, capsys
 
 
 def test_where_there_is_no_terminal_progress_is_lines(monkeypatch, capsys):
-    now = iter([0.0, 1.0, 3.0, 12.0, 13.0, 14.0])
+    now = iter([0.0, 1.0, 3.0, 12.0, 13.0, 14.0, 20.0, 32.0])
     monkeypatch.setattr("libortho.cli.terminal.time.monotonic", lambda: next(now))
     with terminal.progress_bars() as tell:
         for done in (0, 1, 4, 8):
             tell("steps", done, 8)
         tell("result", 0, 1)
+        for done in (1, 3):  # what is told of first when one is done took a time that nobody knows
+            tell("plant", done, 6)
     assert capsys.readouterr().err.splitlines() == [
         "1 s: steps 0/8", "12 s: steps 4/8, 11 s left at most", "13 s: steps 8/8", "14 s: result 0/1",
+        "20 s: plant 1/6", "32 s: plant 3/6, 18 s left at most",
     ]  # fmt: skip
 
 

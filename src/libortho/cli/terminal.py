@@ -84,16 +84,19 @@ class _Lines:
 
     def __init__(self) -> None:
         self._began, self._said = time.monotonic(), -math.inf
-        self._phase, self._since = "", self._began
+        self._phase, self._since, self._first = "", self._began, 0
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         now = time.monotonic()
         if phase != self._phase:
-            self._phase, self._since, self._said = phase, now, -math.inf
+            self._phase, self._since, self._first, self._said = phase, now, done, -math.inf
         if done < total and now - self._said < _EVERY:
             return
         self._said = now
-        left = f", {(now - self._since) * (total - done) / done:.0f} s left at most" if 0 < done < total else ""
+        left = ""
+        if self._first < done < total:
+            each = (now - self._since) / (done - self._first)
+            left = f", {each * (total - done):.0f} s left at most"
         say(f"{now - self._began:.0f} s: {phase} {done}/{total}{left}")
 
 
