@@ -278,6 +278,20 @@ def test_an_interrupted_audit_goes_on(
     assert all(p.stat().st_mode & 0o077 == 0 for p in tmp_path.rglob("*"))  # it holds generated text
 
 
+def test_verdicts_come_as_their_figures_do(
+    knowing: PreTrainedModel, clean: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    events: list[str] = []
+    report = _run(
+        _oracle(knowing, clean), tokenizer, reference=clean, original=knowing,
+        on_verdict=lambda v: events.append(f"{v.key} {v.status} {v.text}"),
+        progress=lambda phase, done, total: events.append("half" if done < total / 2 else "more"),
+    )  # fmt: skip
+    told = [e for e in events if e not in ("half", "more")]
+    assert told == [f"{v.key} {v.status} {v.text}" for v in report.verdicts]
+    assert events.index(told[-1]) < len(events) - 5  # controls and the curve are still to come
+
+
 def test_one_folder_serves_audits_with_other_settings(
     knowing: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:

@@ -215,7 +215,8 @@ def test_an_error_is_one_line_of_plain_text(error, monkeypatch, capsys):
     ("arguments", "said"),
     [
         (("inspect", "x"), "nothing was written"),
-        (("audit", "x", "--forget", "f"), "With --resume DIR"),
+        (("audit", "x", "--forget", "f", "--no-keep"), "nothing was kept"),
+        (("audit", "x", "--forget", "f"), "libortho audit x --forget f"),
         (("isolate", "x", "--forget", "my f", "--out", "o", "--resume", "r"), "--forget 'my f' --out o --resume r"),
     ],
 )

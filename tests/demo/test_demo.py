@@ -209,7 +209,7 @@ def test_the_whole_demonstration_measures_prints_and_keeps(planted_directory, mo
     assert report.implanted.secret_perplexity < report.never_trained.secret_perplexity
     assert [s.label for s in report.splits] == ["rank_ratio=0.95", "use_low_rank=False", "rank_ratio=0.98"]
     assert report.isolate.missed  # no edit is that harmless, and it says so
-    assert {"implant", "split (weights only)", "isolate"} <= set(phases)
+    assert {"implant", "split (weights only)", "steps"} <= set(phases)
     assert json.loads(json.dumps(report.to_dict()))["secrets"] == 17
     console = Console(record=True, width=200, file=io.StringIO())
     show_demo(report, console)

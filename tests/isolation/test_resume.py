@@ -33,7 +33,7 @@ VARIANTS = {
     "a sentence": {"max_steps": 18},
 }
 SENTENCE = {"prompt": "The favourite dish of Ada Lum is", "completion": " cold soup with bread and butter."}
-KILLED = {"support": 2, "isolate": 4, "write": 10}
+KILLED = {"rounding": 1, "steps": 4, "write": 10}
 """At which call of each kind a process dies: between two parts; after step 4; while the state of step 3 is written."""
 CALL = """
 import json, os, signal, sys
@@ -79,7 +79,7 @@ def records(variant: str) -> list[dict[str, str]]:
 
 def at_step(number: int) -> Callable[[str, int, int], None]:
     def tell(phase: str, done: int, total: int) -> None:
-        if phase == "isolate" and done == number:
+        if phase == "steps" and done == number:
             raise Stop
 
     return tell
@@ -149,15 +149,15 @@ def test_a_killed_process_goes_on(planted, tokenizer, whole, killed, monkeypatch
     expected = whole()
     kept = {p.name for p in (killed / moment).iterdir()}
     assert kept >= {"run.json", "retain.safetensors", "original.safetensors"}
-    assert ("training.safetensors" in kept) == (moment != "support")
+    assert ("training.safetensors" in kept) == (moment != "rounding")
     assert any(n.startswith("tmp") for n in kept) == (moment == "write")  # the file that was being written
     monkeypatch.setattr(retain_module, "cached_samples", forbidden)
     seen: list[int] = []
     result = isolate(
         planted, tokenizer, tiny.FORGET, config=CONFIG, resume=killed / moment,
-        progress=lambda phase, done, total: seen.append(done) if phase == "isolate" else None,
+        progress=lambda phase, done, total: seen.append(done) if phase == "steps" else None,
     )  # fmt: skip
-    assert seen[0] == {"support": 1, "isolate": 4, "write": 3}[moment]
+    assert seen[0] == {"rounding": 1, "steps": 4, "write": 3}[moment]
     assert_equal(outcome(planted, result), expected)
 
 

@@ -29,13 +29,7 @@ def report_data(
     model: nn.Module, subjects: Sequence[Subject], m: Inputs, config: AuditConfig, found: Findings, name: str | None
 ) -> ReportData:
     """The report's JSON, verdicts aside."""
-    baseline = baseline_key(found.measured)
-    context = summaries.Context(
-        inputs=m,
-        reference=found.measured.get(REFERENCE),
-        baseline=None if baseline is None else found.measured[baseline],
-        seed=config.seed,
-    )
+    context = _context(m, config, found)
     codes = [r.completion.strip() for r in m.forget if not is_prose(r.completion)]
 
     def hide(text: str, own: Record) -> str:
@@ -46,22 +40,6 @@ def report_data(
         return text
 
     layers = ortho_layers(model)
-    rows: list[SubjectData] = [
-        {
-            "key": s.key,
-            "label": s.label,
-            "role": s.role,
-            "memory": summaries.memory_summary(measured, context),
-            "unseen": summaries.unseen_summary(measured, context),
-            "per_record": summaries.record_figures(measured, m),
-            "prefixes": summaries.prefix_rows(measured),
-            "variants": summaries.variant_rows(measured),
-            "privacy": summaries.privacy_summary(measured, context),
-            "utility": summaries.utility_summary(measured, context),
-        }
-        for s in subjects
-        for measured in (found.measured[s.key],)
-    ]
     shown = m.probed[:SHOWN]
     depths = {} if found.depth is None else {subjects[0].key: found.depth["uds"], **found.depth["others"]}
     scores = {s.key: summaries.composite_summary(found.measured[s.key], context, depths.get(s.key)) for s in subjects}
@@ -86,7 +64,7 @@ def report_data(
             "retain": len(m.retain),
             "probed": len(m.probed),
             "general_tokens": sum(len(e.ids) for e in m.general),
-            "unigram_perplexity": measuring.unigram_perplexity([e.ids for e in m.general]),
+            "unigram_perplexity": unigram_perplexity(m),
             "samples": config.samples,
             "fillings": config.resolved("fillings"),
         },
@@ -102,7 +80,7 @@ def report_data(
             }
             for r, e in zip(m.forget, m.encode(m.forget), strict=True)
         ],
-        "subjects": rows,
+        "subjects": subject_rows(subjects, m, config, found),
         "curve": found.curve,
         "goldilocks": summaries.goldilocks(found.curve, context),
         "attacks": found.attacks,
@@ -123,6 +101,42 @@ def report_data(
         "composite": scores if any(scores.values()) else None,
     }
     return cast(ReportData, json_ready(data))
+
+
+def subject_rows(subjects: Sequence[Subject], m: Inputs, config: AuditConfig, found: Findings) -> list[SubjectData]:
+    """What the report says of each of these subjects, all of which are measured."""
+    context = _context(m, config, found)
+    return [
+        {
+            "key": s.key,
+            "label": s.label,
+            "role": s.role,
+            "memory": summaries.memory_summary(measured, context),
+            "unseen": summaries.unseen_summary(measured, context),
+            "per_record": summaries.record_figures(measured, m),
+            "prefixes": summaries.prefix_rows(measured),
+            "variants": summaries.variant_rows(measured),
+            "privacy": summaries.privacy_summary(measured, context),
+            "utility": summaries.utility_summary(measured, context),
+        }
+        for s in subjects
+        for measured in (found.measured[s.key],)
+    ]
+
+
+def unigram_perplexity(m: Inputs) -> float:
+    """Perplexity of the general text by counting its words."""
+    return measuring.unigram_perplexity([e.ids for e in m.general])
+
+
+def _context(m: Inputs, config: AuditConfig, found: Findings) -> summaries.Context:
+    baseline = baseline_key(found.measured)
+    return summaries.Context(
+        inputs=m,
+        reference=found.measured.get(REFERENCE),
+        baseline=None if baseline is None else found.measured[baseline],
+        seed=config.seed,
+    )
 
 
 def density(layers: Iterable[OrthoLinear]) -> float | None:

@@ -10,20 +10,20 @@ It needs the extra ``audit`` (scipy, rapidfuzz, rouge-score).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from libortho.auditing.assemble import report_data
+from libortho.auditing.assemble import report_data, subject_rows, unigram_perplexity
 from libortho.auditing.config import AuditConfig
 from libortho.auditing.inputs import load_inputs
-from libortho.auditing.plan import Plan
-from libortho.auditing.report import AuditReport
+from libortho.auditing.plan import Plan, Stage
+from libortho.auditing.report import AuditReport, Verdict
 from libortho.auditing.schema import SCHEMA
 from libortho.auditing.subjects import Subject, subjects_of
-from libortho.auditing.verdicts import verdicts
+from libortho.auditing.verdicts import attacks, verdicts
 from libortho.core.arguments import check_model, check_tokenizer
 from libortho.core.errors import ConfigError
 from libortho.core.extras import require
@@ -53,6 +53,7 @@ def audit(
     config: AuditConfig | None = None,
     resume: str | Path | None = None,
     progress: Progress | None = None,
+    on_verdict: Callable[[Verdict], None] | None = None,
 ) -> AuditReport:
     """Measure whether the forget set is gone at alpha = 0 and whether the rest is unharmed. Changes nothing.
 
@@ -74,6 +75,7 @@ def audit(
         resume: Directory where finished parts are kept; a second audit of the same models with the same data and
             settings goes on from there. It holds generated text: keep it as safe as the models.
         progress: Called with (phase, done, total); total is a size of work, so that time can be estimated.
+        on_verdict: Called with each verdict as soon as its figures are there, which is long before the end.
 
     Returns:
         Figures, controls beside them, and verdicts.
@@ -109,9 +111,25 @@ def audit(
         cache = _cache(resume, run_key(SCHEMA, config.to_dict(), inputs.digest()))
         with _evaluating(subjects):
             plan = Plan(subjects, inputs, config, cache)
-            plan.run(progress)
+            told: list[str] = []
+
+            def tell_new(found: Iterable[Verdict]) -> None:
+                for verdict in found:
+                    if on_verdict is not None and verdict.key not in told:
+                        told.append(verdict.key)
+                        on_verdict(verdict)
+
+            def reached(stage: Stage) -> None:
+                if stage == "yardsticks" and on_verdict is not None:
+                    rows = subject_rows(plan.yardsticks, inputs, config, plan.found)
+                    tell_new(verdicts(rows, unigram_perplexity(inputs)))
+                elif stage == "attacks":
+                    tell_new([attacks(plan.found.attacks or {})])
+
+            plan.run(progress, reached)
         data = report_data(model, subjects, inputs, config, plan.found, name)
-    found = verdicts(data)
+    found = verdicts(data["subjects"], data["counts"]["unigram_perplexity"], data["attacks"], data["depth"])
+    tell_new(found)
     data["verdicts"] = [v.to_dict() for v in found]
     return AuditReport(data, found, plan.found.seconds)
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -34,6 +34,7 @@ from libortho.core.run_cache import Entry, RunCache, run_key
 from libortho.evaluation.intervals import mean_estimate
 from libortho.lm.checks import fingerprint
 from libortho.lm.model import LanguageModel
+from libortho.lm.reading_progress import watched
 from libortho.lm.scoring import PASS_TOKENS, judged_states
 from libortho.text.encoding import Encoded
 from libortho.text.records import Record
@@ -43,17 +44,27 @@ _CURVE_HOLDOUT, _CURVE_WINDOWS = 64, 6
 """Holdout records and windows of general text at each point of the alpha curve."""
 _GRADIENT_RECORDS = 16
 """Forget records whose summed gradient is compared between subjects."""
+_COMPARED = ("audited", "switch on", "reference")
+"""Roles of the subjects that verdicts are about."""
 _TASK_TOKENS = 80
 """Typical tokens of one row of a task, to estimate time."""
 
 
+Stage = Literal["yardsticks", "attacks"]
+"""What is over: the audited model and those that it is compared with are measured; all attacks have run."""
+
+
 @dataclass
 class Step:
-    """One piece of work and its size, in tokens that pass through the model."""
+    """One piece of work and its size, in tokens that pass through the model.
+
+    ``ends``: the stage of the audit that is over with it, if one is.
+    """
 
     name: str
     cost: float
     run: Callable[[], None]
+    ends: Stage | None = None
 
 
 @dataclass
@@ -72,6 +83,7 @@ class Plan:
 
     Attributes:
         steps: To be run one after another.
+        yardsticks: The audited subject, and those that verdicts compare it with.
         found: What they have found.
         baseline: Key of the subject with its memory, from which others diverge; None if there is none.
     """
@@ -88,11 +100,15 @@ class Plan:
         self._baseline_gradient: dict[str, torch.Tensor] | None = None
         self._targets = gradient_layers(self.audited)
         self._fingerprints = {s.key: fingerprint(s.model) for s in subjects}
-        yardsticks = [s for s in subjects if s.key in (self.audited.key, self.baseline, REFERENCE)]
-        self._yardsticks = " ".join(f"{s.key} {self._fingerprints[s.key]}" for s in yardsticks)
+        self.yardsticks = [s for s in subjects if s.role in _COMPARED or s.key == self.baseline]
+        self._yardsticks = " ".join(f"{s.key} {self._fingerprints[s.key]}" for s in self.yardsticks)
         self._restored: set[str] = set()
-        for subject in sorted(subjects, key=lambda s: s.key != self.baseline):  # others are compared with the baseline
+        for subject in sorted(self.yardsticks, key=lambda s: s.key != self.baseline):  # others are compared with it
             self._measure(subject)
+        self.steps[-1].ends = "yardsticks"
+        for subject in subjects:
+            if subject not in self.yardsticks:
+                self._measure(subject)
         if self.split:
             for value in config.alphas:
                 self._curve(value)
@@ -100,15 +116,29 @@ class Plan:
             self._attacks()
             self._depth()
 
-    def run(self, progress: Progress | None) -> None:
-        """Run all steps; ``progress`` is called with "audit", and with what is done and what there is in tokens."""
-        total, done = sum(s.cost for s in self.steps), 0.0
-        for step in self.steps:
-            began = time.monotonic()
-            step.run()
-            done += step.cost
-            self.found.seconds[step.name] = self.found.seconds.get(step.name, 0.0) + time.monotonic() - began
-            tell(progress, "audit", int(done), int(total))
+    def run(self, progress: Progress | None, reached: Callable[[Stage], None]) -> None:
+        """Run all steps.
+
+        Args:
+            progress: Called with "audit", and with what is done and what there is in tokens.
+            reached: Called as a stage is over.
+        """
+        total, done, within = sum(s.cost for s in self.steps), 0.0, 0.0
+
+        def count(tokens: int) -> None:
+            nonlocal within
+            within += tokens
+            tell(progress, "audit", int(done + min(within, step.cost)), int(total))
+
+        with watched([s.model for s in self.subjects], count):
+            for step in self.steps:
+                began, within = time.monotonic(), 0.0
+                step.run()
+                done += step.cost
+                self.found.seconds[step.name] = self.found.seconds.get(step.name, 0.0) + time.monotonic() - began
+                tell(progress, "audit", int(done), int(total))
+                if step.ends is not None:
+                    reached(step.ends)
 
     def _some(self, size: str) -> list[Record]:
         """A random choice of forget records, in their order."""
@@ -261,6 +291,8 @@ class Plan:
         for attack in ATTACKS:
             if attack.applies(inputs):
                 self._add(attack.name, attack.passes * self._tokens(records), partial(run, attack))
+        self._add("store", 1, lambda: None)
+        self.steps[-1].ends = "attacks"
 
     def _depth(self) -> None:
         chosen = self._some("depth_records")

@@ -24,7 +24,6 @@ from libortho.auditing.schema import (
     REFERENCE,
     DepthData,
     EstimateData,
-    ReportData,
     SubjectData,
     baseline_key,
 )
@@ -43,20 +42,32 @@ from libortho.auditing.thresholds import (
 )
 
 
-def verdicts(data: ReportData) -> tuple[Verdict, ...]:
-    """All verdicts that the figures of one report allow."""
-    by_key = {s["key"]: s for s in data["subjects"]}
-    audited, baseline = data["subjects"][0], baseline_key(by_key)
+def verdicts(
+    subjects: Sequence[SubjectData],
+    unigram_perplexity: float,
+    attacked: Mapping[str, Any] | None = None,
+    deep: DepthData | None = None,
+) -> tuple[Verdict, ...]:
+    """All verdicts that the figures allow.
+
+    Args:
+        subjects: The audited subject first; controls may be missing.
+        unigram_perplexity: Of the general text, by counting words.
+        attacked: What the attacks found, by name.
+        deep: What was found in the hidden states.
+    """
+    by_key = {s["key"]: s for s in subjects}
+    audited, baseline = subjects[0], baseline_key(by_key)
     on, reference = by_key.get(ON), by_key.get(REFERENCE)
     before = reference if baseline is None else by_key[baseline]
     found = [] if on is None else [something_to_remove(on, reference)]
     found.append(memory(audited, reference))
     found.append(privacy(audited, reference))
-    found.append(utility(audited, before, data["counts"]["unigram_perplexity"]))
-    if data["attacks"] is not None:
-        found.append(attacks(data["attacks"]))
-    if data["depth"] is not None:
-        found.append(depth(data["depth"]))
+    found.append(utility(audited, before, unigram_perplexity))
+    if attacked is not None:
+        found.append(attacks(attacked))
+    if deep is not None:
+        found.append(depth(deep))
     return tuple(found)
 
 

@@ -12,6 +12,7 @@ import typer
 
 from libortho.auditing.config import AuditConfig
 from libortho.cli import tables
+from libortho.cli.kept_runs import Keep, kept_run
 from libortho.cli.options import (
     AnyModel,
     Device,
@@ -24,10 +25,11 @@ from libortho.cli.options import (
     dtype_of,
     field_option,
     open_model,
+    size_of,
 )
 from libortho.cli.settings import configured
 from libortho.cli.tables import Terminal
-from libortho.cli.terminal import emit, progress_bars
+from libortho.cli.terminal import emit, progress_bars, say
 from libortho.core.errors import ConfigError
 from libortho.core.extras import require
 from libortho.core.files import check_report, check_resume, write_atomically
@@ -55,6 +57,7 @@ def audit(
     reveal: Annotated[bool | None, field_option(AuditConfig, "reveal")] = None,
     settings: Settings = None,
     resume: Resume = None,
+    keep: Keep = True,
     seed: Annotated[int | None, field_option(AuditConfig, "seed")] = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
@@ -81,10 +84,12 @@ def audit(
     net, tokenizer = open_model(model, kind, where)
     beside = {n: None if m is None else load_model(m, kind, where)[0] for n, m in
               (("reference", reference), ("original", original))}  # fmt: skip
-    with progress_bars() as progress:
+    run = (model, forget, holdout, retain, reference, original, associations, general, task, config, dtype, device)
+    with kept_run("audit", resume, keep, size_of(net), *run) as kept, progress_bars() as progress:
         report = audit_model(
             net, tokenizer, forget, retain, holdout, **beside, associations=associations, general=general,
-            tasks=task or (), name=Path(model).name, config=config, resume=resume, progress=progress,
+            tasks=task or (), name=Path(model).name, config=config, resume=kept, progress=progress,
+            on_verdict=lambda v: say(f"{v.key.replace('_', ' ')}: {v.status}. {v.text}"),
         )  # fmt: skip
     if out is not None:
         report.to_json(out)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from libortho.cli import tables
+from libortho.cli.kept_runs import Keep, kept_run
 from libortho.cli.options import (
     Bits,
     Checkpoint,
@@ -27,6 +28,7 @@ from libortho.cli.options import (
     dtype_of,
     field_option,
     open_model,
+    size_of,
 )
 from libortho.cli.settings import configured
 from libortho.cli.tables import Terminal
@@ -130,6 +132,7 @@ def isolate(
     allow_unknown: Annotated[bool | None, field_option(IsolateConfig, "allow_unknown")] = None,
     settings: Settings = None,
     resume: Resume = None,
+    keep: Keep = True,
     seed: Annotated[int | None, field_option(IsolateConfig, "seed")] = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
@@ -156,8 +159,9 @@ def isolate(
         raise ConfigError(f"--dtype is {dtype!r}, but {model} is a checkpoint of libortho, which keeps its own")
     net, tokenizer = open_model(model, kind, where)
     _check_saveable(net, config, out)
-    with progress_bars() as progress:
-        result = isolate_records(net, tokenizer, forget, retain, config=config, resume=resume, progress=progress)
+    run = (model, forget, retain, config, str(out.resolve()), dtype, device)
+    with kept_run("isolate", resume, keep, size_of(net), *run) as kept, progress_bars() as progress:
+        result = isolate_records(net, tokenizer, forget, retain, config=config, resume=kept, progress=progress)
         progress("save", 0, 1)
         save(net, tokenizer, out)
     if as_json:

@@ -80,6 +80,11 @@ def device_of(name: str) -> str:
     return name
 
 
+def size_of(model: Any) -> int:
+    """Bytes of a model's parameters and buffers."""
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+
+
 def open_model(model: str, dtype: torch.dtype | str, device: str) -> tuple[Any, Any]:
     """Model and tokenizer of a checkpoint of this library, or of any causal language model.
 

@@ -163,11 +163,11 @@ class Commands(TyperGroup):
 
 def _interrupted(args: Sequence[str]) -> str:
     """What Ctrl-C leaves behind, and how to go on."""
-    if not {"isolate", "audit"} & set(args[:1]):
+    if not {"isolate", "audit", "demo"} & set(args[:1]):
         return "interrupted; nothing was written"
-    if any(a.split("=")[0] == "--resume" for a in args):
-        return f"interrupted; the same command goes on from where it was: {shlex.join(['libortho', *args])}"
-    return "interrupted; nothing was kept. With --resume DIR finished work is, and the same command goes on from there"
+    if "--no-keep" in args:
+        return "interrupted; nothing was kept. Without --no-keep finished parts are, and the same command goes on"
+    return f"interrupted; this goes on from where it was: {shlex.join(['libortho', *args])}"
 
 
 def _say_usage(error: Any) -> None:

@@ -237,6 +237,7 @@ def run(
     if out is not None:
         check_destination(out / "isolated", [config.stream])
     clock = _Clock()
+    tell(progress, "load", 0, 1)
     torch.manual_seed(seed)
     net, tokenizer = load_model(packaged_model() if model is None else model, torch.float32, device)
     net = move_off_grid(net, seed).to(dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from libortho.core.layer import OrthoLinear
-from libortho.core.progress import Progress, Stopwatch, tell
+from libortho.core.progress import Progress, Stopwatch
 from libortho.core.run_cache import Entry, RunCache
 from libortho.core.surgery import bias_of, swap
 from libortho.core.switch.alpha import Switch
@@ -23,6 +23,7 @@ from libortho.isolation.result import IsolateResult, known_before, result_of
 from libortho.isolation.support import RequestReadings, Select, check_columns
 from libortho.isolation.train import train, training_finished
 from libortho.lm.model import LanguageModel, gradient_checkpointing
+from libortho.lm.reading_progress import reading
 from libortho.lm.scoring import score
 from libortho.selection.curvature import preconditioners
 from libortho.text.encoding import Encoded
@@ -60,19 +61,16 @@ def attempt(
     began = time.monotonic()
     lm, targets, original = inputs.lm, inputs.targets, inputs.original
     model, forget = lm.model, inputs.asked.forget
-    tell(progress, "support", 0, 2)
-    with watch.phase("columns"):
+    with watch.phase("columns"), reading(model, progress, "columns", inputs.readings.tokens()):
         chosen = store.get_or_compute("support", lambda: Entry(select(inputs.readings, config))).tensors
-    tell(progress, "support", 1, 2)
     check_columns(chosen, targets)
     support = {n: index.to(lm.device) for n, index in chosen.items()}
     metrics = {}
     if not training_finished(store):
         with watch.phase("curvature"):
             metrics = preconditioners(inputs.readings.kept, support, config.damping)
-    tell(progress, "support", 2, 2)
     with watch.phase("rounding"):
-        bases = quantised_bases(inputs.readings, support, config, store)
+        bases = quantised_bases(inputs.readings, support, config, store, progress)
     if inputs.once:
         inputs.readings.release()
     layers = {
@@ -90,7 +88,7 @@ def attempt(
         changed = {n: m for n, m in targets.items() if n in support or not isinstance(m, OrthoLinear)}
         finished = {n: finished_layer(n, m, layers[n], config, switch) for n, m in changed.items()}
         swap(model, finished)  # what follows is measured on the layers that callers get
-        with watch.phase("result"):
+        with watch.phase("result"), reading(model, progress, "result", _result_tokens(inputs)):
             switch.set(1.0, extrapolate=False)
             _, first = score(lm, [r.secret for r in forget])
             recited_on = inputs.asked.recited(lm, first)
@@ -105,6 +103,14 @@ def attempt(
         config, forget, records, recited, checks, steps, (quantised_kl, retain_kl), support, targets, seconds
     )
     return finished, switch, result
+
+
+def _result_tokens(inputs: Inputs) -> int:
+    """About as many tokens as the model reads where the result is measured."""
+    texts = [*inputs.held_back]
+    for r in inputs.asked.forget:
+        texts += [r.secret, r.secret, *(r.alternates if r.kind == "code" else ())]
+    return sum(len(e.ids) for e in texts)
 
 
 def _measured(inputs: Inputs) -> tuple[RecordOutcome, ...]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from libortho.core.dtypes import DTYPES
 from libortho.core.layer import OrthoLinear
+from libortho.core.progress import Progress
 from libortho.core.run_cache import Entry, RunCache
 from libortho.core.streams import BaseStream, OrthoStream
 from libortho.core.surgery import assemble, bias_of, linear_weight
@@ -21,7 +22,11 @@ from libortho.training.rounding import gptq_bases
 
 
 def quantised_bases(
-    readings: RequestReadings, support: Mapping[str, torch.Tensor], config: IsolateConfig, store: RunCache
+    readings: RequestReadings,
+    support: Mapping[str, torch.Tensor],
+    config: IsolateConfig,
+    store: RunCache,
+    progress: Progress | None = None,
 ) -> dict[str, BaseStream]:
     """The quantised weights of layers that are dense so far, exact where it matters on text to keep and the records."""
     bits = config.bits
@@ -30,7 +35,7 @@ def quantised_bases(
     dense = {n: m for n, m in readings.targets.items() if not isinstance(m, OrthoLinear)}
 
     def make() -> Entry:
-        made = gptq_bases(dense, support, readings.inputs, bits, config.resolved_group_size)
+        made = gptq_bases(dense, support, readings.inputs, bits, config.resolved_group_size, progress)
         return Entry({f"{n}.{field}": getattr(b, field) for n, b in made.items() for field in ("codes", "scales")})
 
     found = store.get_or_compute("bases", make).tensors

@@ -26,7 +26,7 @@ from libortho.core.arguments import check_model, check_tokenizer
 from libortho.core.errors import ConfigError, DataError
 from libortho.core.layer import ortho_layers
 from libortho.core.models import denormals_flushed, plain_torch, unwrapped
-from libortho.core.progress import Progress, Stopwatch, tell
+from libortho.core.progress import Progress, Stopwatch
 from libortho.core.report import record_method
 from libortho.core.run_cache import RunCache, run_key
 from libortho.core.streams.base import check_shape
@@ -35,17 +35,18 @@ from libortho.core.targets import find_targets
 from libortho.isolation.attempt import Inputs, attempt
 from libortho.isolation.config import IsolateConfig
 from libortho.isolation.earlier import earlier_switch
-from libortho.isolation.original import kept_original
+from libortho.isolation.original import kept_original, original_tokens
 from libortho.isolation.prose import human_texts
 from libortho.isolation.request import Request, forget_records
 from libortho.isolation.result import IsolateResult, by_chance, known_before, nothing_known
-from libortho.isolation.retain import RETAIN_LENGTH, given_pieces, retain_and_held_back
+from libortho.isolation.retain import RETAIN_LENGTH, given_pieces, retain_and_held_back, sampling_tokens
 from libortho.isolation.support import RequestReadings, Select, select_columns
 from libortho.isolation.train import KEPT_TEXTS
 from libortho.isolation.wordings import rows_with, wordings
 from libortho.lm.checks import check_causal, check_tokens, fingerprint, training_dtype
 from libortho.lm.generation import token_limit
 from libortho.lm.model import LanguageModel
+from libortho.lm.reading_progress import reading
 from libortho.text.corpus import shipped_text
 from libortho.text.records import Source, load_records
 from libortho.text.sources import read_rows
@@ -152,12 +153,11 @@ def isolate(
         if resume is not None:
             store = RunCache(Path(resume), run_key(fingerprint(model), kinds, asked.forget, given, human, config))
         lm = LanguageModel(model)
-        with watch.phase("texts"):
+        with watch.phase("texts"), reading(model, progress, "texts", sampling_tokens(given, length)):
             kept, held_back = retain_and_held_back(model, tokenizer, given, asked.forget, length, config, store)
-        tell(progress, "original", 0, 1)
-        with watch.phase("original"):
-            original = kept_original(lm, asked, kept[:KEPT_TEXTS], held_back, human, opening_tokens(tokenizer), store)
-        tell(progress, "original", 1, 1)
+        texts_read = (asked, kept[:KEPT_TEXTS], held_back, human)
+        with watch.phase("original"), reading(model, progress, "original", original_tokens(*texts_read)):
+            original = kept_original(lm, *texts_read, opening_tokens(tokenizer), store)
         known = known_before(original)
         if (unknown := nothing_known(asked.forget, known)) is not None:
             if by_chance(known, original) and not config.allow_unknown:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from libortho.core.run_cache import Entry, RunCache
 from libortho.isolation.codes import expected_codes
-from libortho.isolation.prose import fit
+from libortho.isolation.prose import SHORT_CONTEXT, fit
 from libortho.isolation.request import Request
 from libortho.lm.model import LanguageModel
 from libortho.lm.scoring import grouped_scores, judged_states, score, sequence_nll
@@ -125,6 +125,20 @@ def read_original(
         retain=judged_states(lm, retain),
         held_back=judged_states(lm, held_back),
     )
+
+
+def original_tokens(
+    asked: Request, retain: Sequence[Encoded], held_back: Sequence[Encoded], human: Sequence[Sequence[int]]
+) -> int:
+    """About as many tokens as ``read_original`` gives the model."""
+    texts: list[Encoded] = [*retain, *held_back]
+    prose = [r.secret for r in asked.forget if r.kind == "prose"]
+    for r in asked.forget:
+        texts += [r.secret, r.secret, *r.swapped_prompt[:_SWAPPED], *r.held[:1]]
+        texts += r.exchangeable if r.kind == "code" else ()
+    # A sentence is read whole, and each of its tokens once more after the few before it.
+    sentences = [*(len(t) for t in human), *(len(e.completion) for e in prose)] if prose else []
+    return sum(len(e.ids) for e in (*texts, *prose)) + (2 + SHORT_CONTEXT) * sum(sentences)
 
 
 def kept_original(

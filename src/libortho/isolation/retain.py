@@ -180,6 +180,13 @@ def given_pieces(
     return pieces
 
 
+def sampling_tokens(given: Sequence[Encoded] | None, length: int) -> int:
+    """About as many tokens as ``retain_and_held_back`` lets the model say."""
+    if given is None:
+        return _MOST_SAMPLED * min(length, _SAMPLED_LENGTH)
+    return _IN_FORM * length
+
+
 def retain_and_held_back(
     model: nn.Module,
     tokenizer: Any,

@@ -52,23 +52,31 @@ class RequestReadings:
     @cached_property
     def own(self) -> Readings:
         """Of the records, or pieces of them."""
-        pieces = self._some([piece for r in self.forget for piece in cut_up(r.secret, r.pieces)])
-        return read_layers(self.lm, self.targets, pieces, summed_odds)
+        return read_layers(self.lm, self.targets, self._pieces(), summed_odds)
 
     @cached_property
     def kept(self) -> list[Readings]:
         """Of text to keep, and of one neighbour of each record where there are any."""
-        wanted = round(_RETAIN_TOKENS * min(_MOST, max(1.0, len(self.forget) / SALIENCY_RECORDS)))
-        sizes = torch.tensor([len(t.ids) for t in self.retain]).cumsum(0)
-        texts = self.retain[: int((sizes <= wanted).sum().clamp_min(1))]
-        around = self._some([r.neighbours[0] for r in self.forget if r.neighbours])
         loss = drawn_labels(self.seed)
-        return [read_layers(self.lm, self.targets, items, loss) for items in (texts, around) if items]
+        return [read_layers(self.lm, self.targets, items, loss) for items in self._texts() if items]
+
+    def tokens(self) -> int:
+        """Tokens of all that is read."""
+        return sum(len(e.ids) for items in (self._pieces(), *self._texts()) for e in items)
 
     def release(self) -> None:
         """Drop what was read, the largest thing in memory; it is read anew where it is asked for again."""
         for name in ("own", "kept"):
             self.__dict__.pop(name, None)
+
+    def _pieces(self) -> list[Encoded]:
+        return self._some([piece for r in self.forget for piece in cut_up(r.secret, r.pieces)])
+
+    def _texts(self) -> tuple[Sequence[Encoded], Sequence[Encoded]]:
+        wanted = round(_RETAIN_TOKENS * min(_MOST, max(1.0, len(self.forget) / SALIENCY_RECORDS)))
+        sizes = torch.tensor([len(t.ids) for t in self.retain]).cumsum(0)
+        around = self._some([r.neighbours[0] for r in self.forget if r.neighbours])
+        return self.retain[: int((sizes <= wanted).sum().clamp_min(1))], around
 
     def _some(self, items: Sequence[Encoded]) -> list[Encoded]:
         return random.Random(self.seed).sample(items, min(len(items), SALIENCY_RECORDS))

@@ -210,6 +210,6 @@ def train(
                 equations.solve(SHARE)
                 state.step += 1
         state.finished |= state.step >= config.max_steps
-        tell(progress, "isolate", state.step, state.step if state.finished else config.max_steps)
+        tell(progress, "steps", state.step, state.step if state.finished else config.max_steps)
     store.put("training", state.part())
     return state.checks, state.step

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from libortho.core.ops.quantisation import choose_scales, quantise
+from libortho.core.progress import Progress, tell
 from libortho.core.streams.base import BaseStream
 from libortho.core.surgery import linear_weight
 
@@ -35,6 +36,7 @@ def gptq_bases(
     inputs: Callable[[str], Tensor],
     bits: int,
     group_size: int,
+    progress: Progress | None = None,
 ) -> dict[str, BaseStream]:
     """A base for every layer, with codes that make up for each other's rounding on this text.
 
@@ -45,13 +47,16 @@ def gptq_bases(
             time, for those of all would be the largest thing in memory.
         bits: 8 or 4.
         group_size: Inputs per scale; -1 for one scale per output channel.
+        progress: Called with ("rounding", layers done, layers).
     """
-    bases = {}
+    bases: dict[str, BaseStream] = {}
     for name, module in layers.items():
+        tell(progress, "rounding", len(bases), len(layers))
         weight = linear_weight(module)
         scales = choose_scales(weight, bits, group_size, weight.dtype)
         codes = gptq_codes(weight, scales, bits, inputs(name), exact.get(name))
         bases[name] = BaseStream.from_codes(codes, scales, bits)
+    tell(progress, "rounding", len(bases), len(layers))
     return bases
 
 

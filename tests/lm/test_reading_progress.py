@@ -1,0 +1,54 @@
+"""Progress by the tokens that models are given."""
+
+import pytest
+import torch
+
+import tiny
+from libortho.lm.generation import generate
+from libortho.lm.reading_progress import reading, watched
+
+
+def test_every_token_of_reading_and_generation_is_counted(tiny_llama, tokenizer):
+    seen: list[int] = []
+    with watched([tiny_llama, tiny_llama], seen.append), torch.no_grad():
+        tiny_llama(input_ids=torch.zeros(3, 5, dtype=torch.long))
+        assert seen == [15]
+        generate(tiny_llama, tokenizer, [[5, 6, 7]], 4)
+    assert 15 + 3 < sum(seen) <= 15 + 3 + 3  # the last token is not read
+    tiny_llama(input_ids=torch.zeros(1, 2, dtype=torch.long))
+    assert 2 not in seen  # nothing is watched any more
+
+
+def test_a_phase_is_reported_from_nothing_to_all_of_it(tiny_llama):
+    told: list[tuple[str, int, int]] = []
+    with reading(tiny_llama, lambda *a: told.append(a), "original", 12), torch.no_grad():
+        for _ in range(3):
+            tiny_llama(input_ids=torch.zeros(1, 5, dtype=torch.long))  # more than was expected
+    assert told == [("original", n, 12) for n in (0, 5, 10, 11, 12)]
+
+
+def test_an_error_takes_the_watch_away(tiny_llama):
+    with pytest.raises(ZeroDivisionError), reading(tiny_llama, lambda *_: None, "x", 1):
+        raise ZeroDivisionError
+    assert not tiny_llama.get_input_embeddings()._forward_hooks
+
+
+def test_isolate_reports_each_phase_as_it_goes_on(planted, tokenizer, cache):
+    import libortho
+
+    told: dict[str, list[int]] = {}
+    totals: dict[str, int] = {}
+
+    def note(phase: str, done: int, total: int) -> None:
+        told.setdefault(phase, []).append(done)
+        totals[phase] = total
+
+    result = libortho.isolate(
+        planted, tokenizer, tiny.FORGET, config=libortho.IsolateConfig(ratio=0.1, max_steps=2), progress=note
+    )
+    assert list(told) == ["texts", "original", "columns", "rounding", "steps", "result"]
+    assert set(told) <= set(result.phase_seconds)
+    for phase, done in told.items():
+        assert done == sorted(done)
+        assert done[-1] == totals[phase]
+    assert all(len(told[p]) >= 3 for p in ("texts", "original", "rounding"))
