@@ -32,8 +32,8 @@ def test_audit_of_a_checkpoint_compares_the_switch_with_its_controls(checkpoint,
     by_key = {s["key"]: s["memory"]["greedy_extraction"]["value"] for s in report["subjects"]}
     assert by_key["off"] == 0
     assert by_key["on"] == by_key["original"] == by_key["quantised"] == 1
-    assert by_key["random"] > 0.5  # the same edit at other columns of so small a model may cost a record
-    assert [p["alpha"] for p in report["curve"]] == [0, 0.25, 0.5, 0.75, 1]
+    assert set(by_key) == {"off", "on", "original", "quantised"}
+    assert [p["alpha"] for p in report["curve"]] == [0, 0.5, 1]
     status = {v["key"]: v["status"] for v in report["verdicts"]}
     assert status["privacy"] == "withheld"
     assert result.exit_code == (3 if "fail" in status.values() else 0)

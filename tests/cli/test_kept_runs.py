@@ -11,14 +11,20 @@ from libortho.core.files import write_atomically
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 
 
+def stopped_run(error, *inputs):
+    with kept_run("isolate", None, True, 0, *inputs) as folder:
+        assert folder is not None
+        write_atomically(folder / "part.safetensors", "")
+        raise error
+
+
 def test_an_interrupt_leaves_the_parts_and_says_where(cache, tmp_path, capsys):
     records = tmp_path / "forget.jsonl"
     records.write_text("a")
-    with pytest.raises(typer.Exit) as stopped, kept_run("isolate", None, True, 0, str(records), 8) as folder:
-        assert folder is not None
-        write_atomically(folder / "part.safetensors", "")
-        raise KeyboardInterrupt
+    with pytest.raises(typer.Exit) as stopped:
+        stopped_run(KeyboardInterrupt(), str(records), 8)
     assert stopped.value.exit_code == 130
+    [folder] = (cache / "runs").iterdir()
     said = capsys.readouterr().err
     assert str(folder) in said
     assert "1 finished parts lie in" in said
@@ -33,12 +39,10 @@ def test_an_interrupt_leaves_the_parts_and_says_where(cache, tmp_path, capsys):
         assert len({folder, other, third}) == 3
 
 
-def test_an_error_leaves_them_too_and_a_named_folder_always_stays(tmp_path, capsys):
-    with pytest.raises(DataError), kept_run("isolate", None, True, 0, 1) as folder:
-        assert folder is not None
-        write_atomically(folder / "part.safetensors", "")
-        raise DataError("no")
-    assert folder.exists()
+def test_an_error_leaves_them_too_and_a_named_folder_always_stays(cache, tmp_path, capsys):
+    with pytest.raises(DataError):
+        stopped_run(DataError("no"), 1)
+    assert [p.name for p in (cache / "runs").glob("*/*")] == ["part.safetensors"]
     with kept_run("isolate", tmp_path / "mine", True, 0, 1) as named:
         assert named is not None
         write_atomically(named / "part.safetensors", "")

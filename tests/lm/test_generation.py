@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from libortho.lm import generation
 from libortho.lm.generation import generate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -120,3 +121,16 @@ def test_the_head_is_given_states_that_lie_side_by_side(tiny_llama: nn.Module, t
     assert len(seen) == 2
     assert all(x.is_contiguous() for x in seen)
     assert not head._forward_pre_hooks
+
+
+def test_samples_of_one_prompt_read_it_once(tiny_llama, tokenizer, monkeypatch):
+    asked = ([5, 6, 7, 8, 9], [11, 12])
+    read: list[int] = []
+    handle = tiny_llama.get_input_embeddings().register_forward_hook(lambda m, a, y: read.append(y.shape[:2].numel()))
+    shared = [generate(tiny_llama, tokenizer, asked, 3, samples=4, temperature=t, seed=1) for t in (0.0, 1.0)]
+    tokens = sum(read)
+    handle.remove()
+    monkeypatch.setattr(generation, "_read_once", lambda *_: None)
+    apart = [generate(tiny_llama, tokenizer, asked, 3, samples=4, temperature=t, seed=1) for t in (0.0, 1.0)]
+    assert shared == apart
+    assert tokens == 2 * (2 * 4 + 8 * 3)  # both prompts but for their last tokens, then one token after another

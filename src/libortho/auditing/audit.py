@@ -107,7 +107,10 @@ def audit(
         )  # fmt: skip
         for each in models:
             check_tokens(each, tokenizer, inputs.texts())
-        subjects = subjects_of(model, original=original, reference=reference, others=others, seed=config.seed)
+        subjects = subjects_of(
+            model, original=original, reference=reference, others=others, seed=config.seed,
+            other_columns=config.profile == "full",
+        )  # fmt: skip
         cache = _cache(resume, run_key(SCHEMA, config.to_dict(), inputs.digest()))
         with _evaluating(subjects):
             plan = Plan(subjects, inputs, config, cache)

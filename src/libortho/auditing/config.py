@@ -18,14 +18,14 @@ class AuditConfig:
     """How thoroughly ``audit`` looks. A field left at None takes the profile's value."""
 
     profile: Profile = "quick"
-    """"quick" measures memory, privacy, utility and the alpha curve; "full" adds attacks and the depth score, and
-    takes larger samples."""
+    """"quick" measures memory, privacy, utility and the alpha curve; "full" adds attacks, the depth score and the same
+    edit at other columns, and takes larger samples."""
     seed: int = 0
     """Seed of everything drawn: samples, fillings, probes, intervals."""
     samples: int = 20
     """Continuations drawn for each record at temperature 1."""
-    alphas: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    """Grid of the alpha curve."""
+    alphas: tuple[float, ...] | None = None
+    """Grid of the alpha curve (0, 0.5, 1; full also 0.25 and 0.75)."""
     min_k: float = 0.4
     """Share of the least likely tokens that the Min-K % scores look at."""
     reveal: bool = False
@@ -33,9 +33,11 @@ class AuditConfig:
     probe_records: int | None = None
     """Forget records that are probed by samples, other prompts and fillings (32, full 100); a random choice beyond."""
     fillings: int | None = None
-    """Other completions of the same shape that a secret is ranked among, for its exposure (32, full 64)."""
+    """Other completions of the same shape that a secret is ranked among, for its exposure (16, full 64)."""
+    holdout_records: int | None = None
+    """Holdout records that are asked (100, full 1000); a random choice beyond."""
     general_sequences: int | None = None
-    """Windows of 256 tokens of general text (12, full 32)."""
+    """Windows of 256 tokens of general text (8, full 32)."""
     task_rows: int | None = None
     """Rows of each task (60, full 150)."""
     attack_records: int | None = None
@@ -56,7 +58,8 @@ class AuditConfig:
             if getattr(self, name) is not None:
                 positive_int(name, getattr(self, name))
         fraction("min_k", self.min_k)
-        object.__setattr__(self, "alphas", tuple(self.alphas))
+        grid = _ALPHAS[self.profile] if self.alphas is None else self.alphas
+        object.__setattr__(self, "alphas", tuple(grid))
         if not self.alphas or not all(is_number(a) and 0 <= a <= 2 for a in self.alphas):
             raise ConfigError(f"alphas is {self.alphas!r}; expected numbers in [0, 2]")
         flag("reveal", self.reveal)
@@ -71,10 +74,12 @@ class AuditConfig:
         return {**asdict(self), **{n: self.resolved(n) for n in _SAMPLE_SIZES}}
 
 
+_ALPHAS = {"quick": (0.0, 0.5, 1.0), "full": (0.0, 0.25, 0.5, 0.75, 1.0)}
 _SAMPLE_SIZES = {
     "probe_records": {"quick": 32, "full": 100},
-    "fillings": {"quick": 32, "full": 64},
-    "general_sequences": {"quick": 12, "full": 32},
+    "fillings": {"quick": 16, "full": 64},
+    "holdout_records": {"quick": 100, "full": 1000},
+    "general_sequences": {"quick": 8, "full": 32},
     "task_rows": {"quick": 60, "full": 150},
     "attack_records": {"quick": 32, "full": 64},
     "depth_records": {"quick": 16, "full": 32},

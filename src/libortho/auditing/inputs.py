@@ -137,6 +137,8 @@ def load_inputs(
     unseen = tuple(load_records(holdout, tokenizer, name="holdout")) if holdout is not None else ()
     _check_overlap(records, unseen)
     rng = random.Random(config.seed)
+    if len(unseen) > (most := config.resolved("holdout_records")):
+        unseen = tuple(unseen[i] for i in sorted(random.Random(config.seed).sample(range(len(unseen)), most)))
     size = config.resolved("probe_records")
     probed = tuple(range(len(records)) if len(records) <= size else sorted(rng.sample(range(len(records)), size)))
     spaces, unseen_spaces = _spaces(records), _spaces(unseen)[:HOLDOUT_EXPOSURES]

@@ -40,14 +40,14 @@ from libortho.text.encoding import Encoded
 from libortho.text.records import Record
 
 Result = TypeVar("Result")
-_CURVE_HOLDOUT, _CURVE_WINDOWS = 64, 6
+_CURVE_HOLDOUT, _CURVE_WINDOWS = 32, 4
 """Holdout records and windows of general text at each point of the alpha curve."""
 _GRADIENT_RECORDS = 16
 """Forget records whose summed gradient is compared between subjects."""
 _COMPARED = ("audited", "switch on", "reference")
 """Roles of the subjects that verdicts are about."""
-_TASK_TOKENS = 80
-"""Typical tokens of one row of a task, to estimate time."""
+_TASK_TOKENS = 60
+"""Typical tokens of one row of a task, to estimate time; of arithmetic a fifth."""
 
 
 Stage = Literal["yardsticks", "attacks"]
@@ -110,7 +110,7 @@ class Plan:
             if subject not in self.yardsticks:
                 self._measure(subject)
         if self.split:
-            for value in config.alphas:
+            for value in config.alphas or ():
                 self._curve(value)
         if config.profile == "full":
             self._attacks()
@@ -211,6 +211,7 @@ class Plan:
     def _measurements(self, subject: Subject) -> Iterator[tuple[str, float, Callable[[LanguageModel], Measurement]]]:
         """Name, size and work of all measurements of a subject after the first pass."""
         m, config, is_baseline = self.inputs, self.config, subject.key == self.baseline
+        full = config.profile == "full"
         yield (
             "utility",
             sum(len(e.ids) for e in m.general),
@@ -220,26 +221,29 @@ class Plan:
             return
         for task in m.tasks:
             rows = min(len(task.questions), config.resolved("task_rows"))
-            yield task.name, _TASK_TOKENS * rows, partial(measuring.task, inputs=m, config=config, asked=task)
-        probes = [r for pairs in [*m.prefixes.values(), *m.variants.values()] for _, r in pairs]
-        yield "prompts", self._tokens([*probes, *m.associations]), lambda lm: measuring.probes(lm, m)
+            size = _TASK_TOKENS * rows / (5 if task.name == "arithmetic" else 1)
+            yield task.name, size, partial(measuring.task, inputs=m, config=config, asked=task)
+        if not is_baseline or full:
+            probes = [r for pairs in [*m.prefixes.values(), *m.variants.values()] for _, r in pairs]
+            yield "prompts", self._tokens([*probes, *m.associations]), lambda lm: measuring.probes(lm, m)
         level = not (is_baseline and self.split)  # at alpha = 1 nobody asks for the never-trained level
-        fillings = [r for group in [*m.fillings, *(m.holdout_fillings if level else ())] for r in group]
-        yield (
-            "exposure",
-            0.5 * self._tokens(fillings),
-            lambda lm: measuring.exposures(lm, m, self.found.measured[subject.key]["log_p"], holdout=level),
-        )
+        if subject.role != "reference" or full:
+            fillings = [r for group in [*m.fillings, *(m.holdout_fillings if level else ())] for r in group]
+            yield (
+                "exposure",
+                0.6 * self._tokens(fillings),
+                lambda lm: measuring.exposures(lm, m, self.found.measured[subject.key]["log_p"], holdout=level),
+            )
         answers = sum(len(e.completion) for e in m.encode([m.forget[i] for i in m.probed]))
-        yield "generation", 3 * answers, lambda lm: measuring.generations(lm, m, config)
-        if not is_baseline or config.profile == "full":
+        yield "generation", 4 * answers, lambda lm: measuring.generations(lm, m, config)
+        if not is_baseline or full:
             yield "samples", config.samples * answers, lambda lm: measuring.sampled(lm, m, config)
         asked = [*m.questions.values(), *(q for qs in m.question_sets.values() for q in qs)]
         if asked:
             texts = [r for q in asked for r in (q.answer, q.paraphrase, *q.perturbed)]
             yield "questions", self._tokens(texts), lambda lm: measuring.questions(lm, m, config)
         yield "gradients", 3 * self._tokens(m.forget[:_GRADIENT_RECORDS]), lambda _: self._gradient(subject)
-        if config.profile == "full" and m.holdout and subject.role != "other":
+        if full and m.holdout and subject.role != "other":
             yield (
                 "gradients",
                 3 * self._tokens([*m.forget, *m.holdout]),

@@ -4,8 +4,8 @@
     alpha = 1           the memory switched on
     original            the dense model before isolation, where it is given
     plain quantised     the same base without any edit: what rounding alone forgets
-    random columns      the same edit, applied to other columns of the same layers, chosen at random
-    largest columns     the same edit, applied to the columns of largest norm
+    random columns      the same edit, applied to other columns of the same layers, chosen at random (full)
+    largest columns     the same edit, applied to the columns of largest norm (full)
     never trained       a reference model that never saw the forget set, where it is given
 
 A control that is a changed base is put in place by exchanging the layers' base streams inside a context.
@@ -64,6 +64,7 @@ def subjects_of(
     reference: nn.Module | None,
     others: Mapping[str, nn.Module],
     seed: int,
+    other_columns: bool = True,
 ) -> list[Subject]:
     """The audited subject first, then its controls.
 
@@ -73,6 +74,7 @@ def subjects_of(
         reference: A model of the same architecture that was never trained on the forget set.
         others: Further models to stand beside, by label.
         seed: Seed of the random columns.
+        other_columns: Whether the edit at other columns stands beside.
     """
     layers = ortho_layers(model)
     found: list[Subject] = []
@@ -86,11 +88,12 @@ def subjects_of(
         found.append(Subject(ORIGINAL, "original", "control", original, contextlib.nullcontext))
     if any(bool(touched(m).any()) for m in layers.values()):
         generator = torch.Generator().manual_seed(seed)
-        bases: dict[str, tuple[str, Callable[[OrthoLinear], BaseStream]]] = {
-            QUANTISED: ("plain quantised", plain_base),
-            RANDOM: ("random columns", lambda layer: moved_edit(layer, _random_order(layer, generator))),
-            MAGNITUDE: ("largest columns", lambda layer: moved_edit(layer, _largest_order(layer))),
-        }
+        bases: dict[str, tuple[str, Callable[[OrthoLinear], BaseStream]]] = {QUANTISED: ("plain quantised", plain_base)}
+        if other_columns:
+            bases |= {
+                RANDOM: ("random columns", lambda layer: moved_edit(layer, _random_order(layer, generator))),
+                MAGNITUDE: ("largest columns", lambda layer: moved_edit(layer, _largest_order(layer))),
+            }
         for key, (label, make) in bases.items():
             made = {n: make(m) for n, m in layers.items()}
             found.append(Subject(key, label, "control", model, _exchanged(model, made)))

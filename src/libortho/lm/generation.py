@@ -8,13 +8,14 @@ was asked for and the tokens that end a text.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from libortho.core.errors import DataError
 from libortho.lm.logits import drawn
@@ -57,9 +58,8 @@ def generate(
         raise DataError(f"a prompt has {longest} tokens and the model reads {context}; nothing can be said after it")
     tokens = tokens if context is None else min(tokens, context - longest)
     ends, pad = end_tokens(model, tokenizer), pad_token(tokenizer)
-    rows = [p for p in prompts for _ in range(samples)]
-    ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in rows], device=device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in rows], device=device)
+    ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
     config = GenerationConfig(
         max_new_tokens=tokens,
         eos_token_id=ends or None,
@@ -70,11 +70,37 @@ def generate(
     with own_config(model, config), _whole_states(model), torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
+        read = _read_once(model, ids, mask, samples)
+        shared = {} if read is None else {_cache_name(model): read}
         output = model.generate(  # type: ignore[operator]
-            ids, attention_mask=mask, generation_config=config, logits_processor=drawing, streamer=streamer
-        )
+            ids.repeat_interleave(samples, 0), attention_mask=mask.repeat_interleave(samples, 0),
+            generation_config=config, logits_processor=drawing, streamer=streamer, **shared,
+        )  # fmt: skip
     said = [_until_end(row, ends) for row in output[:, longest:].tolist()]
     return [said[i : i + samples] for i in range(0, len(said), samples)]
+
+
+def _read_once(model: nn.Module, ids: Tensor, mask: Tensor, samples: int) -> Any:
+    """What the model keeps of all prompts but their last tokens, for every sample, where it can be shared.
+
+    A prompt is then read once, and not once for each of its samples. None where there is nothing to share, or the model
+    keeps what cannot be repeated row by row, or is not told where padded tokens stand.
+    """
+    placed = "position_ids" in inspect.signature(model.forward).parameters
+    if samples == 1 or ids.shape[1] == 1 or not placed:
+        return None
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, :-1]
+    output = model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions, use_cache=True)
+    kept = output.get(_cache_name(model))
+    if type(kept) is not DynamicCache:
+        return None
+    kept.batch_repeat_interleave(samples)
+    return kept
+
+
+def _cache_name(model: nn.Module) -> str:
+    """What the model's forward calls its key/value cache; older releases of transformers use the longer name."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 class _Drawn(LogitsProcessor):
