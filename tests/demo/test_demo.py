@@ -193,28 +193,26 @@ def test_the_whole_demonstration_measures_prints_and_keeps(planted_directory, mo
     few = facts.unseen(0)[:20]
     monkeypatch.setattr(facts, "unseen", lambda seed: few)
     monkeypatch.setattr("libortho.isolation.result.RETAIN_BUDGET", 1e-9)
-    phases = []
+    phases, told = [], []
     report = run(
         model=str(planted_directory),
         dtype=torch.float32,
         config=IsolateConfig(max_steps=2, allow_unknown=True),
         out=tmp_path / "kept",
         progress=lambda phase, done, total: phases.append(phase),
+        on_verdict=lambda v: told.append(v.key),
     )
-    assert [m.label for m in report.isolated] == [
-        "alpha = 1",
-        "alpha = 0.5",
-        "alpha = 0",
-    ]
-    assert report.implanted.secret_perplexity < report.never_trained.secret_perplexity
+    assert [s["key"] for s in report.audit.data["subjects"]] == ["off", "on", "quantised", "reference"]
+    assert [v.key for v in report.audit.verdicts] == told
     assert [s.label for s in report.splits] == ["rank_ratio=0.95", "use_low_rank=False", "rank_ratio=0.98"]
     assert report.isolate.missed  # no edit is that harmless, and it says so
-    assert {"implant", "split (weights only)", "steps"} <= set(phases)
+    assert phases[0] == "load"
+    assert {"implant", "split (weights only)", "steps", "audit"} <= set(phases)
     assert json.loads(json.dumps(report.to_dict()))["secrets"] == 17
     console = Console(record=True, width=200, file=io.StringIO())
     show_demo(report, console)
     printed = console.export_text()
-    assert all(label in printed for label in ("never trained", "alpha = 0.5", "use_low_rank=False", "missed:"))
+    assert all(label in printed for label in ("never trained", "alpha = 0", "use_low_rank=False", "missed:"))
     kept = tmp_path / "kept"
     split, tokenizer = load(kept / "isolated")
     assert load_records(kept / "forget.jsonl", tokenizer) == load_records(facts.secrets(0), tokenizer)
@@ -225,19 +223,32 @@ def test_the_whole_demonstration_measures_prints_and_keeps(planted_directory, mo
     nll = {n: float(score(LanguageModel(m), items)[0].nll.mean()) for n, m in {"on": split, **dense}.items()}
     assert nll["on"] == pytest.approx(nll["implanted"], rel=0.02)
     assert nll["never_trained"] > 1.05 * nll["implanted"]
+    assert report.planted == int(score(LanguageModel(dense["implanted"]), items)[1].sum())
     planting = []
+    once = IsolateConfig(max_steps=1, allow_unknown=True)
     again = run(
-        model=str(planted_directory), dtype=torch.float32, config=IsolateConfig(max_steps=1, allow_unknown=True),
-        out=kept, full=False, progress=lambda phase, done, total: planting.append(phase == "implant"),
+        model=str(planted_directory), dtype=torch.float32, config=once, out=kept,
+        progress=lambda phase, done, total: planting.append(phase == "implant"),
     )  # fmt: skip
     assert not any(planting)
-    assert again.implant_steps == report.implant_steps
-    assert again.implanted == report.implanted
-    assert [m.label for m in again.isolated] == ["alpha = 1", "alpha = 0"]
+    assert (again.implant_steps, again.planted) == (report.implant_steps, report.planted)
+
+
+def test_the_short_demonstration_has_fewer_secrets_and_fits_80_columns(planted_directory, tmp_path):
+    short = run(
+        model=str(planted_directory), dtype=torch.float32, config=IsolateConfig(max_steps=1, allow_unknown=True),
+        out=tmp_path / "kept", full=False,
+    )  # fmt: skip
+    assert short.secrets == 9
+    assert len((tmp_path / "kept" / "forget.jsonl").read_text().splitlines()) == 9
+    assert short.audit.data["curve"] == []
+    with pytest.raises(LibOrthoError, match="'secrets': 9"):
+        run(model=str(planted_directory), dtype=torch.float32, out=tmp_path / "kept")
     console = Console(record=True, width=80, file=io.StringIO())
-    show_demo(again, console, full=False)
+    show_demo(short, console, full=False)
     printed = console.export_text()
-    assert "of 17 secrets are still said" in " ".join(printed.split())
+    assert all(f"{v.key.replace('_', ' ')}: " in printed for v in short.audit.verdicts)
+    assert "of 9 secrets are still said" in " ".join(printed.split())
     assert "membership AUC" in printed  # whole, in 80 columns
 
 

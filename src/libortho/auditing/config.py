@@ -25,7 +25,7 @@ class AuditConfig:
     samples: int = 20
     """Continuations drawn for each record at temperature 1."""
     alphas: tuple[float, ...] | None = None
-    """Grid of the alpha curve (0, 0.5, 1; full also 0.25 and 0.75)."""
+    """Grid of the alpha curve (0, 0.5, 1; full also 0.25 and 0.75); empty: there is no curve."""
     min_k: float = 0.4
     """Share of the least likely tokens that the Min-K % scores look at."""
     reveal: bool = False
@@ -58,9 +58,9 @@ class AuditConfig:
             if getattr(self, name) is not None:
                 positive_int(name, getattr(self, name))
         fraction("min_k", self.min_k)
-        grid = _ALPHAS[self.profile] if self.alphas is None else self.alphas
-        object.__setattr__(self, "alphas", tuple(grid))
-        if not self.alphas or not all(is_number(a) and 0 <= a <= 2 for a in self.alphas):
+        grid = tuple(_ALPHAS[self.profile] if self.alphas is None else self.alphas)
+        object.__setattr__(self, "alphas", grid)
+        if not all(is_number(a) and 0 <= a <= 2 for a in grid):
             raise ConfigError(f"alphas is {self.alphas!r}; expected numbers in [0, 2]")
         flag("reveal", self.reveal)
 

@@ -29,7 +29,7 @@ from libortho.cli.options import (
 )
 from libortho.cli.settings import configured
 from libortho.cli.tables import Terminal
-from libortho.cli.terminal import emit, progress_bars, say
+from libortho.cli.terminal import emit, progress_bars, say_verdict
 from libortho.core.errors import ConfigError
 from libortho.core.extras import require
 from libortho.core.files import check_report, check_resume, write_atomically
@@ -89,7 +89,7 @@ def audit(
         report = audit_model(
             net, tokenizer, forget, retain, holdout, **beside, associations=associations, general=general,
             tasks=task or (), name=Path(model).name, config=config, resume=kept, progress=progress,
-            on_verdict=lambda v: say(f"{v.key.replace('_', ' ')}: {v.status}. {v.text}"),
+            on_verdict=say_verdict,
         )  # fmt: skip
     if out is not None:
         report.to_json(out)

@@ -32,9 +32,10 @@ from libortho.cli.options import (
 )
 from libortho.cli.settings import configured
 from libortho.cli.tables import Terminal
-from libortho.cli.terminal import emit, note, progress_bars, say
+from libortho.cli.terminal import emit, note, progress_bars, say, say_verdict
 from libortho.core.errors import ConfigError
 from libortho.core.escapes import visible
+from libortho.core.extras import require
 from libortho.core.files import check_resume
 from libortho.isolation.config import IsolateConfig
 from libortho.splitting.config import SplitConfig
@@ -52,17 +53,20 @@ def demo(
     out: Annotated[
         Path, typer.Option(help="Keeps the models and the records; a second run takes up the planted model.")
     ] = Path("libortho-demo"),
-    full: Annotated[bool, typer.Option("--full", help="All tables: more splits by weights, alpha 0.5.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="17 secrets and not nine, the whole quick audit, more splits by weights.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Plant secrets in a real model, and show which split forgets."""
     from libortho.demo.demo import run
 
+    require("audit", "the audit of the demonstration")
     kind, where = dtype_of(dtype), device_of(device)
     with progress_bars() as progress:
         report = run(
             model=model, seed=seed, device=where, text=text, dtype=None if isinstance(kind, str) else kind, out=out,
-            full=full, progress=progress,
+            full=full, progress=progress, on_verdict=say_verdict,
         )  # fmt: skip
     if as_json:
         emit(report.to_dict())

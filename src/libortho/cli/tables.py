@@ -14,9 +14,10 @@ from libortho.core.escapes import one_line, visible
 
 if TYPE_CHECKING:
     from libortho.auditing.report import AuditReport
+    from libortho.auditing.schema import SubjectData
     from libortho.checkpoint import Certificate, CheckpointInfo
     from libortho.core.report import LayerReports
-    from libortho.demo.demo import DemoReport, Measured
+    from libortho.demo.demo import DemoReport
     from libortho.evaluation.evaluate import Evaluation, Figure
     from libortho.isolation.criteria import RecordOutcome
     from libortho.isolation.result import IsolateResult
@@ -170,11 +171,16 @@ def show_certificate(certificate: Certificate, console: Console) -> None:
         note(console, f"not checked: {text}")
 
 
+def show_verdicts(report: AuditReport, console: Console) -> None:
+    """One paragraph for each verdict."""
+    for verdict in report.verdicts:
+        note(console, f"{verdict.status.upper():9}{verdict.key.replace('_', ' ')}: {verdict.text}")
+
+
 def show_audit(report: AuditReport, console: Console) -> None:
     """Verdicts first, then the figures with the controls beside them."""
     data = report.to_dict()
-    for verdict in report.verdicts:
-        note(console, f"{verdict.status.upper():9}{verdict.key.replace('_', ' ')}: {verdict.text}")
+    show_verdicts(report, console)
     for warning in data["warnings"]:
         note(console, f"warning: {warning}")
     console.print()
@@ -267,7 +273,7 @@ def _interval(estimate: Mapping[str, Any]) -> str:
 
 
 def show_demo(report: DemoReport, console: Console, *, full: bool = True) -> None:
-    """The three parts of the demonstration; without ``full``, what fits 80 columns."""
+    """The parts of the demonstration; without ``full``, what fits 80 columns."""
     note(
         console, f"{report.model}, seed {report.seed}: {report.secrets} secrets planted in {report.implant_steps} steps"
     )
@@ -284,14 +290,19 @@ def show_demo(report: DemoReport, console: Console, *, full: bool = True) -> Non
         console,
         f"(b) isolate sees the secrets: {r.density:.2%} of the split weights, {r.steps} steps, {r.seconds:.0f} s",
     )
-    names = ("secret ppl", "retain ppl") if full else ()
-    table = Table("model", "said", "in 20 samples", "membership AUC", "general ppl", *names)
-    for row in (report.never_trained, report.implanted, *report.isolated):
-        table.add_row(*_cells(*_measured(row, report.secrets)[: 5 + len(names)]))
+    table = Table("model", "said", "in 20 samples", "membership AUC", "general ppl")
+    by_key = {s["key"]: s for s in report.audit.data["subjects"]}
+    table.add_row(*_cells(*_beside(by_key["reference"])))
+    table.add_row(*_cells("planted", f"{report.planted}/{report.secrets}", "-", "-", "-"))
+    for key in ("on", "off"):
+        table.add_row(*_cells(*_beside(by_key[key])))
     console.print(table)
     show_missed(r, console)
     console.print()
-    note(console, "(c) the same prompts, greedily")
+    note(console, f"(c) the audit judges it, by {report.secrets} records:")
+    show_verdicts(report.audit, console)
+    console.print()
+    note(console, "(d) the same prompts, greedily")
     table = Table("prompt", "alpha = 1", "alpha = 0", show_lines=True)
     for g in report.generations:
         table.add_row(_block(g.prompt), _block(g.with_ortho), _block(g.without_ortho))
@@ -313,15 +324,15 @@ def _show_splits(report: DemoReport, console: Console) -> None:
     console.print(table)
 
 
-def _measured(row: Measured, secrets: int) -> list[str]:
+def _beside(subject: SubjectData) -> list[str]:
+    """One row of the demonstration's table."""
+    greedy, sampled = subject["memory"]["greedy_extraction"], subject["memory"]["sampled_extraction"]
+    private, able = subject["privacy"], subject["utility"]
     return [
-        row.label,
-        f"{row.extracted}/{secrets}",
-        "-" if row.sampled is None else f"{row.sampled}/{secrets}",
-        f"{row.membership_auc:.3f}",
-        f"{row.general_perplexity:.2f}",
-        f"{row.secret_perplexity:.4g}",
-        f"{row.retain_perplexity:.2f}",
+        subject["label"],
+        *("-" if e is None else f"{round(e['value'] * e['n'])}/{e['n']}" for e in (greedy, sampled)),
+        "-" if private is None else f"{private['attacks']['loss']['auc']['value']:.3f}",
+        "-" if able is None else f"{able['perplexity']['value']:.2f}",
     ]
 
 

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -31,6 +31,9 @@ from libortho.core.escapes import one_line, visible
 from libortho.core.field_docs import fields_help
 from libortho.core.keys import holds_secret
 from libortho.core.progress import Progress
+
+if TYPE_CHECKING:
+    from libortho.auditing.report import Verdict
 
 _INTERRUPTED = 130
 """Exit code that typer gives to an interrupt, as shells do."""
@@ -47,6 +50,11 @@ def say(text: str) -> None:
     """One line on standard error, for what is not the result; a line with a secret key in it is not shown."""
     shown = "error: (not shown, as there is a secret key in the message)" if holds_secret(text) else text
     tables.note(Terminal(stderr=True, soft_wrap=True), shown)
+
+
+def say_verdict(verdict: Verdict) -> None:
+    """A verdict as it falls: its status, and the rest with the tables at the end."""
+    say(f"{verdict.key.replace('_', ' ')}: {verdict.status}")
 
 
 def emit(data: dict[str, Any]) -> None:

@@ -3,23 +3,24 @@
 (a) ``split`` sees only the weights: it compresses, and every secret stays.
 (b) ``isolate`` sees the secrets: at alpha = 0 they are gone, at alpha = 1 they are back.
 
-The never-trained model, which is the same model before planting, stands beside every figure.
+The audit judges (b), and the never-trained model, which is the same model before planting, stands beside every figure.
 """
 
 from __future__ import annotations
 
 import copy
-import logging
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from libortho.auditing.measures.utility import general_items
-from libortho.auditing.roc import auc
+from libortho.auditing.audit import audit
+from libortho.auditing.config import AuditConfig
+from libortho.auditing.report import AuditReport, Verdict
 from libortho.checkpoint import check_destination, check_saveable, save
 from libortho.checkpoint.dense import load_model
 from libortho.checkpoint.directories import check_room
@@ -30,26 +31,21 @@ from libortho.core.targets import find_targets
 from libortho.core.version import __version__
 from libortho.demo import facts
 from libortho.demo.implant import implant
-from libortho.demo.kept import Kept
+from libortho.demo.kept import HOLDOUT, Kept
 from libortho.demo.model import move_off_grid, packaged_model
 from libortho.isolation.config import IsolateConfig
 from libortho.isolation.isolate import isolate
 from libortho.isolation.result import IsolateResult
-from libortho.lm.asking import sampled_extractions
 from libortho.lm.checks import training_dtype
 from libortho.lm.generation import generate
 from libortho.lm.model import LanguageModel
-from libortho.lm.scoring import perplexity, score, text_perplexity
+from libortho.lm.scoring import score, text_perplexity
 from libortho.splitting.config import SplitConfig
 from libortho.splitting.split import split
-from libortho.text.encoding import Encoded, encode
+from libortho.text.encoding import encode
 from libortho.text.records import Record, load_records
 from libortho.text.tokens import decoded, prompt_ids
 
-logger = logging.getLogger(__name__)
-
-ALPHAS = (1.0, 0.5, 0.0)
-ENDS = (1.0, 0.0)
 SPLITS = (
     SplitConfig(rank_ratio=0.95),
     SplitConfig(use_low_rank=False),
@@ -58,34 +54,10 @@ SPLITS = (
 """The three settings of the original note."""
 USABLE = SPLITS[1:2]
 """The one whose base is good enough to be of use."""
-SAMPLES = 20
-UNSEEN, GENERAL = 60, 8
-"""Unseen codes beside which the planted ones are ranked, and windows of general text, in every measurement: the
-interval of the AUC is that of 16 planted codes, whatever their number."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One row of the main table.
-
-    Attributes:
-        label: Which model.
-        extracted: Secrets whose greedy continuation is exact.
-        sampled: Secrets found in any of 20 samples at temperature 1; None where not drawn.
-        secret_perplexity: Of the secrets' completions, tokens pooled.
-        membership_auc: Trained-on codes against unseen codes by log-likelihood, of plain prompts and of chats apart;
-            0.5 cannot tell them apart.
-        retain_perplexity: Of the original experiment's retain sentence.
-        general_perplexity: Of text that isolate never saw.
-    """
-
-    label: str
-    extracted: int
-    sampled: int | None
-    secret_perplexity: float
-    membership_auc: float
-    retain_perplexity: float
-    general_perplexity: float
+FEW = 9
+"""Secrets of the short demonstration: the sentence, four codes of plain text and four of chats."""
+SHORT_AUDIT = {"holdout_records": 60, "fillings": 8, "general_sequences": 6, "task_rows": 12, "alphas": ()}
+"""Sizes of the short demonstration's audit, whose figures are shown as what they are: of few records."""
 
 
 @dataclass(frozen=True)
@@ -117,63 +89,50 @@ class Generation:
 
 @dataclass(frozen=True)
 class DemoReport:
-    """Everything the demonstration measured."""
+    """Everything the demonstration measured.
+
+    Attributes:
+        model: Its name.
+        seed: The seed.
+        secrets: How many are planted.
+        implant_steps: Steps that planting took.
+        planted: Secrets that the planted model says greedily.
+        splits: The splits by weights alone.
+        isolate: The isolation.
+        audit: The audit of the isolated model, beside the never-trained one.
+        generations: What the same prompts get at both ends of the switch.
+        seconds: Wall time by phase.
+    """
 
     model: str
     seed: int
     secrets: int
     implant_steps: int
+    planted: int
     splits: tuple[SplitRow, ...]
-    never_trained: Measured
-    implanted: Measured
-    isolated: tuple[Measured, ...]
     isolate: IsolateResult
+    audit: AuditReport
     generations: tuple[Generation, ...]
     seconds: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values."""
-        return {**asdict(self), "isolate": self.isolate.to_dict()}
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        rows = {n: [asdict(row) for row in plain[n]] for n in ("splits", "generations")}
+        return {**plain, **rows, "isolate": self.isolate.to_dict(), "audit": self.audit.to_dict()}
 
 
 class _Bench:
-    """The fixed material of one demonstration, and how a model is measured on it."""
+    """The secrets of one demonstration, and how a split by weights alone is measured on them."""
 
-    def __init__(self, tokenizer: Any, seed: int, text: Path | None) -> None:
+    def __init__(self, tokenizer: Any, seed: int, count: int | None) -> None:
         self.tokenizer = tokenizer
-        self.secrets = load_records(facts.secrets(seed), tokenizer, name="secrets")
-        self.unseen = load_records(facts.unseen(seed)[:UNSEEN], tokenizer, name="unseen")
-        self.members = [i for i, r in enumerate(self.secrets) if r.prompt != facts.SENTENCE["prompt"]]
-        self.general = general_items(tokenizer, text, GENERAL)
+        self.secrets = load_records(facts.secrets(seed)[:count], tokenizer, name="secrets")
+        self._items = [encode(r, tokenizer) for r in self.secrets]
 
-    def measure(self, model: nn.Module, label: str, *, samples: int = 0) -> Measured:
-        lm = LanguageModel(model)
-        secrets, greedy = score(lm, self._encode(self.secrets))
-        unseen, _ = score(lm, self._encode(self.unseen))
-        sampled = None
-        if samples:
-            sampled = sum(h > 0 for h in sampled_extractions(model, self.tokenizer, self.secrets, samples))
-        return Measured(
-            label=label,
-            extracted=int(greedy.sum()),
-            sampled=sampled,
-            secret_perplexity=float((secrets.nll * secrets.tokens).sum().div(secrets.tokens.sum()).exp()),
-            membership_auc=self._membership(secrets.nll, unseen.nll),
-            retain_perplexity=text_perplexity(model, self.tokenizer, facts.RETAIN_SENTENCE),
-            general_perplexity=perplexity(lm, self.general),
-        )
-
-    def _membership(self, secrets: Tensor, unseen: Tensor) -> float:
-        """Mean over plain prompts and chats of the AUC of each, weighted by the members that it has."""
-        total = 0.0
-        for rendered in (False, True):
-            mine = [i for i in self.members if self.secrets[i].rendered == rendered]
-            others = [i for i, r in enumerate(self.unseen) if r.rendered == rendered]
-            total += len(mine) * auc(-secrets[mine], -unseen[others]) if mine else 0.0
-        return total / len(self.members)
-
-    def _encode(self, records: list[Record]) -> list[Encoded]:
-        return [encode(r, self.tokenizer) for r in records]
+    def said(self, model: nn.Module) -> int:
+        """Secrets that are the greedy continuation of their prompt."""
+        return int(score(LanguageModel(model), self._items)[1].sum())
 
     def weights_only(self, model: nn.Module, config: SplitConfig) -> SplitRow:
         reports = layer_report(split(model, config))
@@ -184,7 +143,7 @@ class _Bench:
             with alpha(model, value):
                 forget.append(text_perplexity(model, self.tokenizer, sentence))
                 retain.append(text_perplexity(model, self.tokenizer, facts.RETAIN_SENTENCE))
-                extracted.append(int(score(LanguageModel(model), self._encode(self.secrets))[1].sum()))
+                extracted.append(self.said(model))
         errors = [r.low_rank_error for r in reports if r.low_rank_error is not None]
         return SplitRow(
             label=f"rank_ratio={config.rank_ratio}" if config.use_low_rank else "use_low_rank=False",
@@ -210,6 +169,7 @@ def run(
     out: Path | None = None,
     full: bool = True,
     progress: Progress | None = None,
+    on_verdict: Callable[[Verdict], None] | None = None,
 ) -> DemoReport:
     """Run the demonstration.
 
@@ -223,8 +183,9 @@ def run(
         out: Directory to keep everything in: ``never_trained``, ``implanted`` and ``isolated`` models,
             ``forget.jsonl`` and ``holdout.jsonl``; missing, empty, or that of an earlier demonstration with the same
             settings, whose planted model is taken up.
-        full: Also alpha = 0.5, and all settings of the split by weights alone.
+        full: All 17 secrets and not nine, the whole of the quick audit, and all settings of the split by weights alone.
         progress: Called with (phase, done, total).
+        on_verdict: Called with each of the audit's verdicts.
 
     Raises:
         LibOrthoError: if ``out`` holds anything else, cannot be written or has not enough room, or the model is
@@ -233,7 +194,8 @@ def run(
     config = config or IsolateConfig(seed=seed)
     dtype = dtype or training_dtype(device)
     name = model or "SmolLM2-135M-Instruct"
-    kept = Kept(out, {"model": name, "seed": seed, "dtype": str(dtype), "libortho": __version__})
+    secrets = len(facts.secrets(seed)) if full else FEW
+    kept = Kept(out, {"model": name, "seed": seed, "dtype": str(dtype), "secrets": secrets, "libortho": __version__})
     if out is not None:
         check_destination(out / "isolated", [config.stream])
     clock = _Clock()
@@ -244,34 +206,31 @@ def run(
     if out is not None:
         needed = check_saveable(net, find_targets(net, config.target_modules), config.bits)
         check_room(out, needed + 2 * sum(p.nbytes for p in net.parameters()))
-    bench = _Bench(tokenizer, seed, text)
+    bench = _Bench(tokenizer, seed, None if full else FEW)
+    never_trained = copy.deepcopy(net)
     clock.lap("load")
-    tell(progress, "measure never-trained", 0, 1)
-    never = bench.measure(net, "never trained")
-    clock.lap("measure")
     kept.begin(net, tokenizer)
     if (steps := kept.take_up(net)) is None:
         steps = implant(net, tokenizer, bench.secrets, seed=seed, progress=progress)
         kept.planted(net, tokenizer, steps)
+    planted = bench.said(net)
     clock.lap("implant")
-    tell(progress, "measure implanted", 0, 1)
-    implanted = bench.measure(net, "implanted")
-    clock.lap("measure")
     rows, settings = [], SPLITS if full else USABLE
     for number, setting in enumerate(settings):
         tell(progress, "split (weights only)", number, len(settings))
         rows.append(bench.weights_only(copy.deepcopy(net), setting))
+    tell(progress, "split (weights only)", len(settings), len(settings))
     clock.lap("split")
     result = isolate(net, tokenizer, bench.secrets, config=config, progress=progress)
     clock.lap("isolate")
     if out is not None:
         save(net, tokenizer, out / "isolated")
-    isolated, alphas = [], ALPHAS if full else ENDS
-    for number, value in enumerate(alphas):
-        tell(progress, "measure isolated", number, len(alphas))
-        with alpha(net, value):
-            isolated.append(bench.measure(net, f"alpha = {value:g}", samples=SAMPLES if value == 0 else 0))
-    clock.lap("measure")
+    sizes: dict[str, Any] = {} if full else SHORT_AUDIT
+    report = audit(
+        net, tokenizer, bench.secrets, holdout=facts.unseen(seed)[:HOLDOUT], reference=never_trained, general=text,
+        name=name, config=AuditConfig(seed=seed, **sizes), progress=progress, on_verdict=on_verdict,
+    )  # fmt: skip
+    clock.lap("audit")
     tell(progress, "generate", 0, 1)
     generations = tuple(_generate(net, tokenizer, p) for p in _prompts(bench))
     clock.lap("generate")
@@ -280,11 +239,10 @@ def run(
         seed=seed,
         secrets=len(bench.secrets),
         implant_steps=steps,
+        planted=planted,
         splits=tuple(rows),
-        never_trained=never,
-        implanted=implanted,
-        isolated=tuple(isolated),
         isolate=result,
+        audit=report,
         generations=generations,
         seconds=clock.laps,
     )

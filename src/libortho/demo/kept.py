@@ -52,8 +52,9 @@ class Kept:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         self._write(None)
-        for name, rows in (("forget", facts.secrets), ("holdout", lambda seed: facts.unseen(seed)[:HOLDOUT])):
-            lines = (json.dumps(r) + "\n" for r in rows(self._settings["seed"]))
+        seed, count = self._settings["seed"], self._settings["secrets"]
+        for name, rows in (("forget", facts.secrets(seed)[:count]), ("holdout", facts.unseen(seed)[:HOLDOUT])):
+            lines = (json.dumps(r) + "\n" for r in rows)
             write_atomically(self.path / f"{name}.jsonl", "".join(lines))
         self._dense(never_trained, tokenizer, "never_trained")
 
