@@ -1,9 +1,14 @@
 """Progress by the tokens that models are given."""
 
+import copy
+import logging
+
 import pytest
 import torch
 
+import libortho
 import tiny
+from libortho.core.progress import in_words
 from libortho.lm.generation import generate
 from libortho.lm.reading_progress import reading, watched
 
@@ -34,8 +39,6 @@ def test_an_error_takes_the_watch_away(tiny_llama):
 
 
 def test_isolate_reports_each_phase_as_it_goes_on(planted, tokenizer, cache):
-    import libortho
-
     told: dict[str, list[int]] = {}
     totals: dict[str, int] = {}
 
@@ -52,3 +55,34 @@ def test_isolate_reports_each_phase_as_it_goes_on(planted, tokenizer, cache):
         assert done == sorted(done)
         assert done[-1] == totals[phase]
     assert all(len(told[p]) >= 3 for p in ("texts", "original", "rounding"))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.1, "5 seconds"), (61, "65 seconds"), (121, "3 minutes"), (3601, "61 minutes"), (9000, "2.5 hours")],
+)
+def test_a_guessed_time_is_rounded_up(seconds, said):
+    assert in_words(seconds) == said
+
+
+def test_the_expected_time_is_said_before_the_work_where_it_is_asked_for(planted, tokenizer, cache, caplog):
+    told: list[str] = []
+
+    def note(phase: str, done: int, total: int) -> None:
+        if phase in ("steps", "audit"):
+            told.extend(r.getMessage() for r in caplog.records if r.name == "libortho.expected")
+
+    def work() -> None:
+        libortho.isolate(
+            planted, tokenizer, tiny.FORGET, config=libortho.IsolateConfig(ratio=0.1, max_steps=1), progress=note
+        )
+        libortho.audit(planted, tokenizer, tiny.FORGET, config=libortho.AuditConfig(samples=2), progress=note)
+
+    copied = copy.deepcopy(planted)
+    work()
+    assert told == []
+    planted = copied
+    caplog.set_level(logging.INFO, "libortho.expected")
+    work()
+    assert any(t.startswith("isolating takes about ") for t in told)
+    assert any(t.startswith("the audit takes about ") for t in told)

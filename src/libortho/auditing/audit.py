@@ -10,6 +10,7 @@ It needs the extra ``audit`` (scipy, rapidfuzz, rouge-score).
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from libortho.core.arguments import check_model, check_tokenizer
 from libortho.core.errors import ConfigError
 from libortho.core.extras import require
 from libortho.core.models import plain_torch, unwrapped
-from libortho.core.progress import Progress
+from libortho.core.progress import Progress, expected, in_words
 from libortho.core.run_cache import RunCache, run_key
 from libortho.lm.checks import check_causal, check_tokens
 from libortho.lm.generation import token_limit
@@ -129,6 +130,8 @@ def audit(
                 elif stage == "attacks":
                     tell_new([attacks(plan.found.attacks or {})])
 
+            if expected.isEnabledFor(logging.INFO):
+                expected.info("the audit takes about %s on this machine", in_words(plan.expected_seconds()))
             plan.run(progress, reached)
         data = report_data(model, subjects, inputs, config, plan.found, name)
     found = verdicts(data["subjects"], data["counts"]["unigram_perplexity"], data["attacks"], data["depth"])

@@ -30,7 +30,7 @@ from libortho.core.errors import ConfigError, LibOrthoError
 from libortho.core.escapes import one_line, visible
 from libortho.core.field_docs import fields_help
 from libortho.core.keys import holds_secret
-from libortho.core.progress import Progress
+from libortho.core.progress import Progress, expected
 
 if TYPE_CHECKING:
     from libortho.auditing.report import Verdict
@@ -232,6 +232,7 @@ def run(app: typer.Typer) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_Format("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    expected.setLevel(logging.INFO)
     with warnings.catch_warnings():
         warnings.showwarning = _warn
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +16,17 @@ def tell(progress: Progress | None, phase: str, done: int, total: int) -> None:
     """Call ``progress``, if there is one."""
     if progress is not None:
         progress(phase, done, total)
+
+
+expected = logging.getLogger("libortho.expected")
+"""Says, at the level INFO, how long a call is expected to take, as soon as that can be told."""
+
+
+def in_words(seconds: float) -> str:
+    """A time that is a guess: seconds up to two minutes, then minutes, then hours, rounded up."""
+    if seconds <= 120:
+        return f"{max(5, 5 * math.ceil(seconds / 5))} seconds"
+    return f"{math.ceil(seconds / 60)} minutes" if seconds <= 7200 else f"{seconds / 3600:.1f} hours"
 
 
 class Stopwatch:

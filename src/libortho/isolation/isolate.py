@@ -26,7 +26,7 @@ from libortho.core.arguments import check_model, check_tokenizer
 from libortho.core.errors import ConfigError, DataError
 from libortho.core.layer import ortho_layers
 from libortho.core.models import denormals_flushed, plain_torch, unwrapped
-from libortho.core.progress import Progress, Stopwatch
+from libortho.core.progress import Progress, Stopwatch, expected, in_words
 from libortho.core.report import record_method
 from libortho.core.run_cache import RunCache, run_key
 from libortho.core.streams.base import check_shape
@@ -41,12 +41,12 @@ from libortho.isolation.request import Request, forget_records
 from libortho.isolation.result import IsolateResult, by_chance, known_before, nothing_known
 from libortho.isolation.retain import RETAIN_LENGTH, given_pieces, retain_and_held_back, sampling_tokens
 from libortho.isolation.support import RequestReadings, Select, select_columns
-from libortho.isolation.train import KEPT_TEXTS
+from libortho.isolation.train import KEPT_TEXTS, LANDING, READ_BACK, step_tokens
 from libortho.isolation.wordings import rows_with, wordings
 from libortho.lm.checks import check_causal, check_tokens, fingerprint, training_dtype
 from libortho.lm.generation import token_limit
 from libortho.lm.model import LanguageModel
-from libortho.lm.reading_progress import reading
+from libortho.lm.reading_progress import reading, tokens_per_second
 from libortho.text.corpus import shipped_text
 from libortho.text.records import Source, load_records
 from libortho.text.sources import read_rows
@@ -156,6 +156,12 @@ def isolate(
         with watch.phase("texts"), reading(model, progress, "texts", sampling_tokens(given, length)):
             kept, held_back = retain_and_held_back(model, tokenizer, given, asked.forget, length, config, store)
         texts_read = (asked, kept[:KEPT_TEXTS], held_back, human)
+        readings = RequestReadings(lm, targets, asked.forget, kept, config.seed)
+        if expected.isEnabledFor(logging.INFO):
+            work = original_tokens(*texts_read) + READ_BACK * readings.tokens()
+            step = READ_BACK * step_tokens(asked.forget, kept)
+            least, most = ((work + n * step) / tokens_per_second(lm, held_back) for n in (LANDING, config.max_steps))
+            expected.info("isolating takes about %s, at most %s on this machine", in_words(least), in_words(most))
         with watch.phase("original"), reading(model, progress, "original", original_tokens(*texts_read)):
             original = kept_original(lm, *texts_read, opening_tokens(tokenizer), store)
         known = known_before(original)
@@ -163,7 +169,6 @@ def isolate(
             if by_chance(known, original) and not config.allow_unknown:
                 raise DataError(f"{unknown}; allow_unknown=True (--allow-unknown) isolates them all the same")
             logger.warning("%s", unknown)
-        readings = RequestReadings(lm, targets, asked.forget, kept, config.seed)
         budgets = AUTO_RATIOS if config.ratio == "auto" else (config.ratio,)
         inputs = Inputs(lm, asked, targets, replaced, kept, held_back, original, readings, len(budgets) == 1)
         for ratio in budgets:

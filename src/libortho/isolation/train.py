@@ -43,6 +43,17 @@ LANDING = 12
 """Most steps from the first on at which no record is recited; in these nothing is taken back."""
 
 
+READ_BACK = 3
+"""Times that a forward and a backward pass take as long as a forward pass."""
+
+
+def step_tokens(forget: Sequence[ForgetRecord], retain: Sequence[Encoded]) -> int:
+    """About as many tokens as one step reads."""
+    mean = sum(len(r.secret.ids) for r in forget) / len(forget)
+    records = min(RECORDS, len(forget))
+    return round((records + 2 * max(NEIGHBOURS, records // 4)) * mean) + RETAIN_TOKENS
+
+
 def training_finished(store: RunCache) -> bool:
     """True if the store holds a training that came to its end, so that only measuring is left."""
     stored = store.get("training")

@@ -1,14 +1,18 @@
-"""How far a long piece of reading is, by the tokens that models have been given."""
+"""How far a long piece of reading is, by the tokens that models have been given, and how long it will take."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from libortho.core.progress import Progress, tell
+from libortho.lm.model import LanguageModel
+from libortho.lm.scoring import judged_states
+from libortho.text.encoding import Encoded
 
 
 @contextmanager
@@ -54,3 +58,11 @@ def reading(model: nn.Module, progress: Progress | None, phase: str, tokens: int
     with watched([model], count):
         yield
     tell(progress, phase, total, total)
+
+
+def tokens_per_second(lm: LanguageModel, texts: Sequence[Encoded]) -> float:
+    """How fast the model reads, of one pass through these texts after one through the first of them."""
+    judged_states(lm, texts[:1])
+    began = time.monotonic()
+    judged_states(lm, texts)
+    return sum(len(t.ids) for t in texts) / max(1e-9, time.monotonic() - began)
