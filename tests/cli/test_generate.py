@@ -41,6 +41,28 @@ def test_generate_follows_named_streams(checkpoint):
     assert code not in said(checkpoint, "--alpha", "hr=0", number=3)
 
 
+def test_generate_answers_under_each_alpha(checkpoint):
+    each = {text: said(checkpoint, "--alpha", text, number=3) for text in ("hr=1", "0")}
+    both = said(checkpoint, "--alpha", "hr=1", "--alpha", "0", number=3)
+    assert both == f"alpha hr=1:\n{each['hr=1']}alpha 0:\n{each['0']}"
+    assert each["hr=1"] != each["0"]
+
+
+def test_an_alpha_is_refused_before_the_model_is_loaded(checkpoint, forget, monkeypatch):
+    def never(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("libortho.checkpoint.load", never)
+    for command in (["generate", checkpoint, "Hello"], ["eval", checkpoint, "--task-file", forget]):
+        for given, complaint in (
+            (["hr=1,legal=1"], "unknown stream 'legal'; this model has ['hr']"),
+            (["hr=on"], "expected a number in [0, 1], or one for each stream such as hr=1,legal=0; the streams are hr"),
+            (["hr=1.5"], "alpha of stream 'hr' is 1.5; expected a number in [0, 1]"),
+            (["0", "hr=1", "0"], "--alpha is 0, hr=1, 0, where one is given twice"),
+        ):
+            assert complaint in refused(*command, *(word for text in given for word in ("--alpha", text)))
+
+
 def test_generate_prints_no_special_token(checkpoint, monkeypatch):
     monkeypatch.setattr("transformers.LlamaForCausalLM.generate", lambda self, ids, streamer, **_: stream(streamer))
 

@@ -13,6 +13,7 @@ import typer
 from libortho.auditing.config import AuditConfig
 from libortho.cli import tables
 from libortho.cli.options import (
+    Alphas,
     AnyModel,
     Device,
     Dtype,
@@ -20,6 +21,7 @@ from libortho.cli.options import (
     Resume,
     Seed,
     Settings,
+    alphas_of,
     device_of,
     dtype_of,
     field_option,
@@ -100,13 +102,7 @@ def audit(
 
 def evaluate(
     model: AnyModel,
-    alphas: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--alpha",
-            help="A number, or NAME=NUMBER;... (others off); a column each; repeat. Default: as loaded.",
-        ),
-    ] = None,
+    alphas: Alphas = None,
     original: Annotated[str | None, typer.Option(help="Hub id or path of a dense model, as one more column.")] = None,
     tasks: Annotated[
         str | None, typer.Option(help="Names for the lm-evaluation-harness, with commas; the data come from the hub.")
@@ -123,14 +119,13 @@ def evaluate(
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Measure tasks under each alpha, side by side.
+    """Measure tasks under each --alpha, side by side.
 
     Tasks are JSONL files, or names of the lm-evaluation-harness.
     """
     from libortho.checkpoint import is_checkpoint
     from libortho.checkpoint.dense import load_model, refuse_checkpoint
     from libortho.core.switch.alpha import current_alphas
-    from libortho.core.switch.state import parse_alpha
     from libortho.evaluation.evaluate import Column, evaluate_columns
     from libortho.evaluation.harness import harness_tasks
     from libortho.evaluation.tasks import load_task
@@ -140,11 +135,9 @@ def evaluate(
     check_report(out, "--out")
     kind, where = dtype_of(dtype), device_of(device)
     split_model = is_checkpoint(model)
-    if alphas and not split_model:
-        raise ConfigError(f"--alpha is given, but {model} is not a checkpoint of libortho; leave --alpha out")
+    specs = {f"alpha {text}": spec for text, spec in alphas_of(alphas, model).items()}
     if original is not None:
         refuse_checkpoint(original, "--original")
-    specs = {f"alpha {text}": parse_alpha(text) for text in alphas or ()}
     files = [load_task(path) for path in task_file or ()]
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model that is handed to it
     named = harness_tasks([t.strip() for t in tasks.split(",") if t.strip()], include_path) if tasks else []
@@ -174,4 +167,4 @@ def evaluate(
 def _short(loaded: Mapping[str, float]) -> str:
     """The loaded alphas in the form of --alpha: one number if all are equal, else one for each stream."""
     values = set(loaded.values()) or {0.0}
-    return f"{values.pop():g}" if len(values) == 1 else ";".join(f"{n}={v:g}" for n, v in loaded.items())
+    return f"{values.pop():g}" if len(values) == 1 else ",".join(f"{n}={v:g}" for n, v in loaded.items())

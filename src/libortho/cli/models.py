@@ -11,6 +11,7 @@ import typer
 
 from libortho.cli import tables
 from libortho.cli.options import (
+    Alphas,
     Bits,
     Checkpoint,
     Device,
@@ -23,6 +24,7 @@ from libortho.cli.options import (
     Settings,
     Stream,
     Targets,
+    alphas_of,
     device_of,
     dtype_of,
     field_option,
@@ -180,25 +182,22 @@ def isolate(
 def generate(
     directory: Checkpoint,
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
-    value: Annotated[
-        str | None,
-        typer.Option("--alpha", help="A number, or NAME=NUMBER;... (other streams are off). Default: as loaded."),
-    ] = None,
+    alphas: Alphas = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     chat: Annotated[bool, typer.Option("--chat", help="Apply the chat template to the prompt.")] = False,
     seed: Seed = 0,
     device: Device = "cpu",
 ) -> None:
-    """Continue a prompt under a chosen alpha, as a stream of text.
+    """Continue a prompt under each --alpha, as a stream of text.
 
-    Without --alpha each stream has the alpha of its manifest (0 after isolate), which standard error shows.
+    Without --alpha each stream has the alpha of its manifest (0 after isolate), which standard error shows. Several
+    answers have their alpha above them.
     """
     from transformers import TextStreamer
 
-    from libortho.checkpoint import load
+    from libortho.checkpoint import is_checkpoint, load
     from libortho.core.switch.alpha import alpha, current_alphas
-    from libortho.core.switch.state import parse_alpha
     from libortho.lm.checks import check_tokens
     from libortho.lm.generation import generate as continue_prompts
     from libortho.text.chat import has_template, question
@@ -210,7 +209,7 @@ def generate(
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             super().on_finalized_text(visible(text), stream_end)
 
-    spec = None if value is None else parse_alpha(value)
+    specs: dict[str, Any] = dict(alphas_of(alphas, directory)) if is_checkpoint(directory) else {}
     net: Any
     net, tokenizer = load(directory, device=device_of(device))
     if chat and not has_template(tokenizer):
@@ -219,13 +218,18 @@ def generate(
     if not ids:
         raise ConfigError("the prompt is empty; give at least one token to continue")
     check_tokens(net, tokenizer, [("the prompt", ids)])
-    streamer = Visible(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    if spec is None:
+    if not specs:
         loaded = current_alphas(net)
         say(f"alpha: {_told(loaded)}")
-        spec = loaded or 0.0
-    with alpha(net, spec):
-        continue_prompts(net, tokenizer, [ids], max_new_tokens, temperature=temperature, seed=seed, streamer=streamer)
+        specs = {"": loaded or 0.0}
+    for text, spec in specs.items():
+        if len(specs) > 1:
+            note(f"alpha {text}:")
+        streamer = Visible(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        with alpha(net, spec):
+            continue_prompts(
+                net, tokenizer, [ids], max_new_tokens, temperature=temperature, seed=seed, streamer=streamer
+            )
 
 
 def next_commands(*commands: Sequence[str | Path]) -> None:
