@@ -28,6 +28,7 @@ from libortho.cli.options import (
     open_model,
 )
 from libortho.cli.settings import configured
+from libortho.cli.sources import AsChat, Blocks, Completion, Prompt, Reading, read_sources, say_running_text
 from libortho.cli.tables import Terminal
 from libortho.cli.terminal import emit, progress_bars
 from libortho.core.errors import ConfigError
@@ -42,6 +43,10 @@ def audit(
         Path | None, typer.Option(help="Records of the same kind, never trained on; without them no privacy verdict.")
     ] = None,
     retain: Annotated[Path | None, typer.Option(help="Records that must still be known.")] = None,
+    prompt: Prompt = None,
+    completion: Completion = None,
+    chat: AsChat = False,
+    blocks: Blocks = False,
     reference: Annotated[
         str | None, typer.Option(help="Hub id or path of the model that was never trained on the forget set.")
     ] = None,
@@ -80,13 +85,15 @@ def audit(
     for option, path in (("--reference", reference), ("--original", original)):
         if path is not None:
             refuse_checkpoint(path, option)
+    rows = read_sources(Reading(prompt, completion, chat, blocks), forget=forget, retain=retain, holdout=holdout)
+    say_running_text("general", general)
     net, tokenizer = open_model(model, kind, where)
     beside = {n: None if m is None else load_model(m, kind, where)[0] for n, m in
               (("reference", reference), ("original", original))}  # fmt: skip
     with progress_bars() as progress:
         report = audit_model(
-            net, tokenizer, forget, retain, holdout, **beside, associations=associations, general=general,
-            tasks=task or (), name=Path(model).name, config=config, resume=resume, progress=progress,
+            net, tokenizer, rows["forget"], rows["retain"], rows["holdout"], **beside, associations=associations,
+            general=general, tasks=task or (), name=Path(model).name, config=config, resume=resume, progress=progress,
         )  # fmt: skip
     if out is not None:
         report.to_json(out)

@@ -31,6 +31,7 @@ from libortho.cli.options import (
     open_model,
 )
 from libortho.cli.settings import configured
+from libortho.cli.sources import AsChat, Blocks, Completion, Prompt, Reading, read_sources, say_running_text
 from libortho.cli.tables import Terminal
 from libortho.cli.terminal import emit, note, progress_bars, say
 from libortho.core.errors import ConfigError
@@ -59,6 +60,7 @@ def demo(
     from libortho.demo.demo import run
 
     kind, where = dtype_of(dtype), device_of(device)
+    say_running_text("text", text)
     with progress_bars() as progress:
         report = run(
             model=model, seed=seed, device=where, text=text, dtype=None if isinstance(kind, str) else kind, out=out,
@@ -125,6 +127,10 @@ def isolate(
     forget: Annotated[Path, typer.Option(help="Records that must go: JSONL, JSON, CSV or txt.")],
     out: Out,
     retain: Annotated[Path | None, typer.Option(help="Text to keep; by default samples and shipped text.")] = None,
+    prompt: Prompt = None,
+    completion: Completion = None,
+    chat: AsChat = False,
+    blocks: Blocks = False,
     target_modules: Targets = None,
     ratio: Annotated[str | None, field_option(IsolateConfig, "ratio", metavar="NUMBER|auto")] = None,
     bits: Bits = None,
@@ -149,6 +155,7 @@ def isolate(
         IsolateConfig, settings, target_modules=targets_of(target_modules), ratio=ratio, bits=bits_of(bits),
         stream=stream, seed=seed, allow_unknown=allow_unknown,
     )  # fmt: skip
+    reading = Reading(prompt, completion, chat, blocks)
     kind, where = dtype_of(dtype), device_of(device)
     further = is_checkpoint(model)
     earlier = stream_names(Path(model)) if further else []
@@ -156,10 +163,11 @@ def isolate(
     check_resume(resume, "--resume", out)
     if further and dtype != "auto":
         raise ConfigError(f"--dtype is {dtype!r}, but {model} is a checkpoint of libortho, which keeps its own")
+    rows = read_sources(reading, forget=forget, retain=retain)
     net, tokenizer = open_model(model, kind, where)
     _check_saveable(net, config, out)
     with progress_bars() as progress:
-        result = isolate_records(net, tokenizer, forget, retain, config=config, resume=resume, progress=progress)
+        result = isolate_records(net, tokenizer, **rows, config=config, resume=resume, progress=progress)
         progress("save", 0, 1)
         save(net, tokenizer, out)
     if as_json:
@@ -170,7 +178,7 @@ def isolate(
         base, page = out.with_name(f"{out.name}-base"), out.with_name(f"{out.name}-audit.html")
         next_commands(
             ["generate", out, "PROMPT", "--alpha", "0"],
-            ["audit", out, "--forget", forget, "--html", page],
+            ["audit", out, "--forget", forget, *reading.words(forget), "--html", page],
             ["detach", out, "--out", base],
         )
         if resume is not None:

@@ -44,8 +44,8 @@ Alphas = Annotated[
     list[str] | None,
     typer.Option(
         "--alpha", metavar="NUMBER|NAME=NUMBER,...",
-        help="Of all streams, or of those named (the others are off), such as 0 or hr=1,legal=0.5. Repeat it for several "
-        "answers, one for each. Default: as loaded.",
+        help="Of all streams, or of those named (the others are off), such as 0 or hr=1,legal=0.5. Repeat it to see "
+        "the model under each. Default: as loaded.",
     ),
 ]  # fmt: skip
 PassphraseEnv = Annotated[

@@ -16,7 +16,11 @@ def test_alpha_is_read(text, meaning):
     assert parse_alpha(text) == meaning
 
 
-@pytest.mark.parametrize("text", ["", "off", "hr=", "hr=on", "hr=1;hr=0", "hr=1,hr=1", "1,0", "0,hr=1", ",", ";", True, {"hr": True}, {}, [1.0], None])
+@pytest.mark.parametrize(
+    "text",
+    ["", "off", "hr=", "hr=on", "hr=1;hr=0", "hr=1,hr=1", "1,0", "0,hr=1", ",", ";", True, {"hr": True}, {}, [1.0],
+     None],
+)  # fmt: skip
 def test_alpha_that_is_none(text):
     with pytest.raises(AlphaError, match="alpha is"):
         parse_alpha(text)
@@ -24,5 +28,5 @@ def test_alpha_that_is_none(text):
 
 def test_an_error_names_the_streams_that_there_are():
     for text in ("hr=on", "hr=1,hr=0"):
-        with pytest.raises(AlphaError, match="the streams are hr, legal$"):
+        with pytest.raises(AlphaError, match=r"the streams are hr, legal$"):
             parse_alpha(text, ["hr", "legal"])
