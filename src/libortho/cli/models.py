@@ -86,6 +86,7 @@ def split(
     ratio: Annotated[str | None, field_option(SplitConfig, "ratio", metavar="NUMBER")] = None,
     bits: Bits = None,
     stream: Stream = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Print a row for each layer, too.")] = False,
     settings: Settings = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
@@ -116,8 +117,12 @@ def split(
     if as_json:
         emit({"out": str(out), **report.to_dict()})
     else:
-        tables.show_layers(report, Terminal())
+        tables.show_split(report, Terminal(), bits=config.bits, stream=config.stream, layers=layers)
         note(f"Saved to {out}. A weights-only split compresses; it claims no forgetting.")
+        next_commands(
+            ["generate", out, "PROMPT", "--alpha", "1", "--alpha", "0"],
+            ["eval", out, "--alpha", "1", "--alpha", "0", "--task-file", "TASK.jsonl"],
+        )
 
 
 def isolate(
