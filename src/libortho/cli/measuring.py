@@ -30,7 +30,7 @@ from libortho.cli.options import (
 from libortho.cli.settings import configured
 from libortho.cli.sources import AsChat, Blocks, Completion, Prompt, Reading, read_sources, say_running_text
 from libortho.cli.tables import Terminal
-from libortho.cli.terminal import emit, progress_bars
+from libortho.cli.terminal import emit, progress_bars, say
 from libortho.core.errors import ConfigError
 from libortho.core.extras import require
 from libortho.core.files import check_report, check_resume, write_atomically
@@ -147,6 +147,8 @@ def evaluate(
         refuse_checkpoint(original, "--original")
     files = [load_task(path) for path in task_file or ()]
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model that is handed to it
+    if tasks and include_path is None:
+        say("reading the lm-evaluation-harness's index of tasks, which takes half a minute")
     named = harness_tasks([t.strip() for t in tasks.split(",") if t.strip()], include_path) if tasks else []
     net, tokenizer = open_model(model, kind, where)
     if not split_model:

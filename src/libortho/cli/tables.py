@@ -278,7 +278,13 @@ def show_evaluation(report: Evaluation, console: Console) -> None:
             ends = "-" if d.low is None else f"{d.low:+.4f} to {d.high:+.4f}"
             changes.add_row(*_cells(d.task, d.metric, d.column, f"{d.value:+.4f}", ends))
         show_table(changes, console)
-    note(console, "Brackets: 95 % interval; +-: standard error of the lm-evaluation-harness; nll: nats per token.")
+    marks = {
+        "brackets: 95 % interval": any(f.low is not None for f in report.figures),
+        "+-: standard error of the lm-evaluation-harness": any(f.stderr is not None for f in report.figures),
+        "nll: nats per token": any(f.metric == "nll" for f in report.figures),
+    }
+    if any(marks.values()):
+        note(console, "; ".join(text for text, there in marks.items() if there))
 
 
 def _figure(figure: Figure | None) -> str:
