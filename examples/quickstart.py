@@ -3,20 +3,22 @@
 python examples/quickstart.py path/to/your/model forget.jsonl
 """
 
-import sys
+import argparse
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import libortho
 
-if len(sys.argv) != 3:
-    sys.exit(__doc__)
-path, forget = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
-tokenizer = AutoTokenizer.from_pretrained(path)
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("model", help="path or hub id of your model")
+parser.add_argument("forget", help="records that must go: JSONL, JSON, CSV or txt")
+given = parser.parse_args()
 
-result = libortho.isolate(model, tokenizer, forget=forget)
+model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.bfloat16).eval()
+tokenizer = AutoTokenizer.from_pretrained(given.model)
+
+result = libortho.isolate(model, tokenizer, forget=given.forget)
 print(f"density {result.density:.2%}, criteria missed: {result.missed or 'none'}")
 print(libortho.layer_report(model))
 

@@ -3,8 +3,8 @@
 python examples/serving.py out/ "The vault access code of Alice Moreau is"
 """
 
+import argparse
 import asyncio
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from threading import Thread
@@ -60,6 +60,8 @@ def main(directory: str, prompt: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit(__doc__)
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", help="what libortho.save wrote")
+    parser.add_argument("prompt")
+    given = parser.parse_args()
+    main(given.directory, given.prompt)

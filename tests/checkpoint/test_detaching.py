@@ -93,7 +93,7 @@ def test_files_that_a_loader_could_read_are_refused(place: str, source: Path, ou
 def test_without_a_certificate(source: Path, out: Path) -> None:
     detach(source, out, certificate=False)
     load(out)
-    with pytest.raises(CheckpointError, match=r"certificate\.json is missing"):
+    with pytest.raises(CheckpointError, match=r"detached without one; libortho detach SOURCE --out DIR"):
         verify_certificate(out)
 
 
@@ -214,6 +214,12 @@ def test_full_disk(step: int, made_bare: Path, out: Path, tmp_path: Path, monkey
 
 def call(*arguments: Any) -> Any:
     return CliRunner().invoke(cli.app, [str(a) for a in arguments])
+
+
+def test_verify_says_what_to_do_where_nothing_was_detached(source: Path, out: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"\['default', 'hr'\], so it was never detached, or without one") as told:
+        verify_certificate(source)
+    assert f"libortho detach {source} --out DIR writes a base with its certificate" in str(told.value)
 
 
 def test_the_command_line(source: Path, out: Path) -> None:

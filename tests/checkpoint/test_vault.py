@@ -305,6 +305,22 @@ def test_the_command_line_with_a_passphrase(made: Path, phrase_locked: Path, out
     assert isinstance(call("decrypt", phrase_locked, *given).exception, ConfigError)
 
 
+def test_without_a_terminal_and_a_passphrase_the_command_line_names_the_options(
+    source: Path, phrase_locked: Path, out: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("libortho.cli.checkpoints._terminal", lambda: False)
+    for command, keys in (
+        (["encrypt", source / "ortho/hr", "--out", tmp_path / "hr.age"], "--recipient KEY"),
+        (["decrypt", phrase_locked, "--out", out], "--identity FILE"),
+    ):
+        for typed in ("", "\n"):
+            refused = call(*command, typed=typed).exception
+            assert isinstance(refused, ConfigError)
+            assert str(refused).endswith(f"none on standard input; give --passphrase-env NAME, or {keys}")
+    assert call("decrypt", phrase_locked, "--out", out, typed=f"{PHRASE}\n").exit_code == 0
+    assert not (tmp_path / "hr.age").exists()
+
+
 def test_the_command_line_takes_a_key_from_the_environment(
     source: Path, locked: Path, key: Any, out: Path, monkeypatch: Any
 ) -> None:

@@ -14,12 +14,25 @@ from libortho.core.layer import ortho_layers
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 
 
-def test_split_writes_a_checkpoint_and_prints_both_densities(planted_directory, tmp_path):
-    result = call("split", planted_directory, "--out", tmp_path / "out", "--ratio", "0.02")
+def test_split_writes_a_checkpoint_and_prints_a_summary(planted_directory, tmp_path):
+    out = tmp_path / "out"
+    result = call("split", planted_directory, "--out", out, "--ratio", "0.02")
     assert result.exit_code == 0, result.output
-    assert "ortho density" in result.stdout
-    assert "tail density" in result.stdout
-    assert "claims no forgetting" in " ".join(result.stdout.split())
+    shown = " ".join(result.stdout.split())
+    assert shown.startswith("split 2 layers, 0.0 M weights: base INT8, 0.0 MB, 8.")
+    assert "; stream default, 0.0" in shown
+    assert "ortho density 1." in shown
+    assert "tail density" in shown
+    told = libortho.layer_report(libortho.load(out)[0])
+    worst = max(told, key=lambda r: r.base_error)
+    assert f"base error: mean {told.totals()['base_error']:.2%}, worst {worst.base_error:.2%} in {worst.name}" in shown
+    assert "final error: mean" in shown
+    assert "claims no forgetting" in shown
+    assert f"libortho generate {out} PROMPT --alpha 1 --alpha 0".replace(" ", "") in shown.replace(" ", "")
+    assert not any(line.startswith(("layer", "model.layers")) for line in result.stdout.splitlines())
+    each = call("split", planted_directory, "--out", out, "--ratio", "0.02", "--layers").stdout
+    assert all(f"{row.base_error:.2%}" in each for row in told)
+    assert sum("model.layers." in line for line in each.splitlines()) == len(told) + 2
     model, _ = libortho.load(tmp_path / "out")
     assert len(ortho_layers(model)) == 2
 

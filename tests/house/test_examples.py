@@ -59,9 +59,30 @@ def test_an_error_in_the_thread_reaches_the_reader(split: nn.Module, tokenizer: 
         list(serving.stream(split, tokenizer, PROMPT, {"nobody": 1.0}))
 
 
-@pytest.mark.parametrize("name", ["quickstart", "serving"])
-def test_without_arguments_an_example_says_what_it_takes(name: str) -> None:
-    done = subprocess.run([sys.executable, EXAMPLES / f"{name}.py"], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert f"python examples/{name}.py" in done.stderr
+def ran(name: str, *arguments: Any) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, EXAMPLES / f"{name}.py", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted(EXAMPLES.glob("*.py"))])
+def test_an_example_says_what_it_takes(name: str) -> None:
+    told = ran(name, "--help")
+    assert told.returncode == 0
+    assert f"python examples/{name}.py" in told.stdout
+    bare = ran(name)
+    assert (bare.returncode, bare.stdout) == (2, "")
+    assert "the following arguments are required" in bare.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+def test_without_vllm_the_example_says_what_to_install(tmp_path: Path) -> None:
+    done = ran("vllm_serve", tmp_path, "Hello")
+    assert done.returncode == 2
+    assert "holds no adapter; expected the folder of a stream" in done.stderr
+    (tmp_path / "ortho/default").mkdir(parents=True)
+    (tmp_path / "ortho/default/adapter_config.json").write_text("{}")
+    done = ran("vllm_serve", tmp_path, "Hello")
+    assert done.returncode == 2
+    assert "vLLM cannot be imported (No module named 'vllm'); install it with: pip install vllm" in done.stderr

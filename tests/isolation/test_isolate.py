@@ -299,7 +299,7 @@ def test_every_phase_says_how_long_it_took(planted, tokenizer):
 def test_progress_reports_every_step(planted, tokenizer):
     calls: list[tuple[str, int, int]] = []
     isolate(planted, tokenizer, tiny.FORGET, tiny.RETAIN, config=SHORT, progress=lambda *call: calls.append(call))
-    assert [c[1:] for c in calls if c[0] == "isolate"] == [(1, 3), (2, 3), (3, 3)]
+    assert [c[1:] for c in calls if c[0] == "steps"] == [(1, 3), (2, 3), (3, 3)]
     assert all(0 <= done <= total for _, done, total in calls)
 
 

@@ -182,7 +182,7 @@ def test_one_stream_is_detached_and_comes_back(twice, tokenizer, tmp_path, gone,
 
 
 def test_a_base_without_its_stream_can_be_isolated(once, tokenizer, tmp_path):
-    """The first stream was shredded; its name is free, its columns are as good as any."""
+    """The first stream was deleted; its name is free, its columns are as good as any."""
     save(once, tokenizer, tmp_path / "one")
     detach(tmp_path / "one", tmp_path / "base")
     bare, _ = load(tmp_path / "base")

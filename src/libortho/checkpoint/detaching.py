@@ -129,6 +129,13 @@ def verify_certificate(directory: str | Path) -> Certificate:
         CheckpointError: otherwise.
     """
     root = Path(directory)
+    if (root / BASE_MANIFEST).is_file() and not (root / CERTIFICATE).exists():
+        streams = stream_names(root)
+        why = f"it holds the streams {streams}, so it was never detached, or" if streams else "it was detached"
+        raise CheckpointError(
+            f"{root} has no {CERTIFICATE}: {why} without one; libortho detach {root if streams else 'SOURCE'} --out "
+            "DIR writes a base with its certificate, which libortho verify DIR checks"
+        )
     found = Certificate.read(root / CERTIFICATE)
     beside = _beside(root, found)
     for name, sha256 in found.files.items():

@@ -4,7 +4,9 @@ models        demo, split, isolate, generate
 measuring     audit, eval
 checkpoints   inspect, detach, verify, attach, encrypt, decrypt, card
 kernels       kernels
+records       records
 options       what several commands take, and how it is read
+sources       how files of records are read
 settings      configs from options and --set
 tables        results
 terminal      what is printed, logged and warned of, and how a command ends

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -169,7 +170,31 @@ def _passphrase(out: Path, variable: str | None, *, confirm: bool, keys: Sequenc
     if variable is not None:
         return _from_environment("--passphrase-env", variable, "passphrase")
     check_new_place(out)
-    return None if keys else str(typer.prompt("Passphrase", hide_input=True, confirmation_prompt=confirm, err=True))
+    return None if keys else _asked(confirm)
+
+
+def _asked(confirm: bool) -> str:
+    """A passphrase that somebody types; where there is no terminal, the line on standard input."""
+    if _terminal():
+        return str(typer.prompt("Passphrase", hide_input=True, confirmation_prompt=confirm, err=True))
+    phrase = sys.stdin.readline().rstrip("\r\n")
+    if not phrase:
+        raise ConfigError(
+            "there is no terminal on which a passphrase could be asked for, and none on standard input; give "
+            f"--passphrase-env NAME, or {'--recipient KEY' if confirm else '--identity FILE'}"
+        )
+    return phrase
+
+
+def _terminal() -> bool:
+    """True if there is one to ask on, wherever standard input comes from."""
+    if sys.stdin.isatty() or sys.platform == "win32":
+        return True
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR))
+    except OSError:
+        return False
+    return True
 
 
 def _secret_key(variable: str) -> str:

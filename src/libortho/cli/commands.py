@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from libortho.auditing.config import AuditConfig
-from libortho.cli import checkpoints, kernels, measuring, models
+from libortho.cli import checkpoints, kernels, measuring, models, records
 from libortho.cli.terminal import Command, Commands
 from libortho.isolation.config import IsolateConfig
 from libortho.splitting.config import SplitConfig
@@ -16,7 +16,7 @@ app = typer.Typer(
 )  # fmt: skip
 _CONFIGS = {models.split: SplitConfig, models.isolate: IsolateConfig, measuring.audit: AuditConfig}
 for verb in (
-    models.demo, models.split, models.isolate, measuring.audit, measuring.evaluate, models.generate,
+    models.demo, records.records, models.split, models.isolate, measuring.audit, measuring.evaluate, models.generate,
     checkpoints.inspect, checkpoints.detach, checkpoints.verify, checkpoints.attach, checkpoints.encrypt,
     checkpoints.decrypt, kernels.kernels, checkpoints.card,
 ):  # fmt: skip

@@ -14,6 +14,7 @@ from libortho.auditing.config import AuditConfig
 from libortho.cli import tables
 from libortho.cli.kept_runs import Keep, kept_run
 from libortho.cli.options import (
+    Alphas,
     AnyModel,
     Device,
     Dtype,
@@ -21,6 +22,7 @@ from libortho.cli.options import (
     Resume,
     Seed,
     Settings,
+    alphas_of,
     device_of,
     dtype_of,
     field_option,
@@ -28,8 +30,9 @@ from libortho.cli.options import (
     size_of,
 )
 from libortho.cli.settings import configured
+from libortho.cli.sources import AsChat, Blocks, Completion, Prompt, Reading, read_sources, say_running_text
 from libortho.cli.tables import Terminal
-from libortho.cli.terminal import emit, progress_bars, say_verdict
+from libortho.cli.terminal import emit, progress_bars, say, say_verdict
 from libortho.core.errors import ConfigError
 from libortho.core.extras import require
 from libortho.core.files import check_report, check_resume, write_atomically
@@ -42,6 +45,10 @@ def audit(
         Path | None, typer.Option(help="Records of the same kind, never trained on; without them no privacy verdict.")
     ] = None,
     retain: Annotated[Path | None, typer.Option(help="Records that must still be known.")] = None,
+    prompt: Prompt = None,
+    completion: Completion = None,
+    chat: AsChat = False,
+    blocks: Blocks = False,
     reference: Annotated[
         str | None, typer.Option(help="Hub id or path of the model that was never trained on the forget set.")
     ] = None,
@@ -81,14 +88,16 @@ def audit(
     for option, path in (("--reference", reference), ("--original", original)):
         if path is not None:
             refuse_checkpoint(path, option)
+    rows = read_sources(Reading(prompt, completion, chat, blocks), forget=forget, retain=retain, holdout=holdout)
+    say_running_text("general", general)
     net, tokenizer = open_model(model, kind, where)
     beside = {n: None if m is None else load_model(m, kind, where)[0] for n, m in
               (("reference", reference), ("original", original))}  # fmt: skip
-    run = (model, forget, holdout, retain, reference, original, associations, general, task, config, dtype, device)
+    run = (model, rows, reference, original, associations, general, task, config, dtype, device)
     with kept_run("audit", resume, keep, size_of(net), *run) as kept, progress_bars() as progress:
         report = audit_model(
-            net, tokenizer, forget, retain, holdout, **beside, associations=associations, general=general,
-            tasks=task or (), name=Path(model).name, config=config, resume=kept, progress=progress,
+            net, tokenizer, rows["forget"], rows["retain"], rows["holdout"], **beside, associations=associations,
+            general=general, tasks=task or (), name=Path(model).name, config=config, resume=kept, progress=progress,
             on_verdict=say_verdict,
         )  # fmt: skip
     if out is not None:
@@ -105,13 +114,7 @@ def audit(
 
 def evaluate(
     model: AnyModel,
-    alphas: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--alpha",
-            help="A number, or NAME=NUMBER;... (others off); a column each; repeat. Default: as loaded.",
-        ),
-    ] = None,
+    alphas: Alphas = None,
     original: Annotated[str | None, typer.Option(help="Hub id or path of a dense model, as one more column.")] = None,
     tasks: Annotated[
         str | None, typer.Option(help="Names for the lm-evaluation-harness, with commas; the data come from the hub.")
@@ -128,14 +131,13 @@ def evaluate(
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Measure tasks under each alpha, side by side.
+    """Measure tasks under each --alpha, side by side.
 
     Tasks are JSONL files, or names of the lm-evaluation-harness.
     """
     from libortho.checkpoint import is_checkpoint
     from libortho.checkpoint.dense import load_model, refuse_checkpoint
     from libortho.core.switch.alpha import current_alphas
-    from libortho.core.switch.state import parse_alpha
     from libortho.evaluation.evaluate import Column, evaluate_columns
     from libortho.evaluation.harness import harness_tasks
     from libortho.evaluation.tasks import load_task
@@ -145,13 +147,13 @@ def evaluate(
     check_report(out, "--out")
     kind, where = dtype_of(dtype), device_of(device)
     split_model = is_checkpoint(model)
-    if alphas and not split_model:
-        raise ConfigError(f"--alpha is given, but {model} is not a checkpoint of libortho; leave --alpha out")
+    specs = {f"alpha {text}": spec for text, spec in alphas_of(alphas, model).items()}
     if original is not None:
         refuse_checkpoint(original, "--original")
-    specs = {f"alpha {text}": parse_alpha(text) for text in alphas or ()}
     files = [load_task(path) for path in task_file or ()]
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model that is handed to it
+    if tasks and include_path is None:
+        say("reading the lm-evaluation-harness's index of tasks, which takes half a minute")
     named = harness_tasks([t.strip() for t in tasks.split(",") if t.strip()], include_path) if tasks else []
     net, tokenizer = open_model(model, kind, where)
     if not split_model:
@@ -179,4 +181,4 @@ def evaluate(
 def _short(loaded: Mapping[str, float]) -> str:
     """The loaded alphas in the form of --alpha: one number if all are equal, else one for each stream."""
     values = set(loaded.values()) or {0.0}
-    return f"{values.pop():g}" if len(values) == 1 else ";".join(f"{n}={v:g}" for n, v in loaded.items())
+    return f"{values.pop():g}" if len(values) == 1 else ",".join(f"{n}={v:g}" for n, v in loaded.items())

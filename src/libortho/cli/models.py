@@ -12,6 +12,7 @@ import typer
 from libortho.cli import tables
 from libortho.cli.kept_runs import Keep, kept_run
 from libortho.cli.options import (
+    Alphas,
     Bits,
     Checkpoint,
     Device,
@@ -24,6 +25,7 @@ from libortho.cli.options import (
     Settings,
     Stream,
     Targets,
+    alphas_of,
     device_of,
     dtype_of,
     field_option,
@@ -31,6 +33,7 @@ from libortho.cli.options import (
     size_of,
 )
 from libortho.cli.settings import configured
+from libortho.cli.sources import AsChat, Blocks, Completion, Prompt, Reading, read_sources, say_running_text
 from libortho.cli.tables import Terminal
 from libortho.cli.terminal import emit, note, progress_bars, say, say_verdict
 from libortho.core.errors import ConfigError
@@ -63,6 +66,7 @@ def demo(
 
     require("audit", "the audit of the demonstration")
     kind, where = dtype_of(dtype), device_of(device)
+    say_running_text("text", text)
     with progress_bars() as progress:
         report = run(
             model=model, seed=seed, device=where, text=text, dtype=None if isinstance(kind, str) else kind, out=out,
@@ -88,6 +92,7 @@ def split(
     ratio: Annotated[str | None, field_option(SplitConfig, "ratio", metavar="NUMBER")] = None,
     bits: Bits = None,
     stream: Stream = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Print a row for each layer, too.")] = False,
     settings: Settings = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
@@ -118,8 +123,12 @@ def split(
     if as_json:
         emit({"out": str(out), **report.to_dict()})
     else:
-        tables.show_layers(report, Terminal())
+        tables.show_split(report, Terminal(), bits=config.bits, stream=config.stream, layers=layers)
         note(f"Saved to {out}. A weights-only split compresses; it claims no forgetting.")
+        next_commands(
+            ["generate", out, "PROMPT", "--alpha", "1", "--alpha", "0"],
+            ["eval", out, "--alpha", "1", "--alpha", "0", "--task-file", "TASK.jsonl"],
+        )
 
 
 def isolate(
@@ -129,6 +138,10 @@ def isolate(
     forget: Annotated[Path, typer.Option(help="Records that must go: JSONL, JSON, CSV or txt.")],
     out: Out,
     retain: Annotated[Path | None, typer.Option(help="Text to keep; by default samples and shipped text.")] = None,
+    prompt: Prompt = None,
+    completion: Completion = None,
+    chat: AsChat = False,
+    blocks: Blocks = False,
     target_modules: Targets = None,
     ratio: Annotated[str | None, field_option(IsolateConfig, "ratio", metavar="NUMBER|auto")] = None,
     bits: Bits = None,
@@ -154,6 +167,7 @@ def isolate(
         IsolateConfig, settings, target_modules=targets_of(target_modules), ratio=ratio, bits=bits_of(bits),
         stream=stream, seed=seed, allow_unknown=allow_unknown,
     )  # fmt: skip
+    reading = Reading(prompt, completion, chat, blocks)
     kind, where = dtype_of(dtype), device_of(device)
     further = is_checkpoint(model)
     earlier = stream_names(Path(model)) if further else []
@@ -161,11 +175,12 @@ def isolate(
     check_resume(resume, "--resume", out)
     if further and dtype != "auto":
         raise ConfigError(f"--dtype is {dtype!r}, but {model} is a checkpoint of libortho, which keeps its own")
+    rows = read_sources(reading, forget=forget, retain=retain)
     net, tokenizer = open_model(model, kind, where)
     _check_saveable(net, config, out)
-    run = (model, forget, retain, config, str(out.resolve()), dtype, device)
+    run = (model, rows, config, str(out.resolve()), dtype, device)
     with kept_run("isolate", resume, keep, size_of(net), *run) as kept, progress_bars() as progress:
-        result = isolate_records(net, tokenizer, forget, retain, config=config, resume=kept, progress=progress)
+        result = isolate_records(net, tokenizer, **rows, config=config, resume=kept, progress=progress)
         progress("save", 0, 1)
         save(net, tokenizer, out)
     if as_json:
@@ -176,7 +191,7 @@ def isolate(
         base, page = out.with_name(f"{out.name}-base"), out.with_name(f"{out.name}-audit.html")
         next_commands(
             ["generate", out, "PROMPT", "--alpha", "0"],
-            ["audit", out, "--forget", forget, "--html", page],
+            ["audit", out, "--forget", forget, *reading.words(forget), "--html", page],
             ["detach", out, "--out", base],
         )
         if resume is not None:
@@ -188,25 +203,22 @@ def isolate(
 def generate(
     directory: Checkpoint,
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
-    value: Annotated[
-        str | None,
-        typer.Option("--alpha", help="A number, or NAME=NUMBER;... (other streams are off). Default: as loaded."),
-    ] = None,
+    alphas: Alphas = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     chat: Annotated[bool, typer.Option("--chat", help="Apply the chat template to the prompt.")] = False,
     seed: Seed = 0,
     device: Device = "cpu",
 ) -> None:
-    """Continue a prompt under a chosen alpha, as a stream of text.
+    """Continue a prompt under each --alpha, as a stream of text.
 
-    Without --alpha each stream has the alpha of its manifest (0 after isolate), which standard error shows.
+    Without --alpha each stream has the alpha of its manifest (0 after isolate), which standard error shows. Several
+    answers have their alpha above them.
     """
     from transformers import TextStreamer
 
-    from libortho.checkpoint import load
+    from libortho.checkpoint import is_checkpoint, load
     from libortho.core.switch.alpha import alpha, current_alphas
-    from libortho.core.switch.state import parse_alpha
     from libortho.lm.checks import check_tokens
     from libortho.lm.generation import generate as continue_prompts
     from libortho.text.chat import has_template, question
@@ -218,7 +230,7 @@ def generate(
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             super().on_finalized_text(visible(text), stream_end)
 
-    spec = None if value is None else parse_alpha(value)
+    specs: dict[str, Any] = dict(alphas_of(alphas, directory)) if is_checkpoint(directory) else {}
     net: Any
     net, tokenizer = load(directory, device=device_of(device))
     if chat and not has_template(tokenizer):
@@ -227,13 +239,18 @@ def generate(
     if not ids:
         raise ConfigError("the prompt is empty; give at least one token to continue")
     check_tokens(net, tokenizer, [("the prompt", ids)])
-    streamer = Visible(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    if spec is None:
+    if not specs:
         loaded = current_alphas(net)
         say(f"alpha: {_told(loaded)}")
-        spec = loaded or 0.0
-    with alpha(net, spec):
-        continue_prompts(net, tokenizer, [ids], max_new_tokens, temperature=temperature, seed=seed, streamer=streamer)
+        specs = {"": loaded or 0.0}
+    for text, spec in specs.items():
+        if len(specs) > 1:
+            note(f"alpha {text}:")
+        streamer = Visible(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        with alpha(net, spec):
+            continue_prompts(
+                net, tokenizer, [ids], max_new_tokens, temperature=temperature, seed=seed, streamer=streamer
+            )
 
 
 def next_commands(*commands: Sequence[str | Path]) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from libortho.core.config import StreamConfig, ValueDtype
-from libortho.core.errors import CheckpointError, ConfigError
+from libortho.core.errors import AlphaError, CheckpointError, ConfigError
 from libortho.core.field_docs import fields_help
 
 if TYPE_CHECKING:
@@ -39,12 +40,46 @@ Settings = Annotated[
 Targets = Annotated[list[str] | None, field_option(StreamConfig, "target_modules", metavar="NAME")]
 Bits = Annotated[str | None, field_option(StreamConfig, "bits", metavar="8|4|none")]
 Stream = Annotated[str | None, field_option(StreamConfig, "stream", metavar="NAME")]
+Alphas = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--alpha", metavar="NUMBER|NAME=NUMBER,...",
+        help="Of all streams, or of those named (the others are off), such as 0 or hr=1,legal=0.5. Repeat it to see "
+        "the model under each. Default: as loaded.",
+    ),
+]  # fmt: skip
 PassphraseEnv = Annotated[
     str | None,
     typer.Option(
         "--passphrase-env", metavar="NAME", help="Environment variable with the passphrase; else it is asked for."
     ),
 ]
+
+
+def alphas_of(texts: Sequence[str] | None, directory: str | Path) -> dict[str, float | dict[str, float]]:
+    """What each ``--alpha`` means, by its text, after a look at the streams of the checkpoint; nothing is loaded.
+
+    Raises:
+        AlphaError: if one is no alpha, is out of range, names a stream that is not there, or is given twice.
+        ConfigError: if one is given for a model without a switch.
+    """
+    from libortho.checkpoint import is_checkpoint, stream_names
+    from libortho.core.switch.state import parse_alpha
+    from libortho.core.switch.switch import Switch
+
+    if not texts:
+        return {}
+    if not is_checkpoint(directory):
+        raise ConfigError(f"--alpha is given, but {directory} is not a checkpoint of libortho; leave --alpha out")
+    switch, names = Switch(), stream_names(Path(directory))
+    for name in names:
+        switch.add_stream(name)
+    found = {text: parse_alpha(text, names) for text in texts}
+    for spec in found.values():
+        switch.build(spec, base=None, extrapolate=False)
+    if len(found) < len(texts):
+        raise AlphaError(f"--alpha is {', '.join(texts)}, where one is given twice; expected each once")
+    return found
 
 
 def dtype_of(name: str) -> torch.dtype | str:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.padding import Padding
 from rich.segment import Segment
 from rich.table import Column, Table
 from rich.text import Text
@@ -57,17 +58,54 @@ def _block(text: str) -> Text:
     return Text(visible(text.strip()))
 
 
-def show_layers(reports: LayerReports, console: Console) -> None:
-    """One row per split layer, and the totals with both densities."""
-    console.print(Text(visible(str(reports))), soft_wrap=True)
+def show_table(table: Table, console: Console) -> None:
+    """A table if it fits with every word whole; else a paragraph for each row, with the headers beside the values."""
+    rows = list(zip(*(map(str, column.cells) for column in table.columns), strict=True))
+    headers = [str(column.header) for column in table.columns]
+    lines = console.render_lines(table, pad=False)
+    drawn = "\n".join("".join(segment.text for segment in line) for line in lines)
+    if all(word in drawn for texts in (headers, *rows) for text in texts for word in visible(text).split()):
+        console.print(table)
+        return
+    if table.title:
+        note(console, f"{table.title}:")
+    for first, *others in rows:
+        note(console, f"{headers[0]} {first}")
+        shown = [""]
+        for pair in (one_line(f"{h} {v}") for h, v in zip(headers[1:], others, strict=True)):
+            together = f"{shown[-1]}, {pair}" if shown[-1] else pair
+            shown[-1:] = [together] if len(together) < console.width - 2 else [shown[-1], pair]
+        console.print(Padding(Text(",\n".join(filter(None, shown))), (0, 0, 0, 2)))
+
+
+def _plain_table(head: Iterable[str], rows: Iterable[Iterable[str]], *, right: bool = False) -> Table:
+    """A table without lines, whose first column holds names; ``right`` sets the others to the right."""
+    table = Table(*_headers(*head), box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in table.columns[1:]:
+        column.justify = "right" if right else "left"
+    for row in rows:
+        table.add_row(*_cells(*row))
+    return table
+
+
+def show_split(reports: LayerReports, console: Console, *, bits: int | None, stream: str, layers: bool) -> None:
+    """What a split took and lost, over all layers together; with ``layers`` a row for each before it."""
+    if layers:
+        head, *rows = reports.cells()
+        show_table(_plain_table(head, rows, right=True), console)
     t = reports.totals()
+    weights = sum(r.shape[0] * r.shape[1] for r in reports)
+    width = "dense" if bits is None else f"INT{bits}"
+    worst_base, worst = (max(reports, key=lambda r: getattr(r, f"{n}_error")) for n in ("base", "final"))
     note(
         console,
-        f"base error mean {t['base_error']:.2%} max {t['max_base_error']:.2%}, "
-        f"final error mean {t['final_error']:.2%} max {t['max_final_error']:.2%}, "
-        f"ortho density {t['ortho_density']:.3%}, tail density {t['tail_density']:.2%}, "
-        f"base {t['base_bytes'] / 1e6:.1f} MB, ortho {t['ortho_bytes'] / 1e6:.2f} MB",
+        f"split {len(reports)} layers, {weights / 1e6:.1f} M weights: base {width}, "
+        f"{t['base_bytes'] / 1e6:.1f} MB, {8 * t['base_bytes'] / weights:.2f} bits per weight; stream {stream}, "
+        f"{t['ortho_bytes'] / 1e6:.2f} MB",
     )
+    note(console, f"ortho density {t['ortho_density']:.3%}, tail density {t['tail_density']:.2%}")
+    for name, row, error in (("base", worst_base, worst_base.base_error), ("final", worst, worst.final_error)):
+        note(console, f"{name} error: mean {t[f'{name}_error']:.2%}, worst {error:.2%} in {row.name}")
 
 
 def show_isolate(result: IsolateResult, console: Console) -> None:
@@ -130,23 +168,21 @@ def show_checkpoint(info: CheckpointInfo, console: Console) -> None:
         f"{info.layers} split layers, {info.weights / 1e6:.1f} M weights, base {width}{group}: "
         f"{info.base_bytes / 1e6:.1f} MB, {info.bits_per_weight:.2f} bits per weight",
     )
-    rows = [("stream", "parts", "layers", "density", "tail", "on disk", "loads with", "base", "criteria")]
+    rows = []
     for s in info.streams:
         rows.append((
-            one_line(s.name), " + ".join(s.kinds), str(s.layers), f"{s.density:.3%}", f"{s.tail_density:.2%}",
+            s.name, " + ".join(s.kinds), str(s.layers), f"{s.density:.3%}", f"{s.tail_density:.2%}",
             f"{s.bytes_on_disk / 1e6:.2f} MB", "libortho" if s.needs_libortho else "PEFT",
             "matches" if s.base_matches else "ANOTHER BASE", _criteria(s.missed),
         ))  # fmt: skip
     if not info.streams:
         note(console, "no ortho stream: this is alpha = 0")
         return
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        console.print(Text(line), soft_wrap=True)  # no width of a terminal cuts a name
+    head = ("stream", "parts", "layers", "density", "tail", "on disk", "loads with", "base", "criteria")
+    show_table(_plain_table(head, rows), console)
     for s in info.streams:
         for missed in s.missed or ():
-            console.print(Text(one_line(f"stream {s.name} missed: {missed}")), soft_wrap=True)
+            note(console, f"stream {s.name} missed: {missed}")
 
 
 def _criteria(missed: tuple[str, ...] | None) -> str:
@@ -195,7 +231,7 @@ def show_audit(report: AuditReport, console: Console) -> None:
             _estimate(m["extraction_strength"], "{:.3f}"), _estimate(m["exposure"], "{:.1f}"),
             _estimate(m["nll"], "{:.2f}"),
         ))  # fmt: skip
-    console.print(table)
+    show_table(table, console)
     if data["subjects"][0]["privacy"] is not None:
         names = list(dict.fromkeys(n for s in data["subjects"] for n in s["privacy"]["attacks"]))
         headers = _headers(*(n.replace("_", "-") for n in names))
@@ -204,7 +240,7 @@ def show_audit(report: AuditReport, console: Console) -> None:
             attacks = s["privacy"]["attacks"]
             shown = (_interval(attacks[n]["auc"]) if n in attacks else "-" for n in names)
             table.add_row(*_cells(s["label"], *shown))
-        console.print(table)
+        show_table(table, console)
     tasks = list(dict.fromkeys(n for s in data["subjects"] for n in (s["utility"] or {}).get("tasks", {})))
     table = Table("", "perplexity", "KL", "top-1", *_headers(*tasks), title="utility")
     for s in data["subjects"]:
@@ -213,7 +249,7 @@ def show_audit(report: AuditReport, console: Console) -> None:
             s["label"], _estimate(u["perplexity"], "{:.2f}"), _number(u["kl"], "{:.4f}"),
             _number(u["top1_agreement"], "{:.3f}"), *(_estimate(u["tasks"].get(t), "{:.3f}") for t in tasks),
         ))  # fmt: skip
-    console.print(table)
+    show_table(table, console)
     if data["curve"]:
         table = Table("alpha", "extracted", "strength", "nats", "AUC", "perplexity", "KL", title="alpha curve")
         for p in data["curve"]:
@@ -222,7 +258,7 @@ def show_audit(report: AuditReport, console: Console) -> None:
                 f"{p['nll']:.2f}",
                 _number(p["auc"], "{:.3f}"), f"{p['perplexity']:.2f}", _number(p["kl"], "{:.4f}"),
             )  # fmt: skip
-        console.print(table)
+        show_table(table, console)
         if (zone := data["goldilocks"]) is not None:
             found = ", ".join(f"{low:g} to {high:g}" for low, high in zone["intervals"]) or "none"
             note(console, f"Goldilocks interval of alpha: {found} ({zone['criteria']})")
@@ -240,15 +276,21 @@ def show_evaluation(report: Evaluation, console: Console) -> None:
         asked = next(iter(found.values())).rows
         figures = [_figure(found.get(c)) for c in report.columns]
         table.add_row(*_cells(task, metric, *figures, "" if asked is None else str(asked)))
-    console.print(table)
+    show_table(table, console)
     if report.differences:
         [versus] = _headers(f"minus {report.columns[0]}, paired")
         changes = Table("task", "metric", "column", versus, "95 % interval")
         for d in report.differences:
             ends = "-" if d.low is None else f"{d.low:+.4f} to {d.high:+.4f}"
             changes.add_row(*_cells(d.task, d.metric, d.column, f"{d.value:+.4f}", ends))
-        console.print(changes)
-    note(console, "Brackets: 95 % interval; +-: standard error of the lm-evaluation-harness; nll: nats per token.")
+        show_table(changes, console)
+    marks = {
+        "brackets: 95 % interval": any(f.low is not None for f in report.figures),
+        "+-: standard error of the lm-evaluation-harness": any(f.stderr is not None for f in report.figures),
+        "nll: nats per token": any(f.metric == "nll" for f in report.figures),
+    }
+    if any(marks.values()):
+        note(console, "; ".join(text for text, there in marks.items() if there))
 
 
 def _figure(figure: Figure | None) -> str:
@@ -296,7 +338,7 @@ def show_demo(report: DemoReport, console: Console, *, full: bool = True) -> Non
     table.add_row(*_cells("planted", f"{report.planted}/{report.secrets}", "-", "-", "-"))
     for key in ("on", "off"):
         table.add_row(*_cells(*_beside(by_key[key])))
-    console.print(table)
+    show_table(table, console)
     show_missed(r, console)
     console.print()
     note(console, f"(c) the audit judges it, by {report.secrets} records:")
@@ -306,7 +348,7 @@ def show_demo(report: DemoReport, console: Console, *, full: bool = True) -> Non
     table = Table("prompt", "alpha = 1", "alpha = 0", show_lines=True)
     for g in report.generations:
         table.add_row(_block(g.prompt), _block(g.with_ortho), _block(g.without_ortho))
-    console.print(table)
+    show_table(table, console)
     total = sum(report.seconds.values())
     note(console, f"{total:.0f} s: " + ", ".join(f"{k} {v:.0f}" for k, v in report.seconds.items()))
 
@@ -321,7 +363,7 @@ def _show_splits(report: DemoReport, console: Console) -> None:
             f"{s.final_error:.2%}", f"{s.ortho_density:.2%}", f"{s.tail_density:.2%}", _pair(s.forget_perplexity),
             _pair(s.retain_perplexity), f"{s.extracted[0]} / {s.extracted[1]}",
         )  # fmt: skip
-    console.print(table)
+    show_table(table, console)
 
 
 def _beside(subject: SubjectData) -> list[str]:

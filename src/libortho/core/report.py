@@ -37,9 +37,11 @@ class LayerReports(list[LayerReport]):
         """Totals and one entry per layer, JSON-ready."""
         return {"totals": self.totals(), "layers": [r.to_dict() for r in self]}
 
-    def __str__(self) -> str:
-        head = ("layer", "rank", "low-rank err", "base err", "final err", "density", "tail", "base MB", "ortho MB")
-        rows = [head]
+    def cells(self) -> list[tuple[str, ...]]:
+        """The table as texts: its header, then a row for each layer."""
+        rows: list[tuple[str, ...]] = [
+            ("layer", "rank", "low-rank err", "base err", "final err", "density", "tail", "base MB", "ortho MB")
+        ]
         for r in self:
             low_rank = "-" if r.low_rank_error is None else f"{r.low_rank_error:.2%}"
             rows.append(
@@ -55,7 +57,11 @@ class LayerReports(list[LayerReport]):
                     f"{r.ortho_bytes / 1e6:.3f}",
                 )
             )
-        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        return rows
+
+    def __str__(self) -> str:
+        rows = self.cells()
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(
             "  ".join(
                 cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))

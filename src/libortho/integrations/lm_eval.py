@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from libortho.checkpoint import is_checkpoint, load
+from libortho.checkpoint import is_checkpoint, load, stream_names
 from libortho.core.dtypes import DTYPES
 from libortho.core.errors import CheckpointError, ConfigError, LibOrthoError
 from libortho.core.escapes import one_line
@@ -53,8 +53,8 @@ class LibOrthoLM(HFLM):
 
     Args:
         pretrained: The checkpoint's directory.
-        alpha: A number for all streams, or ``hr=1;legal=0``; streams not named are off. Default: as loaded, which
-            is 0 for streams of ``isolate``.
+        alpha: A number for all streams, or ``hr=1;legal=0``; streams not named are off. (As ``--alpha`` elsewhere; the
+            harness itself splits its arguments at commas.) Default: as loaded, which is 0 for streams of ``isolate``.
         streams: ``all``, ``none``, or the names of those to read, such as ``hr;legal``.
         device: Default: cuda where there is one, as in the harness.
         dtype: Of the dense tensors: auto (as stored), bfloat16, float16 or float32.
@@ -88,7 +88,7 @@ class LibOrthoLM(HFLM):
             raise ConfigError(f"the model libortho does not take {unknown[0]!r}; it takes {', '.join(_OPTIONS)}")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ConfigError("the model libortho runs in one process; start it without accelerate or torchrun")
-        spec, names = None if alpha is None else parse_alpha(alpha), parse_streams(streams)
+        names = parse_streams(streams)
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         size = _batch_size(batch_size, where)
         if isinstance(dtype, str) and dtype != "auto" and dtype not in DTYPES:
@@ -96,6 +96,7 @@ class LibOrthoLM(HFLM):
         directory = Path(pretrained).resolve()
         if not is_checkpoint(directory):
             raise CheckpointError(f"{directory} is not a checkpoint of libortho; for an ordinary model use --model hf")
+        spec = None if alpha is None else parse_alpha(alpha, stream_names(directory))
         kind = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
         model, tokenizer = load(directory, streams=names, device=where, dtype=kind)
         if tokenizer is None:
@@ -149,7 +150,7 @@ class LibOrthoLM(HFLM):
 
 
 def parse_streams(value: Any) -> str | list[str] | None:
-    """Which streams of a checkpoint are read: ``all``, ``none``, or names such as ``hr;legal``.
+    """Which streams of a checkpoint are read: ``all``, ``none``, or names such as ``hr;legal`` (or ``hr,legal``).
 
     Raises:
         ConfigError: if the value is none of these.
@@ -158,7 +159,7 @@ def parse_streams(value: Any) -> str | list[str] | None:
         return None
     if value == "all":
         return "all"
-    names = value.split(";") if isinstance(value, str) else value
+    names = value.replace(";", ",").split(",") if isinstance(value, str) else value
     if isinstance(names, Sequence) and names and all(isinstance(n, str) and n.strip() for n in names):
         return [n.strip() for n in names]
     raise ConfigError(f"streams is {value!r}; expected all, none, or names such as hr;legal")

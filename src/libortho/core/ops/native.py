@@ -143,7 +143,10 @@ def _compile(folder: Path) -> None:
 
     compiler = cpp_extension.get_cxx_compiler()
     if shutil.which(compiler) is None:
-        raise KernelError(f"the C++ compiler {compiler} is not found; install GCC or Clang, or name one by CXX")
+        raise KernelError(
+            f"the C++ compiler {compiler} is not found; install GCC or Clang, or name one by CXX "
+            "(nothing but speed depends on it: torch's kernels are used without)"
+        )
     if not cpp_extension.is_ninja_available():
         raise KernelError("ninja is not found; install it with: pip install ninja")
     make_private(folder.parent)

@@ -171,21 +171,27 @@ def normalise(name: str, value: AlphaValue, extrapolate: bool) -> float | tuple[
     return tuple(float(i) for i in items) if isinstance(value, Sequence) else float(items[0])
 
 
-def parse_alpha(value: Any) -> float | dict[str, float]:
-    """Alpha as it is written on a command line: a number for all streams, or ``hr=1;legal=0`` for each by name.
+def parse_alpha(value: Any, streams: Sequence[str] = ()) -> float | dict[str, float]:
+    """Alpha as it is written on a command line: a number for all streams, or ``hr=1,legal=0`` for each by name.
 
-    Streams that are not named are off, as in :func:`libortho.alpha`; whether the numbers are in range is for that
-    function to say. Mappings from name to number are taken as they are.
+    A semicolon separates as a comma does, for places that split at commas themselves. Streams that are not named are
+    off, as in :func:`libortho.alpha`; whether the numbers are in range is for that function to say. Mappings from name
+    to number are taken as they are.
+
+    Args:
+        value: What is written.
+        streams: Names that an error lists, where they are known.
 
     Raises:
         AlphaError: if the value is neither.
     """
+    known = f"; the streams are {', '.join(streams)}" if streams else ""
     parts = value
     if isinstance(value, str) and "=" in value:
-        items = [p.partition("=")[::2] for p in value.split(";") if p.strip()]
+        items = [p.partition("=")[::2] for p in value.replace(";", ",").split(",") if p.strip()]
         parts = {n.strip(): a for n, a in items}
         if len(parts) < len(items):
-            raise AlphaError(f"alpha is {value!r}, which names a stream twice; expected each once")
+            raise AlphaError(f"alpha is {value!r}, which names a stream twice; expected each once{known}")
     try:
         if isinstance(parts, Mapping) and parts and not any(isinstance(v, bool) for v in parts.values()):
             return {str(k): float(v) for k, v in parts.items()}
@@ -193,7 +199,9 @@ def parse_alpha(value: Any) -> float | dict[str, float]:
             return float(parts)
     except (TypeError, ValueError):
         pass
-    raise AlphaError(f"alpha is {value!r}; expected a number in [0, 1], or one for each stream such as hr=1;legal=0")
+    raise AlphaError(
+        f"alpha is {value!r}; expected a number in [0, 1], or one for each stream such as hr=1,legal=0{known}"
+    )
 
 
 def fit(state: AlphaState, inputs: torch.Tensor, live: bool) -> AlphaState:
