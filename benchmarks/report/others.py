@@ -74,7 +74,7 @@ def rounding(results: Path) -> str:
 
 
 def known_support(results: Path) -> str:
-    runs, note = newest(read(results, "known_support").get("runs", []))
+    runs, note = newest(read(results, "known_support").get("runs", []), "known_support")
     flat = [{**s, "score": n} for r in runs for n, s in r["scores"].items()]
     rows = by_seed(
         [{**s, "precision": 100 * s["precision"]} for s in flat], {"precision": ".1f", "recited": "d"}, "score"
@@ -199,7 +199,7 @@ def isolating(results: Path) -> str:
         parts += [f"What `isolate` itself says it missed:\n\n{missed}"] if missed else []
     elif data:
         parts += [
-            earlier([data]),
+            earlier([data], "isolate_speed"),
             "The stored figures are of another script and are left out.",
             made_by("isolate_speed", [data], str),
         ]

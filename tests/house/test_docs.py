@@ -22,7 +22,8 @@ from templates import TEMPLATES
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY")), *sorted(DOCS.rglob("*.md"))]
+FRONT = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY", "benchmarks/README")]
+PAGES = [*FRONT, *sorted(DOCS.rglob("*.md"))]
 BLOCKS = re.findall(r"```jsonl\n(.*?)```", (DOCS / "how-to" / "records.md").read_text(), re.DOTALL)
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
