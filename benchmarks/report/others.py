@@ -67,7 +67,7 @@ def rounding(results: Path) -> str:
     ]
     return page(
         "Rounding the base",
-        "Every `down_proj` of the planted model is rounded, to nearest codes or to codes that make up for each other. "
+        "Every `down_proj` of the planted model is rounded, to nearest integers or to such as make up for each other. "
         "The table says what general text and the planted secrets lose; it is one run, and no limit is set.",
         *(parts if rows else [UNMEASURED]),
     )  # fmt: skip
