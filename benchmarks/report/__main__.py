@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import audits, forgetting, others, pictures, readme, serving, storage
+from . import audits, forgetting, others, pictures, readme, serving, storage, targets
 from .tables import page
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +25,7 @@ PAGES = {
     "speed": (others.speed, "what the switch costs in decode and prefill"),
     "rounding": (others.rounding, "what the base loses by rounding"),
     "known-support": (others.known_support, "whether scores find the columns that secrets lie in"),
+    "targets": (targets.targets, "what `isolate` aims at, beside what untrained models say"),
     "split": (others.split, "the split by weights alone"),
     "disk": (storage.disk, "what checkpoints weigh, what loading costs, and how long the command line takes to start"),
     "vllm": (serving.vllm, "vLLM beside transformers and PEFT on the same files"),

@@ -24,10 +24,10 @@ MODELS = {"original": "planted", "off": "alpha 0", "reference": "never trained"}
 PANELS = (
     ("secrets said", ("memory", "greedy_extraction"), share, 1.0, None),
     ("membership AUC", ("privacy", "attacks", "loss", "auc"), number, 1.0, 0.5),
-    ("perplexity of WikiText", ("utility", "perplexity"), lambda v: number(v, ".1f"), None, None),
+    ("WikiText perplexity", ("utility", "perplexity"), lambda v: number(v, ".1f"), None, None),
 )
 """Heading, place in an audit's subject, how a value is written, end of the axis (or the largest), and a rule."""
-LEFT, WIDE, GAP, HIGH = 112, 132, 72, 26
+LEFT, WIDE, GAP, HIGH = 108, 76, 56, 26
 """Of the first bar: its left end, its longest width, room for the value behind it, and height of a row."""
 
 
@@ -85,9 +85,11 @@ def result(results: Path) -> str | None:
         said.append(f"{heading}: {told}.")
     of = f"{report['counts']['forget']} records, profile {report['profile']}, seed {report['seed']}, {report['commit']}"
     lines = "Lines are 95 % intervals; an AUC of 0.5 is a coin's."
-    parts.append(text(16, 48 + HIGH * len(MODELS) + 14, f"Audit of {of}. {lines}", "soft", ' font-size="11"'))
+    below = 46 + HIGH * len(MODELS)
+    for i, line in enumerate((f"Audit of {of}.", lines)):
+        parts.append(text(16, below + 14 * (i + 1), line, "soft", ' font-size="11"'))
     title = "What the model says of its secrets, before and after"
-    return drawing(LEFT + 3 * (WIDE + GAP), 72 + HIGH * len(MODELS), title, " ".join([*said, lines]), STYLE, parts)
+    return drawing(LEFT + 3 * (WIDE + GAP), below + 40, title, " ".join([*said, lines]), STYLE, parts)
 
 
 SCREEN = """

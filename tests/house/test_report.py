@@ -164,6 +164,22 @@ def test_the_picture_of_a_terminal_keeps_its_lines(pages, tmp_path):
     assert "http" not in text.replace("http://www.w3.org/2000/svg", "")
 
 
+def test_the_page_of_targets(pages):
+    told = {"nll": 4.0, "nll_sd": 0.5, "correlation_with_shortness": 0.6}
+    sentences = {"true": 4.6, "random_words": 7.8, "own_samples": 3.7, "predicted": 4.0}
+    answers = {n: [3.0, 1.2, 0.4] for n in ("full forget", "target forget", "retain forget", "full holdout",
+                                            "retain holdout")}  # fmt: skip
+    data = {"sentences": sentences, "prediction_bias": -0.6, "prediction_error_sd": 0.5,
+            "in_place": [0.7, 0.8, 0.9, 0.0], "access codes": told, "licence plates": told}  # fmt: skip
+    alone = pages(targets={**data, **MADE})["targets"]
+    assert "off by -0.60 nats on average" in alone
+    assert "TOFU |" not in alone
+    answers |= {f"{m} forget, in place": [0.1, 0.4, 0.6, 0.333] for m in ("full", "retain")}
+    text = pages(targets={**data, "answers": answers, **MADE})["targets"]
+    assert "| answers of TOFU, retrained | 0.10 | 0.40 | 0.60 | 33.3 % |" in text
+    assert "| targets made by the fine-tuned model | 3.00 | 1.20 | 0.40 |" in text
+
+
 def test_the_page_of_tofu_counts_records_far_outside(pages):
     parts = ("memory", "privacy", "utility", "overall")
     report = {**audit(), "split": "tofu_mini", "composite": {"reference": dict.fromkeys(parts, 0.5)}}
@@ -177,7 +193,7 @@ def test_the_page_of_tofu_counts_records_far_outside(pages):
 def test_what_was_not_measured_is_said(pages):
     readme = "A\n<!-- report: cost -->\nold\n<!-- /report -->\nB\n"
     found = pages(readme, isolate_speed={"step": {}, **LATER})
-    silent = ("canaries", "chats", "tofu", "audit", "rounding", "known-support", "split", "disk", "vllm")
+    silent = ("canaries", "chats", "tofu", "audit", "rounding", "known-support", "targets", "split", "disk", "vllm")
     for name in (*silent, "isolating", "README"):
         assert "not measured yet" in found[name], name
     assert "of another script and are left out" in found["isolating"]
