@@ -25,6 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
     place = parser.parse_args().directory
+    sys.argv[1:] = ["PATH"]  # the stored arguments name no directory of this machine
     found = shutil.which(WORDS[0])
     if found is None:
         raise SystemExit("libortho is not on the path; expected an installed package: pip install '.[demo]'")

@@ -120,7 +120,7 @@ def terminal(results: Path) -> str | None:
         40 + CELL * data["columns"],
         76 + LINE * len(lines),
         f"Terminal: {data['command']}",
-        f"What the command prints. The tables of the results page have the same figures. {made}.",
+        f"What the command prints, line by line. {made}.",
         SCREEN,
         parts,
     )
