@@ -1,34 +1,19 @@
-"""Tables and plots of what benchmarks/forgetting.py measured."""
+"""Tables of what benchmarks/forgetting.py measured."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from _canaries import ATTACKS, PLAIN
+from _canaries import ATTACKS
 from _method import METHOD
 from libortho import IsolateConfig
-from libortho.auditing.page.charts import dots
-from libortho.auditing.page.marks import Dot, Row
-from libortho.evaluation.intervals import mean_estimate
 
 KEY, OPTIONS = ("model", "case", "seed", "records"), ("objective", "gradient_weight", "ratio")
 """What tells stored runs apart, beside where they ran; options of the isolation."""
-
-
-PLOTS = Path(__file__).parents[1] / "docs" / "images"
-
-
-STYLE = (
-    ".chart { font: 10px sans-serif; background: #fff } .chart text { fill: #444 } .grid { stroke: #ddd } "
-    ".axis, .rule { stroke: #777 } .whisker, .line, .mark { stroke: currentColor; fill: currentColor } "
-    ".s-off { color: #b3401d } .s-on { color: #2b6cb0 } .s-reference { color: #555 } .s-control { color: #777 }"
-)
-"""Of a chart outside the report, whose page styles it."""
 
 
 def show_sequential(runs: Sequence[dict[str, Any]]) -> None:
@@ -45,7 +30,7 @@ def show_sequential(runs: Sequence[dict[str, Any]]) -> None:
 
 
 def show(runs: Sequence[dict[str, Any]]) -> None:
-    """One row for each model of each run, and the plots."""
+    """One row for each model of each run."""
     table = Table("case", "seed", "method", "state", "greedy %", "in 20 %", "beginning %", "exposure", "unseen",
                   "nats", "unseen", *(f"AUC {a}" for a in ATTACKS), "neighbours", "WikiText", "steps")  # fmt: skip
     for r in runs:
@@ -73,8 +58,6 @@ def show(runs: Sequence[dict[str, Any]]) -> None:
         console.print(f"   missed: {r['missed'] or 'nothing'}")
         if "attacks" in r:
             show_attacks(r["attacks"], console)
-    if final := [r for r in runs if (r["model"], r["case"], r["records"]) == (PLAIN, "final", 100)]:
-        plot(final)
 
 
 def _about(run: dict[str, Any]) -> str:
@@ -137,26 +120,3 @@ def summarise(runs: Sequence[dict[str, Any]]) -> None:
             table.add_row(about, method, str(len(found)), figure, *spread)
         table.add_section()
     Console(width=140).print(table)
-
-
-def plot(runs: Sequence[dict[str, Any]]) -> None:
-    """AUC of each attack minus that of the never-trained model, by method, over the seeds."""
-    methods = list(dict.fromkeys(_method(r) for r in runs))
-    styles = dict(zip(methods, ("off", "on", "reference", "control", "other", "member"), strict=False))
-    rows = []
-    for attack in ATTACKS:
-        found = []
-        for m in methods:
-            values = [r["auc_difference"][attack][0] for r in runs if _method(r) == m]
-            e = mean_estimate(values, seed=0) if len(values) > 1 else None
-            low, high = (e.low, e.high) if e is not None else (None, None)
-            found.append(Dot(styles[m], m, sum(values) / len(values), low, high))
-        rows.append(Row(attack, dots=found))
-    description = "AUC of membership attacks at alpha = 0 minus the never-trained model's; 0 is the aim."
-    svg = dots("auc", "Membership attacks", description, rows, x_label="AUC minus never trained", x_range=(-0.6, 0.6),
-               level=0.0)  # fmt: skip
-    PLOTS.mkdir(parents=True, exist_ok=True)
-    alone = svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(
-        "<g ", f"<style>{STYLE}</style><g ", 1
-    )
-    (PLOTS / "membership.svg").write_text(alone)

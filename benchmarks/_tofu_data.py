@@ -48,5 +48,8 @@ def rows(split: str, which: str) -> list[dict[str, Any]]:
 
 def read(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
-        raise SystemExit(f"{path} is missing: set LIBORTHO_DATA to a directory that holds tofu/ and tofu_mini/")
+        raise SystemExit(
+            f"{path} is missing: set LIBORTHO_DATA to a directory that holds tofu/ and tofu_mini/, "
+            "as benchmarks/tofu_data.py writes them"
+        )
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]

@@ -9,7 +9,7 @@
     python benchmarks/forgetting.py measure --case chat --seeds 11       the canaries in chats of one and of three turns
     python benchmarks/forgetting.py measure --case demo --seeds 0 --model gemma3      another family (second_model.py)
     python benchmarks/forgetting.py sequential --seeds 11                the records in ten requests
-    python benchmarks/forgetting.py show                                 table and plots of what was measured
+    python benchmarks/forgetting.py show                                 tables of what was measured
 
 100 canaries in four templates, each repeated 1 to 10 times in an epoch, are planted in SmolLM2-135M, moved off its
 quantisation grid. In chats (``--case chat``) loss is on the answers alone. The never-trained model is measured on the

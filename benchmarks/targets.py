@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor
 
 from _common import DATA, MODELS, save
-from cases import CASES
+from cases import plates
 from libortho.checkpoint.dense import load_model
 from libortho.demo import facts
 from libortho.demo.model import move_off_grid, packaged_model
@@ -150,8 +150,8 @@ def main() -> None:
         "prediction_error_sd": float(error.std()),
         "in_place": _shares(lm, texts, human.by_token(lm, texts)),
     }
-    for name, raw in (("access codes", facts.unseen(3)[:200]), ("licence plates", CASES["plate"](3)[1])):
-        items = [encode(r, tokenizer) for r in load_records(raw)]
+    for name, raw in (("access codes", facts.unseen(3)[:200]), ("licence plates", plates(3))):
+        items = [encode(r, tokenizer) for r in load_records(raw, tokenizer)]
         scores, _ = score(lm, items)
         short = -torch.tensor([float(len(e.completion)) for e in items])
         figures[name] = {

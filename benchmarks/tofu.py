@@ -28,6 +28,7 @@ from _tofu_training import PEERS
 from libortho import AuditConfig, audit, set_alpha
 from libortho.cli.tables import show_audit
 from libortho.core.cache import cache_directory
+from libortho.isolation.criteria import RecordOutcome
 from tofu_models import build, folder
 
 LABELS = {
@@ -84,14 +85,20 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         for attack in s["privacy"]["attacks"].values():
             attack.pop("roc")
     isolated = json.loads(folder("libortho", split, seed).with_suffix(".json").read_text())
+    outcomes = [RecordOutcome(**r) for r in isolated["records"]]
     figures = ("verdicts", "counts", "config", "model", "curve", "goldilocks", "attacks", "depth", "composite")
     return {
         "split": split,
         "seed": seed,
         "rows": arguments.rows,
         "subjects": subjects,
-        "isolation": {k: isolated[k] for k in ("seconds", "steps", "missed", "retain_kl", "quantised_kl")},
+        "isolation": {
+            **{k: isolated[k] for k in ("seconds", "steps", "missed", "retain_kl", "quantised_kl")},
+            "records": len(outcomes),
+            "far": sum(r.far for r in outcomes),
+        },
         **{k: report.data[k] for k in figures},
+        "counts": {**report.data["counts"], "questions": arguments.questions},
     }
 
 

@@ -12,7 +12,7 @@
     libortho_random  the same optimisation on as many columns, drawn at random
 
 Every result lies in ``<cache>/tofu/<name>-<hash>``; the hash covers the recipe, the bytes of the data, the parent model
-and the seed. Training of aligned_controls and adapters resumes at the last finished epoch.
+and the seed. Training of peers and adapters resumes at the last finished epoch.
 
 Rows come from ``$LIBORTHO_DATA/{tofu,tofu_mini}``, ready adapters from ``$LIBORTHO_MODELS/tofu_mini/{full,retain}``.
 """

@@ -1,9 +1,10 @@
-"""Write the pages of docs/results, and the marked blocks of README.md, from what the benchmarks stored.
+"""Write the pages of docs/results, pictures, and the marked blocks of README.md, from what the benchmarks stored.
 
     python -m benchmarks.report            write them
     python -m benchmarks.report --check    exit with 1 if any differs from what would be written
 
-A block of README.md is what stands between ``<!-- report: NAME -->`` and ``<!-- /report -->``; names: summary, cost.
+Pictures go to docs/images. A block of README.md is what stands between ``<!-- report: NAME -->`` and
+``<!-- /report -->``; names: summary, cost.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import audits, forgetting, others, readme, serving, storage
+from . import audits, forgetting, others, pictures, readme, serving, storage, targets
 from .tables import page
 
 ROOT = Path(__file__).parents[2]
@@ -24,6 +25,7 @@ PAGES = {
     "speed": (others.speed, "what the switch costs in decode and prefill"),
     "rounding": (others.rounding, "what the base loses by rounding"),
     "known-support": (others.known_support, "whether scores find the columns that secrets lie in"),
+    "targets": (targets.targets, "what `isolate` aims at, beside what untrained models say"),
     "split": (others.split, "the split by weights alone"),
     "disk": (storage.disk, "what checkpoints weigh, what loading costs, and how long the command line takes to start"),
     "vllm": (serving.vllm, "vLLM beside transformers and PEFT on the same files"),
@@ -38,6 +40,8 @@ def generated(results: Path, docs: Path, front: Path) -> dict[Path, str]:
     marks = "A figure beyond its limit is marked **not reached**. One that too few records decide is marked undecided."
     texts = {docs / f"{name}.md": write(results) for name, (write, _) in PAGES.items()}
     texts[docs / "index.md"] = page("Results", f"{about} {made}", marks, index)
+    drawn = {docs.parent / "images" / f"{name}.svg": draw(results) for name, draw in pictures.PICTURES.items()}
+    texts |= {path: picture for path, picture in drawn.items() if picture is not None}
     texts[front] = readme.rewritten(front.read_text(), results)
     return texts
 
@@ -55,8 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
         for path in (*differ, *unknown):
             print(f"{path.relative_to(given.root)} is not what `python -m benchmarks.report` writes")
         return int(bool(differ or unknown))
-    docs.mkdir(parents=True, exist_ok=True)
     for path in differ:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(texts[path])
         print(f"wrote {path.relative_to(given.root)}")
     for path in unknown:

@@ -94,11 +94,13 @@ def subjects(report: Row, columns: Sequence[Column]) -> str:
 def head(report: Row, script: str, title: str) -> list[str]:
     counts = report["counts"]
     judged_on = ", ".join(
-        f"{n} {counts[n]}" for n in ("forget", "holdout", "probed", "samples", "general_tokens") if n in counts
+        f"{n} {counts[n]}"
+        for n in ("forget", "holdout", "probed", "samples", "questions", "general_tokens")
+        if n in counts
     )
     return [
         f"## {title}",
-        earlier([report]) if is_earlier(report) else "",
+        earlier([report], script) if is_earlier(report) else "",
         made_by(script, [report], lambda r: ""),
         f"Counts: {judged_on}. In brackets: 95 % intervals.",
         verdicts(report),
@@ -140,8 +142,10 @@ def composite(report: Row) -> str:
 def isolation(report: Row) -> str:
     done = report.get("isolation")
     if done is None:
-        return f"What `isolate` itself says it missed: {UNRECORDED}."
+        return f"Records far outside their band, and what `isolate` itself says it missed: {UNRECORDED}."
+    far = f"{done['far']} of {done['records']}" if "far" in done else UNRECORDED
     cost = f"Isolated in {done['seconds']:.0f} s and {done['steps']} steps; retain divergence {done['retain_kl']:.4f}."
+    cost += f" Records far outside their band: {far}."
     missed = "\n".join(f"- {m}." for m in done["missed"])
     return f"{cost} What `isolate` itself says it missed:\n\n{missed or '- nothing.'}"
 
@@ -159,6 +163,7 @@ def tofu(results: Path) -> str:
     return page(
         "TOFU",
         "A model is fine-tuned on questions about made-up authors, and some of the answers are isolated. "
-        "The audit compares it with a model retrained without these answers, and with other methods where they ran.",
+        "The audit compares it with a model retrained without these answers, and with other methods. "
+        "All models of a section are judged in one run, on the same records and questions.",
         *(parts or [UNMEASURED]),
     )

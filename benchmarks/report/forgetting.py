@@ -7,14 +7,16 @@ from pathlib import Path
 
 from libortho.auditing import thresholds
 
-from .tables import UNMEASURED, Row, judged, made_by, newest, number, page, read, share, table
+from .tables import UNMEASURED, Row, called, judged, made_by, newest, number, page, read, share, table
 
+SEQUENTIAL = ("sequential", "--seeds", "11")
 GROUP = ("model", "case", "records", "objective", "gradient_weight", "ratio", "device")
 ATTACKS = {"loss": "loss", "zlib": "zlib", "min_k": "Min-K %", "min_k_plus": "Min-K%++", "grad_norm": "gradient norm"}
 NOISE = (
     "A limit holds by value; the interval says how far chance reaches. "
     "WikiText is read in 24 windows of 256 tokens, the same for all models; other windows give other ratios."
 )
+MEASURE_REQUESTS = f"{UNMEASURED[0].upper()}{UNMEASURED[1:]}. To measure, run {called('forgetting', SEQUENTIAL)}."
 Figure = tuple[str, str, Callable[[Row], str]]
 
 
@@ -162,7 +164,7 @@ def requests(run: Row) -> str:
     ]
     return "\n\n".join((
         f"## {run['records']} records in {len(run['rows']) - 1} requests, {run['case']}, seed {run['seed']}",
-        newest([run])[1],
+        newest([run], "forgetting")[1],
         made_by("forgetting", [run], lambda r: f"seed {r['seed']}"),
         f"With all streams on, {run['recited_on']} of {run['records']} records are recited.",
         table(["requests", "extracted (limit 0)", *names.values()], rows),
@@ -171,14 +173,15 @@ def requests(run: Row) -> str:
 
 def write(results: Path, title: str, about: str, chats: bool) -> str:
     data = read(results, "forgetting")
-    runs, note = newest([r for r in data.get("runs", []) if (r["case"] == "chat") is chats])
+    runs, note = newest([r for r in data.get("runs", []) if (r["case"] == "chat") is chats], "forgetting")
     groups: dict[str, list[Row]] = {}
     for r in sorted(runs, key=lambda r: r["seed"]):
         groups.setdefault(str([r[k] for k in GROUP]), []).append(r)
     largest = sorted(groups.values(), key=lambda g: (-g[0]["records"], -len(g)))
-    sequential = [] if chats else data.get("sequential", [])
-    parts = [*map(group, largest), *map(requests, sequential)]
-    return page(title, about, note, NOISE, *(parts or [UNMEASURED]))
+    parts = [NOISE, *map(group, largest)] if runs else [UNMEASURED]
+    if not chats:
+        parts += [*map(requests, data.get("sequential", []))] or ["## Records in ten requests", MEASURE_REQUESTS]
+    return page(title, about, note, *parts)
 
 
 def canaries(results: Path) -> str:

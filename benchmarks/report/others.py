@@ -67,14 +67,14 @@ def rounding(results: Path) -> str:
     ]
     return page(
         "Rounding the base",
-        "Every `down_proj` of the planted model is rounded, to nearest codes or to codes that make up for each other. "
+        "Every `down_proj` of the planted model is rounded, to nearest integers or to such as make up for each other. "
         "The table says what general text and the planted secrets lose; it is one run, and no limit is set.",
         *(parts if rows else [UNMEASURED]),
     )  # fmt: skip
 
 
 def known_support(results: Path) -> str:
-    runs, note = newest(read(results, "known_support").get("runs", []))
+    runs, note = newest(read(results, "known_support").get("runs", []), "known_support")
     flat = [{**s, "score": n} for r in runs for n, s in r["scores"].items()]
     rows = by_seed(
         [{**s, "precision": 100 * s["precision"]} for s in flat], {"precision": ".1f", "recited": "d"}, "score"
@@ -199,7 +199,7 @@ def isolating(results: Path) -> str:
         parts += [f"What `isolate` itself says it missed:\n\n{missed}"] if missed else []
     elif data:
         parts += [
-            earlier([data]),
+            earlier([data], "isolate_speed"),
             "The stored figures are of another script and are left out.",
             made_by("isolate_speed", [data], str),
         ]

@@ -86,7 +86,7 @@ def source(report: Row) -> list[str]:
     """Where the audit's rows come from."""
     of = f"{report['counts']['forget']} records, profile {report['profile']}, seed {report['seed']}"
     said = f"The rows but the last are of [the audit](docs/results/audit.md): {of}, commit {report['commit']}."
-    return [said, *([earlier([report])] if is_earlier(report) else [])]
+    return [said, *([earlier([report], "audit")] if is_earlier(report) else [])]
 
 
 def costs(results: Path) -> str:

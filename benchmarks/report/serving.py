@@ -115,7 +115,10 @@ def vllm(results: Path) -> str:
     data = read(results, "vllm")
     parts: list[str] = []
     if data:
-        parts += [earlier([data]) if is_earlier(data) else "", made_by("vllm_check", [data], lambda r: "")]
+        parts += [
+            earlier([data], "vllm_check") if is_earlier(data) else "",
+            made_by("vllm_check", [data], lambda r: ""),
+        ]
         for name, run in data["runs"].items():
             parts += checked(name, run, data["versions"])
     return page(

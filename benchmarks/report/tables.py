@@ -33,21 +33,23 @@ def is_earlier(row: Row) -> bool:
     return str(row.get("commit", "")).startswith("stored in")
 
 
-def newest(rows: Sequence[Row]) -> tuple[list[Row], str]:
-    """Rows of the present method, or all if there are none; and what is said about the earlier ones."""
+def newest(rows: Sequence[Row], script: str) -> tuple[list[Row], str]:
+    """Rows of the present method, or all if there are none; and what is said about the earlier ones of ``script``."""
     present = [r for r in rows if not is_earlier(r)]
     older = len(rows) - len(present)
     if not older:
         return list(rows), ""
     if present:
         return present, f"Left out: {older} older {'row' if older == 1 else 'rows'} of an earlier method."
-    return list(rows), earlier(rows)
+    return list(rows), earlier(rows, script)
 
 
-def earlier(rows: Sequence[Row]) -> str:
-    """The warning above figures of an earlier method."""
+def earlier(rows: Sequence[Row], script: str) -> str:
+    """The warning above figures of an earlier method, and the commands that would replace them."""
     commits = ", ".join(dict.fromkeys(str(r.get("commit", UNRECORDED)) for r in rows))
-    return f"**Of an earlier method (commit {commits}).** The present method has not been measured here yet."
+    again = " and ".join(dict.fromkeys(called(script, arguments(r.get("settings")) or ()) for r in rows))
+    left = f"The present method has not been measured here yet. To replace the figures, run {again}."
+    return f"**Of an earlier method (commit {commits}).** {left}"
 
 
 def number(value: float | None, form: str = ".3f") -> str:
@@ -77,12 +79,20 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(c.replace("|", "\\|").replace("\n", " ") for c in row) + " |" for row in cells)
 
 
-def command(script: str, settings: Any) -> str:
-    """The command line; paths of the machine that it ran on are left out."""
+def arguments(settings: Any) -> list[str] | None:
+    """Those of the command line as they are stored, or None; paths of the machine that it ran on are left out."""
     given = settings.get("arguments") if isinstance(settings, dict) else None
-    if given is None:
-        return f"`python benchmarks/{script}.py`, arguments {UNRECORDED}"
-    return f"`{shlex.join(['python', f'benchmarks/{script}.py', *('PATH' if '/' in a else a for a in given)])}`"
+    return None if given is None else ["PATH" if "/" in a else a for a in given]
+
+
+def called(script: str, given: Sequence[str]) -> str:
+    return f"`{shlex.join(['python', f'benchmarks/{script}.py', *given])}`"
+
+
+def command(script: str, settings: Any) -> str:
+    """The command line of a row."""
+    given = arguments(settings)
+    return called(script, given or ()) + (f", arguments {UNRECORDED}" if given is None else "")
 
 
 def machine(found: Any) -> str:

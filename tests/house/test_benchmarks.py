@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import tiny
 
 PLACE = Path(__file__).parents[2] / "benchmarks"
+DATA = Path(os.environ.get("LIBORTHO_DATA", PLACE.parents[1] / "shared" / "data"))
 SCRIPTS = sorted(p.name for p in PLACE.glob("*.py") if "__main__" in p.read_text())
 STORED = sorted((PLACE / "results").glob("*.json"))
 FIELDS = ("commit", "machine", "settings")
@@ -76,14 +78,6 @@ def test_every_stored_row_says_what_made_it(path):
         assert isinstance(row["machine"], dict)
 
 
-def test_rows_of_a_gpu_name_no_cpu_as_their_machine():
-    runs = json.loads((PLACE / "results" / "forgetting.json").read_text())["runs"]
-    on_gpu = [r for r in runs if r["device"] != "cpu"]
-    assert len(on_gpu) >= 6
-    assert all(r["machine"]["gpu"] == r["device"] for r in on_gpu)
-    assert not any("gpu" in r["machine"] for r in runs if r["device"] == "cpu")
-
-
 def test_save_stamps_what_has_no_stamp(common):
     old = {"seed": 1, "commit": "stored in 0000000", "machine": {"processor": "another"}, "settings": "not recorded"}
     data = {"runs": [old, {"seed": 2, "device": "NVIDIA H200"}, {"seed": 3}], "sizes": [1, 2], "config": {"bits": 8}}
@@ -134,6 +128,83 @@ def test_the_commit_says_whether_the_code_was_changed(common, tmp_path, monkeypa
     assert common._commit() == head
     (folder / "script.py").write_text("changed")
     assert common._commit() == f"{head}+changes"
+
+
+# -- TOFU's small cut -------------------------------------------------------------------------------------------------
+
+
+def written(folder):
+    return {p.stem: [json.loads(line) for line in p.read_text().split("\n") if line] for p in folder.glob("*.jsonl")}
+
+
+@pytest.fixture
+def tofu(tmp_path):
+    """Files named as those of TOFU, with rows of their own."""
+    place = tmp_path / "original"
+    place.mkdir()
+    full = [{"question": f"Who wrote book {i}?", "answer": f"Author {i // 20}.", "more": "\u2028"} for i in range(4000)]
+    parts = {"full": full, "forget05_perturbed": [{**r, "perturbed_answer": ["Nobody."]} for r in full[3800:]]}
+    parts |= {f"forget{n:02}": full[-40 * n :] for n in (1, 5, 10)}
+    parts |= {f"retain{100 - n}": full[: -40 * n] for n in (1, 5, 10)}
+    names = ("forget01", "forget10", "retain", "real_authors", "world_facts")
+    parts |= {f"{n}_perturbed": full[:3] for n in names}
+    for i, (name, found) in enumerate(parts.items()):
+        text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in found)
+        (place / f"{name}.json{'l' * (i % 2)}").write_text(text)
+    return place
+
+
+def test_the_cut_of_tofu_is_the_same_everywhere(script, tofu, tmp_path, monkeypatch):
+    module = script("tofu_data")
+    for out in ("one", "two"):
+        monkeypatch.setattr(sys, "argv", ["tofu_data.py", str(tofu), "--out", str(tmp_path / out)])
+        module.main()
+    small = written(tmp_path / "one" / "tofu_mini")
+    assert small == written(tmp_path / "two" / "tofu_mini")
+    assert {n: len(found) for n, found in small.items()} == {
+        "forget": 200, "forget_perturbed": 200, "retain": 600, "full": 800, "holdout": 200
+    }  # fmt: skip
+    questions = {n: [r["question"] for r in found] for n, found in small.items()}
+    assert questions["forget"] == [f"Who wrote book {i}?" for i in range(3800, 4000)] == questions["forget_perturbed"]
+    assert questions["retain"][:2] == ["Who wrote book 0?", "Who wrote book 1?"]
+    assert questions["full"] == questions["forget"] + questions["retain"]
+    assert not set(questions["holdout"]) & set(questions["full"])
+    assert len(set(questions["full"])) == 800
+    monkeypatch.syspath_prepend(str(PLACE))
+    import _tofu_data
+
+    monkeypatch.setattr(_tofu_data, "DATA", tmp_path / "one")
+    which = ("forget", "retain", "holdout", "forget_perturbed", "retain_perturbed", "world_facts_perturbed")
+    assert all(_tofu_data.rows(s, w) for s in _tofu_data.SPLITS for w in which)
+
+
+def test_the_cut_refuses_what_is_not_tofu(script, tofu):
+    module = script("tofu_data")
+    full, perturbed = (module.stored(tofu, n) for n in ("full", "forget05_perturbed"))
+    with pytest.raises(SystemExit, match="expected the 4000"):
+        module.cut(full[1:], perturbed)
+    with pytest.raises(SystemExit, match="does not ask the questions"):
+        module.cut(full, perturbed[::-1])
+    with pytest.raises(SystemExit, match="has no retain: expected"):
+        module.stored(tofu, "retain")
+
+
+def test_the_cut_reads_parquet(script, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    (tmp_path / "full").mkdir()
+    for i in range(2):
+        rows = [{"question": f"Q{i}", "answer": "A", "perturbed_answer": ["B", "C"]}]
+        parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "full" / f"train-{i}.parquet")
+    assert [r["question"] for r in script("tofu_data").stored(tmp_path, "full")] == ["Q0", "Q1"]
+
+
+@pytest.mark.skipif(not (DATA / "tofu_mini").is_dir(), reason=f"{DATA} has no tofu_mini")
+def test_the_cut_of_the_original_is_the_one_that_was_measured(script):
+    module = script("tofu_data")
+    made = module.cut(*(module.stored(DATA / "tofu", n) for n in ("full", "forget05_perturbed")))
+    assert made == written(DATA / "tofu_mini")
 
 
 # -- the audit of the demonstration -----------------------------------------------------------------------------------

@@ -22,8 +22,10 @@ from templates import TEMPLATES
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY")), *sorted(DOCS.rglob("*.md"))]
+FRONT = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY", "benchmarks/README")]
+PAGES = [*FRONT, *sorted(DOCS.rglob("*.md"))]
 BLOCKS = re.findall(r"```jsonl\n(.*?)```", (DOCS / "how-to" / "records.md").read_text(), re.DOTALL)
+SHORT = [ROOT / "README.md", DOCS / "index.md", *sorted((DOCS / "tutorials").glob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 
@@ -43,6 +45,68 @@ def test_links_lead_somewhere(page):
         assert found.exists(), target
         assert DOCS not in page.parents or DOCS in found.resolve().parents, f"{target} is outside the site"
         assert not anchor or anchor in anchors(found), target
+
+
+def sentences(text):
+    """Those of paragraphs and lists: without code, tables, quotes, blocks of the report, and where links lead."""
+    text = re.sub(r"^ *```.*?^ *```$", "\n", text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"<!-- report:.*?<!-- /report -->", "\n", text, flags=re.DOTALL)
+    lines = ["" if re.match(r"\||#|<|>| {4}\S", line) else line for line in text.split("\n")]
+    text = re.sub(r"^ *(?:[-*]|\d+\.) ", "\n", "\n".join(lines), flags=re.MULTILINE)
+    text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
+    return [s for p in re.split(r"\n\s*\n", text) for s in re.split(r"(?<=[.!?])[*_)\"']*\s+", p) if s.split()]
+
+
+def test_sentences_are_found_in_paragraphs_and_lists():
+    page = (
+        "# Not this\n\nOne [two](far/away.md). **Three.** Four\nfive:\n\n    no code\n\n- six\n- seven\n\n| no | no |\n"
+    )
+    assert [" ".join(s.split()) for s in sentences(page)] == ["One two.", "**Three.", "Four five:", "six", "seven"]
+
+
+@pytest.mark.parametrize("page", SHORT, ids=[p.name for p in SHORT])
+def test_sentences_are_short(page):
+    long = [s for s in sentences(page.read_text()) if len(s.split()) > 30]
+    assert long == []
+
+
+def test_a_code_is_a_secret_and_no_integer():
+    """ "Code" alone is a secret (or that of a program, or of an exit); what a base holds are integers."""
+    for page in PAGES:
+        if page.name != "research-log.md":
+            wrong = r"(integer|nearest|INT[48]|quantised|packed) codes?\b|\bcodes? and scales"
+            assert not re.search(wrong, page.read_text()), page
+
+
+PARAMETERS = (134_515_008, 1_235_814_400, 8_030_261_248)
+"""Of SmolLM2-135M, Llama 3.2 1B and Llama 3.1 8B."""
+
+
+def test_the_sizes_of_large_models_are_those_of_the_formulas():
+    page = (DOCS / "how-to" / "large-models.md").read_text()
+    cells = {r[0]: r[1:] for r in (re.split(r" *\| *", x)[1:-1] for x in page.splitlines() if x.startswith("| "))}
+
+    tokens = int(re.search(r"readings, `t` = ([\d,]+)", page)[1].replace(",", ""))
+    for i, (parameters, shape) in enumerate(zip(PARAMETERS, cells["shape: `L`, `h`, `m`"], strict=True)):
+        layers, hidden, width = map(int, shape.split(", "))
+        weights = layers * hidden * width
+        beside = [2 * tokens * layers * (hidden + width), 4 * layers * hidden**2, 8 * width**2]
+        expected = {
+            "parameters `P`": parameters,
+            "split weights `T`": weights,
+            "dense model, bf16": 2 * parameters,
+            "base, INT8": 2 * (parameters - weights) + weights,
+            "base, INT4": 2 * (parameters - weights) + 0.5625 * weights,
+            "stream values at 0.5 %": 0.01 * weights,
+            f"readings, `t` = {tokens:,}": beside[0],
+            "curvature": beside[1],
+            "rounding, one layer": beside[2],
+            "`isolate` beyond the dense model, without activations": sum(beside) + weights,
+        }
+        for name, value in expected.items():
+            number, unit = cells[name][i].replace(",", "").split()
+            last = {"M": 1e6, "MB": 1e6, "GB": 1e9}[unit] / 10 ** len(number.partition(".")[2])
+            assert float(number) * {"M": 1e6, "MB": 1e6, "GB": 1e9}[unit] == pytest.approx(value, abs=0.51 * last), name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)

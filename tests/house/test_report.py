@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -128,10 +129,71 @@ def test_rows_of_an_earlier_method_are_left_out_or_said(pages):
     assert "**Of an earlier method (commit stored in 0000000).**" in alone["audit"]
 
 
+def test_the_command_that_replaces_older_figures_is_said(pages):
+    older = run(12, objective="profile", case="chat")
+    text = pages(
+        forgetting={"runs": [older]}, known_support={"runs": [{"seed": 0, "planted": 1, "scores": {}, **LATER}]}
+    )
+    assert "run `python benchmarks/forgetting.py measure --seeds 11 PATH`." in text["chats"]
+    assert "run `python benchmarks/known_support.py`." in text["known-support"]
+    assert "run `python benchmarks/forgetting.py sequential --seeds 11`." in text["canaries"]
+
+
+def test_the_picture_of_the_result_is_drawn_from_the_audit(pages, tmp_path):
+    place = tmp_path / "docs" / "images" / "result.svg"
+    pages(audit={"quick": audit(**LATER)})
+    assert not place.exists()  # of an earlier method
+    pages(audit={"quick": audit()})
+    text = place.read_text()
+    tree = ElementTree.fromstring(text)
+    title, told = (tree.find(f"{{http://www.w3.org/2000/svg}}{n}").text for n in ("title", "desc"))
+    assert tree.get("role") == "img"
+    assert tree.get("aria-labelledby") == "t d"
+    assert title
+    assert "secrets said: planted 50 %, alpha 0 50 %, never trained 50 %. membership AUC: planted 0.500" in told
+    assert text.count(">50 %</text>") == text.count(">0.500</text>") == text.count(">0.5</text>") == 3
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_the_picture_of_a_terminal_keeps_its_lines(pages, tmp_path):
+    output = "17 secrets <planted>\n\n  \u2502 said\n"
+    pages(terminal={"command": "libortho demo", "columns": 80, "output": output, **MADE})
+    text = (tmp_path / "docs" / "images" / "terminal.svg").read_text()
+    lines = [e.text for e in ElementTree.fromstring(text).iter("{http://www.w3.org/2000/svg}text")]
+    assert lines == ["$ libortho demo", "17 secrets <planted>", "\u2502 said"]
+    assert "http" not in text.replace("http://www.w3.org/2000/svg", "")
+
+
+def test_the_page_of_targets(pages):
+    told = {"nll": 4.0, "nll_sd": 0.5, "correlation_with_shortness": 0.6}
+    sentences = {"true": 4.6, "random_words": 7.8, "own_samples": 3.7, "predicted": 4.0}
+    answers = {n: [3.0, 1.2, 0.4] for n in ("full forget", "target forget", "retain forget", "full holdout",
+                                            "retain holdout")}  # fmt: skip
+    data = {"sentences": sentences, "prediction_bias": -0.6, "prediction_error_sd": 0.5,
+            "in_place": [0.7, 0.8, 0.9, 0.0], "access codes": told, "licence plates": told}  # fmt: skip
+    alone = pages(targets={**data, **MADE})["targets"]
+    assert "off by -0.60 nats on average" in alone
+    assert "TOFU |" not in alone
+    answers |= {f"{m} forget, in place": [0.1, 0.4, 0.6, 0.333] for m in ("full", "retain")}
+    text = pages(targets={**data, "answers": answers, **MADE})["targets"]
+    assert "| answers of TOFU, retrained | 0.10 | 0.40 | 0.60 | 33.3 % |" in text
+    assert "| targets made by the fine-tuned model | 3.00 | 1.20 | 0.40 |" in text
+
+
+def test_the_page_of_tofu_counts_records_far_outside(pages):
+    parts = ("memory", "privacy", "utility", "overall")
+    report = {**audit(), "split": "tofu_mini", "composite": {"reference": dict.fromkeys(parts, 0.5)}}
+    assert "Records far outside their band, and what" in pages(tofu=report)["tofu"]
+    done = {"seconds": 9.0, "steps": 3, "missed": ["it is far"], "retain_kl": 0.01, "records": 200, "far": 9}
+    text = pages(tofu={**report, "isolation": done})["tofu"]
+    assert "Records far outside their band: 9 of 200. What" in text
+    assert "- it is far." in text
+
+
 def test_what_was_not_measured_is_said(pages):
     readme = "A\n<!-- report: cost -->\nold\n<!-- /report -->\nB\n"
     found = pages(readme, isolate_speed={"step": {}, **LATER})
-    silent = ("canaries", "chats", "tofu", "audit", "rounding", "known-support", "split", "disk", "vllm")
+    silent = ("canaries", "chats", "tofu", "audit", "rounding", "known-support", "targets", "split", "disk", "vllm")
     for name in (*silent, "isolating", "README"):
         assert "not measured yet" in found[name], name
     assert "of another script and are left out" in found["isolating"]

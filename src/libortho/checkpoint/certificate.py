@@ -122,7 +122,7 @@ class Certificate:
     Attributes:
         libortho: Version of this library.
         when: Time in UTC, ISO 8601.
-        base_sha256: Hash of the codes and scales (or dense weights) of the split layers.
+        base_sha256: Hash of the integers and scales (or dense weights) of the split layers.
         rest_sha256: Hash of all other tensors.
         removed: The streams that are gone.
         kept: Names of the streams that are still there.

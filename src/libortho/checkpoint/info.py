@@ -52,7 +52,7 @@ class CheckpointInfo:
         group_size: Inputs per scale; -1 for one scale per output channel.
         layers: Split layers.
         weights: Weights of the split layers.
-        base_bytes: Bytes of their codes and scales (or dense weights).
+        base_bytes: Bytes of their integers and scales (or dense weights).
         bits_per_weight: Of the split layers' base, scales included.
         streams: The ortho streams, by name.
     """

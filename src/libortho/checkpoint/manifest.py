@@ -98,7 +98,7 @@ class BaseManifest:
         scheme: Storage of the split layers.
         shapes: Split layer to (out_features, in_features), in the model's order.
         reports: Split layer to its report, ortho fields zeroed.
-        base_sha256: Hash of the split layers' codes and scales (or dense weights).
+        base_sha256: Hash of the split layers' integers and scales (or dense weights).
         rest_sha256: Hash of all other tensors.
         files: Files of the checkpoint outside the directory of streams, each with its SHA-256; None for files of
             tensors, which the two hashes above cover, and for checkpoints written before files were hashed.

@@ -63,11 +63,11 @@ class Scheme:
         return [f"{layer}.{kind}" for kind in kinds]
 
     def hashed_names(self, layers: Iterable[str]) -> list[str]:
-        """Names of the tensors that identify the base: codes and scales, or dense weights."""
+        """Names of the tensors that identify the base: integers and scales, or dense weights."""
         return [n for layer in layers for n in self.tensor_names(layer) if not n.endswith(".weight_shape")]
 
     def hashes(self, layers: Collection[str], files: TensorFiles) -> tuple[str, str]:
-        """``base_sha256``, of codes and scales (or dense weights), and ``rest_sha256``, of what no layer owns."""
+        """``base_sha256``, of integers and scales (or dense weights), and ``rest_sha256``, of what no layer owns."""
         held = [n for layer in layers for n in self.tensor_names(layer)]
         return files.sha256(self.hashed_names(layers)), files.sha256(set(files.names()) - set(held))
 

@@ -50,7 +50,7 @@ def load(
         alpha: As in :func:`~libortho.set_alpha`; a mapping leaves the streams that it does not name as their manifests
             say. None takes the manifests' for all.
         device: Where the model goes.
-        dtype: Of the dense tensors; None takes the checkpoint's. Codes, scales and ortho values stay as stored.
+        dtype: Of the dense tensors; None takes the checkpoint's. Integers, scales and ortho values stay as stored.
 
     Returns:
         The model in evaluation mode, and its tokenizer (None if none was saved).

@@ -108,7 +108,7 @@ def in_place(surprise: Tensor, expected: Tensor) -> float:
     the sum of what is expected.
 
     A sentence can be as unlikely as an untrained one and still begin word by word as it did. Of 20 made-up sentences
-    that SmolLM2 had never met .72 or more was there, of 19 in 20 TOFU answers .41 (``benchmarks/targets.py``).
+    that SmolLM2 had never met .71 or more was there, of 19 in 20 TOFU answers .40 (``benchmarks/targets.py``).
 
     Args:
         surprise: (tokens,) negative log-likelihood of each token, in nats.

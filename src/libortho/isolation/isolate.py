@@ -5,7 +5,7 @@
 3. Support: the columns whose gradient is about the records and not about retain text.
 4. Values: trained on the support only, through the quantiser, in steps that text to keep hardly notices, until the
    criteria hold.
-5. Streams: base = edited codes; ortho = original - base on the support.
+5. Streams: base = edited integers; ortho = original - base on the support.
 
 The audit's holdout is never an input.
 """

@@ -1,7 +1,7 @@
 """The weights-only split: compression with a dial. It does not forget, and says so.
 
     W = base + tail + sparse + rest
-    base    Q(U_r S_r V_r^T), or Q(W): integer codes
+    base    Q(U_r S_r V_r^T), or Q(W): integers and scales
     tail    the singular directions that the base dropped, as factors
     sparse  W - base - tail on the chosen entries, never more than ``ratio`` of them
 
