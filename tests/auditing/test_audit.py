@@ -127,6 +127,7 @@ def test_never_trained_by_construction_passes_everything(
     assert max(abs(x) for x in relearned.values()) < 0.02
     assert sum(r["share"] for r in report.data["layer_map"]) == pytest.approx(1)
     assert [p["alpha"] for p in report.data["curve"]] == [0.0, 0.5, 1.0]
+    assert [round(p["kl"], 6) for p in report.data["curve"]][2] == 0 < report.data["curve"][1]["kl"]
     assert report.data["curve"][0]["nll"] > report.data["curve"][2]["nll"]
 
 

@@ -56,6 +56,17 @@ def merged(measured: Measurement, part: Measurement) -> Measurement:
     return cast(Measurement, found)
 
 
+def beginning(measured: Measurement, holdout: int, windows: int) -> Measurement:
+    """The part of a measurement that a point of the alpha curve has: fewer holdout records and windows of text.
+
+    The divergence stays that of all windows.
+    """
+    part = {k: {**measured[k], "holdout": measured[k]["holdout"][:holdout]} for k in ("nll", "correct", "log_p")}
+    scores = {n: {**s, "holdout": s["holdout"][:holdout]} for n, s in measured["scores"].items()}
+    general = {k: v[:windows] for k, v in measured["general"].items()}
+    return cast(Measurement, {**part, "scores": scores, "general": general, "kl": measured.get("kl")})
+
+
 def _score(attack: str, record: Record, s: TokenStatistics, config: AuditConfig) -> float:
     made: Mapping[str, Callable[[], float]] = {
         "loss": lambda: privacy.loss_score(s.log_p),

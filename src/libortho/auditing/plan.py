@@ -19,6 +19,8 @@ from libortho.auditing.inputs import Inputs
 from libortho.auditing.measures.depth import logit_lens, unlearning_depth
 from libortho.auditing.measures.gradients import forget_gradient, gradient_cosine, gradient_layers, gradient_norm
 from libortho.auditing.schema import (
+    OFF,
+    ON,
     REFERENCE,
     CurvePoint,
     DepthData,
@@ -46,8 +48,8 @@ _GRADIENT_RECORDS = 16
 """Forget records whose summed gradient is compared between subjects."""
 _COMPARED = ("audited", "switch on", "reference")
 """Roles of the subjects that verdicts are about."""
-_TIMED_WINDOWS = 2
-"""Windows of general text by which the time is estimated."""
+_TIMED_WINDOWS, _SLOWER = 2, 1.4
+"""Windows of general text by which the time is estimated, and how much slower short texts and generation are."""
 _TASK_TOKENS = 60
 """Typical tokens of one row of a task, to estimate time; of arithmetic a fifth."""
 
@@ -122,7 +124,7 @@ class Plan:
         """How long the steps will take, by how fast the audited model reads general text."""
         with self.audited.enter():
             rate = tokens_per_second(self.audited.language_model(), self.inputs.general[:_TIMED_WINDOWS])
-        return sum(s.cost for s in self.steps) / rate
+        return _SLOWER * sum(s.cost for s in self.steps) / rate
 
     def run(self, progress: Progress | None, reached: Callable[[Stage], None]) -> None:
         """Run all steps.
@@ -268,6 +270,7 @@ class Plan:
     def _curve(self, value: float) -> None:
         m = replace(self.inputs, holdout=self.inputs.holdout[:_CURVE_HOLDOUT])
         text = replace(m, general=m.general[:_CURVE_WINDOWS], retain=())
+        at_end = {0.0: OFF, 1.0: ON}.get(value)
 
         def make() -> CurvePoint:
             subject, before = at(self.audited.model, value), self._baseline
@@ -279,10 +282,15 @@ class Plan:
             return summaries.curve_point(value, found)
 
         def run() -> None:
-            self.found.curve.append(self._kept(f"curve {value:g}", make, self._fingerprints[self.audited.key]))
+            if at_end is None:
+                self.found.curve.append(self._kept(f"curve {value:g}", make, self._fingerprints[self.audited.key]))
+            else:
+                found = measuring.beginning(self.found.measured[at_end], _CURVE_HOLDOUT, _CURVE_WINDOWS)
+                same: Measurement = {"kl": 0.0} if at_end == self.baseline else {}
+                self.found.curve.append(summaries.curve_point(value, measuring.merged(found, same)))
 
         size = self._tokens([*m.forget, *m.holdout]) + sum(len(e.ids) for e in text.general)
-        self._add("curve", size, run)
+        self._add("curve", size if at_end is None else 1, run)
 
     def _attacks(self) -> None:
         records = self._some("attack_records")

@@ -56,7 +56,7 @@ USABLE = SPLITS[1:2]
 """The one whose base is good enough to be of use."""
 FEW = 9
 """Secrets of the short demonstration: the sentence, four codes of plain text and four of chats."""
-SHORT_AUDIT = {"holdout_records": 60, "fillings": 8, "general_sequences": 6, "task_rows": 12, "alphas": ()}
+SHORT_AUDIT = {"holdout_records": 40, "fillings": 6, "general_sequences": 4, "task_rows": 8, "alphas": ()}
 """Sizes of the short demonstration's audit, whose figures are shown as what they are: of few records."""
 
 
