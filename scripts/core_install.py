@@ -70,6 +70,7 @@ def main() -> None:
     some = ("--forget", forget, "--set", "max_steps=1", "--ratio", "0.1")
     # what is run, and the extra that is named; None: it runs (3 where a criterion of isolate was missed)
     cases: list[tuple[tuple[Any, ...], str | None]] = [
+        (("records", forget, "--prompt", "{prompt}", "--completion", "{completion}"), None),
         (("split", model, "--out", out), None),
         (("isolate", model, "--out", streams, *some, "--retain", retain, "--allow-unknown"), None),
         (("isolate", work / "model.gguf", "--out", work / "none", *some), "demo"),

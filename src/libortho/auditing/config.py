@@ -33,9 +33,9 @@ class AuditConfig:
     probe_records: int | None = None
     """Forget records that are probed by samples, other prompts and fillings (32, full 100); a random choice beyond."""
     fillings: int | None = None
-    """Other completions of the same shape that a secret is ranked among, for its exposure (12, full 64)."""
+    """Other completions of the same shape that a secret is ranked among, for its exposure (10, full 64)."""
     holdout_records: int | None = None
-    """Holdout records that are asked (100, full 1000); a random choice beyond."""
+    """Holdout records that are asked (80, full 1000); a random choice beyond."""
     general_sequences: int | None = None
     """Windows of 256 tokens of general text (6, full 32)."""
     task_rows: int | None = None
@@ -77,8 +77,8 @@ class AuditConfig:
 _ALPHAS = {"quick": (0.0, 0.5, 1.0), "full": (0.0, 0.25, 0.5, 0.75, 1.0)}
 _SAMPLE_SIZES = {
     "probe_records": {"quick": 32, "full": 100},
-    "fillings": {"quick": 12, "full": 64},
-    "holdout_records": {"quick": 100, "full": 1000},
+    "fillings": {"quick": 10, "full": 64},
+    "holdout_records": {"quick": 80, "full": 1000},
     "general_sequences": {"quick": 6, "full": 32},
     "task_rows": {"quick": 60, "full": 150},
     "attack_records": {"quick": 32, "full": 64},

@@ -21,7 +21,7 @@ from libortho.text.records import Record, Source, load_records
 from libortho.text.sources import read_rows
 from libortho.text.tokens import text_ids
 
-HOLDOUT_EXPOSURES = 16
+HOLDOUT_EXPOSURES = 12
 """Holdout records whose exposure is measured, as the level of a secret that was never seen."""
 SHOWN = 16
 """Records whose generations are printed."""

@@ -64,6 +64,8 @@ def demo(
     """Plant secrets in a real model, and show which split forgets."""
     from libortho.demo.demo import run
 
+    if model is None:
+        require("demo", "the demonstration")
     require("audit", "the audit of the demonstration")
     kind, where = dtype_of(dtype), device_of(device)
     say_running_text("text", text)

@@ -38,8 +38,7 @@ class IsolateResult:
         steps: Optimiser steps.
         seconds: Wall time of this call.
         phase_seconds: The same by phase: "texts" (sampled from the model), "original" (what it says), "columns",
-            "curvature", "rounding", "controls" (what is said of them), "steps" and "result" (the finished layers
-            measured).
+            "curvature", "rounding", "steps" and "result" (the finished layers measured).
     """
 
     stream: str
