@@ -256,10 +256,10 @@ def generate(
 
 
 def next_commands(*commands: Sequence[str | Path]) -> None:
-    """Commands that a reader may want next, as they are typed."""
+    """Commands that a reader may want next, as they are typed: one line each, so that it can be copied."""
     note("Next:")
     for words in commands:
-        note("  " + shlex.join(["libortho", *map(str, words)]))
+        tables.note(Terminal(soft_wrap=True), shlex.join(["libortho", *map(str, words)]))
 
 
 def targets_of(names: list[str] | None) -> Any:
