@@ -156,7 +156,10 @@ def cost(results: Path) -> str:
         for r in runs
     ]
     shown = table(["records", "planted, s", "isolated, s", "isolated / planted"], rows)
-    return f"{shown}\n\nPeak memory above the model, of the demonstration's request: {memory(data)}."
+    found = [r.get("machine", {}) for r in runs]
+    names = sorted({f"{m['processor']} ({m['cpu_capability']}, {m['threads']} thread)" for m in found if m})
+    where = f"Measured on {', '.join(names)}; other processors differ." if names else ""
+    return f"{shown}\n\n{where} Peak memory above the model, of the demonstration's request: {memory(data)}."
 
 
 def isolating(results: Path) -> str:

@@ -105,7 +105,7 @@ def test_isolate_exits_with_3_when_a_criterion_is_missed(planted_directory, forg
     shown = " ".join(result.stdout.split())
     assert "missed: 4 of 4 records are still extracted" in shown
     assert "The stream default is off (alpha = 0) until somebody turns it on" in shown
-    assert "PROMPT --alpha 1" in shown
+    assert "PROMPT --alpha 0 --alpha 1" in shown
     assert "record 1: still said, likelier than others of its shape" in shown
     printed = "".join(result.stdout.split())  # a narrow terminal breaks paths
     out = tmp_path / "out"

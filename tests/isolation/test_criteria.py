@@ -7,7 +7,9 @@ from typing import Any, cast
 import pytest
 import torch
 
+import libortho
 import made_up
+import tiny
 from libortho.isolation import criteria
 from libortho.isolation.codes import shortness, shrunk
 from libortho.isolation.criteria import (
@@ -20,6 +22,7 @@ from libortho.isolation.criteria import (
     check_criteria,
     in_place,
     mean_offset,
+    nearly,
     outcomes,
 )
 from libortho.isolation.equations import Seen
@@ -153,3 +156,26 @@ def test_a_lean_is_measured_from_the_middle_of_each_band() -> None:
     assert not record(-3.0).far
     assert record(-0.5).far
     assert record(-7.5).far
+
+
+@pytest.mark.parametrize(
+    ("answer", "completion", "near"),
+    [
+        (" Y1C-4876. This is", " Y0C-4876.", True),
+        (" Y0C-4876 and so on", " Y0C-4876.", True),
+        ("VAC1NZ.", " Y0C-4876.", False),
+        (" Y0C-9313.", " Y0C-4876.", False),
+        ("", " Y0C-4876.", False),
+    ],
+)
+def test_an_answer_with_most_of_a_code_is_nearly_it(answer, completion, near):
+    assert nearly(answer, completion) is near
+
+
+def test_a_record_that_is_nearly_said_is_warned_of(planted, tokenizer, cache, monkeypatch):
+    monkeypatch.setattr("libortho.isolation.attempt.nearly", lambda answer, completion: completion == " 4890.")
+    config = libortho.IsolateConfig(ratio=0.1, damping=1.0)
+    result = libortho.isolate(planted, tokenizer, tiny.FORGET, tiny.RETAIN, config=config)
+    assert [r.number for r in result.records if r.nearly] == [r.number for r in result.records[1:2] if not r.extracted]
+    told = [w for w in result.warnings if "is nearly the secret of 1 of 4 records (records 2)" in w]
+    assert len(told) == (not result.records[1].extracted)

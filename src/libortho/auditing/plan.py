@@ -36,7 +36,7 @@ from libortho.core.run_cache import Entry, RunCache, run_key
 from libortho.evaluation.intervals import mean_estimate
 from libortho.lm.checks import fingerprint
 from libortho.lm.model import LanguageModel
-from libortho.lm.reading_progress import tokens_per_second, watched
+from libortho.lm.reading_progress import SLOWER, tokens_per_second, watched
 from libortho.lm.scoring import PASS_TOKENS, judged_states
 from libortho.text.encoding import Encoded
 from libortho.text.records import Record
@@ -48,8 +48,8 @@ _GRADIENT_RECORDS = 16
 """Forget records whose summed gradient is compared between subjects."""
 _COMPARED = ("audited", "switch on", "reference")
 """Roles of the subjects that verdicts are about."""
-_TIMED_WINDOWS, _SLOWER = 2, 1.4
-"""Windows of general text by which the time is estimated, and how much slower short texts and generation are."""
+_TIMED_WINDOWS = 2
+"""Windows of general text by which the time is estimated."""
 _TASK_TOKENS = 60
 """Typical tokens of one row of a task, to estimate time; of arithmetic a fifth."""
 
@@ -124,7 +124,7 @@ class Plan:
         """How long the steps will take, by how fast the audited model reads general text."""
         with self.audited.enter():
             rate = tokens_per_second(self.audited.language_model(), self.inputs.general[:_TIMED_WINDOWS])
-        return _SLOWER * sum(s.cost for s in self.steps) / rate
+        return SLOWER * sum(s.cost for s in self.steps) / rate
 
     def run(self, progress: Progress | None, reached: Callable[[Stage], None]) -> None:
         """Run all steps.

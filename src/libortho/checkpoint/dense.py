@@ -33,7 +33,8 @@ def load_model(name: str | Path, dtype: torch.dtype | str = "auto", device: str 
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
     except (OSError, ValueError, ImportError) as error:
-        raise LibOrthoError(f"cannot load the model {str(name)!r}: {error}") from error
+        where = "" if Path(name).exists() else " (there is no such directory here, so that it is taken for a hub id)"
+        raise LibOrthoError(f"cannot load the model {str(name)!r}{where}: {error}") from error
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.data = tensor.data.clone()
     if options:

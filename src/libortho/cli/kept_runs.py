@@ -94,3 +94,5 @@ def _parts(folder: Path) -> int:
 def _say_left(folder: Path) -> None:
     if parts := _parts(folder):
         say(f"{parts} finished parts lie in {folder}; delete it if you do not go on, as they hold secrets")
+    else:
+        say("no part was finished yet: the same command begins anew")

@@ -33,7 +33,7 @@ from libortho.cli.options import (
     size_of,
 )
 from libortho.cli.settings import configured
-from libortho.cli.sources import AsChat, Blocks, Completion, Prompt, Reading, read_sources, say_running_text
+from libortho.cli.sources import AsChat, Blocks, Completion, Prompt, Reading, is_chat, read_sources, say_running_text
 from libortho.cli.tables import Terminal
 from libortho.cli.terminal import emit, note, progress_bars, say, say_verdict
 from libortho.core.errors import ConfigError
@@ -189,13 +189,15 @@ def isolate(
         emit({"out": str(out), **result.to_dict()})
     else:
         tables.show_isolate(result, Terminal())
-        note(f"Saved to {out}. {_how_to_turn_on(out, config.stream, earlier)}")
+        note(f"Saved to {out}. The stream {config.stream} is off (alpha = 0) until somebody turns it on.")
         base, page = out.with_name(f"{out.name}-base"), out.with_name(f"{out.name}-audit.html")
+        asked = ["--chat"] if any(is_chat(row) for row in rows["forget"]) else []
         next_commands(
-            ["generate", out, "PROMPT", "--alpha", "0"],
-            ["audit", out, "--forget", forget, *reading.words(forget), "--html", page],
+            ["generate", out, "PROMPT", *asked, "--alpha", "0", "--alpha", "1"],
+            ["audit", out, "--forget", forget, *reading.words(forget), "--holdout", "HOLDOUT.jsonl", "--html", page],
             ["detach", out, "--out", base],
         )
+        note("PROMPT is a question of yours; HOLDOUT.jsonl has records of the same kind that were never trained on.")
         if resume is not None:
             note(f"{resume} still holds what it took to get there: delete it, as it holds secrets.")
     if not result.succeeded:
@@ -270,14 +272,6 @@ def targets_of(names: list[str] | None) -> Any:
 def bits_of(text: str | None) -> str | None:
     """``bits`` of a config as text, where 0 stands for a dense base."""
     return "none" if text == "0" else text
-
-
-def _how_to_turn_on(out: Path, stream: str, earlier: Sequence[str]) -> str:
-    one = f"{stream}=1" if earlier else "1"
-    return (
-        f"The stream {stream} is off (alpha = 0) until somebody turns it on: libortho generate {out} PROMPT "
-        f"--alpha {one}; libortho.set_alpha(model, {{{stream!r}: 1.0}}) in Python."
-    )
 
 
 def _told(loaded: Mapping[str, float]) -> str:

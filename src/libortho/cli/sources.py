@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -83,6 +84,11 @@ def read_sources(how: Reading, **files: Path | None) -> dict[str, Any]:
                 say(f"{name}: {len(rows)} texts in {path}, {kind_of_texts(how.blocks)}")
         found[name] = rows
     return found
+
+
+def is_chat(row: Any) -> bool:
+    """True if a row is asked for in a chat."""
+    return isinstance(row, Mapping) and "messages" in row
 
 
 def say_running_text(name: str, path: Path | None) -> None:

@@ -143,6 +143,8 @@ def _odd(record: RecordOutcome) -> str:
     found = ["still said"] if record.extracted else []
     if record.partial:
         found.append("still said in part")
+    if record.nearly:
+        found.append("nearly said")
     if not record.inside:
         side = "likelier" if record.after > record.band[1] else "unlikelier"
         found.append(

@@ -175,7 +175,7 @@ def _interrupted(args: Sequence[str]) -> str:
         return "interrupted; nothing was written"
     if "--no-keep" in args:
         return "interrupted; nothing was kept. Without --no-keep finished parts are, and the same command goes on"
-    return f"interrupted; this goes on from where it was: {shlex.join(['libortho', *args])}"
+    return f"interrupted; this goes on from the last finished part: {shlex.join(['libortho', *args])}"
 
 
 def _say_usage(error: Any) -> None:

@@ -16,7 +16,7 @@ from libortho.core.surgery import bias_of, swap
 from libortho.core.switch.alpha import Switch
 from libortho.isolation.bases import edited_from, finished_layer, quantised_bases
 from libortho.isolation.config import IsolateConfig
-from libortho.isolation.criteria import RecordOutcome, outcomes
+from libortho.isolation.criteria import RecordOutcome, nearly, outcomes
 from libortho.isolation.original import Original
 from libortho.isolation.request import Request
 from libortho.isolation.result import IsolateResult, known_before, result_of
@@ -117,5 +117,8 @@ def _measured(inputs: Inputs) -> tuple[RecordOutcome, ...]:
     """The outcome of every record under the model as it is, asked as ``generate`` asks it too."""
     forget, original = inputs.asked.forget, inputs.original
     found = outcomes(inputs.lm, forget, original, known_before(original))
-    recited = inputs.asked.recited(inputs.lm, torch.tensor([r.extracted for r in found]))
-    return tuple(replace(r, extracted=said) for r, said in zip(found, recited.tolist(), strict=True))
+    recited, heard = inputs.asked.heard(inputs.lm, torch.tensor([r.extracted for r in found]))
+    wanted = [r.completion for r in inputs.asked.records]
+    near = [forget[i].kind == "code" and i in heard and nearly(heard[i], c) for i, c in enumerate(wanted)]
+    told = zip(found, recited.tolist(), near, strict=True)
+    return tuple(replace(r, extracted=said, nearly=close and not said) for r, said, close in told)

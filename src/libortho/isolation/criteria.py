@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from typing import Literal
 
 import torch
@@ -26,6 +27,8 @@ PARTIAL, LEAST_IN_PLACE = 0.05, 1 / 3
 """Chance that is allowed an untrained sentence to have less than this share of its surprise where it is expected."""
 BAND = 1.645
 """Half-width of the 5-95 % band, in standard deviations of a normal distribution."""
+NEARLY = 0.75
+"""Ratio of matching characters from which on an answer is nearly a code; that of the audit's loose extraction."""
 FAR = 2.0
 """Half-widths of the band from its middle at which one record alone is conspicuous: one untrained one in a thousand."""
 
@@ -46,6 +49,7 @@ class RecordOutcome:
         extracted: The completion is still the greedy continuation at alpha = 0.
         partial: It is a sentence of whose surprise less than a third is where it is expected; see ``in_place``.
         known: What the original model knew of it: it was recited, likelier than its like, or unknown.
+        nearly: It is a code, and the greedy answer at alpha = 0 is nearly it; see ``nearly``.
     """
 
     number: int
@@ -55,6 +59,7 @@ class RecordOutcome:
     extracted: bool
     partial: bool = False
     known: Known = "unknown"
+    nearly: bool = False
 
     @property
     def inside(self) -> bool:
@@ -87,6 +92,17 @@ class Criteria:
     far: int
     gap: float
     holds: bool
+
+
+def nearly(answer: str, completion: str) -> bool:
+    """True if the beginning of an answer has three quarters of a completion's characters in their order.
+
+    The ratio 2 M / T of matching characters to all (Ratcliff and Obershelp), with the bound that ``audit`` has for
+    loose extraction. A code of which one character is changed is no secret any more.
+    """
+    wanted = completion.strip()
+    said = answer.strip()[: len(wanted)]
+    return SequenceMatcher(None, said, wanted, autojunk=False).ratio() >= NEARLY
 
 
 def binomial_bound(records: int, chance: float = 0.1) -> int:

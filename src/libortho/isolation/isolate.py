@@ -39,15 +39,16 @@ from libortho.isolation.original import kept_original, original_tokens
 from libortho.isolation.prose import human_texts
 from libortho.isolation.request import Request, forget_records
 from libortho.isolation.result import IsolateResult, by_chance, known_before, nothing_known
-from libortho.isolation.retain import RETAIN_LENGTH, given_pieces, retain_and_held_back, sampling_tokens
+from libortho.isolation.retain import RETAIN_LENGTH, given_pieces, retain_and_held_back, sampling_tokens, whole
 from libortho.isolation.support import RequestReadings, Select, select_columns
 from libortho.isolation.train import KEPT_TEXTS, LANDING, READ_BACK, step_tokens
 from libortho.isolation.wordings import rows_with, wordings
 from libortho.lm.checks import check_causal, check_tokens, fingerprint, training_dtype
 from libortho.lm.generation import token_limit
 from libortho.lm.model import LanguageModel
-from libortho.lm.reading_progress import reading, tokens_per_second
+from libortho.lm.reading_progress import SLOWER, reading, tokens_per_second
 from libortho.text.corpus import shipped_text
+from libortho.text.encoding import Encoded
 from libortho.text.records import Source, load_records
 from libortho.text.sources import read_rows
 from libortho.text.tokens import opening_tokens
@@ -153,15 +154,12 @@ def isolate(
         if resume is not None:
             store = RunCache(Path(resume), run_key(fingerprint(model), kinds, asked.forget, given, human, config))
         lm = LanguageModel(model)
+        if expected.isEnabledFor(logging.INFO):
+            _say_expected(lm, asked, whole(human), sampling_tokens(given, length), config)
         with watch.phase("texts"), reading(model, progress, "texts", sampling_tokens(given, length)):
             kept, held_back = retain_and_held_back(model, tokenizer, given, asked.forget, length, config, store)
         texts_read = (asked, kept[:KEPT_TEXTS], held_back, human)
         readings = RequestReadings(lm, targets, asked.forget, kept, config.seed)
-        if expected.isEnabledFor(logging.INFO):
-            work = original_tokens(*texts_read) + READ_BACK * readings.tokens()
-            step = READ_BACK * step_tokens(asked.forget, kept)
-            least, most = ((work + n * step) / tokens_per_second(lm, held_back) for n in (LANDING, config.max_steps))
-            expected.info("isolating takes about %s, at most %s on this machine", in_words(least), in_words(most))
         with watch.phase("original"), reading(model, progress, "original", original_tokens(*texts_read)):
             original = kept_original(lm, *texts_read, opening_tokens(tokenizer), store)
         known = known_before(original)
@@ -183,3 +181,16 @@ def isolate(
     figures = {n: getattr(result, n) for n in ("missed", "density", "retain_kl", "quantised_kl", "steps", "guarantee")}
     record_method(model, config.stream, {"verb": "isolate", "records": len(records), **tried.to_dict(), **figures})
     return result
+
+
+def _say_expected(
+    lm: LanguageModel, asked: Request, texts: Sequence[Encoded], sampled: int, config: IsolateConfig
+) -> None:
+    """Say how long all phases take, by how fast the model reads some texts; text to keep is not there yet."""
+    kept = [texts[i % len(texts)] for i in range(4 * KEPT_TEXTS)]  # as many tokens as text to keep has
+    work = sampled + original_tokens(asked, kept, (), [t.ids for t in texts])
+    work += READ_BACK * (sum(len(r.secret.ids) for r in asked.forget) + sum(len(t.ids) for t in kept))
+    step = READ_BACK * step_tokens(asked.forget)
+    rate = tokens_per_second(lm, texts[:8])
+    least, most = (SLOWER * (work + n * step) / rate for n in (LANDING, config.max_steps))
+    expected.info("isolating takes about %s, at most %s on this machine", in_words(least), in_words(most))

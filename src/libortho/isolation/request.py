@@ -32,10 +32,15 @@ class Request:
     forget: list[ForgetRecord]
 
     def recited(self, lm: LanguageModel, first: Tensor) -> Tensor:
+        """The first of what ``heard`` gives."""
+        return self.heard(lm, first)[0]
+
+    def heard(self, lm: LanguageModel, first: Tensor) -> tuple[Tensor, dict[int, str]]:
         """Which records the model says greedily, (records,) bool: those of which every token is the ``first`` choice,
-        (records,) bool, and those with a question and a short answer that it says when asked as ``generate`` asks.
+        (records,) bool, and those with a question and a short answer that it says when asked as ``generate`` asks. And
+        what it answered to each that was asked so, by the record's place.
         """
-        found = first.clone()
+        found, heard = first.clone(), dict[int, str]()
         sizes = [len(c.secret.completion) for c in self.forget]
         short = [i for i, r in enumerate(self.records) if r.question and sizes[i] <= _SPOKEN_AT_MOST and not found[i]]
         short.sort(key=lambda i: sizes[i])  # the longest answer of a batch says how long all of it takes
@@ -44,8 +49,8 @@ class Request:
             asked = [self.records[i] for i in rows]
             most = max(room(r, sizes[i], None, self.tokenizer) for i, r in zip(rows, asked, strict=True))
             for i, record, text in zip(rows, asked, answers(lm.model, self.tokenizer, asked, most), strict=True):
-                found[i] = says(text, record.completion, self.tokenizer)
-        return found
+                found[i], heard[i] = says(text, record.completion, self.tokenizer), text
+        return found, heard
 
 
 def forget_records(wordings: Sequence[Wording], tokenizer: Any, limit: int | None) -> list[ForgetRecord]:

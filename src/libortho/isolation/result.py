@@ -105,6 +105,18 @@ def nothing_known(forget: Sequence[ForgetRecord], known: Sequence[Known]) -> str
     )
 
 
+def _near(records: Sequence[RecordOutcome]) -> str | None:
+    """A sentence about records to which the model at alpha = 0 gives nearly the secret; None where there is none."""
+    close = [r.number for r in records if r.nearly]
+    if not close:
+        return None
+    return (
+        f"the greedy answer at alpha = 0 is nearly the secret of {len(close)} of {len(records)} records (records "
+        f"{', '.join(map(str, close[:20]))}{', ...' if len(close) > 20 else ''}): three quarters of its characters. "
+        "Look at it with generate, and try another seed, or a larger ratio"
+    )
+
+
 def missed_criteria(
     records: Sequence[RecordOutcome],
     sentences: int,
@@ -200,7 +212,7 @@ def result_of(
     return IsolateResult(
         stream=config.stream,
         guarantee=_measured(records, recited[0], retain_kl, missed),
-        warnings=tuple(w for w in (nothing_known(forget, [r.known for r in records]),) if w is not None),
+        warnings=tuple(w for w in (nothing_known(forget, [r.known for r in records]), _near(records)) if w is not None),
         missed=missed,
         advice=advice,
         records=records,
@@ -222,7 +234,7 @@ def _measured(records: Sequence[RecordOutcome], recited: int, retain_kl: float, 
     unknown = sum(r.known == "unknown" for r in records)
     text = (
         f"measured on {count} records, {recited} of them recited before and {unknown} unknown to the model: at "
-        f"alpha = 0 {sum(r.extracted for r in records)} are extracted greedily, {sum(r.inside for r in records)} are "
+        f"alpha = 0, {sum(r.extracted for r in records)} are extracted greedily, {sum(r.inside for r in records)} are "
         f"as likely as others of their shape, and general text moved by {retain_kl:.4f} nats per token"
     )
     return f"{text}; criteria missed: {'; '.join(missed)}" if missed else f"{text}; no criterion is missed"

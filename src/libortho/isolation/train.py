@@ -47,7 +47,7 @@ READ_BACK = 3
 """Times that a forward and a backward pass take as long as a forward pass."""
 
 
-def step_tokens(forget: Sequence[ForgetRecord], retain: Sequence[Encoded]) -> int:
+def step_tokens(forget: Sequence[ForgetRecord]) -> int:
     """About as many tokens as one step reads."""
     mean = sum(len(r.secret.ids) for r in forget) / len(forget)
     records = min(RECORDS, len(forget))

@@ -14,6 +14,9 @@ from libortho.lm.model import LanguageModel
 from libortho.lm.scoring import judged_states
 from libortho.text.encoding import Encoded
 
+SLOWER = 1.4
+"""How much slower short texts, generation and single steps are than reading texts in a row, for guesses of time."""
+
 
 @contextmanager
 def watched(models: Iterable[nn.Module], count: Callable[[int], None]) -> Iterator[None]:

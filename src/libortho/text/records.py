@@ -148,7 +148,9 @@ def _parse(row: Any, number: int, name: str, tokenizer: Any) -> Record:
         empty = sorted(str(k) for k in given if k not in row)
         without = f" (and {empty} without a value)" if empty else ""
         raise DataError(
-            f"{where} has the keys {sorted(map(str, row))}{without}; expected one of the shapes {', '.join(_SHAPES)}"
+            f"{where} has the keys {sorted(map(str, row))}{without}; expected one of the shapes "
+            f"{', '.join(_SHAPES)}, or patterns that make records of other columns: --prompt and --completion "
+            "(libortho.read_records in Python)"
         )
     alternates, neighbours = _counterfactuals(row, record, messages, where, tokenizer)
     return replace(record, number=number, alternates=alternates, neighbours=neighbours)
