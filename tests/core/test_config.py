@@ -84,7 +84,6 @@ def test_errors_can_be_caught_as_value_errors_and_as_ours():
         ("profile", "slow"),
         ("samples", 0),
         ("fillings", -1),
-        ("alphas", ()),
         ("alphas", (0.0, float("nan"))),
         ("alphas", (3.0,)),
         ("min_k", 0.0),

@@ -49,7 +49,7 @@ def test_exposure_falls_from_the_ceiling_to_near_the_never_trained(report: Audit
     bits = _memory(report, "exposure")
     assert bits["on"] > 15
     assert bits["off"] < bits["on"] / 3
-    assert bits["reference"] < 3
+    assert "reference" not in bits  # the quick audit compares with unseen records
 
 
 def test_membership_is_certain_with_the_switch_on_and_not_with_it_off(report: AuditReport) -> None:

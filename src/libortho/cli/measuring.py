@@ -152,6 +152,8 @@ def evaluate(
         refuse_checkpoint(original, "--original")
     files = [load_task(path) for path in task_file or ()]
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model that is handed to it
+    if tasks:
+        require("eval", "--tasks")
     if tasks and include_path is None:
         say("reading the lm-evaluation-harness's index of tasks, which takes half a minute")
     named = harness_tasks([t.strip() for t in tasks.split(",") if t.strip()], include_path) if tasks else []
