@@ -144,4 +144,4 @@ def test_the_next_audit_reads_the_table_in_the_same_way(planted_directory, tmp_p
     result = call("isolate", planted_directory, "--forget", path, *PATTERNS, "--out", tmp_path / "out", "--ratio",
                   "0.1", "--set", "max_steps=1", "--allow-unknown")  # fmt: skip
     shown = " ".join(result.stdout.split())
-    assert "--prompt 'Code of {name}:' --completion ' {code}.' --html" in shown, result.output
+    assert "--prompt 'Code of {name}:' --completion ' {code}.' --holdout HOLDOUT.jsonl --html" in shown, result.output

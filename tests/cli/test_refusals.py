@@ -1,5 +1,6 @@
 """Places that cannot be written and models that cannot be saved are refused before the work."""
 
+import importlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ def no_work(monkeypatch) -> None:
     def never(*arguments: Any, **options: Any) -> None:
         raise AssertionError("a model was loaded")
 
+    importlib.import_module("libortho.demo.demo")  # its own name for what is replaced is the real one
     for name in ("libortho.checkpoint.dense.load_model", "libortho.checkpoint.load"):
         monkeypatch.setattr(name, never)
 
