@@ -279,6 +279,16 @@ def test_an_interrupted_audit_goes_on(
     assert all(p.stat().st_mode & 0o077 == 0 for p in tmp_path.rglob("*"))  # it holds generated text
 
 
+def test_fewer_holdout_records_are_asked_where_that_is_wanted(
+    knowing: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    few = AuditConfig(**{**vars(CONFIG), "holdout_records": 3})
+    report = _run(knowing, tokenizer, few)
+    assert report.data["counts"]["holdout"] == 3 < len(HOLDOUT)
+    assert report.to_json() == _run(knowing, tokenizer, few).to_json()  # the same three
+    assert _run(knowing, tokenizer).data["counts"]["holdout"] == len(HOLDOUT)
+
+
 def test_verdicts_come_as_their_figures_do(
     knowing: PreTrainedModel, clean: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -11,10 +11,10 @@ from libortho.core.files import write_atomically
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 
 
-def stopped_run(error, *inputs):
+def stopped_run(error, *inputs, part="part.safetensors"):
     with kept_run("isolate", None, True, 0, *inputs) as folder:
         assert folder is not None
-        write_atomically(folder / "part.safetensors", "")
+        write_atomically(folder / part, "")
         raise error
 
 
@@ -52,6 +52,13 @@ def test_an_error_leaves_them_too_and_a_named_folder_always_stays(cache, tmp_pat
     with kept_run("isolate", None, False, 0, 1) as none:
         assert none is None
     assert capsys.readouterr().err == ""
+
+
+def test_a_refusal_before_any_part_says_nothing_and_leaves_nothing(cache, capsys):
+    with pytest.raises(DataError):
+        stopped_run(DataError("no"), 1, part="run.json")
+    assert not any((cache / "runs").iterdir())
+    assert "part" not in capsys.readouterr().err.partition("none is kept)")[2]
 
 
 def test_a_place_without_room_or_of_others_keeps_nothing_and_says_so(cache, monkeypatch, capsys):

@@ -26,6 +26,8 @@ def test_literals_and_unions_of_the_configs():
     assert config == SplitConfig(rank_ratio="auto", value_dtype="float32", bits=4, ratio=0.1)
     assert configured(IsolateConfig, ["damping=1"], bits="none", ratio="auto").bits is None
     assert configured(AuditConfig, ["alphas=0,1"]).alphas == (0.0, 1.0)
+    assert configured(AuditConfig, [], profile="full").alphas == (0.0, 0.25, 0.5, 0.75, 1.0)
+    assert configured(AuditConfig, []).alphas == (0.0, 0.5, 1.0)
 
 
 @pytest.mark.parametrize("config", [SplitConfig, IsolateConfig, AuditConfig])

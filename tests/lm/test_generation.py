@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from libortho.lm import generation
 from libortho.lm.generation import generate
@@ -121,6 +122,20 @@ def test_the_head_is_given_states_that_lie_side_by_side(tiny_llama: nn.Module, t
     assert len(seen) == 2
     assert all(x.is_contiguous() for x in seen)
     assert not head._forward_pre_hooks
+
+
+def test_samples_of_a_model_with_windows_of_attention_are_the_same_too(tokenizer, monkeypatch):
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, sliding_window=3,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+    )  # fmt: skip
+    model = Gemma3ForCausalLM(config).eval()
+    asked = ([5, 6, 7, 8, 9, 10], [11, 12])
+    shared = generate(model, tokenizer, asked, 6, samples=4, temperature=1.0, seed=1)
+    monkeypatch.setattr(generation, "_read_once", lambda *_: None)
+    assert shared == generate(model, tokenizer, asked, 6, samples=4, temperature=1.0, seed=1)
 
 
 def test_samples_of_one_prompt_read_it_once(tiny_llama, tokenizer, monkeypatch):

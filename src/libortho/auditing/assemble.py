@@ -26,9 +26,15 @@ from libortho.text.records import Record
 
 
 def report_data(
-    model: nn.Module, subjects: Sequence[Subject], m: Inputs, config: AuditConfig, found: Findings, name: str | None
+    model: nn.Module,
+    subjects: Sequence[Subject],
+    m: Inputs,
+    config: AuditConfig,
+    found: Findings,
+    name: str | None,
+    known: Mapping[str, SubjectData],
 ) -> ReportData:
-    """The report's JSON, verdicts aside."""
+    """The report's JSON, verdicts aside; ``known``: rows of subjects, by key, that are there already."""
     context = _context(m, config, found)
     codes = [r.completion.strip() for r in m.forget if not is_prose(r.completion)]
 
@@ -40,6 +46,7 @@ def report_data(
         return text
 
     layers = ortho_layers(model)
+    rows = {**known, **subject_rows([s for s in subjects if s.key not in known], m, config, found)}
     shown = m.probed[:SHOWN]
     depths = {} if found.depth is None else {subjects[0].key: found.depth["uds"], **found.depth["others"]}
     scores = {s.key: summaries.composite_summary(found.measured[s.key], context, depths.get(s.key)) for s in subjects}
@@ -80,7 +87,7 @@ def report_data(
             }
             for r, e in zip(m.forget, m.encode(m.forget), strict=True)
         ],
-        "subjects": subject_rows(subjects, m, config, found),
+        "subjects": [rows[s.key] for s in subjects],
         "curve": found.curve,
         "goldilocks": summaries.goldilocks(found.curve, context),
         "attacks": found.attacks,
@@ -103,11 +110,13 @@ def report_data(
     return cast(ReportData, json_ready(data))
 
 
-def subject_rows(subjects: Sequence[Subject], m: Inputs, config: AuditConfig, found: Findings) -> list[SubjectData]:
-    """What the report says of each of these subjects, all of which are measured."""
+def subject_rows(
+    subjects: Sequence[Subject], m: Inputs, config: AuditConfig, found: Findings
+) -> dict[str, SubjectData]:
+    """What the report says of each of these subjects, by key; they and those they are compared with are measured."""
     context = _context(m, config, found)
-    return [
-        {
+    return {
+        s.key: {
             "key": s.key,
             "label": s.label,
             "role": s.role,
@@ -121,7 +130,7 @@ def subject_rows(subjects: Sequence[Subject], m: Inputs, config: AuditConfig, fo
         }
         for s in subjects
         for measured in (found.measured[s.key],)
-    ]
+    }
 
 
 def unigram_perplexity(m: Inputs) -> float:

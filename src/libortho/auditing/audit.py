@@ -22,7 +22,7 @@ from libortho.auditing.config import AuditConfig
 from libortho.auditing.inputs import load_inputs
 from libortho.auditing.plan import Plan, Stage
 from libortho.auditing.report import AuditReport, Verdict
-from libortho.auditing.schema import SCHEMA
+from libortho.auditing.schema import SCHEMA, SubjectData
 from libortho.auditing.subjects import Subject, subjects_of
 from libortho.auditing.verdicts import attacks, verdicts
 from libortho.core.arguments import check_model, check_tokenizer
@@ -116,6 +116,7 @@ def audit(
         with _evaluating(subjects):
             plan = Plan(subjects, inputs, config, cache)
             told: list[str] = []
+            rows: dict[str, SubjectData] = {}
 
             def tell_new(found: Iterable[Verdict]) -> None:
                 for verdict in found:
@@ -125,15 +126,15 @@ def audit(
 
             def reached(stage: Stage) -> None:
                 if stage == "yardsticks" and on_verdict is not None:
-                    rows = subject_rows(plan.yardsticks, inputs, config, plan.found)
-                    tell_new(verdicts(rows, unigram_perplexity(inputs)))
+                    rows.update(subject_rows(plan.yardsticks, inputs, config, plan.found))
+                    tell_new(verdicts(list(rows.values()), unigram_perplexity(inputs)))
                 elif stage == "attacks":
                     tell_new([attacks(plan.found.attacks or {})])
 
             if expected.isEnabledFor(logging.INFO):
                 expected.info("the audit takes about %s on this machine", in_words(plan.expected_seconds()))
             plan.run(progress, reached)
-        data = report_data(model, subjects, inputs, config, plan.found, name)
+        data = report_data(model, subjects, inputs, config, plan.found, name, rows)
     found = verdicts(data["subjects"], data["counts"]["unigram_perplexity"], data["attacks"], data["depth"])
     tell_new(found)
     data["verdicts"] = [v.to_dict() for v in found]

@@ -105,7 +105,7 @@ class Plan:
         self._targets = gradient_layers(self.audited)
         self._fingerprints = {s.key: fingerprint(s.model) for s in subjects}
         self.yardsticks = [s for s in subjects if s.role in _COMPARED or s.key == self.baseline]
-        self._yardsticks = " ".join(f"{s.key} {self._fingerprints[s.key]}" for s in self.yardsticks)
+        self._compared = " ".join(f"{s.key} {self._fingerprints[s.key]}" for s in self.yardsticks)
         self._restored: set[str] = set()
         for subject in sorted(self.yardsticks, key=lambda s: s.key != self.baseline):  # others are compared with it
             self._measure(subject)
@@ -161,7 +161,7 @@ class Plan:
 
         It depends on the audited model, the baseline and the reference, unless ``of`` says otherwise.
         """
-        entry = run_key(name, self._yardsticks if of is None else of)
+        entry = run_key(name, self._compared if of is None else of)
         result: Result = self.cache.get_or_compute(entry, lambda: Entry({}, make())).data
         return result
 
@@ -324,7 +324,7 @@ class Plan:
         def run() -> None:
             found: dict[str, DepthScoreData] = {}
             for s in [] if why else judged:
-                models = f"{self._yardsticks} {self._fingerprints[s.key]}"
+                models = f"{self._compared} {self._fingerprints[s.key]}"
                 found[s.key] = self._kept(f"depth {s.key}", partial(self._score, s, items), models)
             lenses = {s.key: self._kept(f"lens {s.key}", partial(logit_lens, s, items)) for s in lens}
             nothing: DepthScoreData = {"uds": None, "withheld": why, "layers": [], "unscored": None}

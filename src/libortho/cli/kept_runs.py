@@ -11,13 +11,11 @@ from typing import Annotated, Any
 
 import typer
 
-from libortho.cli.terminal import say
+from libortho.cli.terminal import INTERRUPTED, say
 from libortho.core.cache import cache_directory, make_private
 from libortho.core.errors import ConfigError
 from libortho.core.version import __version__
 
-INTERRUPTED = 130
-"""Exit code of an interrupt, as shells give it."""
 _ROOM = 3
 """Times the size of the model that must be free where its parts are kept."""
 
@@ -52,16 +50,21 @@ def kept_run(verb: str, resume: Path | None, keep: bool, size: int, *inputs: Any
         say(f"going on from {folder}: {parts} finished parts lie there")
     elif resume is None:
         say(f"finished parts are kept in {folder} until the command ends; they hold secrets (--no-keep: none is kept)")
+    keep_folder = resume is not None
     try:
         yield folder
-    except KeyboardInterrupt:
-        _say_left(folder)
+    except BaseException as error:
+        if parts := _parts(folder):
+            say(f"{parts} finished parts lie in {folder}; delete it if you do not go on, as they hold secrets")
+            keep_folder = True
+        if not isinstance(error, KeyboardInterrupt):
+            raise
+        if not parts:
+            say("no part was finished yet: the same command begins anew")
         raise typer.Exit(INTERRUPTED) from None
-    except Exception:
-        _say_left(folder)
-        raise
-    if resume is None:
-        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        if not keep_folder:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _cached(verb: str, size: int, inputs: tuple[Any, ...]) -> Path | None:
@@ -89,10 +92,3 @@ def _content(given: Any) -> Any:
 
 def _parts(folder: Path) -> int:
     return len(list(folder.rglob("*.safetensors"))) if folder.is_dir() else 0
-
-
-def _say_left(folder: Path) -> None:
-    if parts := _parts(folder):
-        say(f"{parts} finished parts lie in {folder}; delete it if you do not go on, as they hold secrets")
-    else:
-        say("no part was finished yet: the same command begins anew")

@@ -35,7 +35,7 @@ from libortho.core.progress import Progress, expected
 if TYPE_CHECKING:
     from libortho.auditing.report import Verdict
 
-_INTERRUPTED = 130
+INTERRUPTED = 130
 """Exit code that typer gives to an interrupt, as shells do."""
 _EVERY = 10.0
 """Seconds between lines of progress."""
@@ -164,7 +164,7 @@ class Commands(TyperGroup):
                 raise
             _say_usage(error)
             sys.exit(getattr(error, "exit_code", 2))
-        if code == _INTERRUPTED:
+        if code == INTERRUPTED:
             say(_interrupted(list(sys.argv[1:] if args is None else args)))
         sys.exit(code if isinstance(code, int) else 0)
 

@@ -86,11 +86,12 @@ def _read_once(model: nn.Module, ids: Tensor, mask: Tensor, samples: int) -> Any
     A prompt is then read once, and not once for each of its samples. None where there is nothing to share, or the model
     keeps what cannot be repeated row by row, or is not told where padded tokens stand.
     """
-    placed = "position_ids" in inspect.signature(model.forward).parameters
-    if samples == 1 or ids.shape[1] == 1 or not placed:
+    takes = inspect.signature(model.forward).parameters
+    if samples == 1 or ids.shape[1] == 1 or "position_ids" not in takes:
         return None
+    last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}  # nobody asks what the prompts are followed by
     positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, :-1]
-    output = model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions, use_cache=True)
+    output = model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions, use_cache=True, **last)
     kept = output.get(_cache_name(model))
     if type(kept) is not DynamicCache:
         return None
