@@ -1,6 +1,5 @@
 """Places that cannot be written and models that cannot be saved are refused before the work."""
 
-import importlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +8,7 @@ from typing import Any
 import pytest
 
 from commands import refused
+from libortho.demo import demo
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 
@@ -20,7 +20,7 @@ def no_work(monkeypatch) -> None:
     def never(*arguments: Any, **options: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    importlib.import_module("libortho.demo.demo")  # its own name for what is replaced is the real one
+    monkeypatch.setattr(demo, "load_model", never)  # bound when the module is imported, not when it is called
     for name in ("libortho.checkpoint.dense.load_model", "libortho.checkpoint.load"):
         monkeypatch.setattr(name, never)
 
