@@ -38,9 +38,10 @@ from known_support import attribution
 from libortho import IsolateConfig, alpha, isolate
 from libortho.checkpoint.dense import load_model
 from libortho.core.surgery import linear_weight
-from libortho.isolation.support import LAYER_CAP, RequestReadings, Select, select_columns
+from libortho.isolation.support import RequestReadings, Select, select_columns
 from libortho.lm.model import LanguageModel
 from libortho.selection.budget import allocate, column_costs
+from libortho.selection.columns import LAYER_CAP
 from libortho.text.encoding import Encoded
 from libortho.text.records import load_records
 

@@ -31,12 +31,13 @@ from libortho.core.surgery import linear_weight, swap
 from libortho.core.targets import find_targets
 from libortho.demo import facts
 from libortho.demo.model import move_off_grid, packaged_model
-from libortho.isolation.support import LAYER_CAP, RequestReadings, select_columns
+from libortho.isolation.support import RequestReadings, select_columns
 from libortho.lm.checks import training_dtype
 from libortho.lm.gradients import tapped_gradients
 from libortho.lm.model import LanguageModel
 from libortho.lm.scoring import judged_logits, score
 from libortho.selection.budget import allocate, balanced_weights, column_costs, retain_floor
+from libortho.selection.columns import LAYER_CAP
 from libortho.selection.readings import summed_odds
 from libortho.text.encoding import Encoded, collate, encode
 from libortho.text.records import load_records

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from libortho.splitting.config import SplitConfig
     from libortho.splitting.split import replace_linear_layers, split
     from libortho.text.patterns import read_records
+    from libortho.tuning.config import TuneConfig
+    from libortho.tuning.result import TuneResult
+    from libortho.tuning.tune import tune
 
 _PLACES = {
     "AlphaContextError": "core.errors",
@@ -53,6 +56,8 @@ _PLACES = {
     "OrthoLinear": "core.layer",
     "SplitConfig": "splitting.config",
     "TargetError": "core.errors",
+    "TuneConfig": "tuning.config",
+    "TuneResult": "tuning.result",
     "alpha": "core.switch.alpha",
     "attach": "checkpoint.detaching",
     "audit": "auditing.audit",
@@ -68,6 +73,7 @@ _PLACES = {
     "save": "checkpoint.writing",
     "set_alpha": "core.switch.alpha",
     "split": "splitting.split",
+    "tune": "tuning.tune",
 }
 
 __all__ = [
@@ -85,6 +91,8 @@ __all__ = [
     "OrthoLinear",
     "SplitConfig",
     "TargetError",
+    "TuneConfig",
+    "TuneResult",
     "alpha",
     "attach",
     "audit",
@@ -100,6 +108,7 @@ __all__ = [
     "save",
     "set_alpha",
     "split",
+    "tune",
 ]
 
 

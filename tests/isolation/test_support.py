@@ -113,7 +113,7 @@ def test_no_layer_takes_more_than_its_cap(planted, tokenizer, monkeypatch):
     """With the cap at an even share, both layers have the same."""
     found = {}
     for cap in (1.0, 4.0):
-        monkeypatch.setattr("libortho.isolation.support.LAYER_CAP", cap)
+        monkeypatch.setattr("libortho.selection.columns.LAYER_CAP", cap)
         model = copy.deepcopy(planted)
         found[cap] = isolate(model, tokenizer, tiny.FORGET, tiny.RETAIN, config=SHORT).columns_per_layer
     assert len(set(found[1.0].values())) == 1

@@ -5,20 +5,23 @@ from __future__ import annotations
 import typer
 
 from libortho.auditing.config import AuditConfig
-from libortho.cli import checkpoints, kernels, measuring, models, records
+from libortho.cli import checkpoints, kernels, measuring, models, records, tuning
 from libortho.cli.terminal import Command, Commands
 from libortho.isolation.config import IsolateConfig
 from libortho.splitting.config import SplitConfig
+from libortho.tuning.config import TuneConfig
 
 app = typer.Typer(
     help="Put what a language model memorised behind a switch.", no_args_is_help=True, pretty_exceptions_enable=False,
     cls=Commands, rich_markup_mode=None, context_settings={"max_content_width": 120},
 )  # fmt: skip
-_CONFIGS = {models.split: SplitConfig, models.isolate: IsolateConfig, measuring.audit: AuditConfig}
+_CONFIGS = {
+    models.split: SplitConfig, models.isolate: IsolateConfig, tuning.tune: TuneConfig, measuring.audit: AuditConfig,
+}  # fmt: skip
 for verb in (
-    models.demo, records.records, models.split, models.isolate, measuring.audit, measuring.evaluate, models.generate,
-    checkpoints.inspect, checkpoints.detach, checkpoints.verify, checkpoints.attach, checkpoints.encrypt,
-    checkpoints.decrypt, kernels.kernels, checkpoints.card,
+    models.demo, records.records, models.split, models.isolate, tuning.tune, measuring.audit, measuring.evaluate,
+    models.generate, checkpoints.inspect, checkpoints.detach, checkpoints.verify, checkpoints.attach,
+    checkpoints.encrypt, checkpoints.decrypt, kernels.kernels, checkpoints.card,
 ):  # fmt: skip
     app.command(
         "eval" if verb is measuring.evaluate else None, cls=Command, context_settings={"obj": _CONFIGS.get(verb)}

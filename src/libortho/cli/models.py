@@ -116,7 +116,7 @@ def split(
     refuse_checkpoint(model)
     check_destination(out, [config.stream])
     net, tokenizer = load_model(model, kind, where)
-    _check_saveable(net, config, out)
+    check_saveable_as(net, config, out)
     with progress_bars() as progress:
         split_model(net, config, progress=progress)
         progress("save", 0, 1)
@@ -179,7 +179,7 @@ def isolate(
         raise ConfigError(f"--dtype is {dtype!r}, but {model} is a checkpoint of libortho, which keeps its own")
     rows = read_sources(reading, forget=forget, retain=retain)
     net, tokenizer = open_model(model, kind, where)
-    _check_saveable(net, config, out)
+    check_saveable_as(net, config, out)
     run = (model, rows, config, str(out.resolve()), dtype, device)
     with kept_run("isolate", resume, keep, size_of(net), *run) as kept, progress_bars() as progress:
         result = isolate_records(net, tokenizer, **rows, config=config, resume=kept, progress=progress)
@@ -283,8 +283,12 @@ def _told(loaded: Mapping[str, float]) -> str:
     return f"{values} (as loaded; --alpha 1 turns {'it' if len(loaded) == 1 else 'all'} on)"
 
 
-def _check_saveable(net: Any, config: StreamConfig, out: Path) -> None:
-    """Refuse now what ``save`` would refuse when all the work is done."""
+def check_saveable_as(net: Any, config: StreamConfig, out: Path) -> None:
+    """Refuse now what ``save`` would refuse when all the work is done.
+
+    Raises:
+        CheckpointError: then.
+    """
     from libortho.checkpoint.checks import check_saveable
     from libortho.checkpoint.directories import check_room
     from libortho.checkpoint.stream_tensors import check_rank

@@ -32,7 +32,7 @@ AsChat = Annotated[
 Blocks = Annotated[
     bool, typer.Option("--blocks", help="A .txt holds a text per block between blank lines; else one per line.")
 ]
-_FROM_TABLES = ("forget", "holdout")
+_FROM_TABLES = ("forget", "holdout", "data")
 """What patterns are for: records of one kind. Other files are read as they are."""
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from libortho.evaluation.evaluate import Evaluation, Figure
     from libortho.isolation.criteria import RecordOutcome
     from libortho.isolation.result import IsolateResult
+    from libortho.tuning.result import TuneResult
 
 _ODD_AT_MOST = 10
 """Records that are named one by one."""
@@ -154,7 +155,7 @@ def _odd(record: RecordOutcome) -> str:
     return ", ".join(found)
 
 
-def show_missed(result: IsolateResult, console: Console) -> None:
+def show_missed(result: IsolateResult | TuneResult, console: Console) -> None:
     """The criteria that do not hold, and what to do about each."""
     for missed, advice in zip(result.missed, result.advice, strict=True):
         note(console, f"missed: {missed}")

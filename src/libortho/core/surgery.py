@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -116,6 +117,25 @@ def assemble(
     layer = OrthoLinear(base, bias, switch, report)
     for key, part in streams.items():
         layer.add_stream(key, part)
+    return layer
+
+
+def with_stream(
+    name: str, module: nn.Module, base: BaseStream, stream: OrthoStream, switch: Switch, stream_name: str
+) -> OrthoLinear:
+    """The layer that ``module``, split or not, becomes over this base and with another stream; ``switch`` is its own.
+
+    The report of a layer that is split already goes on to say how its base was made.
+    """
+    bias = bias_of(module)
+    if not isinstance(module, OrthoLinear):
+        return assemble(name, linear_weight(module).float(), base, stream, bias, switch, stream_name)
+    streams = {n: s for n, s in module.streams.items() if isinstance(s, OrthoStream)}
+    layer = assemble(name, module.dense_weight(1.0), base, stream, bias, switch, stream_name, earlier=streams)
+    if layer.report is not None and (before := module.report) is not None:
+        layer.report = replace(
+            layer.report, rank=before.rank, used_low_rank=before.used_low_rank, low_rank_error=before.low_rank_error
+        )
     return layer
 
 

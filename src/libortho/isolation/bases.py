@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import nn
@@ -13,7 +12,7 @@ from libortho.core.layer import OrthoLinear
 from libortho.core.progress import Progress
 from libortho.core.run_cache import Entry, RunCache
 from libortho.core.streams import BaseStream, OrthoStream
-from libortho.core.surgery import assemble, bias_of, linear_weight
+from libortho.core.surgery import linear_weight, with_stream
 from libortho.core.switch.alpha import Switch
 from libortho.isolation.config import IsolateConfig
 from libortho.isolation.support import RequestReadings
@@ -56,16 +55,4 @@ def finished_layer(
 ) -> OrthoLinear:
     """The split layer that an edited one becomes: its base, its new stream and those that it had."""
     base, support = edited.finish(DTYPES[config.value_dtype])
-    stream = OrthoStream(support)
-    if not isinstance(module, OrthoLinear):
-        weight = linear_weight(module).float()
-        return assemble(name, weight, base, stream, bias_of(edited), switch, config.stream)
-    streams = {n: s for n, s in module.streams.items() if isinstance(s, OrthoStream)}
-    layer = assemble(
-        name, module.dense_weight(1.0), base, stream, bias_of(edited), switch, config.stream, earlier=streams
-    )
-    if layer.report is not None and (before := module.report) is not None:
-        layer.report = replace(
-            layer.report, rank=before.rank, used_low_rank=before.used_low_rank, low_rank_error=before.low_rank_error
-        )
-    return layer
+    return with_stream(name, module, base, OrthoStream(support), switch, config.stream)

@@ -10,12 +10,10 @@ stream still restores what it took, whichever others are on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from torch import Tensor, nn
+from torch import nn
 
 from libortho.core.errors import ConfigError, TargetError
-from libortho.core.layer import OrthoLinear, ortho_layers, touched
+from libortho.core.layer import OrthoLinear, ortho_layers
 from libortho.core.streams.base import check_shape
 from libortho.core.switch.alpha import Switch
 from libortho.isolation.config import IsolateConfig
@@ -50,24 +48,3 @@ def _check_base(name: str, layer: OrthoLinear, config: IsolateConfig) -> None:
             f"{name} has a base of bits {base.bits} with {found} inputs per scale, the configuration asks for bits "
             f"{config.bits} with {wanted}; a base is never quantised again: give the bits and group_size that it has"
         )
-
-
-def taken(targets: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Columns, any entry of which an earlier stream has, (in_features,) bool, by layer, split or not."""
-    masks = {n: touched(m) for n, m in targets.items() if isinstance(m, OrthoLinear)}
-    masks = {n: mask.any(0) for n, mask in masks.items()}
-    return {n: mask for n, mask in masks.items() if mask.any()}
-
-
-def without(scores: Mapping[str, Tensor], masks: Mapping[str, Tensor], value: float) -> dict[str, Tensor]:
-    """``scores`` (..., as the masks) with ``value`` where something is taken.
-
-    Raises:
-        ConfigError: if nothing is left.
-    """
-    if all(n in masks and bool(masks[n].all()) for n in scores):
-        raise ConfigError("earlier streams have every column of these layers; name further layers in target_modules")
-    return {n: s.masked_fill(masks[n], value) if n in masks else s for n, s in scores.items()}
-
-
-__all__ = ["earlier_switch", "taken", "without"]

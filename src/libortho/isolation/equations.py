@@ -14,7 +14,7 @@ all records share is what a membership test sees; over sqrt(n), it weighs as muc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,21 +22,18 @@ import torch
 from torch import Tensor
 
 from libortho.isolation.targets import Target
-from libortho.lm.gradients import Tapped, tapped
+from libortho.lm.gradients import Tapped
 from libortho.lm.head import evenly
-from libortho.lm.logits import kl_divergence, label_log_odds, record_means
+from libortho.lm.logits import kl_divergence, label_log_odds
 from libortho.lm.model import LanguageModel
-from libortho.lm.scoring import log_probability, training_tokens
-from libortho.text.encoding import Encoded, batches, collate
+from libortho.lm.scoring import log_probability
+from libortho.text.encoding import Encoded
 from libortho.training.edit import EditLinear
-from libortho.training.gauss_newton import GaussNewton
+from libortho.training.gauss_newton import DAMPING, GaussNewton
+from libortho.training.system import HELD, System, by_text, root_of_divergence, shares
 
 ODDS = 0.1
 """Weight of half a squared difference of log-odds beside a divergence."""
-HELD = 4.0
-"""Weight of texts to keep beside records."""
-_LEAST = 1e-6
-"""Smallest divergence, in nats, whose direction is asked for."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +68,13 @@ class _Head:
     of_surprise: Tensor
 
 
-class Equations:
-    """Residuals, and their whitened gradients by layer."""
+class Equations(System):
+    """Of records, and of what must stay beside them."""
 
     def __init__(self, lm: LanguageModel, layers: Mapping[str, EditLinear], optimiser: GaussNewton) -> None:
-        self._lm, self._optimiser = lm, optimiser
-        self._layers = {n: m for n, m in layers.items() if m.values is not None}
-        self.residuals: list[Tensor] = []
-        self.rows: dict[str, list[Tensor]] = {n: [] for n in self._layers}
+        self._edited = {n: m for n, m in layers.items() if m.support is not None}
+        supports = {n: m.support for n, m in self._edited.items() if m.support is not None}
+        super().__init__(lm, self._edited, supports, optimiser)
         self._surprises: list[int] = []
         self._above: list[Tensor] = []
 
@@ -89,8 +85,8 @@ class Equations:
             some = [targets[r] for r in rows]
             head = self._divergences(seen, some, odds=ODDS, again=surprise)
             if surprise:
-                own = _by_text(seen, head.surprise)
-                self._put(seen, head.of_surprise, own - _by_text(seen, head.wanted), torch.ones_like(own), again=False)
+                own = by_text(seen, head.surprise)
+                self._put(seen, head.of_surprise, own - by_text(seen, head.wanted), torch.ones_like(own), again=False)
                 self._above.append(own - torch.tensor([t.level for t in some]).to(own))
                 self._surprises.append(len(self.residuals) - 1)
             wrong = torch.bincount(seen.owner[~head.first], minlength=len(some)).tolist()
@@ -112,7 +108,7 @@ class Equations:
         for rows, seen in self._read(texts):
             surprises: list[Tensor] = []
             of_states = seen.of_states(self._lm, partial(_means, torch.bincount(seen.owner), surprises))
-            own = _by_text(seen, torch.cat(surprises))
+            own = by_text(seen, torch.cat(surprises))
             gaps.append(own - wanted[rows].to(own))
             for name, g in self._gradients(seen, of_states, again=False):
                 total[name] = total.get(name, 0) + g.sum(0)
@@ -120,10 +116,6 @@ class Equations:
         self.residuals.append(scale * torch.cat(gaps).sum()[None])
         for name, g in total.items():
             self.rows[name].append(self._optimiser.whiten(name, scale * g[None]))
-
-    def _read(self, texts: Sequence[Encoded]) -> Iterator[tuple[list[int], Tapped]]:
-        for rows in batches(texts, training_tokens(self._lm.device)):
-            yield rows, tapped(self._lm, self._layers, collate([texts[r] for r in rows]).to(self._lm.device))
 
     def _divergences(
         self, seen: Tapped, targets: Sequence[Target], *, odds: float = 0.0, weight: float = 1.0, again: bool = False
@@ -133,7 +125,7 @@ class Equations:
             torch.cat([getattr(t, name) for t in targets]).to(seen.labels.device)
             for name in ("states", "surprise", "own", "places")
         )
-        share, parts = _shares(seen), []
+        share, parts = shares(seen), []
         for part in evenly(len(states)):
             mine, labels = seen.states[part].detach().requires_grad_(), seen.labels[part]
             with torch.no_grad():
@@ -151,21 +143,11 @@ class Equations:
             first = logits.argmax(-1) == labels
             parts.append((loss.detach(), surprise.detach(), wanted, first, of_loss, of_surprise))
         head = _Head(*(torch.cat(column) for column in zip(*parts, strict=True)))
-        residual = (2 * _by_text(seen, head.loss)).clamp_min(_LEAST).sqrt()
+        residual = root_of_divergence(by_text(seen, head.loss))
         self._put(seen, head.of_loss, weight * residual, weight / residual, again=again)
         return head
 
-    def _put(self, seen: Tapped, of_states: Tensor, residual: Tensor, scale: Tensor, *, again: bool) -> None:
-        self.residuals.append(residual)
-        for name, g in self._gradients(seen, of_states, again=again):
-            self.rows[name].append(self._optimiser.whiten(name, g * scale.to(g.device)[:, None, None]))
-
-    def _gradients(self, seen: Tapped, of_states: Tensor, *, again: bool) -> Iterator[tuple[str, Tensor]]:
-        """By layer, of the values, (texts, k, out_features)."""
-        for name, g in seen.gradients(of_states, again=again).items():
-            yield name, seen.inputs[name][..., self._layers[name].support].float().mT @ g.float()
-
-    def solve(self, share: float) -> None:
+    def solve(self, share: float, damping: float = DAMPING) -> None:
         """Go this share of the way to where all of them hold, and the records' mean surprise is at its level."""
         if self._above:
             above = torch.cat(self._above)
@@ -173,8 +155,8 @@ class Equations:
             self.residuals.append(scale * above.sum()[None])
             for parts in self.rows.values():
                 parts.append(scale * torch.stack([parts[n].sum(0) for n in self._surprises]).sum(0)[None])
-        self._optimiser.step(self.rows, torch.cat(self.residuals), share)
-        for layer in self._layers.values():
+        super().solve(share, damping)
+        for layer in self._edited.values():
             layer.clamp()
 
 
@@ -183,13 +165,3 @@ def _means(sizes: Tensor, found: list[Tensor], logits: Tensor, labels: Tensor, o
     surprise = -log_probability(logits, labels)
     found.append(surprise.detach())
     return (1 / sizes)[owner] @ surprise
-
-
-def _shares(seen: Tapped) -> Tensor:
-    """What each judged token is of its text's mean."""
-    return 1 / torch.bincount(seen.owner)[seen.owner].float()
-
-
-def _by_text(seen: Tapped, values: Tensor) -> Tensor:
-    """Mean of each text's tokens, (texts,)."""
-    return record_means(values, seen.owner, int(seen.owner.max()) + 1)

@@ -147,7 +147,7 @@ def isolate(
     asked = Request(tokenizer, records, forget_records(worded, tokenizer, limit))
     with frozen(model, earlier):
         length = min(RETAIN_LENGTH, limit or RETAIN_LENGTH)
-        given = None if retain is None else given_pieces(retain, records, tokenizer, length, config)
+        given = None if retain is None else given_pieces(retain, records, tokenizer, length, config.seed)
         human = human_texts(tokenizer, limit)
         kinds = sorted({str(p.dtype) for p in model.parameters()})
         store = RunCache()

@@ -11,16 +11,13 @@ from torch import Tensor
 from libortho.isolation.forget_record import ForgetRecord
 from libortho.isolation.matching import beginnings, matched_tokens, tokens_alike
 from libortho.isolation.wordings import Wording
-from libortho.lm.asking import answers, room
+from libortho.lm.asking import heard
 from libortho.lm.model import LanguageModel
 from libortho.text.encoding import Encoded, encode, encode_closed
 from libortho.text.records import Record
-from libortho.text.tokens import says
 
 SALIENCY_RECORDS = 64
 """Records, or pieces of sentences, whose gradients choose the columns."""
-_SPOKEN_AT_MOST, _SPOKEN_AT_ONCE = 48, 16
-"""Tokens of the longest answer that is asked for, and records asked at a time."""
 
 
 @dataclass(frozen=True)
@@ -32,25 +29,12 @@ class Request:
     forget: list[ForgetRecord]
 
     def recited(self, lm: LanguageModel, first: Tensor) -> Tensor:
-        """The first of what ``heard`` gives."""
+        """Which records the model says greedily, (records,) bool; ``first`` as :func:`~libortho.lm.asking.heard`."""
         return self.heard(lm, first)[0]
 
     def heard(self, lm: LanguageModel, first: Tensor) -> tuple[Tensor, dict[int, str]]:
-        """Which records the model says greedily, (records,) bool: those of which every token is the ``first`` choice,
-        (records,) bool, and those with a question and a short answer that it says when asked as ``generate`` asks. And
-        what it answered to each that was asked so, by the record's place.
-        """
-        found, heard = first.clone(), dict[int, str]()
-        sizes = [len(c.secret.completion) for c in self.forget]
-        short = [i for i, r in enumerate(self.records) if r.question and sizes[i] <= _SPOKEN_AT_MOST and not found[i]]
-        short.sort(key=lambda i: sizes[i])  # the longest answer of a batch says how long all of it takes
-        for start in range(0, len(short), _SPOKEN_AT_ONCE):
-            rows = short[start : start + _SPOKEN_AT_ONCE]
-            asked = [self.records[i] for i in rows]
-            most = max(room(r, sizes[i], None, self.tokenizer) for i, r in zip(rows, asked, strict=True))
-            for i, record, text in zip(rows, asked, answers(lm.model, self.tokenizer, asked, most), strict=True):
-                found[i], heard[i] = says(text, record.completion, self.tokenizer), text
-        return found, heard
+        """As :func:`libortho.lm.asking.heard`, of these records."""
+        return heard(lm, self.tokenizer, self.records, [c.secret for c in self.forget], first)
 
 
 def forget_records(wordings: Sequence[Wording], tokenizer: Any, limit: int | None) -> list[ForgetRecord]:

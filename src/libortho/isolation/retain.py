@@ -159,9 +159,7 @@ def whole(texts: Sequence[Sequence[int]]) -> list[Encoded]:
     return [Encoded(tuple(t), tuple(t)) for t in texts]
 
 
-def given_pieces(
-    retain: Source, forget: Sequence[Record], tokenizer: Any, length: int, config: IsolateConfig
-) -> list[Encoded]:
+def given_pieces(retain: Source, forget: Sequence[Record], tokenizer: Any, length: int, seed: int) -> list[Encoded]:
     """Retain sequences from what was given, and one of general text to every three of them.
 
     A record with a prompt stays a sequence of its own, as the model has met it, and is kept in its completion; texts
@@ -171,7 +169,7 @@ def given_pieces(
     pieces = [encode_closed(r, tokenizer).cut(length) for r in records if r.prompt]
     pieces = [p for p in pieces if p.completion]
     pieces += whole(chunk([r.text for r in records if not r.prompt], tokenizer, length))
-    rng = random.Random(config.seed)
+    rng = random.Random(seed)
     rng.shuffle(pieces)
     pieces = pieces[:_GIVEN_SEQUENCES]
     general = whole(chunk(shipped_text(), tokenizer, length))

@@ -12,19 +12,15 @@ import torch
 from torch import nn
 
 from libortho.core.errors import ConfigError
-from libortho.core.streams.ortho import MAX_RANK
 from libortho.core.surgery import linear_shape
 from libortho.isolation.config import IsolateConfig
-from libortho.isolation.earlier import taken, without
 from libortho.isolation.forget_record import ForgetRecord
 from libortho.isolation.request import SALIENCY_RECORDS
 from libortho.lm.model import LanguageModel
-from libortho.selection.budget import allocate, balanced_weights, column_costs, retain_floor
+from libortho.selection.columns import best_columns, contrast, taken
 from libortho.selection.readings import Readings, drawn_labels, read_layers, summed_odds
 from libortho.text.encoding import IGNORE, Encoded
 
-LAYER_CAP = 4.0
-"""No layer takes more than this many times its even share of the budget."""
 _RETAIN_TOKENS = 2560
 """Tokens of retain text that are read for a request of up to ``SALIENCY_RECORDS`` records, and how many times as many
 for a large one: the more is to be moved, the better the curvature must be known."""
@@ -94,20 +90,10 @@ column indices by layer."""
 def select_columns(readings: RequestReadings, config: IsolateConfig) -> dict[str, torch.Tensor]:
     """The columns whose gradients are about the records and not about text to keep, within the budget.
 
-        score = sum_i w_i s_ic / (r_c + mean r)
-
-    The weights w_i rise until every record has about the same share of what it could have from this budget. It is the
-    forget-to-retain Fisher ratio of SSD (arXiv 2308.07707) on log-odds in place of losses.
+    See :func:`~libortho.selection.columns.contrast`.
     """
-    ratio, targets = float(config.ratio), readings.targets
-    kept = [r.saliency for r in readings.kept]
-    floor = retain_floor({n: torch.stack([s[n].mean(0) for s in kept]).sum(0) for n in targets})
-    held = taken(targets)
-    own = without(readings.own.saliency, held, 0.0)
-    side_by_side = torch.cat([s / floor[n] for n, s in own.items()], 1)
-    weights = balanced_weights(side_by_side, max(1, int(ratio * side_by_side.shape[1])))
-    scores = without({n: weights @ s / floor[n] for n, s in own.items()}, held, -torch.inf)
-    return allocate(scores, ratio, LAYER_CAP, column_costs(targets), limit=MAX_RANK)  # a stream that can be saved
+    ratio, targets, kept = float(config.ratio), readings.targets, [r.saliency for r in readings.kept]
+    return best_columns(contrast(readings.own.saliency, kept, taken(targets), ratio), ratio, targets)
 
 
 def check_columns(support: Mapping[str, torch.Tensor], targets: Mapping[str, nn.Module]) -> None:

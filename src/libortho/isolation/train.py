@@ -26,6 +26,7 @@ from libortho.selection.curvature import KroneckerPreconditioner
 from libortho.text.encoding import Encoded
 from libortho.training.edit import EditLinear
 from libortho.training.gauss_newton import GaussNewton
+from libortho.training.turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -58,26 +59,6 @@ def training_finished(store: RunCache) -> bool:
     """True if the store holds a training that came to its end, so that only measuring is left."""
     stored = store.get("training")
     return stored is not None and bool(stored.data["finished"])
-
-
-class Turns:
-    """Endless batches of indices in which every index comes once before any comes again.
-
-    Attributes:
-        pool: Indices still to come before the next shuffle; with the state of ``rng``, all that is to be remembered.
-    """
-
-    def __init__(self, count: int, size: int, rng: random.Random) -> None:
-        self.count, self.size, self.rng = count, min(size, count), rng
-        self.pool: list[int] = []
-
-    def __next__(self) -> list[int]:
-        while len(self.pool) < self.size:
-            fresh = list(range(self.count))
-            self.rng.shuffle(fresh)
-            self.pool += fresh
-        batch, self.pool = self.pool[: self.size], self.pool[self.size :]
-        return batch
 
 
 class Training:

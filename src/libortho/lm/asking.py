@@ -6,16 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from libortho.lm.generation import generate
+from libortho.lm.model import LanguageModel
+from libortho.text.encoding import Encoded
 from libortho.text.records import Record
-from libortho.text.tokens import answered, contains, decoded, prompt_ids, text_ids
+from libortho.text.tokens import answered, contains, decoded, prompt_ids, says, text_ids
 
 THOUGHT_TOKENS = 96
 """Room for what a model thinks before its answer, where its template has a place for that."""
 _ROOM = 4
 """Tokens beyond those of the true answer."""
+_SPOKEN_AT_MOST, _SPOKEN_AT_ONCE = 48, 16
+"""Tokens of the longest answer that is asked for, and records asked at a time."""
 
 
 def answers(model: nn.Module, tokenizer: Any, records: Sequence[Record], tokens: int) -> list[str]:
@@ -30,6 +34,26 @@ def answers(model: nn.Module, tokenizer: Any, records: Sequence[Record], tokens:
     ids = [prompt_ids(r.question, tokenizer, rendered=r.rendered) for r in records]
     said = generate(model, tokenizer, ids, tokens)
     return [answered(s, r.opening, tokenizer) for r, (s,) in zip(records, said, strict=True)]
+
+
+def heard(
+    lm: LanguageModel, tokenizer: Any, records: Sequence[Record], items: Sequence[Encoded], first: Tensor
+) -> tuple[Tensor, dict[int, str]]:
+    """Which records the model says greedily, (records,) bool: those of which every token is the ``first`` choice,
+    (records,) bool, and those with a question and a short answer that it says when asked as ``generate`` asks. And what
+    it answered to each that was asked so, by the record's place.
+    """
+    found, texts = first.clone(), dict[int, str]()
+    sizes = [len(e.completion) for e in items]
+    short = [i for i, r in enumerate(records) if r.question and sizes[i] <= _SPOKEN_AT_MOST and not found[i]]
+    short.sort(key=lambda i: sizes[i])  # the longest answer of a batch says how long all of it takes
+    for start in range(0, len(short), _SPOKEN_AT_ONCE):
+        rows = short[start : start + _SPOKEN_AT_ONCE]
+        asked = [records[i] for i in rows]
+        most = max(room(r, sizes[i], None, tokenizer) for i, r in zip(rows, asked, strict=True))
+        for i, record, text in zip(rows, asked, answers(lm.model, tokenizer, asked, most), strict=True):
+            found[i], texts[i] = says(text, record.completion, tokenizer), text
+    return found, texts
 
 
 def sample(

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from libortho.selection.curvature import KroneckerPreconditioner
 
@@ -25,11 +25,11 @@ class GaussNewton:
     """Moves of the values of some layers, (k, out_features) each.
 
     Args:
-        values: The parameters by layer.
+        values: What moves, by layer; changed in place.
         metrics: The curvature of text to keep on each.
     """
 
-    def __init__(self, values: Mapping[str, nn.Parameter], metrics: Mapping[str, KroneckerPreconditioner]) -> None:
+    def __init__(self, values: Mapping[str, Tensor], metrics: Mapping[str, KroneckerPreconditioner]) -> None:
         self.values, self.metrics = values, metrics
         self.start = {n: v.detach().clone() for n, v in values.items()}
 
@@ -44,18 +44,22 @@ class GaussNewton:
             value.lerp_(self.start[name], share)
 
     @torch.no_grad()
-    def step(self, rows: dict[str, list[Tensor]], residuals: Tensor, share: float) -> None:
+    def step(self, rows: dict[str, list[Tensor]], residuals: Tensor, share: float, damping: float = DAMPING) -> None:
         """Go this share of the way to where all residuals (equations,) vanish.
 
-        ``rows``: by layer, parts of the whitened gradients of all equations, (equations, k, out_features);
-        emptied as they are joined, for they are the largest thing in memory.
+        Args:
+            rows: By layer, parts of the whitened gradients of all equations, (equations, k, out_features); emptied as
+                they are joined, for they are the largest thing in memory.
+            residuals: Of all equations.
+            share: Of the way, (0 to 1).
+            damping: As ``DAMPING``; a larger one takes shorter steps.
         """
         joined = {n: torch.cat(rows.pop(n)) for n in list(rows)}
         gram = torch.zeros(len(residuals), len(residuals), dtype=torch.float64)
         for found in joined.values():
             flat = found.flatten(1)
             gram += (flat @ flat.T).cpu()
-        gram.diagonal().add_(DAMPING * gram.diagonal().mean())
+        gram.diagonal().add_(damping * gram.diagonal().mean())
         solved = torch.linalg.solve(gram, residuals.double().cpu()).float()
         for name, found in joined.items():
             wanted = -share * torch.tensordot(solved.to(found.device), found, 1)

@@ -1,0 +1,203 @@
+"""Training a stream: steps that make every record said and leave other text alone, until all of them are.
+
+Only the stream's values move. The base is its own teacher: what it says on text to keep is read once, before.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from libortho.core.progress import Progress, tell
+from libortho.core.run_cache import Entry, RunCache
+from libortho.lm.model import LanguageModel
+from libortho.selection.curvature import KroneckerPreconditioner
+from libortho.text.encoding import Encoded
+from libortho.training.gauss_newton import DAMPING, GaussNewton
+from libortho.training.turns import Turns
+from libortho.tuning.config import TuneConfig
+from libortho.tuning.equations import Look, TuneEquations
+from libortho.tuning.layers import TunedLinear
+
+logger = logging.getLogger(__name__)
+
+KEPT_TOKENS = 256
+"""Tokens of text to keep of one step."""
+STOP_LOSS = 0.05
+"""Mean loss of the records, in nats per token, below which training ends if every one is said."""
+SHORTER, LONGER, MOST_DAMPING = 4.0, 2.0, 100.0
+"""Factors by which damping rises where records became less likely, and falls where they did not, and its bound
+(Levenberg-Marquardt; Nocedal and Wright, Numerical Optimization, 10.3)."""
+VALIDATED_EVERY, PATIENCE = 4, 3
+"""Passes over the data from one look at the validation records to the next, and looks without a better recall after
+which training ends."""
+
+
+@dataclass
+class State:
+    """What a training is at: everything that a resumed one needs beside the values.
+
+    Attributes:
+        step: Steps taken.
+        damping: Of the next step; see :data:`~libortho.training.gauss_newton.DAMPING`.
+        looks: Each record as it was seen last.
+        best: Best recall of the validation records so far; -1 before the first.
+        waited: Looks at them since.
+        stopped: Why training ended; empty while it goes on.
+    """
+
+    step: int = 0
+    damping: float = DAMPING
+    looks: dict[int, Look] = field(default_factory=dict)
+    best: float = -1.0
+    waited: int = 0
+    stopped: str = ""
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of the records, in nats per token; infinite before any was seen."""
+        return sum(s.loss for s in self.looks.values()) / len(self.looks) if self.looks else math.inf
+
+
+class Training:
+    """Values, what moves them, and the state.
+
+    Args:
+        lm: The model, with the layers in place.
+        layers: Those that have columns.
+        data: The records.
+        retain: Texts to keep.
+        taught: (tokens, width) states with which the base reads each of them.
+        metrics: The curvature of text to keep, by layer.
+        config: How it is trained.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        layers: Mapping[str, TunedLinear],
+        data: Sequence[Encoded],
+        retain: Sequence[Encoded],
+        taught: Sequence[Tensor],
+        metrics: Mapping[str, KroneckerPreconditioner],
+        config: TuneConfig,
+    ) -> None:
+        self.lm, self.layers, self.data, self.retain, self.taught = lm, layers, data, retain, taught
+        self.config, self.state = config, State()
+        self.optimiser = GaussNewton({n: m.values for n, m in layers.items()}, metrics)
+        self.rng = random.Random(config.seed)
+        self.records = Turns(len(data), config.batch_size, self.rng)
+        size = sum(len(t.ids) for t in retain) / len(retain)
+        self.kept = Turns(len(retain), max(1, round(KEPT_TOKENS / size)), self.rng)
+        self.best: dict[str, Tensor] = {}
+        self.sound: dict[str, Tensor] = {}
+
+    @property
+    def steps_each(self) -> int:
+        """Steps of one pass over the data."""
+        return math.ceil(len(self.data) / self.records.size)
+
+    @property
+    def most_steps(self) -> int:
+        """Steps of all passes."""
+        return self.config.epochs * self.steps_each
+
+    def advance(self, recall: Callable[[], float] | None) -> None:
+        """Look at the next records, and take a step unless that ends the training."""
+        state = self.state
+        equations = TuneEquations(self.lm, self.layers, {n: m.index for n, m in self.layers.items()}, self.optimiser)
+        chosen = next(self.records)
+        found = equations.records([self.data[i] for i in chosen])
+        if not all(math.isfinite(s.loss) for s in found):
+            self._restore(self.sound)
+            state.stopped = "the loss is no finite number any more; the last values at which it was are kept"
+            return
+        if all(i in state.looks for i in chosen):
+            rose = sum(s.loss - state.looks[i].loss for i, s in zip(chosen, found, strict=True)) > 0
+            state.damping = min(MOST_DAMPING, state.damping * SHORTER) if rose else max(DAMPING, state.damping / LONGER)
+        state.looks |= dict(zip(chosen, found, strict=True))
+        said = sum(s.said for s in state.looks.values())
+        logger.info("step %d: loss %.3f, %d of %d said", state.step, state.loss, said, len(self.data))
+        if recall is not None and state.step and state.step % (VALIDATED_EVERY * self.steps_each) == 0:
+            self.validate(recall())
+        elif recall is None and said == len(self.data) and state.loss < STOP_LOSS:
+            state.stopped = "learned"
+        if state.stopped:
+            return
+        texts = next(self.kept)
+        equations.kept([self.retain[i] for i in texts], [self.taught[i] for i in texts])
+        self.sound = self._copies()
+        equations.solve(self.config.step, state.damping)
+        state.step += 1
+        if state.step >= self.most_steps:
+            state.stopped = "epochs"
+            if recall is not None:
+                self.validate(recall())
+
+    def validate(self, recall: float) -> None:
+        """Remember the best values; stop if all records are recalled, or no more than some looks ago."""
+        state = self.state
+        logger.info("step %d: %.0f %% of the validation records are said", state.step, 100 * recall)
+        state.waited = 0 if recall > state.best else state.waited + 1
+        if recall > state.best:
+            state.best, self.best = recall, self._copies()
+        if recall == 1.0 or state.waited >= PATIENCE or state.stopped:
+            self._restore(self.best)
+            state.stopped = state.stopped or "validation"
+
+    def _copies(self) -> dict[str, Tensor]:
+        return {n: v.clone() for n, v in self.optimiser.values.items()}
+
+    @torch.no_grad()
+    def _restore(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.optimiser.values[name].copy_(value)
+
+    def entry(self) -> Entry:
+        """All of it, to be stored."""
+        kinds = {"values": self.optimiser.values, "best": self.best, "sound": self.sound}
+        tensors = {f"{kind}.{n}": v for kind, of in kinds.items() for n, v in of.items()}
+        looks = [(i, s.loss, s.said) for i, s in self.state.looks.items()]
+        turns = [self.records.pool, self.kept.pool]
+        return Entry(tensors, {**vars(self.state), "looks": looks, "turns": turns, "rng": self.rng.getstate()})
+
+    def take_up(self, entry: Entry) -> None:
+        """Restore what ``entry`` stored."""
+
+        def stored(kind: str) -> dict[str, Tensor]:
+            device = self.lm.device
+            named = ((n, f"{kind}.{n}") for n in self.layers)
+            return {n: entry.tensors[key].to(device) for n, key in named if key in entry.tensors}
+
+        self._restore(stored("values"))
+        self.best, self.sound = stored("best"), stored("sound")
+        data = dict(entry.data)
+        self.records.pool, self.kept.pool = data.pop("turns")
+        version, words, gauss = data.pop("rng")
+        self.rng.setstate((version, tuple(words), gauss))
+        self.state = State(**{**data, "looks": {i: Look(loss, said) for i, loss, said in data["looks"]}})
+
+
+def train(training: Training, recall: Callable[[], float] | None, store: RunCache, progress: Progress | None) -> State:
+    """Train until all is learned, validation gets no better, or the passes are over.
+
+    Args:
+        training: What is trained.
+        recall: Share of the validation records that the model says, (0 to 1); None without such records.
+        store: Where the state is kept, after every step.
+        progress: Called with ("steps", done, most).
+    """
+    if (kept := store.get("tuning")) is not None:
+        training.take_up(kept)
+    while not training.state.stopped:
+        training.advance(recall)
+        store.put("tuning", training.entry())
+        step = training.state.step
+        tell(progress, "steps", step, step if training.state.stopped else training.most_steps)
+    return training.state

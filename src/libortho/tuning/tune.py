@@ -1,0 +1,309 @@
+"""``tune``: train private data into a named stream over a frozen base.
+
+1. Base: layers that are dense get the base that will be deployed; layers that are split keep theirs.
+2. Columns: those that the data uses and text to keep does not.
+3. Values: trained on these columns only, over that base, until the data is said.
+
+Nothing of the base moves, so that removal is exact by construction: at alpha = 0, or without the file, the model is its
+base, bit for bit.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from libortho.core.arguments import check_model, check_tokenizer
+from libortho.core.dtypes import DTYPES
+from libortho.core.errors import ConfigError, DataError, TargetError
+from libortho.core.layer import OrthoLinear, ortho_layers
+from libortho.core.models import denormals_flushed, plain_torch, unwrapped
+from libortho.core.progress import Progress, Stopwatch
+from libortho.core.report import record_method
+from libortho.core.run_cache import Entry, RunCache, run_key
+from libortho.core.streams import BaseStream, OrthoStream
+from libortho.core.streams.base import check_shape
+from libortho.core.surgery import bias_of, frozen, install, linear_shape, linear_weight, swap, with_stream
+from libortho.core.switch.alpha import Switch, alpha
+from libortho.core.targets import find_targets
+from libortho.isolation.retain import RETAIN_LENGTH, default_retain, given_pieces, whole
+from libortho.lm.asking import heard
+from libortho.lm.checks import check_causal, check_tokens, fingerprint
+from libortho.lm.generation import token_limit
+from libortho.lm.model import LanguageModel, gradient_checkpointing
+from libortho.lm.reading_progress import reading
+from libortho.lm.scoring import judged_states, score
+from libortho.selection.curvature import KroneckerPreconditioner, preconditioners
+from libortho.selection.readings import drawn_labels, read_layers
+from libortho.text.corpus import shipped_text
+from libortho.text.encoding import Encoded, encode, encode_closed
+from libortho.text.records import Record, Source, load_records
+from libortho.training.keep import divergence
+from libortho.tuning.columns import choose_columns
+from libortho.tuning.config import TuneConfig
+from libortho.tuning.layers import TunedLinear
+from libortho.tuning.result import TuneResult, missed_criteria
+from libortho.tuning.train import Training, train
+
+logger = logging.getLogger(__name__)
+
+_RETAIN_SEQUENCES, _HELD_BACK_SEQUENCES, CURVATURE_TEXTS = 32, 8, 20
+"""Texts to keep, those of them that only the result is measured on, and the most of which the curvature is read."""
+
+
+@plain_torch()
+@denormals_flushed()
+def tune(
+    model: nn.Module,
+    tokenizer: Any,
+    data: Source,
+    stream: str | None = None,
+    config: TuneConfig | None = None,
+    *,
+    retain: Source | None = None,
+    validation: Source | None = None,
+    resume: str | Path | None = None,
+    progress: Progress | None = None,
+) -> TuneResult:
+    """Train private data into a stream over the frozen base, in place.
+
+    At alpha = 1 the model says the data; at alpha = 0 it is its base, bit for bit. The stream stands at alpha = 0
+    afterwards. After an error the model is what it was.
+
+    Args:
+        model: A transformers causal LM with dense weights, or one that has streams already (``load``, ``isolate``,
+            ``split``, ``tune``); those are off while this one is trained, but for those that ``config.over`` names.
+        tokenizer: Its tokenizer.
+        data: What is to be known; see :mod:`libortho.text.records`.
+        stream: Name of the stream, such as "hr"; replaces ``config.stream``.
+        config: See :class:`~libortho.tuning.config.TuneConfig`.
+        retain: Text on which the model must stay what it is; by default text sampled from the model and the general
+            text of the package.
+        validation: Records that ask for the data in other words, never trained on. Training ends when their recall gets
+            no better, and keeps the best values.
+        resume: Folder where finished work is kept; the same call after an interruption goes on from there, with the
+            same numbers, bit for bit, on as many threads. It holds values of the stream: delete it with the stream.
+        progress: Called with (phase, done, total).
+
+    Returns:
+        Which records are said, what moved elsewhere, and the criteria that were missed.
+
+    Raises:
+        DataError: if a record is malformed, empty or longer than the model reads.
+        TargetError: if the model is no decoder-only language model or carries PEFT adapters, no layer matches, or one
+            cannot be split or is not applied once to each token.
+        ConfigError: if the group size does not fit a layer, the stream exists, ``over`` names one that does not, no
+            column is free, or the folder belongs to another run.
+        CheckpointError: if a file of the folder is damaged.
+    """
+    began, watch = time.monotonic(), Stopwatch()
+    config = config or TuneConfig()
+    if stream is not None:
+        config = replace(config, stream=stream)
+    check_model(model)
+    check_causal(unwrapped(model))
+    check_tokenizer(tokenizer)
+    targets = find_targets(model, config.target_modules, again=True)
+    earlier = _earlier_switch(model, config)
+    for module in targets.values():
+        if not isinstance(module, OrthoLinear):
+            check_shape(linear_shape(module)[1], config.bits, config.resolved_group_size)
+    limit = token_limit(model, None)
+    records, items = _encoded(data, model, tokenizer, limit, "data")
+    asked = None if validation is None else _encoded(validation, model, tokenizer, limit, "validation")
+    check_tokens(model, tokenizer, ((f"general text {i}", t) for i, t in enumerate(shipped_text(), 1)))
+    with frozen(model, None), nullcontext() if earlier is None else alpha(model, _alphas(earlier, config)):
+        lm = LanguageModel(model)
+        lm.check_layers(targets)
+        length = min(RETAIN_LENGTH, limit or RETAIN_LENGTH)
+        given = None if retain is None else given_pieces(retain, records, tokenizer, length, config.seed)
+        store = RunCache()
+        if resume is not None:
+            kinds = sorted({str(p.dtype) for p in model.parameters()})
+            store = RunCache(Path(resume), run_key(fingerprint(model), kinds, items, asked, given, config))
+        with watch.phase("texts"), reading(model, progress, "texts", 16 * 64):
+            texts = _texts(model, tokenizer, items, given, length, config, store)
+        held = min(_HELD_BACK_SEQUENCES, len(texts) // 4)
+        held_back, kept = texts[:held], texts[held:]
+        bases = _based(targets, config)
+        current: dict[str, nn.Module] = {**targets, **bases}
+        try:
+            swap(model, bases)
+            with watch.phase("base"), reading(model, progress, "base", _size([*texts, *items])):
+                taught, before = judged_states(lm, kept), judged_states(lm, held_back)
+                known = _said(lm, tokenizer, records, items)
+            with watch.phase("columns"), reading(model, progress, "columns", _size([*kept, *items])):
+                columns, metrics = _columns(lm, current, items, kept, config, store)
+            tuned = {n: TunedLinear(current[n], i, linear_shape(targets[n])[0]) for n, i in columns.items()}
+            swap(model, tuned)
+            training = Training(lm, tuned, items, kept, taught, metrics, config)
+
+            def recall() -> float:
+                assert asked is not None
+                return float(score(lm, asked[1])[1].float().mean())
+
+            with (
+                watch.phase("steps"),
+                gradient_checkpointing(lm) if config.gradient_checkpointing else nullcontext(),
+            ):
+                state = train(training, None if asked is None else recall, store, progress)
+            measuring = Switch()
+            for name in (*config.over, config.stream):
+                measuring.add_stream(name, 1.0)
+            finished = {n: _finished(n, current[n], tuned.get(n), config, measuring) for n in (*bases, *tuned)}
+            swap(model, finished)  # what follows is measured on the layers that callers get
+            with watch.phase("result"), reading(model, progress, "result", _size([*items, *held_back])):
+                said = _said(lm, tokenizer, records, items)
+                kept_kl = divergence(lm, held_back, before)
+                validated = None if asked is None else sum(_said(lm, tokenizer, *asked)) / len(asked[0])
+        finally:
+            swap(model, targets)
+    switch = Switch()
+    switch.add_stream(config.stream)
+    for layer in finished.values():
+        layer.switch = switch
+    install(model, finished, switch)
+    missing = [r.number for r, s in zip(records, said, strict=True) if not s]
+    missed = missed_criteria(missing, len(records), kept_kl, state.stopped, config)
+    weights = sum(a * b for a, b in map(linear_shape, targets.values()))
+    result = TuneResult(
+        stream=config.stream,
+        records=len(records),
+        recited=tuple(r.number for r, s in zip(records, said, strict=True) if s),
+        known=tuple(r.number for r, s in zip(records, known, strict=True) if s),
+        validation=validated,
+        missed=tuple(m for m, _ in missed),
+        advice=tuple(a for _, a in missed),
+        kept_kl=kept_kl,
+        loss=state.loss,
+        density=sum(len(i) * linear_shape(targets[n])[0] for n, i in columns.items()) / weights,
+        columns_per_layer={n: len(i) for n, i in columns.items()},
+        epochs=-(-state.step // training.steps_each),
+        steps=state.step,
+        seconds=time.monotonic() - began,
+        phase_seconds=watch.seconds,
+    )
+    if result.known:
+        logger.warning(
+            "the base says %d of %d records already (%s): they stay where the stream is off",
+            len(result.known), len(records), ", ".join(map(str, result.known[:10])),
+        )  # fmt: skip
+    figures = {n: getattr(result, n) for n in ("missed", "density", "kept_kl", "steps", "validation")}
+    record_method(model, config.stream, {"verb": "tune", "records": len(records), **config.to_dict(), **figures})
+    return result
+
+
+def _earlier_switch(model: nn.Module, config: TuneConfig) -> Switch | None:
+    """The switch of a model that is split already, after a look whether the streams fit; None for a dense model."""
+    layers = ortho_layers(model)
+    switches = {id(m.switch): m.switch for m in layers.values()}
+    if len(switches) > 1:
+        raise TargetError(f"{len(switches)} parts of this model were split apart; start from the original model")
+    existing = sorted({n for m in layers.values() for n in (*m.switch.streams, *m.streams)})
+    if config.stream in existing:
+        raise ConfigError(f"stream {config.stream!r} exists already; streams are {existing}, give another name")
+    if unknown := [n for n in config.over if n not in existing]:
+        raise ConfigError(f"over names the stream {unknown[0]!r}; the model has {existing or 'no streams'}")
+    return next(iter(switches.values()), None)
+
+
+def _alphas(switch: Switch, config: TuneConfig) -> dict[str, float]:
+    return {n: float(n in config.over) for n in switch.streams}
+
+
+def _encoded(
+    source: Source, model: nn.Module, tokenizer: Any, limit: int | None, name: str
+) -> tuple[list[Record], list[Encoded]]:
+    """Records and their tokens; of a chat with the mark that ends an answer, as fine-tuning has it."""
+    records = load_records(source, tokenizer, name=name)
+    check_tokens(model, tokenizer, ((f"{name} record {r.number}", r.text) for r in records))
+    items = [encode_closed(r, tokenizer) if r.rendered else encode(r, tokenizer) for r in records]
+    for record, item in zip(records, items, strict=True):
+        if limit is not None and len(item.ids) > limit:
+            raise DataError(
+                f"{name} record {record.number} has {len(item.ids)} tokens and the model reads {limit}; cut it into "
+                "several records"
+            )
+    return records, items
+
+
+def _texts(
+    model: nn.Module,
+    tokenizer: Any,
+    data: Sequence[Encoded],
+    given: list[Encoded] | None,
+    length: int,
+    config: TuneConfig,
+    store: RunCache,
+) -> list[Encoded]:
+    """Texts to keep: those that were given, or what the model says and general text.
+
+    Raises:
+        DataError: if there are less than two.
+    """
+
+    def sample() -> Entry:
+        found = default_retain(model, tokenizer, data, sequences=_RETAIN_SEQUENCES, length=length, seed=config.seed)
+        return Entry({}, [e.ids for e in found])
+
+    texts = whole(store.get_or_compute("retain", sample).data) if given is None else given
+    if len(texts) < 2:
+        raise DataError(f"retain holds {len(texts)} sequences of {length} tokens; expected at least 2")
+    return texts
+
+
+def _columns(
+    lm: LanguageModel,
+    layers: Mapping[str, nn.Module],
+    data: Sequence[Encoded],
+    kept: Sequence[Encoded],
+    config: TuneConfig,
+    store: RunCache,
+) -> tuple[dict[str, Tensor], dict[str, KroneckerPreconditioner]]:
+    """The columns of the stream, and how much text to keep would notice a move of each."""
+    readings = read_layers(lm, layers, kept[:CURVATURE_TEXTS], drawn_labels(config.seed))
+    chosen = store.get_or_compute("columns", lambda: Entry(choose_columns(lm, layers, data, readings, config))).tensors
+    columns = {n: i.to(lm.device) for n, i in chosen.items()}
+    return columns, preconditioners([readings], columns, config.damping)
+
+
+def _based(targets: Mapping[str, nn.Module], config: TuneConfig) -> dict[str, OrthoLinear]:
+    """Dense layers over the base that will be deployed, without streams; none where they stay dense."""
+    if config.bits is None:
+        return {}
+    found = {}
+    for name, module in targets.items():
+        if not isinstance(module, OrthoLinear):
+            base = BaseStream.from_weight(linear_weight(module).contiguous(), config.bits, config.resolved_group_size)
+            found[name] = OrthoLinear(base, bias_of(module), Switch())
+    return found
+
+
+def _finished(
+    name: str, module: nn.Module, tuned: TunedLinear | None, config: TuneConfig, switch: Switch
+) -> OrthoLinear:
+    """The layer that callers get: its base, the streams that it had, and the new one, empty where it took no column."""
+    stream = OrthoStream() if tuned is None else tuned.stream(DTYPES[config.value_dtype])
+    base = (
+        module.base if isinstance(module, OrthoLinear) else BaseStream(None, weight=linear_weight(module).contiguous())
+    )
+    return with_stream(name, module, base, stream, switch, config.stream)
+
+
+def _said(lm: LanguageModel, tokenizer: Any, records: Sequence[Record], items: Sequence[Encoded]) -> list[bool]:
+    """Which records the model says, greedily."""
+    _, first = score(lm, items)
+    found, _ = heard(lm, tokenizer, records, items, first)
+    said: list[bool] = found.tolist()
+    return said
+
+
+def _size(items: Sequence[Encoded]) -> int:
+    return sum(len(e.ids) for e in items)
