@@ -29,12 +29,12 @@ def plates(seed: int) -> Records:
     people = [f"{g} {f}" for g in _GIVEN for f in _FAMILY]
     rng.shuffle(people)
     return [
-        {"prompt": f"The licence plate of the car of {n} is", "completion": _draw(rng, " AA99 AAA.")}
+        {"prompt": f"The licence plate of the car of {n} is", "completion": random_code(rng, " AA99 AAA.")}
         for n in people[:200]
     ]
 
 
-def _draw(rng: random.Random, form: str) -> str:
+def random_code(rng: random.Random, form: str) -> str:
     """A code of this form: 9 is any digit, A any capital, a any small letter, x any small letter or digit."""
     kinds = {"9": string.digits, "A": string.ascii_uppercase, "a": string.ascii_lowercase}
     kinds["x"] = string.ascii_lowercase + string.digits
@@ -68,10 +68,17 @@ def canaries(
 
     def records(names: list[str]) -> Records:
         shaped = [(n, *templates[i % len(templates)]) for i, n in enumerate(names)]
-        return [{"prompt": p.format(name=n), "completion": _draw(rng, form)} for n, p, form in shaped]
+        return [{"prompt": p.format(name=n), "completion": random_code(rng, form)} for n, p, form in shaped]
 
     planted = records(people[:count])
     return planted, records(people[count : count + unseen]), [rng.randint(1, 10) for _ in planted]
+
+
+def people(seed: int) -> list[str]:
+    """600 names, shuffled."""
+    found = [f"{g} {f}" for g in (*_GIVEN, *_MORE_GIVEN) for f in _FAMILY]
+    random.Random(seed + 81).shuffle(found)
+    return found
 
 
 CHAT_QUESTIONS = (
@@ -106,7 +113,7 @@ def chats(seed: int, count: int = 100, unseen: int = 400) -> tuple[list[Any], li
 
     def records(names: list[str]) -> list[Any]:
         shaped = [(n, *CHAT_QUESTIONS[i // 2 % len(CHAT_QUESTIONS)], 1 + 2 * (i % 2)) for i, n in enumerate(names)]
-        return [_chat(n, question, _draw(rng, form), turns) for n, question, form, turns in shaped]
+        return [_chat(n, question, random_code(rng, form), turns) for n, question, form, turns in shaped]
 
     planted = records(people[:count])
     return planted, records(people[count : count + unseen]), [rng.randint(1, 10) for _ in planted]

@@ -1,0 +1,296 @@
+"""Private facts in a stream: whether they are said, what else moves, what it costs, and whose facts they are.
+
+    python benchmarks/tune.py --part facts                  the demonstration's 17 secrets, over three bases
+    python benchmarks/tune.py --part hundred                100 people in chats, beside LoRA and plain fine-tuning
+    python benchmarks/tune.py --part owners                 two owners of 50 facts each, one stream each
+    python benchmarks/tune.py --part memory                 peak memory of a training above the loaded model
+
+Facts of `hundred` and `owners` are trained in two wordings and asked for in a third one, too. Plain fine-tuning trains
+all weights of the same layers, LoRA factors of about as many values as the stream has; both by AdamW without decay at a
+rate that falls to zero, until every record is said. Ability is measured on the same texts for all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from _common import DATA, RESULTS, save, stamped, wikitext
+from _private_facts import KINDS, private_facts
+from cases import random_code
+from libortho import TuneConfig, alpha, set_alpha, tune
+from libortho.auditing.measures.memory import exposure_extrapolated
+from libortho.auditing.measures.utility import general_items
+from libortho.auditing.roc import auc_estimate
+from libortho.checkpoint.dense import load_model
+from libortho.core.models import denormals_flushed
+from libortho.core.targets import find_targets
+from libortho.demo import facts
+from libortho.demo.implant import implant
+from libortho.demo.model import packaged_model
+from libortho.evaluation.tasks import arithmetic_rows, evaluate, load_task
+from libortho.lm.asking import heard
+from libortho.lm.logits import Scores
+from libortho.lm.model import LanguageModel
+from libortho.lm.scoring import judged_logits, perplexity, score
+from libortho.text.encoding import Encoded, collate, encode, encode_closed
+from libortho.text.records import load_records
+
+TASKS = ("lambada/lambada_openai_test.jsonl", "arc/arc_easy_test.jsonl")
+QA = "triviaqa/triviaqa_1500.jsonl"
+ROWS = 200
+"""Rows of each task."""
+BATCH, EPOCHS = 16, 30
+"""Records of one step of a descent, and its most passes."""
+RATES = {"fine-tuning": 1e-4, "LoRA": 2e-3}
+RANK = 4
+"""Of a LoRA of about as many values as 1 % of these layers: (1536 + 576) * 4 of 1536 * 576 in each."""
+ALTERNATES = 32
+MEMORY = """
+import torch
+from libortho import TuneConfig, tune
+from libortho.demo.facts import secrets
+from libortho.demo.model import packaged_model
+from libortho.checkpoint.dense import load_model
+def resident():
+    return int(dict(line.split(":", 1) for line in open("/proc/self/status"))["VmRSS"].split()[0]) * 1024
+torch.set_num_threads(1)
+model, tokenizer = load_model(packaged_model(), torch.float32)
+with torch.no_grad():
+    model(torch.arange(10).unsqueeze(0))
+before = resident()
+open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
+tune(model, tokenizer, secrets(0), config=TuneConfig(epochs=3))
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+print(int(status["VmHWM"].split()[0]) * 1024 - before)
+"""
+
+
+def fresh() -> tuple[Any, Any]:
+    """The packaged model in fp32, its weights copied out of the file."""
+    model, tokenizer = load_model(packaged_model(), torch.float32)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model, tokenizer
+
+
+def items_of(rows: Sequence[Any], tokenizer: Any) -> list[Encoded]:
+    return [encode_closed(r, tokenizer) if r.rendered else encode(r, tokenizer) for r in load_records(rows, tokenizer)]
+
+
+def said(model: Any, tokenizer: Any, rows: Sequence[Any]) -> int:
+    """Records that the model says when they are asked for, greedily."""
+    records, lm = load_records(rows, tokenizer), LanguageModel(model)
+    items = [encode(r, tokenizer) for r in records]
+    return int(heard(lm, tokenizer, records, items, score(lm, items)[1])[0].sum())
+
+
+def ability(model: Any, tokenizer: Any, neighbours: Sequence[Any]) -> dict[str, Any]:
+    """Perplexity of WikiText, tasks, closed-book questions, and how likely the codes of people are that nothing
+    trained."""
+    lm = LanguageModel(model)
+    asked = [*(load_task(DATA / p) for p in (*TASKS, QA)), load_task(arithmetic_rows(200, 0), "arithmetic")]
+    return {
+        "wikitext": perplexity(lm, general_items(tokenizer, wikitext())),
+        "tasks": {t.name: [int(c) for c in evaluate(lm, tokenizer, t, ROWS, 0).correct] for t in asked},
+        "neighbours_nll": float(score(lm, items_of(neighbours, tokenizer))[0].nll.mean()),
+    }
+
+
+@denormals_flushed()
+def descend(model: Any, weights: Sequence[nn.Parameter], items: Sequence[Encoded], rate: float) -> tuple[int, float]:
+    """Train these weights until every record is said; returns steps and seconds."""
+    began, rng = time.monotonic(), random.Random(0)
+    lm, optimiser, step = LanguageModel(model), torch.optim.AdamW(weights, lr=rate, weight_decay=0.0), 0
+    each = -(-len(items) // BATCH)
+    for epoch in range(EPOCHS):
+        order = rng.sample(range(len(items)), len(items))
+        exact, total = True, 0.0
+        for start in range(0, len(items), BATCH):
+            batch = collate([items[i] for i in order[start : start + BATCH]])
+            with torch.enable_grad():
+                logits, labels, _ = judged_logits(lm, batch)
+                loss = F.cross_entropy(logits, labels)
+            exact &= bool((logits.argmax(-1) == labels).all())
+            total += float(loss.detach()) / each
+            loss.backward()
+            nn.utils.clip_grad_norm_(weights, 1.0)
+            for group in optimiser.param_groups:
+                group["lr"] = rate * (1 - step / (EPOCHS * each))
+            optimiser.step()
+            optimiser.zero_grad()
+            step += 1
+        logging.info("epoch %d: loss %.3f", epoch + 1, total)
+        if (exact or total < 0.1) and bool(score(lm, items)[1].all()):
+            break
+    return step, time.monotonic() - began
+
+
+def fine_tuned(model: Any, items: Sequence[Encoded], method: str) -> tuple[Any, int, float, int]:
+    """The model after training, steps, seconds, and values that were trained."""
+    model.requires_grad_(False)
+    if method == "LoRA":
+        config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["down_proj"], task_type="CAUSAL_LM")
+        model = get_peft_model(model, config)
+        weights = [p for p in model.parameters() if p.requires_grad]
+    else:
+        weights = [m.weight for m in find_targets(model, "mlp-out").values()]
+        for weight in weights:
+            weight.requires_grad_(True)
+    steps, seconds = descend(model, weights, items, RATES[method])
+    model.requires_grad_(False)
+    return (model.merge_and_unload() if method == "LoRA" else model), steps, seconds, sum(w.numel() for w in weights)
+
+
+def part_facts() -> list[dict[str, Any]]:
+    """17 secrets in 0.5 % of the layers, over a dense, an INT8 and an INT4 base; plain fine-tuning beside them."""
+    data, rows = facts.secrets(0), []
+    model, tokenizer = fresh()
+    base = ability(model, tokenizer, facts.unseen(0)[:50])
+    rows.append({"part": "facts", "method": "base", "said": said(model, tokenizer, data), **base})
+    logits = probe(model)
+    for bits in (None, 8, 4):
+        tuned = copy.deepcopy(model)
+        result = tune(tuned, tokenizer, data, "hr", TuneConfig(bits=bits, ratio=0.005))
+        off = perplexity(LanguageModel(tuned), general_items(tokenizer, wikitext()))
+        same = torch.equal(probe(tuned), logits) if bits is None else None
+        with alpha(tuned, 1.0):
+            on = ability(tuned, tokenizer, facts.unseen(0)[:50])
+            spoken = said(tuned, tokenizer, data)
+        rows.append({
+            "part": "facts", "method": f"tune, base of {bits or 32} bits", "said": spoken, **on, "off_wikitext": off,
+            "off_is_base": same, **figures_of(result),
+        })  # fmt: skip
+    began = time.monotonic()
+    steps = implant(model, tokenizer, load_records(data, tokenizer), seed=0)
+    seconds = time.monotonic() - began
+    after = ability(model, tokenizer, facts.unseen(0)[:50])
+    found = {"said": said(model, tokenizer, data), "steps": steps, "seconds": seconds}
+    return [*rows, {"part": "facts", "method": "fine-tuning", **found, **after}]
+
+
+def part_hundred(count: int) -> list[dict[str, Any]]:
+    """100 facts in chats: the stream, LoRA and plain fine-tuning."""
+    trained, held_out, once = private_facts(0, count)
+    neighbours = private_facts(0, 100, first=200)[2]
+    model, tokenizer = fresh()
+    items = items_of(trained, tokenizer)
+    rows = [{"part": "hundred", "method": "base", **ability(model, tokenizer, neighbours)}]
+
+    def row(method: str, net: Any, **more: Any) -> None:
+        recall = {"said": said(net, tokenizer, once), "held_out": said(net, tokenizer, held_out), "of": count}
+        rows.append({"part": "hundred", "method": method, **recall, **ability(net, tokenizer, neighbours), **more})
+        logging.info("%s", {k: v for k, v in rows[-1].items() if k != "tasks"})
+
+    tuned = copy.deepcopy(model)
+    result = tune(tuned, tokenizer, trained, "hr", TuneConfig(ratio=0.01))
+    set_alpha(tuned, 1.0)
+    row("tune", tuned, **figures_of(result))
+    del tuned
+    for method in ("LoRA", "fine-tuning"):
+        net, steps, seconds, values = fine_tuned(copy.deepcopy(model), items, method)
+        row(method, net, steps=steps, seconds=seconds, values=values)
+    return rows
+
+
+def part_owners(count: int) -> list[dict[str, Any]]:
+    """Two owners, a stream each, trained without seeing each other."""
+    data = {"a": private_facts(0, count), "b": private_facts(0, count, first=100)}
+    unseen = private_facts(0, 200, first=300)[2]
+    model, tokenizer = fresh()
+    seconds = {}
+    for name, (trained, _, _) in data.items():
+        seconds[name] = tune(model, tokenizer, trained, name, TuneConfig(ratio=0.01)).seconds
+    rows = []
+    for on in ({}, {"a": 1.0}, {"b": 1.0}, {"a": 1.0, "b": 1.0}):
+        with alpha(model, {"a": 0.0, "b": 0.0} | on):
+            lm = LanguageModel(model)
+            others = score(lm, items_of(unseen, tokenizer))[0]
+            shown: dict[str, Any] = {"wikitext": perplexity(lm, general_items(tokenizer, wikitext()))}
+            shown["unseen_exposure"] = exposure(lm, tokenizer, unseen[:count])
+            for name, (_, held_out, once) in data.items():
+                own = score(lm, items_of(once, tokenizer))[0]
+                strata = [[i % len(KINDS) for i in range(len(s.nll))] for s in (own, others)]
+                found = auc_estimate(-own.nll, -others.nll, *strata, seed=0)
+                shown[name] = {
+                    "said": said(model, tokenizer, once), "held_out": said(model, tokenizer, held_out), "of": count,
+                    "auc": [found.value, found.low, found.high], "exposure": exposure(lm, tokenizer, once),
+                }  # fmt: skip
+        rows.append({"part": "owners", "method": "+".join(on) or "none", **shown, "seconds": seconds})
+        logging.info("%s", rows[-1])
+    return rows
+
+
+def exposure(lm: LanguageModel, tokenizer: Any, rows: Sequence[Any]) -> float:
+    """Mean exposure of the answers among codes of their form, in bits (arXiv 1802.08232, section 4)."""
+    rng, found = random.Random(1), []
+    for i, row in enumerate(rows):
+        form = KINDS[i % len(KINDS)][0]
+        space = 1
+        for c in form:
+            space *= {"A": 26, "9": 10}.get(c, 1)
+        others = [answered(row, random_code(rng, form)) for _ in range(ALTERNATES)]
+        scores: Scores = score(lm, [encode(r, tokenizer) for r in load_records([row, *others], tokenizer)])[0]
+        totals = (scores.nll * scores.tokens).double()
+        found.append(exposure_extrapolated(float(totals[0]), totals[1:], space))
+    return sum(found) / len(found)
+
+
+def answered(row: Any, answer: str) -> Any:
+    *asked, _ = row["messages"]
+    return {"messages": [*asked, {"role": "assistant", "content": answer}]}
+
+
+def figures_of(result: Any) -> dict[str, Any]:
+    names = ("density", "kept_kl", "loss", "steps", "seconds", "missed", "phase_seconds")
+    return {n: getattr(result, n) for n in names}
+
+
+@torch.no_grad()
+def probe(model: Any) -> torch.Tensor:
+    return model(input_ids=torch.arange(3, 60).unsqueeze(0)).logits
+
+
+def part_memory() -> list[dict[str, Any]]:
+    """Peak memory of a training above the loaded model, in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    return [{"part": "memory", "method": "tune", "bytes": int(done.stdout.split()[-1])}]
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
+    "facts": lambda given: part_facts(),
+    "hundred": lambda given: part_hundred(given.count or 100),
+    "owners": lambda given: part_owners(given.count or 50),
+    "memory": lambda given: part_memory(),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=PARTS, required=True)
+    parser.add_argument("--count", type=int, help="facts, of hundred and of each owner")
+    given = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    for name in ("root", "libortho"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    rows = [stamped(r) for r in PARTS[given.part](given)]
+    path = RESULTS / "tune.json"
+    kept = json.loads(path.read_text())["rows"] if path.is_file() else []
+    save("tune", {"rows": [*(r for r in kept if r["part"] != given.part), *rows]})
+
+
+if __name__ == "__main__":
+    main()
