@@ -43,9 +43,9 @@ from libortho.demo.implant import implant
 from libortho.demo.model import packaged_model
 from libortho.evaluation.tasks import arithmetic_rows, evaluate, load_task
 from libortho.lm.asking import heard
-from libortho.lm.logits import Scores
 from libortho.lm.model import LanguageModel
 from libortho.lm.scoring import judged_logits, perplexity, score
+from libortho.lm.token_statistics import shared_prefix_nll
 from libortho.text.encoding import Encoded, collate, encode, encode_closed
 from libortho.text.records import load_records
 
@@ -58,7 +58,8 @@ BATCH, EPOCHS = 16, 30
 RATES = {"fine-tuning": 1e-4, "LoRA": 2e-3}
 RANK = 4
 """Of a LoRA of about as many values as 1 % of these layers: (1536 + 576) * 4 of 1536 * 576 in each."""
-ALTERNATES = 32
+ALTERNATES, EXPOSED = 16, 25
+"""Other codes that a fact is compared with, and facts whose exposure is measured."""
 MEMORY = """
 import torch
 from libortho import TuneConfig, tune
@@ -209,7 +210,7 @@ def part_hundred(count: int) -> list[dict[str, Any]]:
 def part_owners(count: int) -> list[dict[str, Any]]:
     """Two owners, a stream each, trained without seeing each other."""
     data = {"a": private_facts(0, count), "b": private_facts(0, count, first=100)}
-    unseen = private_facts(0, 200, first=300)[2]
+    unseen = private_facts(0, 100, first=300)[2]
     model, tokenizer = fresh()
     seconds = {}
     for name, (trained, _, _) in data.items():
@@ -220,7 +221,7 @@ def part_owners(count: int) -> list[dict[str, Any]]:
             lm = LanguageModel(model)
             others = score(lm, items_of(unseen, tokenizer))[0]
             shown: dict[str, Any] = {"wikitext": perplexity(lm, general_items(tokenizer, wikitext()))}
-            shown["unseen_exposure"] = exposure(lm, tokenizer, unseen[:count])
+            shown["unseen_exposure"] = exposure(lm, tokenizer, unseen)
             for name, (_, held_out, once) in data.items():
                 own = score(lm, items_of(once, tokenizer))[0]
                 strata = [[i % len(KINDS) for i in range(len(s.nll))] for s in (own, others)]
@@ -237,14 +238,14 @@ def part_owners(count: int) -> list[dict[str, Any]]:
 def exposure(lm: LanguageModel, tokenizer: Any, rows: Sequence[Any]) -> float:
     """Mean exposure of the answers among codes of their form, in bits (arXiv 1802.08232, section 4)."""
     rng, found = random.Random(1), []
-    for i, row in enumerate(rows):
+    for i, row in enumerate(rows[:EXPOSED]):
         form = KINDS[i % len(KINDS)][0]
         space = 1
         for c in form:
             space *= {"A": 26, "9": 10}.get(c, 1)
         others = [answered(row, random_code(rng, form)) for _ in range(ALTERNATES)]
-        scores: Scores = score(lm, [encode(r, tokenizer) for r in load_records([row, *others], tokenizer)])[0]
-        totals = (scores.nll * scores.tokens).double()
+        items = [encode(r, tokenizer) for r in load_records([row, *others], tokenizer)]
+        totals = shared_prefix_nll(lm, items).double() * torch.tensor([len(e.completion) for e in items])
         found.append(exposure_extrapolated(float(totals[0]), totals[1:], space))
     return sum(found) / len(found)
 
