@@ -11,6 +11,7 @@ from libortho.core.errors import LibOrthoError
 MODULES = {
     "audit": ("rapidfuzz", "rouge_score", "scipy"),
     "demo": ("gguf",),
+    "dp": ("opacus",),
     "eval": ("lm_eval",),
     "vault": ("pyrage",),
 }

@@ -1,6 +1,7 @@
 """Which input columns a stream takes.
 
 gradient      those whose gradients are about the records and not about text to keep, as ``isolate`` chooses them
+used          those that text to keep uses most; for a training that may tell nothing of its data by its columns
 activation    tf_c * idf_c, as sparse memory finetuning chooses its slots (arXiv 2510.15103, section 3.2)
               tf_c    mean of |x_c| where the data's judged tokens are predicted, over the mean of its layer
               idf_c   log((1 + tokens) / (1 + tokens of text to keep at which |x_c| is above the data's mean))
@@ -43,9 +44,12 @@ def choose_columns(
     Raises:
         ConfigError: if other streams have all of them.
     """
+    if config.epsilon is not None:
+        data = []  # which columns they are tells of the data
     some = random.Random(config.seed).sample(data, min(len(data), READ_RECORDS))
     held = {} if config.share_columns else taken(targets)
-    return best_columns(SCORES[config.score](lm, targets, some, kept, held, config.ratio), config.ratio, targets)
+    score = SCORES[config.score] if some else used
+    return best_columns(score(lm, targets, some, kept, held, config.ratio), config.ratio, targets)
 
 
 def gradient(
@@ -82,6 +86,19 @@ def activation(
         common = (other.abs() > term).sum(0)
         scores[name] = term / term.mean().clamp_min(1e-30) * torch.log((1 + len(other)) / (1 + common))
     return without(scores, held, -torch.inf)
+
+
+def used(
+    lm: LanguageModel,
+    targets: Mapping[str, nn.Module],
+    data: Sequence[Encoded],
+    kept: Readings,
+    held: Mapping[str, Tensor],
+    ratio: float,
+) -> dict[str, Tensor]:
+    """By what text to keep uses, without a look at the data: the mean of |x_c| over that of its layer."""
+    size = {n: x.float().abs().mean(0) for n, x in kept.inputs.items()}
+    return without({n: s / s.mean().clamp_min(1e-30) for n, s in size.items()}, held, -torch.inf)
 
 
 SCORES: Mapping[str, Score] = {"gradient": gradient, "activation": activation}

@@ -49,6 +49,7 @@ from libortho.training.keep import divergence
 from libortho.tuning.columns import choose_columns
 from libortho.tuning.config import TuneConfig
 from libortho.tuning.layers import TunedLinear
+from libortho.tuning.private import check_private, train_privately
 from libortho.tuning.result import TuneResult, missed_criteria
 from libortho.tuning.train import Training, train
 
@@ -117,19 +118,27 @@ def tune(
             check_shape(linear_shape(module)[1], config.bits, config.resolved_group_size)
     limit = token_limit(model, None)
     records, items = _encoded(data, model, tokenizer, limit, "data")
+    if config.epsilon is not None:
+        if validation is not None or resume is not None:
+            raise ConfigError(
+                "epsilon is given with validation or resume; expected neither: stopping by private records would tell "
+                "of them, and noise that a folder keeps is no noise"
+            )
+        check_private(config, len(records))
     asked = None if validation is None else _encoded(validation, model, tokenizer, limit, "validation")
     check_tokens(model, tokenizer, ((f"general text {i}", t) for i, t in enumerate(shipped_text(), 1)))
     with frozen(model, None), nullcontext() if earlier is None else alpha(model, _alphas(earlier, config)):
         lm = LanguageModel(model)
         lm.check_layers(targets)
         length = min(RETAIN_LENGTH, limit or RETAIN_LENGTH)
-        given = None if retain is None else given_pieces(retain, records, tokenizer, length, config.seed)
+        unlike = records if config.epsilon is None else []
+        given = None if retain is None else given_pieces(retain, unlike, tokenizer, length, config.seed)
         store = RunCache()
         if resume is not None:
             kinds = sorted({str(p.dtype) for p in model.parameters()})
             store = RunCache(Path(resume), run_key(fingerprint(model), kinds, items, asked, given, config))
         with watch.phase("texts"), reading(model, progress, "texts", 16 * 64):
-            texts = _texts(model, tokenizer, items, given, length, config, store)
+            texts = _texts(model, tokenizer, items if unlike else [], given, length, config, store)
         held = min(_HELD_BACK_SEQUENCES, len(texts) // 4)
         held_back, kept = texts[:held], texts[held:]
         bases = _based(targets, config)
@@ -153,7 +162,10 @@ def tune(
                 watch.phase("steps"),
                 gradient_checkpointing(lm) if config.gradient_checkpointing else nullcontext(),
             ):
-                state = train(training, None if asked is None else recall, store, progress)
+                if config.epsilon is None:
+                    state = train(training, None if asked is None else recall, store, progress)
+                else:
+                    state = train_privately(training, progress)
             measuring = Switch()
             for name in (*config.over, config.stream):
                 measuring.add_stream(name, 1.0)

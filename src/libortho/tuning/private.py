@@ -1,0 +1,105 @@
+"""Training with differential privacy: what the stream tells of any one record is bounded.
+
+Each step draws every record with the same probability, clips the gradient of each that was drawn, adds noise to their
+sum, and goes down (DP-SGD, arXiv 1607.00133, algorithm 1). Opacus clips, adds the noise and sets it by its accountant of
+privacy losses (arXiv 2106.02848). Gradients are whitened by the curvature of text to keep, which is no private data, so
+that noise falls where such text hardly notices; the divergence of that text is added without noise.
+
+The unit is one record: a fact that stands in one record alone is what such a training does not learn. Columns, text to
+keep and the number of steps are chosen without the data. Figures of the result are computed from it without noise.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from libortho.core.errors import DataError
+from libortho.core.extras import module, require
+from libortho.core.progress import Progress, tell
+from libortho.lm.gradients import Tapped
+from libortho.tuning.config import TuneConfig
+from libortho.tuning.equations import TuneEquations
+from libortho.tuning.train import State, Training
+
+CLIP = 1.0
+"""Largest norm of a record's gradient, of the mean loss in nats, in the metric of text to keep."""
+RATE, KEEP = 0.004, 1.0
+"""Learning rate of plain gradient descent in that metric, and weight of the divergence of text to keep."""
+
+
+class _Gradients(TuneEquations):
+    """The whitened gradient of each text's divergence, as it is."""
+
+    def _put(self, seen: Tapped, of_states: Tensor, residual: Tensor, scale: Tensor, *, again: bool = False) -> None:
+        for name, g in self._gradients(seen, of_states, again=again):
+            self.rows[name].append(self._optimiser.whiten(name, g))
+
+
+def check_private(config: TuneConfig, records: int) -> None:
+    """Refuse what would promise nothing.
+
+    Raises:
+        ConfigError: if the extra is missing.
+        DataError: if delta is no smaller than a record's share of the data.
+    """
+    require("dp", "epsilon")
+    assert config.delta is not None
+    if config.delta >= 1 / records:
+        raise DataError(
+            f"delta is {config.delta:g} with {records} records; expected less than {1 / records:g}, or a whole record "
+            "may be given away within it"
+        )
+
+
+def noise_multiplier(config: TuneConfig, records: int) -> tuple[float, float, int]:
+    """Standard deviation of the noise over the clipping norm, the share of records in a step, and the steps."""
+    share = min(1.0, config.batch_size / records)
+    steps = max(1, round(config.epochs / share))
+    utils = module("dp", "opacus.accountants.utils")
+    found = utils.get_noise_multiplier(
+        target_epsilon=config.epsilon, target_delta=config.delta, sample_rate=share, steps=steps, accountant="prv"
+    )
+    return float(found), share, steps
+
+
+def train_privately(training: Training, progress: Progress | None) -> State:
+    """Train for a number of steps that is set before; draws and noise come from the entropy of the system, not a seed."""
+    config, state, optimiser = training.config, training.state, training.optimiser
+    noise, share, steps = noise_multiplier(config, len(training.data))
+    chance = torch.Generator().manual_seed(secrets.randbits(63))
+    moves: dict[str, Any] = {n: nn.Parameter(torch.zeros_like(v)) for n, v in optimiser.values.items()}
+    private = module("dp", "opacus.optimizers").DPOptimizer(
+        torch.optim.SGD(moves.values(), lr=RATE),
+        noise_multiplier=noise,
+        max_grad_norm=CLIP,
+        expected_batch_size=max(1, round(share * len(training.data))),
+        generator=torch.Generator(training.lm.device).manual_seed(secrets.randbits(63)),
+    )
+    supports = {n: m.index for n, m in training.layers.items()}
+    while state.step < steps:
+        drawn = (torch.rand(len(training.data), generator=chance) < share).nonzero()[:, 0].tolist()
+        equations = _Gradients(training.lm, training.layers, supports, optimiser)
+        if drawn:
+            found = equations.records([training.data[i] for i in drawn])
+            state.looks |= dict(zip(drawn, found, strict=True))
+        private.zero_grad()
+        for name, move in moves.items():
+            move.grad_sample = torch.cat(equations.rows[name]) if drawn else move.new_zeros(0, *move.shape)
+        private.pre_step()
+        texts = next(training.kept)
+        kept = _Gradients(training.lm, training.layers, supports, optimiser)
+        kept.kept([training.retain[i] for i in texts], [training.taught[i] for i in texts])
+        for name, move in moves.items():
+            move.grad += KEEP * torch.cat(kept.rows[name]).mean(0)
+        private.original_optimizer.step()
+        with torch.no_grad():
+            for name, move in moves.items():
+                optimiser.values[name].copy_(optimiser.metrics[name].unwhitened(move))
+        state.step += 1
+        tell(progress, "steps", state.step, steps)
+    state.stopped = "private"
+    return state
