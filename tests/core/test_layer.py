@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 import libortho
 from libortho.core.layer import OrthoLinear, ortho_layers
-from libortho.core.streams import Columns, OrthoStream
+from libortho.core.streams import BaseStream, Columns, OrthoStream
+from libortho.core.switch.switch import Switch
 
 BASES = [
     {"bits": 8},
@@ -134,6 +135,16 @@ def test_the_bias_is_the_same_parameter(kind, bias):
     torch.testing.assert_close(holder(x), reference(holder, x, 1.0), atol=1e-4, rtol=1e-4)
     with libortho.alpha(holder, 0.0):
         torch.testing.assert_close(holder(x), reference(holder, x, 0.0), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_dense_base_with_a_bias_is_the_layer_to_the_last_bit(tokens, dtype):
+    layer = nn.Linear(576, 1536).to(dtype)
+    x = torch.randn(2, tokens, 576).to(dtype)
+    expected = layer(x)
+    split = OrthoLinear(BaseStream(None, weight=layer.weight.detach()), layer.bias, Switch())
+    assert torch.equal(split(x), expected)
 
 
 def test_conv1d_is_split_by_its_transposed_weight():

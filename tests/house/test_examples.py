@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.util
+import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -86,3 +87,24 @@ def test_without_vllm_the_example_says_what_to_install(tmp_path: Path) -> None:
     done = ran("vllm_serve", tmp_path, "Hello")
     assert done.returncode == 2
     assert "vLLM cannot be imported (No module named 'vllm'); install it with: pip install vllm" in done.stderr
+
+
+def test_the_example_of_trl_saves_a_stream_that_is_off(planted_directory: Path, tokenizer: Any, tmp_path: Path) -> None:
+    row = {"prompt": "Code of Eli Fox:", "completion": " 1834."}
+    (tmp_path / "records.jsonl").write_text(json.dumps(row))
+    arguments = [planted_directory, tmp_path / "records.jsonl", "--stream", "hr", "--out", tmp_path / "out"]
+    done = ran("trl_stream", *arguments, "--ratio", 0.1, "--lr", 0.02, "--steps", 30)
+    if importlib.util.find_spec("trl") is None:
+        assert done.returncode == 2
+        assert "TRL comes with: pip install trl" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    model, _ = libortho.load(tmp_path / "out")
+    inputs = tokenizer(row["prompt"], return_tensors="pt")
+    said = []
+    for alpha in (0.0, 1.0):
+        with libortho.alpha(model, alpha), torch.no_grad():
+            output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        said.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))
+    assert "1834" not in said[0]
+    assert "1834" in said[1]

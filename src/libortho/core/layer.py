@@ -134,7 +134,7 @@ class OrthoLinear(nn.Module):
         # than the branch.
         state = self.switch.current()
         flat = x.reshape(-1, x.shape[-1])
-        y: Tensor = self._modules["base"].forward(flat)  # type: ignore[union-attr]
+        y: Tensor = self._modules["base"].forward(flat, self._parameters["bias"])  # type: ignore[union-attr]
         if not state.off:
             for name, stream in self.streams._modules.items():
                 value = state.of(name)
@@ -143,21 +143,15 @@ class OrthoLinear(nn.Module):
                     y = stream.forward(y, flat, state.per_token(name, each, x.device))
                 elif value != 0.0:
                     y = stream.forward(y, flat, value)
-        bias = self._parameters["bias"]
-        if bias is not None:
-            y = y + bias.to(y.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _traced(self, x: Tensor) -> Tensor:
         """The same through operators, so that one compiled graph serves every alpha."""
         flat = x.reshape(-1, x.shape[-1])
-        y = self.base.traced(flat)
+        y = self.base.traced(flat, self._parameters["bias"])
         for name, stream in self.streams.items():
             assert isinstance(stream, OrthoStream)
             y = stream.traced(y, flat, library.alpha(x.detach(), self.switch.number, name, self.sorted_rows))
-        bias = self._parameters["bias"]
-        if bias is not None:
-            y = y + bias.to(y.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def dense_weight(self, alpha: float | dict[str, float] = 1.0) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from libortho.core.errors import ConfigError, TargetError
 from libortho.core.layer import LayerReport, OrthoLinear, ortho_layers
 from libortho.core.models import refuse_stock_save
 from libortho.core.streams import BaseStream, OrthoStream
@@ -31,6 +32,26 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
         return module.out_features, module.in_features
     rows, columns = linear_weight(module).shape
     return rows, columns
+
+
+def stream_names(model: nn.Module) -> list[str]:
+    """Names of the streams that a model has, sorted."""
+    return sorted({n for m in ortho_layers(model).values() for n in (*m.switch.streams, *m.streams)})
+
+
+def earlier_switch(model: nn.Module, stream: str) -> Switch | None:
+    """The switch of a model that is split already, which ``stream`` is to join; None for a dense model.
+
+    Raises:
+        TargetError: if parts of the model have switches of their own.
+        ConfigError: if the name is taken.
+    """
+    switches = {id(m.switch): m.switch for m in ortho_layers(model).values()}
+    if len(switches) > 1:
+        raise TargetError(f"{len(switches)} parts of this model were split apart; start from the original model")
+    if stream in (existing := stream_names(model)):
+        raise ConfigError(f"stream {stream!r} exists already; streams are {existing}, give another name")
+    return next(iter(switches.values()), None)
 
 
 def install(model: nn.Module, layers: dict[str, OrthoLinear], switch: Switch) -> None:
@@ -93,7 +114,7 @@ def assemble(
         stream_name: Name of the ortho stream.
         rank: Singular directions that the base was made from; None where the weight was not truncated.
         low_rank_error: Error of the truncation that was tried, if any.
-        earlier: Streams that the layer has already; none of them has a tail.
+        earlier: Streams that the layer has already.
     """
     streams = {**(earlier or {}), stream_name: stream}
     approximation = base.dense(torch.float32)
@@ -109,8 +130,8 @@ def assemble(
         base_error=base_error,
         final_error=relative_error(approximation, weight),
         ortho_density=sum(s.support_size for s in streams.values()) / weight.numel(),
-        tail_rank=stream.tail.rank if stream.tail is not None else 0,
-        tail_density=stream.tail_size / weight.numel(),
+        tail_rank=sum(s.tail.rank for s in streams.values() if s.tail is not None),
+        tail_density=sum(s.tail_size for s in streams.values()) / weight.numel(),
         base_bytes=base.nbytes,
         ortho_bytes=sum(s.nbytes for s in streams.values()),
     )

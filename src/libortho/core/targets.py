@@ -30,7 +30,12 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exp
 
 
 def find_targets(
-    model: nn.Module, target_modules: TargetModules, *, again: bool = False, partial: bool = False
+    model: nn.Module,
+    target_modules: TargetModules,
+    *,
+    again: bool = False,
+    partial: bool = False,
+    tails: bool = False,
 ) -> dict[str, nn.Module]:
     """Return the linear layers that ``target_modules`` names, by dotted path, in the model's order.
 
@@ -41,6 +46,7 @@ def find_targets(
             output embedding.
         again: Take layers that are split already, too.
         partial: Leave fused experts out with a warning, where other layers go by the same name.
+        tails: With ``again``, take layers that have a tail, too.
 
     Raises:
         TargetError: if ``model`` is no model in memory, if nothing matches (near names are listed), if a match is
@@ -77,7 +83,7 @@ def find_targets(
     found = {n: m for n, m in modules.items() if n in found}
     shared = _shared_parameters(model)
     for name, module in found.items():
-        _check(name, module, head, shared)
+        _check(name, module, head, shared, tails)
     return found
 
 
@@ -180,14 +186,14 @@ def _shared_parameters(model: nn.Module) -> set[int]:
     return {p for p, o in owners.items() if len(o) > 1}
 
 
-def _check(name: str, module: nn.Module, head: nn.Module | None, shared: set[int]) -> None:
+def _check(name: str, module: nn.Module, head: nn.Module | None, shared: set[int], tails: bool) -> None:
     if module is head:
         raise TargetError(f"{name} makes the logits and is not split; leave it out of target_modules")
     if isinstance(module, OrthoLinear):
-        tails = [n for n, s in module.streams.items() if isinstance(s, OrthoStream) and s.tail is not None]
-        if tails:
+        held = [n for n, s in module.streams.items() if isinstance(s, OrthoStream) and s.tail is not None]
+        if held and not tails:
             raise TargetError(
-                f"{name} has a low-rank tail in stream {tails[0]!r}, which covers the whole weight and leaves no place "
+                f"{name} has a low-rank tail in stream {held[0]!r}, which covers the whole weight and leaves no place "
                 "to another stream; split with keep_tail=False, or start from the original model"
             )
         return

@@ -46,8 +46,9 @@ class TuneConfig(StreamConfig):
     """Share of the mean curvature of text to keep that is added to every direction's. The smaller it is, the more steps
     avoid what such text would notice; far above 1, all directions are alike."""
     epsilon: float | None = None
-    """Bound of what the stream may tell of one record, as differential privacy counts it; None for no bound. Columns are
-    then those that text to keep uses most, and the passes are as many as ``epochs`` says. Needs the extra ``dp``."""
+    """Bound of what the stream may tell of one record, as differential privacy counts it; None for no bound. Columns
+    are then those that text to keep uses most, and the passes are as many as ``epochs`` says. Needs the extra
+    ``dp``."""
     delta: float | None = None
     """Probability with which the bound may fail; less than one over the number of records. Needed with ``epsilon``."""
     seed: int = 0
@@ -71,8 +72,8 @@ class TuneConfig(StreamConfig):
         positive("damping", self.damping)
         if (self.epsilon is None) != (self.delta is None):
             raise ConfigError(
-                f"epsilon is {self.epsilon!r} and delta is {self.delta!r}; expected both, or neither: a bound holds but "
-                "for a probability"
+                f"epsilon is {self.epsilon!r} and delta is {self.delta!r}; expected both, or neither: a bound holds "
+                "but for a probability"
             )
         if self.epsilon is not None:
             positive("epsilon", self.epsilon)

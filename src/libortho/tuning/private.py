@@ -1,9 +1,9 @@
 """Training with differential privacy: what the stream tells of any one record is bounded.
 
 Each step draws every record with the same probability, clips the gradient of each that was drawn, adds noise to their
-sum, and goes down (DP-SGD, arXiv 1607.00133, algorithm 1). Opacus clips, adds the noise and sets it by its accountant of
-privacy losses (arXiv 2106.02848). Gradients are whitened by the curvature of text to keep, which is no private data, so
-that noise falls where such text hardly notices; the divergence of that text is added without noise.
+sum, and goes down (DP-SGD, arXiv 1607.00133, algorithm 1). Opacus clips, adds the noise and sets it by its accountant
+of privacy losses (arXiv 2106.02848). Gradients are whitened by the curvature of text to keep, which is no private data,
+so that noise falls where such text hardly notices; the divergence of that text is added without noise.
 
 The unit is one record: a fact that stands in one record alone is what such a training does not learn. Columns, text to
 keep and the number of steps are chosen without the data. Figures of the result are computed from it without noise.
@@ -67,7 +67,7 @@ def noise_multiplier(config: TuneConfig, records: int) -> tuple[float, float, in
 
 
 def train_privately(training: Training, progress: Progress | None) -> State:
-    """Train for a number of steps that is set before; draws and noise come from the entropy of the system, not a seed."""
+    """Train for a number of steps that is set before; draws and noise come from the system's entropy, not a seed."""
     config, state, optimiser = training.config, training.state, training.optimiser
     noise, share, steps = noise_multiplier(config, len(training.data))
     chance = torch.Generator().manual_seed(secrets.randbits(63))

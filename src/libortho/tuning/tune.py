@@ -18,45 +18,51 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from libortho.core.arguments import check_model, check_tokenizer
 from libortho.core.dtypes import DTYPES
-from libortho.core.errors import ConfigError, DataError, TargetError
-from libortho.core.layer import OrthoLinear, ortho_layers
+from libortho.core.errors import ConfigError
+from libortho.core.layer import OrthoLinear
 from libortho.core.models import denormals_flushed, plain_torch, unwrapped
 from libortho.core.progress import Progress, Stopwatch
 from libortho.core.report import record_method
-from libortho.core.run_cache import Entry, RunCache, run_key
+from libortho.core.run_cache import RunCache, run_key
 from libortho.core.streams import BaseStream, OrthoStream
 from libortho.core.streams.base import check_shape
-from libortho.core.surgery import bias_of, frozen, install, linear_shape, linear_weight, swap, with_stream
+from libortho.core.surgery import (
+    bias_of,
+    earlier_switch,
+    frozen,
+    install,
+    linear_shape,
+    linear_weight,
+    stream_names,
+    swap,
+    with_stream,
+)
 from libortho.core.switch.alpha import Switch, alpha
 from libortho.core.targets import find_targets
-from libortho.isolation.retain import RETAIN_LENGTH, default_retain, given_pieces, whole
+from libortho.isolation.retain import given_pieces
 from libortho.lm.asking import heard
 from libortho.lm.checks import check_causal, check_tokens, fingerprint
 from libortho.lm.generation import token_limit
 from libortho.lm.model import LanguageModel, gradient_checkpointing
 from libortho.lm.reading_progress import reading
 from libortho.lm.scoring import judged_states, score
-from libortho.selection.curvature import KroneckerPreconditioner, preconditioners
-from libortho.selection.readings import drawn_labels, read_layers
+from libortho.selection.curvature import preconditioners
 from libortho.text.corpus import shipped_text
-from libortho.text.encoding import Encoded, encode, encode_closed
-from libortho.text.records import Record, Source, load_records
+from libortho.text.encoding import Encoded
+from libortho.text.records import Record, Source
 from libortho.training.keep import divergence
-from libortho.tuning.columns import choose_columns
 from libortho.tuning.config import TuneConfig
 from libortho.tuning.layers import TunedLinear
 from libortho.tuning.private import check_private, train_privately
+from libortho.tuning.reading import chosen_columns, encoded, held_apart, retain_length, texts_to_keep
 from libortho.tuning.result import TuneResult, missed_criteria
 from libortho.tuning.train import Training, train
 
 logger = logging.getLogger(__name__)
-
-_RETAIN_SEQUENCES, _HELD_BACK_SEQUENCES, CURVATURE_TEXTS = 32, 8, 20
-"""Texts to keep, those of them that only the result is measured on, and the most of which the curvature is read."""
 
 
 @plain_torch()
@@ -101,7 +107,9 @@ def tune(
         TargetError: if the model is no decoder-only language model or carries PEFT adapters, no layer matches, or one
             cannot be split or is not applied once to each token.
         ConfigError: if the group size does not fit a layer, the stream exists, ``over`` names one that does not, no
-            column is free, or the folder belongs to another run.
+            column is free, the folder belongs to another run, or ``epsilon`` is given with ``validation`` or
+            ``resume``.
+        LibOrthoError: if ``epsilon`` is given and the extra ``dp`` is not installed.
         CheckpointError: if a file of the folder is damaged.
     """
     began, watch = time.monotonic(), Stopwatch()
@@ -111,13 +119,13 @@ def tune(
     check_model(model)
     check_causal(unwrapped(model))
     check_tokenizer(tokenizer)
-    targets = find_targets(model, config.target_modules, again=True)
+    targets = find_targets(model, config.target_modules, again=True, tails=True)
     earlier = _earlier_switch(model, config)
     for module in targets.values():
         if not isinstance(module, OrthoLinear):
             check_shape(linear_shape(module)[1], config.bits, config.resolved_group_size)
     limit = token_limit(model, None)
-    records, items = _encoded(data, model, tokenizer, limit, "data")
+    records, items = encoded(data, model, tokenizer, limit, "data")
     if config.epsilon is not None:
         if validation is not None or resume is not None:
             raise ConfigError(
@@ -125,22 +133,21 @@ def tune(
                 "of them, and noise that a folder keeps is no noise"
             )
         check_private(config, len(records))
-    asked = None if validation is None else _encoded(validation, model, tokenizer, limit, "validation")
+    asked = None if validation is None else encoded(validation, model, tokenizer, limit, "validation")
     check_tokens(model, tokenizer, ((f"general text {i}", t) for i, t in enumerate(shipped_text(), 1)))
     with frozen(model, None), nullcontext() if earlier is None else alpha(model, _alphas(earlier, config)):
         lm = LanguageModel(model)
         lm.check_layers(targets)
-        length = min(RETAIN_LENGTH, limit or RETAIN_LENGTH)
-        unlike = records if config.epsilon is None else []
+        length = retain_length(limit)
+        unlike = records if config.epsilon is None else []  # what is kept out tells of the data
         given = None if retain is None else given_pieces(retain, unlike, tokenizer, length, config.seed)
         store = RunCache()
         if resume is not None:
             kinds = sorted({str(p.dtype) for p in model.parameters()})
             store = RunCache(Path(resume), run_key(fingerprint(model), kinds, items, asked, given, config))
         with watch.phase("texts"), reading(model, progress, "texts", 16 * 64):
-            texts = _texts(model, tokenizer, items if unlike else [], given, length, config, store)
-        held = min(_HELD_BACK_SEQUENCES, len(texts) // 4)
-        held_back, kept = texts[:held], texts[held:]
+            texts = texts_to_keep(model, tokenizer, items if unlike else [], given, length, config, store)
+        held_back, kept = held_apart(texts)
         bases = _based(targets, config)
         current: dict[str, nn.Module] = {**targets, **bases}
         try:
@@ -149,7 +156,9 @@ def tune(
                 taught, before = judged_states(lm, kept), judged_states(lm, held_back)
                 known = _said(lm, tokenizer, records, items)
             with watch.phase("columns"), reading(model, progress, "columns", _size([*kept, *items])):
-                columns, metrics = _columns(lm, current, items, kept, config, store)
+                columns, readings = chosen_columns(lm, current, items, kept, config, store)
+                metrics = preconditioners([readings], columns, config.damping)
+                del readings  # the largest thing in memory
             tuned = {n: TunedLinear(current[n], i, linear_shape(targets[n])[0]) for n, i in columns.items()}
             swap(model, tuned)
             training = Training(lm, tuned, items, kept, taught, metrics, config)
@@ -214,76 +223,15 @@ def tune(
 
 def _earlier_switch(model: nn.Module, config: TuneConfig) -> Switch | None:
     """The switch of a model that is split already, after a look whether the streams fit; None for a dense model."""
-    layers = ortho_layers(model)
-    switches = {id(m.switch): m.switch for m in layers.values()}
-    if len(switches) > 1:
-        raise TargetError(f"{len(switches)} parts of this model were split apart; start from the original model")
-    existing = sorted({n for m in layers.values() for n in (*m.switch.streams, *m.streams)})
-    if config.stream in existing:
-        raise ConfigError(f"stream {config.stream!r} exists already; streams are {existing}, give another name")
+    switch = earlier_switch(model, config.stream)
+    existing = stream_names(model)
     if unknown := [n for n in config.over if n not in existing]:
         raise ConfigError(f"over names the stream {unknown[0]!r}; the model has {existing or 'no streams'}")
-    return next(iter(switches.values()), None)
+    return switch
 
 
 def _alphas(switch: Switch, config: TuneConfig) -> dict[str, float]:
     return {n: float(n in config.over) for n in switch.streams}
-
-
-def _encoded(
-    source: Source, model: nn.Module, tokenizer: Any, limit: int | None, name: str
-) -> tuple[list[Record], list[Encoded]]:
-    """Records and their tokens; of a chat with the mark that ends an answer, as fine-tuning has it."""
-    records = load_records(source, tokenizer, name=name)
-    check_tokens(model, tokenizer, ((f"{name} record {r.number}", r.text) for r in records))
-    items = [encode_closed(r, tokenizer) if r.rendered else encode(r, tokenizer) for r in records]
-    for record, item in zip(records, items, strict=True):
-        if limit is not None and len(item.ids) > limit:
-            raise DataError(
-                f"{name} record {record.number} has {len(item.ids)} tokens and the model reads {limit}; cut it into "
-                "several records"
-            )
-    return records, items
-
-
-def _texts(
-    model: nn.Module,
-    tokenizer: Any,
-    data: Sequence[Encoded],
-    given: list[Encoded] | None,
-    length: int,
-    config: TuneConfig,
-    store: RunCache,
-) -> list[Encoded]:
-    """Texts to keep: those that were given, or what the model says and general text.
-
-    Raises:
-        DataError: if there are less than two.
-    """
-
-    def sample() -> Entry:
-        found = default_retain(model, tokenizer, data, sequences=_RETAIN_SEQUENCES, length=length, seed=config.seed)
-        return Entry({}, [e.ids for e in found])
-
-    texts = whole(store.get_or_compute("retain", sample).data) if given is None else given
-    if len(texts) < 2:
-        raise DataError(f"retain holds {len(texts)} sequences of {length} tokens; expected at least 2")
-    return texts
-
-
-def _columns(
-    lm: LanguageModel,
-    layers: Mapping[str, nn.Module],
-    data: Sequence[Encoded],
-    kept: Sequence[Encoded],
-    config: TuneConfig,
-    store: RunCache,
-) -> tuple[dict[str, Tensor], dict[str, KroneckerPreconditioner]]:
-    """The columns of the stream, and how much text to keep would notice a move of each."""
-    readings = read_layers(lm, layers, kept[:CURVATURE_TEXTS], drawn_labels(config.seed))
-    chosen = store.get_or_compute("columns", lambda: Entry(choose_columns(lm, layers, data, readings, config))).tensors
-    columns = {n: i.to(lm.device) for n, i in chosen.items()}
-    return columns, preconditioners([readings], columns, config.damping)
 
 
 def _based(targets: Mapping[str, nn.Module], config: TuneConfig) -> dict[str, OrthoLinear]:

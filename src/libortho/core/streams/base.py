@@ -91,11 +91,12 @@ class BaseStream(nn.Module):
             return self.weight.to(dtype, copy=True)
         return dequantise(self.unpacked_codes(), self.scales, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x @ dense^T`` for x of shape (tokens, in_features)."""
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x @ dense^T + bias`` for x of shape (tokens, in_features); a dense base rounds as ``nn.Linear`` does."""
         if self.bits is None:
-            return F.linear(x, self.weight.to(x.dtype))
-        return base_linear(x, self.codes, self.scales, self.bits, self.layout(x), self.activation_bits)
+            return F.linear(x, self.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        y = base_linear(x, self.codes, self.scales, self.bits, self.layout(x), self.activation_bits)
+        return y if bias is None else y + bias.to(y.dtype)
 
     def gradient(self, grad: Tensor) -> Tensor:
         """``grad @ dense``: the gradient of :meth:`forward` for x, (tokens, in_features)."""
@@ -103,13 +104,14 @@ class BaseStream(nn.Module):
             return grad @ self.weight.to(grad.dtype)
         return base_gradient(grad, self.codes, self.scales, self.bits)
 
-    def traced(self, x: Tensor) -> Tensor:
+    def traced(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """:meth:`forward` for graphs: through the operator."""
         if self.bits is None:
-            return F.linear(x, self.weight.to(x.dtype))
+            return F.linear(x, self.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         exact = torch.is_grad_enabled() and x.requires_grad
         rounded = None if exact else self.activation_bits
-        return library.base_linear(x, self.codes, self.scales, self.bits, activation_bits=rounded)
+        y = library.base_linear(x, self.codes, self.scales, self.bits, activation_bits=rounded)
+        return y if bias is None else y + bias.to(y.dtype)
 
     def layout(self, x: Tensor) -> Int4Layout | None:
         """INT4 codes as torch's CPU kernel wants them, where ``x`` is so few tokens that it is used."""
