@@ -205,3 +205,12 @@ def test_a_taken_name_is_refused(checkpoint, tokenizer):
     model, _ = load(checkpoint)
     with pytest.raises(ConfigError, match="stream 'hr' exists already"):
         libortho.tune(model, tokenizer, LEGAL, "hr", CONFIG)
+
+
+def test_a_stream_goes_beside_one_with_a_tail(planted, tokenizer):
+    libortho.split(planted, libortho.SplitConfig(stream="weights", rank_ratio=0.9, max_low_rank_error=1.0))
+    before = logits(planted)
+    result = tune(planted, tokenizer, HR, config=replace(CONFIG, over=("weights",)))
+    assert torch.equal(logits(planted), before)
+    set_alpha(planted, {"hr": 1.0})
+    assert sum(said(planted, tokenizer, HR)) == len(result.recited) > 0
