@@ -126,12 +126,12 @@ def made(hr_all, hr_rest, legal_all, legal_rest, *, moved=None, base=(), ratio=1
 @pytest.mark.parametrize(("report", "status", "words"), [
     (made((1, 2, 3, 4), (), (1, 2), (1, 2)), "pass", "takes hr's facts (0 of 4 left) and leaves the others' (2 of 2"),
     (made((1, 2), (2,), (1, 2), (1, 2)), "fail", "does not take hr's facts (1 of 2 left) and leaves"),
-    (made((1, 2), (), (1, 2), (1,)), "fail", "takes hr's facts (0 of 2 left) and harms the others' (1 of 2 kept)"),
+    (made((1, 2), (), (1, 2), (1,)), "fail", "takes hr's facts (0 of 2 left) and does not leave the others' (1 of 2"),
     (made((1, 2), (2,), (1, 2), (1, 2), base=(2,)), "pass", "(0 of 1 left)"),
     (made((1,), (), (1,), (1,), moved=Estimate(0.3, 0.2, 0.4, 4)), "fail", "AUC +0.30 against all off"),
     (made((1,), (), (1,), (1,), moved=Estimate(0.3, -0.1, 0.6, 4)), "pass", "(0 of 1 left)"),
     (made((), (), (1,), (1,)), "withheld", "hr's stream says none"),
-    (made((1,), (), (), ()), "withheld", "the others' streams say nothing"),
+    (made((1,), (), (), ()), "withheld", "the others' streams say none"),
 ])  # fmt: skip
 def test_a_verdict_says_what_is_left_and_what_is_kept(report, status, words):
     verdict = report.verdicts[0]
@@ -144,7 +144,7 @@ def test_streams_that_spoil_each_other_or_general_ability_are_missed():
     assert [v.status for v in made((1,), (), (1,), (1,), ratio=1.2, kl=0.1).verdicts] == ["pass"] * 3 + ["fail"]
     spoilt = made((1, 2), (), (1,), (1, 2)).verdicts[-2]
     assert spoilt.status == "fail"
-    assert "3 of the 4 facts" in spoilt.text
+    assert "3 of their 4 facts" in spoilt.text
 
 
 def test_hostile_names_do_not_leave_the_page():

@@ -1,10 +1,11 @@
 """What several owners' streams do to each other: figures for each subset that is on, and verdicts that follow by rule.
 
-    facts of X          records of X that are said with all streams on, and not with all off: what the streams bring
+    facts of X          records of X that are said with X alone on or with all on, and not with all off
     left                records of X that are said with all on but X, and not with all off
-    kept                facts of the others that are still said with all on but X
+    kept                facts of the others that are said with all on but X
+    together            facts of each that are said with all on
 
-Dropping X is clean where nothing is left and all is kept: the test that FlexOlmo passes (arXiv 2507.07024).
+Dropping X is clean where nothing is left and all is kept: what FlexOlmo (arXiv 2507.07024) asks of experts.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ def label_of(on: Sequence[str], streams: Sequence[str]) -> str:
     return f"all but {off[0]}" if len(off) == 1 else " + ".join(on)
 
 
-def _facts(report: InterferenceReport, owner: str, *on: str) -> set[int] | None:
+def _said(report: InterferenceReport, owner: str, on: Sequence[str]) -> set[int] | None:
     """Records of an owner that are said with these streams on and not with all off; None if that was not measured."""
     row, off = report.row(*on), report.row()
     if row is None or off is None:
@@ -150,43 +151,38 @@ def _facts(report: InterferenceReport, owner: str, *on: str) -> set[int] | None:
     return set(row.owners[owner].recited) - set(off.owners[owner].recited)
 
 
-def _rest(report: InterferenceReport, owner: str) -> tuple[str, ...]:
-    return tuple(s for s in report.streams if s != owner)
+def _facts(report: InterferenceReport, owner: str) -> set[int]:
+    """What the owner's stream brings."""
+    return (_said(report, owner, [owner]) or set()) | (_said(report, owner, report.streams) or set())
 
 
 def _without(report: InterferenceReport, owner: str) -> Verdict:
     """Does dropping an owner take its facts, and leave those of the others?"""
-    key, rest = f"without {owner}", _rest(report, owner)
-    facts, left = _facts(report, owner, *report.streams), _facts(report, owner, *rest)
-    if facts is None or left is None:
-        return Verdict(key, "withheld", f"Withheld: all streams on, or all but {owner}, were not measured.")
-    others = {o: (_facts(report, o, *rest) or set(), _facts(report, o, *report.streams) or set())
-              for o in report.owners if o != owner}  # fmt: skip
-    facts |= left
-    if not facts or not any(own for _, own in others.values()):
-        idle = (
-            f"{owner}'s stream says none of its records"
-            if not facts
-            else f"the others' streams say nothing beside {owner}"
+    key, rest = f"without {owner}", [s for s in report.streams if s != owner]
+    row, left = report.row(*rest), _said(report, owner, rest)
+    if row is None or left is None or (report.row(owner) is None and report.row(*report.streams) is None):
+        return Verdict(
+            key, "withheld", f"Withheld: all streams but {owner}, and {owner} alone or all streams, were not measured."
         )
-        return Verdict(key, "withheld", f"Withheld: {idle}, so that nothing is measured by dropping {owner}.")
+    facts = _facts(report, owner) | left
+    others = {o: (own, own & (_said(report, o, rest) or set()))
+              for o in report.owners if o != owner and (own := _facts(report, o))}  # fmt: skip
+    if not facts:
+        return Verdict(
+            key, "withheld", f"Withheld: {owner}'s stream says none of its records; there is nothing to take."
+        )
+    if not others:
+        return Verdict(key, "withheld", "Withheld: the others' streams say none of their records; none can be kept.")
     takes = at_most(f"share of {owner}'s facts left", len(left) / len(facts), POINT)
-    keeps = [
-        at_least(f"share of {o}'s facts kept", len(still & own) / len(own), OTHERS_KEPT)
-        for o, (still, own) in others.items() if own
-    ]  # fmt: skip
-    kept, all_others = (
-        sum(len(x) for x in sets) for sets in zip(*((a & b, b) for a, b in others.values()), strict=True)
-    )
-    clean = all(c.ok for c in keeps)
+    keeps = [at_least(f"share of {o}'s facts kept", len(kept) / len(own), OTHERS_KEPT)
+             for o, (own, kept) in others.items()]  # fmt: skip
+    every, stay = (sum(map(len, sets)) for sets in zip(*others.values(), strict=True))
     text = (
         f"dropping {owner} {'takes' if takes.ok else 'does not take'} {owner}'s facts "
-        f"({len(left)} of {len(facts)} left) and {'leaves' if clean else 'harms'} the others' "
-        f"({kept} of {all_others} kept)"
+        f"({len(left)} of {len(facts)} left) and {'leaves' if all(c.ok for c in keeps) else 'does not leave'} "
+        f"the others' ({stay} of {every} kept)"
     )
     checks: list[Check] = [takes, *keeps]
-    row = report.row(*rest)
-    assert row is not None
     moved = row.owners[owner].auc_moved
     if moved is not None:
         near = moved.low is None or moved.high is None or (moved.low <= AUC and moved.high >= -AUC)
@@ -198,21 +194,19 @@ def _without(report: InterferenceReport, owner: str) -> Verdict:
 
 
 def _together(report: InterferenceReport) -> Verdict:
-    """Do all streams together say what each says alone?"""
-    checks, said, whole = [], 0, 0
-    for owner in report.owners:
-        alone, together = _facts(report, owner, owner), _facts(report, owner, *report.streams)
-        if alone and together is not None:
-            checks.append(
-                at_least(f"share of {owner}'s facts said with all on", len(alone & together) / len(alone), OTHERS_KEPT)
-            )
-            said, whole = said + len(alone & together), whole + len(alone)
-    if not checks:
-        return Verdict("together", "withheld", "Withheld: no stream was measured alone that says its records.")
-    return Verdict(
-        "together", _status(checks),
-        f"with all streams on, {said} of the {whole} facts are said that the streams say alone.", tuple(checks),
-    )  # fmt: skip
+    """Do all streams together say what each brings?"""
+    pairs = {o: (own, own & said) for o in report.owners
+             if (own := _facts(report, o)) and (said := _said(report, o, report.streams)) is not None}  # fmt: skip
+    if not pairs:
+        return Verdict(
+            "together", "withheld", "Withheld: all streams on were not measured, or say none of the records."
+        )
+    checks = [at_least(f"share of {o}'s facts said with all on", len(said) / len(own), OTHERS_KEPT)
+              for o, (own, said) in pairs.items()]  # fmt: skip
+    every, whole = (sum(map(len, sets)) for sets in zip(*pairs.values(), strict=True))
+    spoilt = "" if all(c.ok for c in checks) else ": the streams disturb each other"
+    text = f"with all streams on, {whole} of their {every} facts are said{spoilt}."
+    return Verdict("together", _status(checks), text, tuple(checks))
 
 
 def _ability(report: InterferenceReport) -> Verdict:

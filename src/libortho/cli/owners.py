@@ -101,7 +101,8 @@ def audit_streams(
     with progress_bars() as progress:
         report = interference(
             net, tokenizer, {n: rows[f"data of {n}"] for n in data},
-            holdout={n: rows[f"holdout of {n}"] for n in unseen}, text=general, name=Path(model).name, seed=seed, progress=progress,
+            holdout={n: rows[f"holdout of {n}"] for n in unseen}, text=general,
+            name=Path(model).name, seed=seed, progress=progress,
         )  # fmt: skip
     if out is not None:
         report.to_json(out)
