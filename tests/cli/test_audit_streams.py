@@ -1,11 +1,13 @@
 """audit --streams: the matrix of several owners."""
 
+import copy
 import json
 
 import pytest
 
 from commands import call, refused
 from libortho import TuneConfig, load, save, tune
+from libortho.auditing.interference import interference
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 
@@ -30,8 +32,6 @@ def files(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two(_planted, tokenizer, tmp_path_factory):
     """A checkpoint with a stream of each of two owners."""
-    import copy
-
     model = copy.deepcopy(_planted)
     for name, rows in (("hr", HR), ("legal", LEGAL)):
         tune(model, tokenizer, rows, name, TuneConfig(ratio=0.25, epochs=60))
@@ -85,7 +85,5 @@ def test_patterns_and_json_serve_every_owner(two, files, tmp_path):
 
 
 def test_a_saved_matrix_is_of_the_loaded_model(two, tokenizer):
-    from libortho.auditing.interference import interference
-
     model, _ = load(two)
     assert interference(model, tokenizer, {"hr": HR, "legal": LEGAL}).row("hr").owners["hr"].recited == (1, 2)
