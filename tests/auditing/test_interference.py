@@ -9,6 +9,7 @@ from browser import Page
 from libortho import AlphaError, ConfigError, DataError, TuneConfig, alpha, set_alpha, tune
 from libortho.auditing.interference import interference, subsets_of
 from libortho.auditing.interference_report import InterferenceReport, OwnerFigures, SubsetFigures
+from libortho.auditing.page.marks import CHARACTER
 from libortho.auditing.page.matrix import render_matrix
 from libortho.core.switch.alpha import current_alphas
 from libortho.evaluation.intervals import Estimate
@@ -164,6 +165,18 @@ def test_streams_that_spoil_each_other_or_general_ability_are_missed():
     spoilt = made((1, 2), (), (1,), (1, 2)).verdicts[-2]
     assert spoilt.status == "fail"
     assert "3 of their 4 facts" in spoilt.text
+
+
+def test_numbers_of_the_heat_map_stand_in_their_cells(report):
+    page = Page(report.to_html())
+    boxes = [a for a in page.all("rect") if a["class"] in ("own", "cell")]
+    assert [a["class"] for a in boxes] == ["cell"] * 3 + ["own", "cell", "cell"] + ["cell", "own", "cell"] + [
+        "own", "own", "cell"
+    ]  # fmt: skip
+    widest = max(len(w) for w in page.inside["text"] if w not in ("legal alone", "general text"))
+    assert widest * CHARACTER <= float(boxes[0]["width"])
+    shades = [float(a["fill-opacity"]) for a in page.all("rect") if a["class"] == "heat"]
+    assert shades[0] == 0 < shades[3] < 0.5
 
 
 def test_hostile_names_do_not_leave_the_page():

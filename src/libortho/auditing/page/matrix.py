@@ -20,7 +20,7 @@ from libortho.auditing.page.text import UNSEEN, embedded_json, number, prose, ta
 from libortho.auditing.schema import OFF, ON
 from libortho.auditing.thresholds import KL
 
-_WIDE, _LINE, _HEAD = 118, 15, 26
+_WIDE, _LINE, _HEAD = 132, 15, 26
 """Pixels: width of a column, height of a line in a cell, and of the head."""
 _NAME, _ROW_NAME = 16, 30
 """Most characters of a name over a column and beside a row; the whole name is in the tooltip."""
@@ -61,7 +61,7 @@ def heat_map(
         columns: Name of each column.
         rows: Name of each row, to a cell for each column.
     """
-    left = 12 + CHARACTER * max(len(cut(n, _ROW_NAME)) for n in rows)
+    left = 20 + CHARACTER * max(len(cut(n, _ROW_NAME)) for n in rows)
     tall = 10 + _LINE * max(len(c.texts) for cells in rows.values() for c in cells)
     width, height = left + _WIDE * len(columns) + 2, _HEAD + tall * len(rows) + 2
     parts = [
