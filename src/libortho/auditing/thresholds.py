@@ -30,3 +30,5 @@ DEPTH = 0.8
 """Unlearning depth score."""
 CURVE_AUC = 0.1
 """Distance of the loss AUC on the alpha curve, where fewer holdout records are compared."""
+OTHERS_KEPT = 0.95
+"""Share of the other owners' facts that stays when one owner's stream is dropped."""

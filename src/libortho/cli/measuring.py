@@ -29,6 +29,7 @@ from libortho.cli.options import (
     open_model,
     size_of,
 )
+from libortho.cli.owners import HoldoutStreams, Streams, audit_streams
 from libortho.cli.settings import configured
 from libortho.cli.sources import AsChat, Blocks, Completion, Prompt, Reading, read_sources, say_running_text
 from libortho.cli.tables import Terminal
@@ -40,7 +41,9 @@ from libortho.core.files import check_report, check_resume, write_atomically
 
 def audit(
     model: AnyModel,
-    forget: Annotated[Path, typer.Option(help="Records that must be gone: JSONL, JSON, CSV or txt.")],
+    forget: Annotated[
+        Path | None, typer.Option(help="Records that must be gone: JSONL, JSON, CSV or txt; or give --streams.")
+    ] = None,
     holdout: Annotated[
         Path | None, typer.Option(help="Records of the same kind, never trained on; without them no privacy verdict.")
     ] = None,
@@ -58,6 +61,8 @@ def audit(
     task: Annotated[
         list[Path] | None, typer.Option(metavar="PATH", help="JSONL task that measures ability. Repeatable.")
     ] = None,
+    streams: Streams = None,
+    holdout_streams: HoldoutStreams = None,
     profile: Annotated[str | None, field_option(AuditConfig, "profile", metavar="quick|full")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the report as JSON.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the report as one HTML page.")] = None,
@@ -72,8 +77,26 @@ def audit(
 ) -> None:
     """Measure whether records are gone and the rest is unharmed.
 
-    Exit code 3 if a verdict is "fail".
+    With --streams: what each subset of several owners' streams says. Exit code 3 if a verdict is "fail".
     """
+    reading = Reading(prompt, completion, chat, blocks)
+    if streams:
+        audit_streams(
+            model, streams, holdout_streams, reading, general=general, out=out, html=html, seed=seed or 0,
+            device=device, dtype=dtype, as_json=as_json, others={
+                "--forget": forget, "--holdout": holdout, "--retain": retain, "--reference": reference,
+                "--original": original, "--associations": associations, "--task": task, "--profile": profile,
+                "--reveal": reveal, "--set": settings, "--resume": resume,
+            },
+        )  # fmt: skip
+        return
+    if forget is None:
+        raise ConfigError(
+            "there is nothing to audit; give --forget FILE with the records that must be gone, or --streams NAME=FILE "
+            "for each owner of a stream"
+        )
+    if holdout_streams:
+        raise ConfigError("--holdout-streams is given without --streams; --holdout goes with --forget")
     from libortho.auditing.audit import audit as audit_model
     from libortho.checkpoint.dense import load_model, refuse_checkpoint
 
@@ -88,7 +111,7 @@ def audit(
     for option, path in (("--reference", reference), ("--original", original)):
         if path is not None:
             refuse_checkpoint(path, option)
-    rows = read_sources(Reading(prompt, completion, chat, blocks), forget=forget, retain=retain, holdout=holdout)
+    rows = read_sources(reading, forget=forget, retain=retain, holdout=holdout)
     say_running_text("general", general)
     net, tokenizer = open_model(model, kind, where)
     beside = {n: None if m is None else load_model(m, kind, where)[0] for n, m in

@@ -33,7 +33,7 @@ Blocks = Annotated[
     bool, typer.Option("--blocks", help="A .txt holds a text per block between blank lines; else one per line.")
 ]
 _FROM_TABLES = ("forget", "holdout", "data")
-"""What patterns are for: records of one kind. Other files are read as they are."""
+"""What patterns are for: records of one kind. Other files are read as they are. "data of hr" is data too."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def read_sources(how: Reading, **files: Path | None) -> dict[str, Any]:
     found: dict[str, Any] = dict.fromkeys(files)
     for name, path in given.items():
         text = kind_of(path) == ".txt"
-        if how.completion is not None and name in _FROM_TABLES:
+        if how.completion is not None and name.split(" ")[0] in _FROM_TABLES:
             rows = read_records(path, prompt=how.prompt, completion=how.completion, chat=how.chat, name=name)
             say(f"{name}: {len(rows)} records made from {path}")
         else:

@@ -171,7 +171,7 @@ class Commands(TyperGroup):
 
 def _interrupted(args: Sequence[str]) -> str:
     """What Ctrl-C leaves behind, and how to go on."""
-    if not {"isolate", "audit", "demo"} & set(args[:1]):
+    if not {"isolate", "audit", "demo"} & set(args[:1]) or any(a.startswith("--streams") for a in args):
         return "interrupted; nothing was written"
     if "--no-keep" in args:
         return "interrupted; nothing was kept. Without --no-keep finished parts are, and the same command goes on"
