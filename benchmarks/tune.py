@@ -171,16 +171,16 @@ def part_facts() -> Iterator[dict[str, Any]]:
         with alpha(tuned, 1.0):
             on = ability(tuned, tokenizer, facts.unseen(0)[:50])
             spoken = said(tuned, tokenizer, data)
-        rows.append({
-            "part": "facts", "method": f"tune, base of {bits or 32} bits", "said": spoken, **on, "off_wikitext": off,
+        yield {
+            "method": f"tune, base of {bits or 32} bits", "said": spoken, **on, "off_wikitext": off,
             "off_is_base": same, **figures_of(result),
-        })  # fmt: skip
+        }  # fmt: skip
     began = time.monotonic()
     steps = implant(model, tokenizer, load_records(data, tokenizer), seed=0)
     seconds = time.monotonic() - began
     after = ability(model, tokenizer, facts.unseen(0)[:50])
     found = {"said": said(model, tokenizer, data), "steps": steps, "seconds": seconds}
-    return [*rows, {"part": "facts", "method": "fine-tuning", **found, **after}]
+    yield {"method": "fine-tuning", **found, **after}
 
 
 def part_hundred(count: int) -> Iterator[dict[str, Any]]:
@@ -189,22 +189,20 @@ def part_hundred(count: int) -> Iterator[dict[str, Any]]:
     neighbours = private_facts(0, 100, first=200)[2]
     model, tokenizer = fresh()
     items = items_of(trained, tokenizer)
-    rows = [{"part": "hundred", "method": "base", **ability(model, tokenizer, neighbours)}]
+    yield {"method": "base", **ability(model, tokenizer, neighbours)}
 
-    def row(method: str, net: Any, **more: Any) -> None:
+    def row(method: str, net: Any, **more: Any) -> dict[str, Any]:
         recall = {"said": said(net, tokenizer, once), "held_out": said(net, tokenizer, held_out), "of": count}
-        rows.append({"part": "hundred", "method": method, **recall, **ability(net, tokenizer, neighbours), **more})
-        logging.info("%s", {k: v for k, v in rows[-1].items() if k != "tasks"})
+        return {"method": method, **recall, **ability(net, tokenizer, neighbours), **more}
 
     tuned = copy.deepcopy(model)
     result = tune(tuned, tokenizer, trained, "hr", TuneConfig(ratio=0.01))
     set_alpha(tuned, 1.0)
-    row("tune", tuned, **figures_of(result))
+    yield row("tune", tuned, **figures_of(result))
     del tuned
     for method in ("LoRA", "fine-tuning"):
         net, steps, seconds, values = fine_tuned(copy.deepcopy(model), items, method)
-        row(method, net, steps=steps, seconds=seconds, values=values)
-    return rows
+        yield row(method, net, steps=steps, seconds=seconds, values=values)
 
 
 def part_owners(count: int) -> Iterator[dict[str, Any]]:
@@ -215,7 +213,6 @@ def part_owners(count: int) -> Iterator[dict[str, Any]]:
     seconds = {}
     for name, (trained, _, _) in data.items():
         seconds[name] = tune(model, tokenizer, trained, name, TuneConfig(ratio=0.01)).seconds
-    rows = []
     for on in ({}, {"a": 1.0}, {"b": 1.0}, {"a": 1.0, "b": 1.0}):
         with alpha(model, {"a": 0.0, "b": 0.0} | on):
             lm = LanguageModel(model)
@@ -230,9 +227,7 @@ def part_owners(count: int) -> Iterator[dict[str, Any]]:
                     "said": said(model, tokenizer, once), "held_out": said(model, tokenizer, held_out), "of": count,
                     "auc": [found.value, found.low, found.high], "exposure": exposure(lm, tokenizer, once),
                 }  # fmt: skip
-        rows.append({"part": "owners", "method": "+".join(on) or "none", **shown, "seconds": seconds})
-        logging.info("%s", rows[-1])
-    return rows
+        yield {"method": "+".join(on) or "none", **shown, "seconds": seconds}
 
 
 def exposure(lm: LanguageModel, tokenizer: Any, rows: Sequence[Any]) -> float:
@@ -268,7 +263,7 @@ def probe(model: Any) -> torch.Tensor:
 def part_memory() -> Iterator[dict[str, Any]]:
     """Peak memory of a training above the loaded model, in a process of its own."""
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
-    return [{"part": "memory", "method": "tune", "bytes": int(done.stdout.split()[-1])}]
+    yield {"method": "tune", "bytes": int(done.stdout.split()[-1])}
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], Iterator[dict[str, Any]]]] = {

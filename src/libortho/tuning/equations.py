@@ -54,7 +54,7 @@ class TuneEquations(System):
             found |= {r: Look(own, n == 0) for r, own, n in zip(rows, loss, wrong, strict=True)}
         return [found[r] for r in range(len(items))]
 
-    def kept(self, items: Sequence[Encoded], states: Sequence[Tensor]) -> None:
+    def kept(self, items: Sequence[Encoded], states: Sequence[Tensor], weight: float = HELD) -> None:
         """Add the equations of these texts, which the base reads with these hidden states, (tokens, width) each."""
         for rows, seen in self._read(items):
             before = torch.cat([states[r] for r in rows]).to(seen.states.device)
@@ -64,7 +64,7 @@ class TuneEquations(System):
                     wanted = self._lm.logits(before[part])
                 return kl_divergence(wanted, logits)
 
-            self._divergences(seen, moved, HELD)
+            self._divergences(seen, moved, weight)
 
     def _divergences(self, seen: Tapped, divergence: Divergence, weight: float) -> Tensor:
         """Add one equation for each text; returns its mean divergence, (texts,) in nats per token."""

@@ -90,9 +90,9 @@ def train_privately(training: Training, progress: Progress | None) -> State:
         for name, move in moves.items():
             move.grad_sample = torch.cat(equations.rows[name]) if drawn else move.new_zeros(0, *move.shape)
         private.pre_step()
-        texts = next(training.kept)
         kept = _Gradients(training.lm, training.layers, supports, optimiser)
-        kept.kept([training.retain[i] for i in texts], [training.taught[i] for i in texts])
+        for texts, _ in training.next_kept():
+            kept.kept([training.texts[i] for i in texts], [training.taught[i] for i in texts])
         for name, move in moves.items():
             move.grad += KEEP * torch.cat(kept.rows[name]).mean(0)
         private.original_optimizer.step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from libortho.isolation.retain import RETAIN_LENGTH, default_retain, whole
 from libortho.lm.checks import check_tokens
 from libortho.lm.model import LanguageModel
 from libortho.selection.readings import Readings, drawn_labels, read_layers
+from libortho.text import counterfactuals
 from libortho.text.encoding import Encoded, encode, encode_closed
 from libortho.text.records import Record, Source, load_records
 from libortho.tuning.columns import choose_columns
@@ -20,6 +22,10 @@ from libortho.tuning.config import TuneConfig
 
 _RETAIN_SEQUENCES, _HELD_BACK_SEQUENCES, CURVATURE_TEXTS = 32, 8, 20
 """Texts to keep, those of them that only the result is measured on, and the most of which the curvature is read."""
+
+
+OTHERS = 2
+"""Prompts about somebody else to each record."""
 
 
 def retain_length(limit: int | None) -> int:
@@ -51,6 +57,22 @@ def encoded(
                 "several records"
             )
     return records, items
+
+
+def about_others(records: Sequence[Record], tokenizer: Any, limit: int | None, config: TuneConfig) -> list[Encoded]:
+    """Prompts of the same shape about somebody else, with the record's completion and with another record's.
+
+    What a stream learns of one person, it must not say of another, or streams of several owners speak for each other's.
+    """
+    rng, asked = random.Random(config.seed), {r.prompt for r in records}
+    found = []
+    for number, record in enumerate(records):
+        made = record.neighbours or counterfactuals.neighbours(record.prompt, OTHERS, rng, record.spans)
+        answers = (record.completion, records[number - 1].completion)
+        beside = [record.beside(p, c) for p, c in zip(made, answers, strict=False) if p not in asked]
+        closed = encode_closed if record.rendered else encode
+        found += [e for e in (closed(r, tokenizer).cut(limit) for r in beside) if e.completion]
+    return found
 
 
 def texts_to_keep(

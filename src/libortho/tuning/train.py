@@ -20,6 +20,7 @@ from libortho.lm.model import LanguageModel
 from libortho.selection.curvature import KroneckerPreconditioner
 from libortho.text.encoding import Encoded
 from libortho.training.gauss_newton import DAMPING, GaussNewton
+from libortho.training.system import HELD
 from libortho.training.turns import Turns
 from libortho.tuning.config import TuneConfig
 from libortho.tuning.equations import Look, TuneEquations
@@ -34,6 +35,8 @@ STOP_LOSS = 0.05
 SHORTER, LONGER, MOST_DAMPING = 4.0, 2.0, 100.0
 """Factors by which damping rises where records became less likely, and falls where they did not, and its bound
 (Levenberg-Marquardt; Nocedal and Wright, Numerical Optimization, 10.3)."""
+BESIDE, FEWEST_BESIDE, ASIDE = 0.25, 4, 1.0
+"""Texts about others of one step: a share of its records, and at least so many; and their weight beside records."""
 VALIDATED_EVERY, PATIENCE = 4, 3
 """Passes over the data from one look at the validation records to the next, and looks without a better recall after
 which training ends."""
@@ -73,7 +76,8 @@ class Training:
         layers: Those that have columns.
         data: The records.
         retain: Texts to keep.
-        taught: (tokens, width) states with which the base reads each of them.
+        beside: Texts about others than the data's, which the base must go on to answer; none if there are none.
+        taught: (tokens, width) states with which the base reads each of both, in this order.
         metrics: The curvature of text to keep, by layer.
         config: How it is trained.
     """
@@ -84,17 +88,21 @@ class Training:
         layers: Mapping[str, TunedLinear],
         data: Sequence[Encoded],
         retain: Sequence[Encoded],
+        beside: Sequence[Encoded],
         taught: Sequence[Tensor],
         metrics: Mapping[str, KroneckerPreconditioner],
         config: TuneConfig,
     ) -> None:
-        self.lm, self.layers, self.data, self.retain, self.taught = lm, layers, data, retain, taught
+        self.lm, self.layers, self.data, self.taught = lm, layers, data, taught
+        self.texts = [*retain, *beside]
         self.config, self.state = config, State()
         self.optimiser = GaussNewton({n: m.values for n, m in layers.items()}, metrics)
         self.rng = random.Random(config.seed)
         self.records = Turns(len(data), config.batch_size, self.rng)
         size = sum(len(t.ids) for t in retain) / len(retain)
         self.kept = Turns(len(retain), max(1, round(KEPT_TOKENS / size)), self.rng)
+        size = max(FEWEST_BESIDE, round(BESIDE * self.records.size))
+        self.beside = Turns(len(beside), size, self.rng) if beside else None
         self.best: dict[str, Tensor] = {}
         self.sound: dict[str, Tensor] = {}
 
@@ -130,8 +138,8 @@ class Training:
             state.stopped = "learned"
         if state.stopped:
             return
-        texts = next(self.kept)
-        equations.kept([self.retain[i] for i in texts], [self.taught[i] for i in texts])
+        for texts, weight in self.next_kept():
+            equations.kept([self.texts[i] for i in texts], [self.taught[i] for i in texts], weight)
         self.sound = self._copies()
         equations.solve(self.config.step, state.damping)
         state.step += 1
@@ -139,6 +147,13 @@ class Training:
             state.stopped = "epochs"
             if recall is not None:
                 self.validate(recall())
+
+    def next_kept(self) -> list[tuple[list[int], float]]:
+        """Places of the texts whose turn it is, and their weight: texts to keep, and texts about others."""
+        found = [(next(self.kept), HELD)]
+        if self.beside is not None:
+            found.append(([self.kept.count + i for i in next(self.beside)], ASIDE))
+        return found
 
     def validate(self, recall: float) -> None:
         """Remember the best values; stop if all records are recalled, or no more than some looks ago."""
@@ -164,7 +179,7 @@ class Training:
         kinds = {"values": self.optimiser.values, "best": self.best, "sound": self.sound}
         tensors = {f"{kind}.{n}": v for kind, of in kinds.items() for n, v in of.items()}
         looks = [(i, s.loss, s.said) for i, s in self.state.looks.items()]
-        turns = [self.records.pool, self.kept.pool]
+        turns = [self.records.pool, self.kept.pool, [] if self.beside is None else self.beside.pool]
         return Entry(tensors, {**vars(self.state), "looks": looks, "turns": turns, "rng": self.rng.getstate()})
 
     def take_up(self, entry: Entry) -> None:
@@ -178,7 +193,9 @@ class Training:
         self._restore(stored("values"))
         self.best, self.sound = stored("best"), stored("sound")
         data = dict(entry.data)
-        self.records.pool, self.kept.pool = data.pop("turns")
+        self.records.pool, self.kept.pool, beside = data.pop("turns")
+        if self.beside is not None:
+            self.beside.pool = beside
         version, words, gauss = data.pop("rng")
         self.rng.setstate((version, tuple(words), gauss))
         self.state = State(**{**data, "looks": {i: Look(loss, said) for i, loss, said in data["looks"]}})

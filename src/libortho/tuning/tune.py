@@ -58,7 +58,7 @@ from libortho.training.keep import divergence
 from libortho.tuning.config import TuneConfig
 from libortho.tuning.layers import TunedLinear
 from libortho.tuning.private import check_private, train_privately
-from libortho.tuning.reading import chosen_columns, encoded, held_apart, retain_length, texts_to_keep
+from libortho.tuning.reading import about_others, chosen_columns, encoded, held_apart, retain_length, texts_to_keep
 from libortho.tuning.result import TuneResult, missed_criteria
 from libortho.tuning.train import Training, train
 
@@ -148,12 +148,13 @@ def tune(
         with watch.phase("texts"), reading(model, progress, "texts", 16 * 64):
             texts = texts_to_keep(model, tokenizer, items if unlike else [], given, length, config, store)
         held_back, kept = held_apart(texts)
+        beside = about_others(unlike, tokenizer, limit, config)
         bases = _based(targets, config)
         current: dict[str, nn.Module] = {**targets, **bases}
         try:
             swap(model, bases)
-            with watch.phase("base"), reading(model, progress, "base", _size([*texts, *items])):
-                taught, before = judged_states(lm, kept), judged_states(lm, held_back)
+            with watch.phase("base"), reading(model, progress, "base", _size([*texts, *beside, *items])):
+                taught, before = judged_states(lm, [*kept, *beside]), judged_states(lm, held_back)
                 known = _said(lm, tokenizer, records, items)
             with watch.phase("columns"), reading(model, progress, "columns", _size([*kept, *items])):
                 columns, readings = chosen_columns(lm, current, items, kept, config, store)
@@ -161,7 +162,7 @@ def tune(
                 del readings  # the largest thing in memory
             tuned = {n: TunedLinear(current[n], i, linear_shape(targets[n])[0]) for n, i in columns.items()}
             swap(model, tuned)
-            training = Training(lm, tuned, items, kept, taught, metrics, config)
+            training = Training(lm, tuned, items, kept, beside, taught, metrics, config)
 
             def recall() -> float:
                 assert asked is not None
