@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from libortho.text.patterns import read_records
     from libortho.tuning.config import TuneConfig
     from libortho.tuning.result import TuneResult
+    from libortho.tuning.retune import retune
     from libortho.tuning.tune import tune
 
 _PLACES = {
@@ -70,6 +71,7 @@ _PLACES = {
     "quantise_activations": "core.layer",
     "read_records": "text.patterns",
     "replace_linear_layers": "splitting.split",
+    "retune": "tuning.retune",
     "save": "checkpoint.writing",
     "set_alpha": "core.switch.alpha",
     "split": "splitting.split",
@@ -105,6 +107,7 @@ __all__ = [
     "quantise_activations",
     "read_records",
     "replace_linear_layers",
+    "retune",
     "save",
     "set_alpha",
     "split",

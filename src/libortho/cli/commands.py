@@ -16,11 +16,12 @@ app = typer.Typer(
     cls=Commands, rich_markup_mode=None, context_settings={"max_content_width": 120},
 )  # fmt: skip
 _CONFIGS = {
-    models.split: SplitConfig, models.isolate: IsolateConfig, tuning.tune: TuneConfig, measuring.audit: AuditConfig,
+    models.split: SplitConfig, models.isolate: IsolateConfig, tuning.tune: TuneConfig, tuning.retune: TuneConfig,
+    measuring.audit: AuditConfig,
 }  # fmt: skip
 for verb in (
-    models.demo, records.records, models.split, models.isolate, tuning.tune, measuring.audit, measuring.evaluate,
-    models.generate, checkpoints.inspect, checkpoints.detach, checkpoints.verify, checkpoints.attach,
+    models.demo, records.records, models.split, models.isolate, tuning.tune, tuning.retune, measuring.audit,
+    measuring.evaluate, models.generate, checkpoints.inspect, checkpoints.detach, checkpoints.verify, checkpoints.attach,
     checkpoints.encrypt, checkpoints.decrypt, kernels.kernels, checkpoints.card,
 ):  # fmt: skip
     app.command(

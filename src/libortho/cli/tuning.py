@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -55,6 +56,8 @@ def tune(
     bits: Bits = None,
     stream: Stream = None,
     over: Annotated[list[str] | None, field_option(TuneConfig, "over", metavar="NAME")] = None,
+    epsilon: Annotated[str | None, field_option(TuneConfig, "epsilon", metavar="NUMBER")] = None,
+    delta: Annotated[str | None, field_option(TuneConfig, "delta", metavar="NUMBER")] = None,
     settings: Settings = None,
     resume: Resume = None,
     keep_parts: Keep = True,
@@ -73,6 +76,7 @@ def tune(
     config = configured(
         TuneConfig, settings, target_modules=targets_of(target_modules), ratio=ratio, bits=bits_of(bits),
         stream=stream, seed=seed, over=None if over is None else tuple(over),
+        epsilon=epsilon, delta=delta,
     )  # fmt: skip
     reading = Reading(prompt, completion, chat, blocks)
     kind, where = dtype_of(dtype), device_of(device)
@@ -85,19 +89,61 @@ def tune(
     net, tokenizer = open_model(model, kind, where)
     check_saveable_as(net, config, out)
     run = (model, rows, config, str(out.resolve()), dtype, device)
+    keep_parts &= config.epsilon is None  # noise that a folder keeps is no noise
     with kept_run("tune", resume, keep_parts, size_of(net), *run) as kept, progress_bars() as progress:
         result = tune_stream(net, tokenizer, **rows, config=config, resume=kept, progress=progress)
         progress("save", 0, 1)
         save(net, tokenizer, out)
+    _tell(result, out, data, reading.words(data), resume, as_json)
+
+
+def retune(
+    model: Annotated[str, typer.Argument(help="The new base: hub id or path of a dense model, or a checkpoint.")],
+    old: Annotated[Path, typer.Option(help="Checkpoint of the old model, with the stream.")],
+    data: Annotated[Path, typer.Option(help="Records; the old model answers those without an answer.")],
+    out: Out,
+    stream: Annotated[str, typer.Option(help="Name of the stream, in both.")],
+    retain: Annotated[Path | None, typer.Option(help="Text to keep; by default samples and shipped text.")] = None,
+    validation: Annotated[Path | None, typer.Option(help="As in tune.")] = None,
+    settings: Settings = None,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Train a stream of an old model anew, on a new base.
+
+    Without --set, settings are those that the stream was trained with. Exit code 3 if a criterion is missed.
+    """
+    from libortho.checkpoint import check_destination, is_checkpoint, save, stream_names
+    from libortho.tuning.retune import retune as retune_stream
+
+    config = None if settings is None else configured(TuneConfig, settings, stream=stream)
+    kind, where = dtype_of(dtype), device_of(device)
+    check_destination(out, [*(stream_names(Path(model)) if is_checkpoint(model) else []), stream])
+    if not is_checkpoint(old):
+        raise ConfigError(f"--old is {old}, which is no checkpoint of libortho; expected one that has the stream")
+    rows = {n: p for n, p in (("retain", retain), ("validation", validation)) if p is not None}
+    net, tokenizer = open_model(model, kind, where)
+    teacher, old_tokenizer = open_model(str(old), "auto", where)
+    with progress_bars() as progress:
+        result = retune_stream(
+            net, tokenizer, teacher, data, stream, config, old_tokenizer=old_tokenizer, progress=progress, **rows
+        )
+        progress("save", 0, 1)
+        save(net, tokenizer, out)
+    _tell(result, out, data, (), None, as_json)
+
+
+def _tell(result: TuneResult, out: Path, data: Path, words: Sequence[str], resume: Path | None, as_json: bool) -> None:
     if as_json:
         emit({"out": str(out), **result.to_dict()})
     else:
         _show(result, Terminal())
-        note(f"Saved to {out}. The stream {config.stream} is off (alpha = 0) until somebody turns it on.")
+        note(f"Saved to {out}. The stream {result.stream} is off (alpha = 0) until somebody turns it on.")
         next_commands(
-            ["generate", out, "PROMPT", "--alpha", f"{config.stream}=1", "--alpha", "0"],
-            ["audit", out, "--forget", data, *reading.words(data)],
-            ["detach", out, "--out", out.with_name(f"{out.name}-base"), "--stream", config.stream],
+            ["generate", out, "PROMPT", "--alpha", f"{result.stream}=1", "--alpha", "0"],
+            ["audit", out, "--forget", data, *words],
+            ["detach", out, "--out", out.with_name(f"{out.name}-base"), "--stream", result.stream],
         )
         if resume is not None:
             note(f"{resume} still holds what it took to get there: delete it, as it holds secrets.")
