@@ -21,8 +21,8 @@ _CONFIGS = {
 }  # fmt: skip
 for verb in (
     models.demo, records.records, models.split, models.isolate, tuning.tune, tuning.retune, measuring.audit,
-    measuring.evaluate, models.generate, checkpoints.inspect, checkpoints.detach, checkpoints.verify, checkpoints.attach,
-    checkpoints.encrypt, checkpoints.decrypt, kernels.kernels, checkpoints.card,
+    measuring.evaluate, models.generate, checkpoints.inspect, checkpoints.detach, checkpoints.verify,
+    checkpoints.attach, checkpoints.encrypt, checkpoints.decrypt, kernels.kernels, checkpoints.card,
 ):  # fmt: skip
     app.command(
         "eval" if verb is measuring.evaluate else None, cls=Command, context_settings={"obj": _CONFIGS.get(verb)}
