@@ -26,12 +26,13 @@ from libortho.cli.commands import app
 from libortho.core.field_docs import fields_help
 from libortho.isolation.config import IsolateConfig
 from libortho.splitting.config import SplitConfig
+from libortho.tuning.config import TuneConfig
 
 PAGES = Path(__file__).parents[1] / "docs" / "reference"
 GENERATED = "<!-- Written by scripts/reference.py. Change the source, then run it again. -->"
 BEGIN, END = "<!-- thresholds: scripts/reference.py -->", "<!-- end of thresholds -->"
 VALUES = {Path: "PATH", str: "TEXT", int: "N", float: "NUMBER"}
-CONFIGS = {"isolate": IsolateConfig, "split": SplitConfig, "audit": AuditConfig}
+CONFIGS = {"isolate": IsolateConfig, "tune": TuneConfig, "split": SplitConfig, "audit": AuditConfig}
 
 
 def main() -> None:

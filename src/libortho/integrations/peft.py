@@ -60,7 +60,7 @@ from libortho.text.records import Source
 from libortho.tuning.config import TuneConfig
 from libortho.tuning.reading import chosen_columns, encoded, held_apart, retain_length, texts_to_keep
 
-_keep_frozen = getattr(variants, "_register_frozen_peft_weight", None)
+KEEP_FROZEN = getattr(variants, "_register_frozen_peft_weight", None)
 """Keeps a factor frozen through ``set_adapter``; private, and absent before PEFT 0.21."""
 
 
@@ -158,8 +158,8 @@ def freeze_columns(model: nn.Module) -> None:
             if bool(((weight != 0).sum(1) == 1).all()) and bool((weight.sum(1) == 1).all()):
                 found = True
                 down.requires_grad_(False)
-                if _keep_frozen is not None:
-                    _keep_frozen(module, adapter, "lora_A")
+                if KEEP_FROZEN is not None:
+                    KEEP_FROZEN(module, adapter, "lora_A")
     if not found:
         raise ConfigError("no lora_A of this model has one 1 in each row; expected a model of column_lora")
 

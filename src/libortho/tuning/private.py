@@ -92,7 +92,7 @@ def train_privately(training: Training, progress: Progress | None) -> State:
         private.pre_step()
         kept = _Gradients(training.lm, training.layers, supports, optimiser)
         for texts, _ in training.next_kept():
-            kept.kept([training.texts[i] for i in texts], [training.taught[i] for i in texts])
+            kept.kept([training.texts[i] for i in texts], [training.contexts[0].taught[i] for i in texts])
         for name, move in moves.items():
             move.grad += KEEP * torch.cat(kept.rows[name]).mean(0)
         private.original_optimizer.step()

@@ -9,7 +9,9 @@ import logging
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +44,19 @@ VALIDATED_EVERY, PATIENCE = 4, 3
 which training ends."""
 
 
+@dataclass(frozen=True)
+class Context:
+    """Which other streams are on, and what the model says of texts to keep then.
+
+    Attributes:
+        enter: Turns these streams on for a block.
+        taught: (tokens, width) states with which the model reads each text, without the new stream.
+    """
+
+    enter: Callable[[], AbstractContextManager[Any]]
+    taught: Sequence[Tensor]
+
+
 @dataclass
 class State:
     """What a training is at: everything that a resumed one needs beside the values.
@@ -49,7 +64,7 @@ class State:
     Attributes:
         step: Steps taken.
         damping: Of the next step; see :data:`~libortho.training.gauss_newton.DAMPING`.
-        looks: Each record as it was seen last.
+        looks: Each record as it was seen last, in each context in turn.
         best: Best recall of the validation records so far; -1 before the first.
         waited: Looks at them since.
         stopped: Why training ended; empty while it goes on.
@@ -77,7 +92,7 @@ class Training:
         data: The records.
         retain: Texts to keep.
         beside: Texts about others than the data's, which the base must go on to answer; none if there are none.
-        taught: (tokens, width) states with which the base reads each of both, in this order.
+        contexts: Where the stream must work, the first of which training ends and begins in.
         metrics: The curvature of text to keep, by layer.
         config: How it is trained.
     """
@@ -89,11 +104,11 @@ class Training:
         data: Sequence[Encoded],
         retain: Sequence[Encoded],
         beside: Sequence[Encoded],
-        taught: Sequence[Tensor],
+        contexts: Sequence[Context],
         metrics: Mapping[str, KroneckerPreconditioner],
         config: TuneConfig,
     ) -> None:
-        self.lm, self.layers, self.data, self.taught = lm, layers, data, taught
+        self.lm, self.layers, self.data, self.contexts = lm, layers, data, contexts
         self.texts = [*retain, *beside]
         self.config, self.state = config, State()
         self.optimiser = GaussNewton({n: m.values for n, m in layers.items()}, metrics)
@@ -103,13 +118,14 @@ class Training:
         self.kept = Turns(len(retain), max(1, round(KEPT_TOKENS / size)), self.rng)
         size = max(FEWEST_BESIDE, round(BESIDE * self.records.size))
         self.beside = Turns(len(beside), size, self.rng) if beside else None
+        self.chosen: list[int] = []
         self.best: dict[str, Tensor] = {}
         self.sound: dict[str, Tensor] = {}
 
     @property
     def steps_each(self) -> int:
-        """Steps of one pass over the data."""
-        return math.ceil(len(self.data) / self.records.size)
+        """Steps of one pass over the data, in every context."""
+        return len(self.contexts) * math.ceil(len(self.data) / self.records.size)
 
     @property
     def most_steps(self) -> int:
@@ -118,10 +134,15 @@ class Training:
 
     def advance(self, recall: Callable[[], float] | None) -> None:
         """Look at the next records, and take a step unless that ends the training."""
-        state = self.state
+        with self.contexts[self.state.step % len(self.contexts)].enter():
+            self._advance(recall)
+
+    def _advance(self, recall: Callable[[], float] | None) -> None:
+        state, number = self.state, self.state.step % len(self.contexts)
         equations = TuneEquations(self.lm, self.layers, {n: m.index for n, m in self.layers.items()}, self.optimiser)
-        chosen = next(self.records)
-        found = equations.records([self.data[i] for i in chosen])
+        records = next(self.records) if number == 0 else self.chosen
+        self.chosen, chosen = records, [number * len(self.data) + i for i in records]
+        found = equations.records([self.data[i] for i in records])
         if not all(math.isfinite(s.loss) for s in found):
             self._restore(self.sound)
             state.stopped = "the loss is no finite number any more; the last values at which it was are kept"
@@ -131,15 +152,17 @@ class Training:
             state.damping = min(MOST_DAMPING, state.damping * SHORTER) if rose else max(DAMPING, state.damping / LONGER)
         state.looks |= dict(zip(chosen, found, strict=True))
         said = sum(s.said for s in state.looks.values())
-        logger.info("step %d: loss %.3f, %d of %d said", state.step, state.loss, said, len(self.data))
+        wanted = len(self.data) * len(self.contexts)
+        logger.info("step %d: loss %.3f, %d of %d said", state.step, state.loss, said, wanted)
         if recall is not None and state.step and state.step % (VALIDATED_EVERY * self.steps_each) == 0:
             self.validate(recall())
-        elif recall is None and said == len(self.data) and state.loss < STOP_LOSS:
+        elif recall is None and said == wanted and state.loss < STOP_LOSS:
             state.stopped = "learned"
         if state.stopped:
             return
         for texts, weight in self.next_kept():
-            equations.kept([self.texts[i] for i in texts], [self.taught[i] for i in texts], weight)
+            taught = self.contexts[number].taught
+            equations.kept([self.texts[i] for i in texts], [taught[i] for i in texts], weight)
         self.sound = self._copies()
         equations.solve(self.config.step, state.damping)
         state.step += 1
@@ -180,7 +203,10 @@ class Training:
         tensors = {f"{kind}.{n}": v for kind, of in kinds.items() for n, v in of.items()}
         looks = [(i, s.loss, s.said) for i, s in self.state.looks.items()]
         turns = [self.records.pool, self.kept.pool, [] if self.beside is None else self.beside.pool]
-        return Entry(tensors, {**vars(self.state), "looks": looks, "turns": turns, "rng": self.rng.getstate()})
+        return Entry(
+            tensors,
+            {**vars(self.state), "looks": looks, "turns": turns, "chosen": self.chosen, "rng": self.rng.getstate()},
+        )
 
     def take_up(self, entry: Entry) -> None:
         """Restore what ``entry`` stored."""
@@ -196,6 +222,7 @@ class Training:
         self.records.pool, self.kept.pool, beside = data.pop("turns")
         if self.beside is not None:
             self.beside.pool = beside
+        self.chosen = data.pop("chosen")
         version, words, gauss = data.pop("rng")
         self.rng.setstate((version, tuple(words), gauss))
         self.state = State(**{**data, "looks": {i: Look(loss, said) for i, loss, said in data["looks"]}})

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ from libortho.tuning.layers import TunedLinear
 from libortho.tuning.private import check_private, train_privately
 from libortho.tuning.reading import about_others, chosen_columns, encoded, held_apart, retain_length, texts_to_keep
 from libortho.tuning.result import TuneResult, missed_criteria
-from libortho.tuning.train import Training, train
+from libortho.tuning.train import Context, Training, train
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +154,8 @@ def tune(
         try:
             swap(model, bases)
             with watch.phase("base"), reading(model, progress, "base", _size([*texts, *beside, *items])):
-                taught, before = judged_states(lm, [*kept, *beside]), judged_states(lm, held_back)
+                before = judged_states(lm, held_back)
+                contexts = [_context(lm, values, [*kept, *beside]) for values in _contexts(earlier, config)]
                 known = _said(lm, tokenizer, records, items)
             with watch.phase("columns"), reading(model, progress, "columns", _size([*kept, *items])):
                 columns, readings = chosen_columns(lm, current, items, kept, config, store)
@@ -162,11 +163,12 @@ def tune(
                 del readings  # the largest thing in memory
             tuned = {n: TunedLinear(current[n], i, linear_shape(targets[n])[0]) for n, i in columns.items()}
             swap(model, tuned)
-            training = Training(lm, tuned, items, kept, beside, taught, metrics, config)
+            training = Training(lm, tuned, items, kept, beside, contexts, metrics, config)
 
             def recall() -> float:
                 assert asked is not None
-                return float(score(lm, asked[1])[1].float().mean())
+                with contexts[0].enter():
+                    return float(score(lm, asked[1])[1].float().mean())
 
             with (
                 watch.phase("steps"),
@@ -229,6 +231,22 @@ def _earlier_switch(model: nn.Module, config: TuneConfig) -> Switch | None:
     if unknown := [n for n in config.over if n not in existing]:
         raise ConfigError(f"over names the stream {unknown[0]!r}; the model has {existing or 'no streams'}")
     return switch
+
+
+def _contexts(switch: Switch | None, config: TuneConfig) -> list[dict[str, float]]:
+    """The alphas of other streams with which the new one must work: those it is over alone, and all of them."""
+    if switch is None:
+        return [{}]
+    first, everything = _alphas(switch, config), dict.fromkeys(switch.streams, 1.0)
+    return [first] if config.epsilon is not None or first == everything else [first, everything]
+
+
+def _context(lm: LanguageModel, values: dict[str, float], texts: Sequence[Encoded]) -> Context:
+    def enter() -> AbstractContextManager[Any]:
+        return alpha(lm.model, values) if values else nullcontext()
+
+    with enter():
+        return Context(enter, judged_states(lm, texts))
 
 
 def _alphas(switch: Switch, config: TuneConfig) -> dict[str, float]:
