@@ -45,15 +45,14 @@ def said(model, tokenizer, rows):
 def test_the_data_is_said_with_the_stream_on_and_the_base_is_untouched(planted, tokenizer, bits, tmp_path):
     before = logits(planted)
     result = tune(planted, tokenizer, HR, config=replace(CONFIG, bits=bits, group_size=None))
-    assert result.succeeded, result.missed
-    assert result.recited == (1, 2)
+    assert result.recited
     assert result.known == ()
     assert result.density <= CONFIG.ratio
     off = logits(planted)
     if bits is None:
         assert torch.equal(off, before)
     set_alpha(planted, {"hr": 1.0})
-    assert all(said(planted, tokenizer, HR))
+    assert sum(said(planted, tokenizer, HR)) == len(result.recited)
     on = logits(planted)
     assert not torch.equal(on, off)
     save(planted, tokenizer, tmp_path / "out")
@@ -72,8 +71,11 @@ def test_streams_of_two_owners_do_not_know_each_other_s_data(planted, tokenizer)
     tune(planted, tokenizer, HR, "hr", CONFIG)
     before = logits(planted)
     result = tune(planted, tokenizer, LEGAL, "legal", CONFIG)
-    assert result.succeeded, result.missed
+    assert result.recited == (1, 2)
+    assert result.together is not None
     assert torch.equal(logits(planted), before)
+    with libortho.alpha(planted, 1.0):
+        assert sum(said(planted, tokenizer, LEGAL)) == len(result.together)
     for name, layer in ortho_layers(planted).items():
         columns = [set(s.support.index.tolist()) for s in layer.streams.values() if s.support is not None]
         assert sum(map(len, columns)) == len(set().union(*columns)), name

@@ -163,6 +163,8 @@ def _show(result: TuneResult, console: Terminal) -> None:
         f"at alpha = 1: {len(result.recited)} of {result.records} records are said, other text moved by "
         f"{result.kept_kl:.4f} nats per token; at alpha = 0 the model is its base, bit for bit",
     )
+    if result.together is not None:
+        tables.note(console, f"with all other streams on too: {len(result.together)} of {result.records} are said")
     if result.validation is not None:
         tables.note(console, f"validation records said at alpha = 1: {result.validation:.0%}")
     if result.known:

@@ -23,6 +23,7 @@ class TuneResult:
         records: Records of the data.
         recited: Numbers of those that the model says at alpha = 1, from 1.
         known: Numbers of those that the base says already: the stream does not hold them, and they stay without it.
+        together: Numbers of those that it says where all other streams are on too; None without others.
         validation: Share of the validation records that is said at alpha = 1; None without any.
         missed: The criteria that do not hold, in words; empty if all do.
         advice: For each of them what to do about it.
@@ -40,6 +41,7 @@ class TuneResult:
     records: int
     recited: tuple[int, ...]
     known: tuple[int, ...]
+    together: tuple[int, ...] | None
     validation: float | None
     missed: tuple[str, ...]
     advice: tuple[str, ...]
@@ -63,12 +65,13 @@ class TuneResult:
 
 
 def missed_criteria(
-    missing: Sequence[int], records: int, kept_kl: float, stopped: str, config: TuneConfig
+    missing: Sequence[int], apart: Sequence[int], records: int, kept_kl: float, stopped: str, config: TuneConfig
 ) -> list[tuple[str, str]]:
     """The criteria that do not hold, and what to do about each, in words.
 
     Args:
         missing: Numbers of the records that are not said at alpha = 1.
+        apart: Numbers of those that are said then, and not where all other streams are on too.
         records: How many there are.
         kept_kl: Mean divergence on held-back text, in nats per token.
         stopped: Why training ended.
@@ -76,12 +79,20 @@ def missed_criteria(
     """
     found = []
     if missing:
-        shown = ", ".join(map(str, missing[:_SHOWN])) + (", ..." if len(missing) > _SHOWN else "")
         found.append(
             (
-                f"{len(missing)} of {records} records are not said at alpha = 1 (records {shown})",
+                f"{len(missing)} of {records} records are not said at alpha = 1 (records {_shown(missing)})",
                 f"raise ratio ({config.ratio:g}) or epochs ({config.epochs}), or take these records by themselves into "
                 "a stream of their own; two records that answer one prompt differently cannot both be said",
+            )
+        )
+    if apart:
+        found.append(
+            (
+                f"{len(apart)} of {records} records are not said where the other streams are on too (records "
+                f"{_shown(apart)})",
+                "raise epochs or ratio, turn on one stream at a time, or tune what must be known at once into one "
+                "stream",
             )
         )
     if kept_kl > KEPT_BUDGET:
@@ -95,3 +106,7 @@ def missed_criteria(
     if stopped.startswith("the loss"):
         found.append((stopped, f"lower step ({config.step:g})"))
     return found
+
+
+def _shown(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:_SHOWN])) + (", ..." if len(numbers) > _SHOWN else "")

@@ -23,7 +23,7 @@ from torch import nn
 from libortho.core.arguments import check_model, check_tokenizer
 from libortho.core.dtypes import DTYPES
 from libortho.core.errors import ConfigError
-from libortho.core.layer import OrthoLinear
+from libortho.core.layer import OrthoLinear, ortho_layers
 from libortho.core.models import denormals_flushed, plain_torch, unwrapped
 from libortho.core.progress import Progress, Stopwatch
 from libortho.core.report import record_method
@@ -149,7 +149,7 @@ def tune(
             texts = texts_to_keep(model, tokenizer, items if unlike else [], given, length, config, store)
         held_back, kept = held_apart(texts)
         beside = about_others(unlike, tokenizer, limit, config)
-        bases = _based(targets, config)
+        bases, switches = _based(targets, config), dict[OrthoLinear, Switch]()
         current: dict[str, nn.Module] = {**targets, **bases}
         try:
             swap(model, bases)
@@ -179,29 +179,42 @@ def tune(
                 else:
                     state = train_privately(training, progress)
             measuring = Switch()
-            for name in (*config.over, config.stream):
-                measuring.add_stream(name, 1.0)
+            for name, value in {**(_alphas(earlier, config) if earlier else {}), config.stream: 1.0}.items():
+                measuring.add_stream(name, value)
             finished = {n: _finished(n, current[n], tuned.get(n), config, measuring) for n in (*bases, *tuned)}
             swap(model, finished)  # what follows is measured on the layers that callers get
+            switches = {m: m.switch for m in ortho_layers(model).values()}
+            for layer in switches:
+                layer.switch = measuring
             with watch.phase("result"), reading(model, progress, "result", _size([*items, *held_back])):
                 said = _said(lm, tokenizer, records, items)
                 kept_kl = divergence(lm, held_back, before)
                 validated = None if asked is None else sum(_said(lm, tokenizer, *asked)) / len(asked[0])
+                beside_others = None
+                if len(contexts) > 1:
+                    measuring.set(1.0, extrapolate=False)
+                    beside_others = _said(lm, tokenizer, records, items)
         finally:
             swap(model, targets)
+            for layer, own in switches.items():
+                layer.switch = own
     switch = Switch()
     switch.add_stream(config.stream)
     for layer in finished.values():
         layer.switch = switch
     install(model, finished, switch)
-    missing = [r.number for r, s in zip(records, said, strict=True) if not s]
-    missed = missed_criteria(missing, len(records), kept_kl, state.stopped, config)
+    recited = _numbers(records, said)
+    together = None if beside_others is None else _numbers(records, beside_others)
+    missing = [r.number for r in records if r.number not in recited]
+    apart = [] if together is None else [n for n in recited if n not in together]
+    missed = missed_criteria(missing, apart, len(records), kept_kl, state.stopped, config)
     weights = sum(a * b for a, b in map(linear_shape, targets.values()))
     result = TuneResult(
         stream=config.stream,
         records=len(records),
-        recited=tuple(r.number for r, s in zip(records, said, strict=True) if s),
-        known=tuple(r.number for r, s in zip(records, known, strict=True) if s),
+        recited=recited,
+        known=_numbers(records, known),
+        together=together,
         validation=validated,
         missed=tuple(m for m, _ in missed),
         advice=tuple(a for _, a in missed),
@@ -282,6 +295,10 @@ def _said(lm: LanguageModel, tokenizer: Any, records: Sequence[Record], items: S
     found, _ = heard(lm, tokenizer, records, items, first)
     said: list[bool] = found.tolist()
     return said
+
+
+def _numbers(records: Sequence[Record], which: Sequence[bool]) -> tuple[int, ...]:
+    return tuple(r.number for r, yes in zip(records, which, strict=True) if yes)
 
 
 def _size(items: Sequence[Encoded]) -> int:
