@@ -67,12 +67,19 @@ def main() -> None:
     retain.write_text("The moon goes round the earth, and the earth goes round the sun.\n" * 3, encoding="utf-8")
     (work / "model.gguf").write_bytes(b"GGUF")
     streams = work / "streams"
+    tuned, both = work / "tuned", work / "both"
+    quick = ("--set", "epochs=1", "--ratio", "0.1", "--retain", retain)
     some = ("--forget", forget, "--set", "max_steps=1", "--ratio", "0.1")
-    # what is run, and the extra that is named; None: it runs (3 where a criterion of isolate was missed)
+    # what is run, and the extra that is named; None: it runs (3 where a criterion was missed)
     cases: list[tuple[tuple[Any, ...], str | None]] = [
         (("records", forget, "--prompt", "{prompt}", "--completion", "{completion}"), None),
         (("split", model, "--out", out), None),
         (("isolate", model, "--out", streams, *some, "--retain", retain, "--allow-unknown"), None),
+        (("tune", model, "--out", tuned, "--data", forget, *quick, "--stream", "hr"), None),
+        (("tune", model, "--out", work / "none", "--data", forget, "--epsilon", 8, "--delta", 0.1), "dp"),
+        (("retune", model, "--old", tuned, "--out", work / "anew", "--data", forget, "--stream", "hr"), None),
+        (("tune", tuned, "--out", both, "--data", forget, *quick, "--stream", "legal"), None),
+        (("audit", both, "--streams", f"hr={forget}", "--streams", f"legal={forget}"), None),
         (("isolate", work / "model.gguf", "--out", work / "none", *some), "demo"),
         (("generate", out, "Hello", "--max-new-tokens", 2), None),
         (("inspect", out), None),
@@ -99,7 +106,7 @@ def main() -> None:
         code, told = run(*arguments)
         shown = f"libortho {' '.join(map(str, arguments))}: exit code {code}\n{told}"
         if wanted is None:
-            assert code == 0 or (code, arguments[0]) == (3, "isolate"), shown
+            assert code == 0 or (code == 3 and arguments[0] in ("isolate", "tune", "retune", "audit")), shown
             continue
         lines = told.strip().splitlines()
         assert code == 2, shown
