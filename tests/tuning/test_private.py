@@ -10,7 +10,8 @@ from torch import nn
 import tiny
 from libortho import ConfigError, DataError, LibOrthoError, TuneConfig, load, save, set_alpha, tune
 from libortho.core.layer import ortho_layers
-from libortho.tuning import private
+from libortho.core.report import methods
+from libortho.tuning import equations, private
 
 opacus = pytest.importorskip("opacus", reason="the extra dp is not installed")
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
@@ -48,6 +49,23 @@ def test_noise_is_not_drawn_from_the_seed(planted, tokenizer):
         found.append(torch.cat([v.flatten() for v in values(model)]))
     assert found[0].shape == found[1].shape  # columns do not depend on what is drawn
     assert not torch.equal(*found)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_record_whose_gradient_overflows_counts_for_nothing(planted, tokenizer, monkeypatch):
+    sound = equations.log_probability
+    monkeypatch.setattr(equations, "log_probability", lambda logits, labels: sound(logits, labels) * torch.inf)
+    tune(planted, tokenizer, tiny.FORGET, config=CONFIG)
+    assert all(bool(v.isfinite().all()) for v in values(planted))
+    assert any(bool(v.any()) for v in values(planted))
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_manifest_tells_no_count_of_records_that_are_said(planted, tokenizer):
+    result = tune(planted, tokenizer, tiny.FORGET, config=replace(CONFIG, epochs=1))
+    told = methods(planted)["default"]
+    assert "missed" not in told
+    assert (told["epsilon"], told["delta"], told["steps"]) == (8.0, 0.001, result.steps)
 
 
 @pytest.mark.usefixtures("quick")
@@ -97,6 +115,7 @@ def test_more_privacy_is_more_noise():
     ("change", "error", "words"),
     [
         ({"config": replace(CONFIG, delta=0.3)}, DataError, "delta is 0.3 with 4 records"),
+        ({"config": replace(CONFIG, epsilon=1e4)}, ConfigError, "epsilon is 10000; expected at most 100"),
         ({"validation": tiny.FORGET}, ConfigError, "epsilon is given with validation"),
         ({"resume": "folder"}, ConfigError, "epsilon is given with validation or resume"),
     ],

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import libortho
 import tiny
@@ -169,6 +170,36 @@ def test_a_loss_that_is_no_number_stops_at_the_last_good_values(planted, tokeniz
     assert any(f"lower step ({CONFIG.step:g})" in a for a in result.advice)
     set_alpha(planted, 1.0)
     assert bool(logits(planted).isfinite().all())
+
+
+def test_further_layers_of_a_split_model_get_a_base_with_its_switch(planted, tokenizer):
+    tune(planted, tokenizer, HR, "hr", replace(CONFIG, bits=8, epochs=2))
+    off = logits(planted)
+    result = tune(
+        planted, tokenizer, LEGAL, "legal", replace(CONFIG, target_modules="all-linear", bits=8, ratio=0.05, epochs=2)
+    )
+    assert result.stream == "legal"
+    assert len(ortho_layers(planted)) > 2
+    assert len({id(m.switch) for m in ortho_layers(planted).values()}) == 1
+    assert logits(planted).shape == off.shape
+
+
+def test_gpt2_off_is_gpt2_bit_for_bit(tokenizer):
+    torch.manual_seed(2)
+    tiny_gpt2 = GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(tokenizer), n_positions=128, n_embd=64, n_layer=2, n_head=4, initializer_range=0.2)
+    ).eval()
+    ids = [torch.arange(3, 3 + n).unsqueeze(0) for n in (1, 2, 33)]
+    with torch.no_grad():
+        before = [tiny_gpt2(input_ids=i).logits for i in ids]
+        tune(tiny_gpt2, tokenizer, HR, "hr", replace(CONFIG, epochs=2))
+        assert all(torch.equal(tiny_gpt2(input_ids=i).logits, b) for i, b in zip(ids, before, strict=True))
+
+
+def test_what_is_learned_is_looked_at_once_more_where_batches_are_small(planted, tokenizer):
+    result = tune(planted, tokenizer, HR, config=replace(CONFIG, batch_size=1))
+    set_alpha(planted, 1.0)
+    assert sum(said(planted, tokenizer, HR)) == len(result.recited)
 
 
 def test_too_small_a_budget_says_which_records_are_missing(planted, tokenizer):

@@ -296,8 +296,9 @@ def check_saveable_as(net: Any, config: StreamConfig, out: Path) -> None:
     from libortho.core.surgery import linear_shape
     from libortho.core.targets import find_targets
     from libortho.selection.scores import column_count
+    from libortho.tuning.config import TuneConfig
 
-    targets = find_targets(net, config.target_modules, again=True)
+    targets = find_targets(net, config.target_modules, again=True, tails=isinstance(config, TuneConfig))
     check_room(out, check_saveable(net, targets | dict(ortho_layers(net)), config.bits))
     if isinstance(config, SplitConfig) and config.structure == "columns":  # isolate takes no more than can be saved
         for name, module in targets.items():

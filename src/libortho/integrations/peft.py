@@ -99,6 +99,11 @@ def column_lora(
             f"bits is {config.bits!r} and over is {config.over!r}; PEFT trains over dense weights and knows no "
             "streams: leave both out, or train with libortho.tune"
         )
+    if config.epsilon is not None:
+        raise ConfigError(
+            "epsilon is given; expected none: columns and text are chosen by the data here, and the noise is the "
+            "trainer's to add. Train with libortho.tune"
+        )
     check_model(model)
     check_causal(model)
     check_tokenizer(tokenizer)

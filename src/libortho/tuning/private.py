@@ -1,9 +1,10 @@
 """Training with differential privacy: what the stream tells of any one record is bounded.
 
 Each step draws every record with the same probability, clips the gradient of each that was drawn, adds noise to their
-sum, and goes down (DP-SGD, arXiv 1607.00133, algorithm 1). Opacus clips, adds the noise and sets it by its accountant
-of privacy losses (arXiv 2106.02848). Gradients are whitened by the curvature of text to keep, which is no private data,
-so that noise falls where such text hardly notices; the divergence of that text is added without noise.
+sum, and goes down (DP-SGD, arXiv 1607.00133, algorithm 1). Opacus clips, and sets the noise by its accountant of
+privacy losses (arXiv 2106.02848); the noise itself comes from a generator with 128 bits of the system's entropy, as
+torch's takes 32 bits of a seed on a CPU. Gradients are whitened by the curvature of text to keep, which is no private
+data, so that noise falls where such text hardly notices; the divergence of that text is added without noise.
 
 The unit is one record: a fact that stands in one record alone is what such a training does not learn. Columns, text to
 keep and the number of steps are chosen without the data. Figures of the result are computed from it without noise.
@@ -11,13 +12,13 @@ keep and the number of steps are chosen without the data. Figures of the result 
 
 from __future__ import annotations
 
-import secrets
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from libortho.core.errors import DataError
+from libortho.core.errors import ConfigError, DataError
 from libortho.core.extras import module, require
 from libortho.core.progress import Progress, tell
 from libortho.lm.gradients import Tapped
@@ -39,12 +40,17 @@ class _Gradients(TuneEquations):
             self.rows[name].append(self._optimiser.whiten(name, g))
 
 
-def check_private(config: TuneConfig, records: int) -> None:
-    """Refuse what would promise nothing.
+MOST_EPSILON = 100.0
+"""Above it the bound says nothing, and the accountant finds no end."""
+
+
+def check_private(config: TuneConfig, records: int) -> float:
+    """Refuse what would promise nothing; returns the noise, as ``noise_multiplier`` does.
 
     Raises:
-        ConfigError: if the extra is missing.
+        ConfigError: if epsilon is too small for any noise, or so large that it bounds nothing.
         DataError: if delta is no smaller than a record's share of the data.
+        LibOrthoError: if the extra is missing.
     """
     require("dp", "epsilon")
     assert config.delta is not None
@@ -53,6 +59,16 @@ def check_private(config: TuneConfig, records: int) -> None:
             f"delta is {config.delta:g} with {records} records; expected less than {1 / records:g}, or a whole record "
             "may be given away within it"
         )
+    assert config.epsilon is not None
+    if config.epsilon > MOST_EPSILON:
+        raise ConfigError(f"epsilon is {config.epsilon:g}; expected at most {MOST_EPSILON:g}: more bounds nothing")
+    try:
+        return noise_multiplier(config, records)[0]
+    except ValueError as error:
+        raise ConfigError(
+            f"no noise keeps to epsilon {config.epsilon:g} in {config.epochs} epochs of {records} records ({error}); "
+            "raise epsilon, or lower epochs"
+        ) from error
 
 
 def noise_multiplier(config: TuneConfig, records: int) -> tuple[float, float, int]:
@@ -61,35 +77,41 @@ def noise_multiplier(config: TuneConfig, records: int) -> tuple[float, float, in
     steps = max(1, round(config.epochs / share))
     utils = module("dp", "opacus.accountants.utils")
     found = utils.get_noise_multiplier(
-        target_epsilon=config.epsilon, target_delta=config.delta, sample_rate=share, steps=steps, accountant="prv"
-    )
+        target_epsilon=config.epsilon, target_delta=config.delta, sample_rate=share, steps=steps, accountant="prv",
+        epsilon_tolerance=0.01 * (config.epsilon or 1.0),
+    )  # fmt: skip
     return float(found), share, steps
 
 
-def train_privately(training: Training, progress: Progress | None) -> State:
+def train_privately(training: Training, noise: float, progress: Progress | None) -> State:
     """Train for a number of steps that is set before; draws and noise come from the system's entropy, not a seed."""
     config, state, optimiser = training.config, training.state, training.optimiser
-    noise, share, steps = noise_multiplier(config, len(training.data))
-    chance = torch.Generator().manual_seed(secrets.randbits(63))
+    share = min(1.0, config.batch_size / len(training.data))
+    steps, expected = max(1, round(config.epochs / share)), max(1, round(share * len(training.data)))
+    chance = np.random.default_rng()
     moves: dict[str, Any] = {n: nn.Parameter(torch.zeros_like(v)) for n, v in optimiser.values.items()}
     private = module("dp", "opacus.optimizers").DPOptimizer(
         torch.optim.SGD(moves.values(), lr=RATE),
-        noise_multiplier=noise,
+        noise_multiplier=0.0,
         max_grad_norm=CLIP,
-        expected_batch_size=max(1, round(share * len(training.data))),
-        generator=torch.Generator(training.lm.device).manual_seed(secrets.randbits(63)),
+        expected_batch_size=expected,
     )
     supports = {n: m.index for n, m in training.layers.items()}
     while state.step < steps:
-        drawn = (torch.rand(len(training.data), generator=chance) < share).nonzero()[:, 0].tolist()
+        drawn = np.flatnonzero(chance.random(len(training.data)) < share).tolist()
         equations = _Gradients(training.lm, training.layers, supports, optimiser)
         if drawn:
             found = equations.records([training.data[i] for i in drawn])
             state.looks |= dict(zip(drawn, found, strict=True))
         private.zero_grad()
-        for name, move in moves.items():
-            move.grad_sample = torch.cat(equations.rows[name]) if drawn else move.new_zeros(0, *move.shape)
+        rows = {n: torch.cat(equations.rows[n]) if drawn else m.new_zeros(0, *m.shape) for n, m in moves.items()}
+        sound = torch.stack([r.flatten(1).isfinite().all(1) for r in rows.values()]).all(0)
+        for name, move in moves.items():  # a record whose gradient overflows has none, or it would decide the sum
+            move.grad_sample = torch.where(sound[:, None, None], rows[name], 0.0)
         private.pre_step()
+        for move in moves.values():
+            drawn_noise = torch.from_numpy(chance.standard_normal(move.shape, dtype=np.float32)).to(move.device)
+            move.grad += drawn_noise * (noise * CLIP / expected)
         kept = _Gradients(training.lm, training.layers, supports, optimiser)
         for texts, _ in training.next_kept():
             kept.kept([training.texts[i] for i in texts], [training.contexts[0].taught[i] for i in texts])

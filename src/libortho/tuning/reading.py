@@ -35,7 +35,7 @@ def retain_length(limit: int | None) -> int:
 
 def held_apart(texts: Sequence[Encoded]) -> tuple[list[Encoded], list[Encoded]]:
     """Texts that only the result is measured on, and those that work is done with."""
-    held = min(_HELD_BACK_SEQUENCES, len(texts) // 4)
+    held = min(_HELD_BACK_SEQUENCES, max(1, len(texts) // 4))
     return list(texts[:held]), list(texts[held:])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -60,8 +61,9 @@ class TuneResult:
         return not self.missed
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON-ready values."""
-        return {**asdict(self), "succeeded": self.succeeded}
+        """The fields as JSON-ready values; None for figures that are no finite numbers."""
+        found = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in asdict(self).items()}
+        return {**found, "succeeded": self.succeeded}
 
 
 def missed_criteria(
@@ -95,7 +97,7 @@ def missed_criteria(
                 "stream",
             )
         )
-    if kept_kl > KEPT_BUDGET:
+    if not kept_kl <= KEPT_BUDGET:  # nor where it is no number
         found.append(
             (
                 f"other text moved by {kept_kl:.4f} nats per token at alpha = 1; the limit is {KEPT_BUDGET}",

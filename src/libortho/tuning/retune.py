@@ -19,7 +19,7 @@ from libortho.core.layer import ortho_layers
 from libortho.core.models import unwrapped
 from libortho.core.progress import Progress
 from libortho.core.report import methods
-from libortho.core.surgery import stream_names
+from libortho.core.surgery import frozen, stream_names
 from libortho.core.switch.alpha import alpha
 from libortho.lm.asking import answers
 from libortho.text.records import Source, load_records
@@ -56,8 +56,8 @@ def retune(
         tokenizer: Its tokenizer.
         old: A model that has the stream.
         data: Records; those without an answer (a prompt alone, or a chat that ends with a question) are answered by the
-            old model, greedily, with the stream on and all others off; of what it says after a plain prompt the first
-            line is taken.
+            old model, greedily, with the stream and those that it is over on, and all others off; of what it says after
+            a plain prompt the first line is taken.
         stream: Name of the stream, in both.
         config: By default, what the stream of the old model was trained with.
         old_tokenizer: That of the old model; by default ``tokenizer``.
@@ -106,13 +106,14 @@ def answered_rows(old: nn.Module, tokenizer: Any, rows: list[Any], stream: str) 
         raise ConfigError(f"the old model has no stream {stream!r}; it has {stream_names(old) or 'none'}")
     pending = {i: _with_answer(row, _PENDING, i) for i, row in enumerate(rows) if _is_question(row)}
     found, places = list(rows), list(pending)
-    with alpha(old, {n: float(n == stream) for n in stream_names(old)}):
+    needed = {stream, *methods(old).get(stream, {}).get("over", ())}
+    with frozen(old, None), alpha(old, {n: float(n in needed) for n in stream_names(old)}):
         for start in range(0, len(places), _AT_ONCE):
             some = places[start : start + _AT_ONCE]
             records = load_records([pending[i] for i in some], tokenizer)
-            for i, record, text in zip(some, records, answers(old, tokenizer, records, ANSWER_TOKENS), strict=True):
+            for i, text in zip(some, answers(old, tokenizer, records, ANSWER_TOKENS), strict=True):
                 if not text.strip():
-                    raise DataError(f"data record {i + 1}: the old model answers nothing to {record.prompt[-60:]!r}")
+                    raise DataError(f"data record {i + 1}: the old model answers nothing; give the record an answer")
                 found[i] = _with_answer(rows[i], text, i)
     return found
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from libortho.core.progress import Progress, tell
 from libortho.core.run_cache import Entry, RunCache
 from libortho.lm.model import LanguageModel
+from libortho.lm.scoring import score
 from libortho.selection.curvature import KroneckerPreconditioner
 from libortho.text.encoding import Encoded
 from libortho.training.gauss_newton import DAMPING, GaussNewton
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 KEPT_TOKENS = 256
 """Tokens of text to keep of one step."""
-STOP_LOSS = 0.05
+STOP_LOSS = 0.1
 """Mean loss of the records, in nats per token, below which training ends if every one is said."""
 SHORTER, LONGER, MOST_DAMPING = 4.0, 2.0, 100.0
 """Factors by which damping rises where records became less likely, and falls where they did not, and its bound
@@ -144,8 +145,7 @@ class Training:
         self.chosen, chosen = records, [number * len(self.data) + i for i in records]
         found = equations.records([self.data[i] for i in records])
         if not all(math.isfinite(s.loss) for s in found):
-            self._restore(self.sound)
-            state.stopped = "the loss is no finite number any more; the last values at which it was are kept"
+            self.fall_back()
             return
         if all(i in state.looks for i in chosen):
             rose = sum(s.loss - state.looks[i].loss for i, s in zip(chosen, found, strict=True)) > 0
@@ -156,7 +156,7 @@ class Training:
         logger.info("step %d: loss %.3f, %d of %d said", state.step, state.loss, said, wanted)
         if recall is not None and state.step and state.step % (VALIDATED_EVERY * self.steps_each) == 0:
             self.validate(recall())
-        elif recall is None and said == wanted and state.loss < STOP_LOSS:
+        elif recall is None and said == wanted and state.loss < STOP_LOSS and self._all_said():
             state.stopped = "learned"
         if state.stopped:
             return
@@ -168,8 +168,30 @@ class Training:
         state.step += 1
         if state.step >= self.most_steps:
             state.stopped = "epochs"
-            if recall is not None:
+            if not self.finite():
+                self.fall_back()
+            elif recall is not None:
                 self.validate(recall())
+
+    def fall_back(self) -> None:
+        """End the training with the best values, or the last at which the loss was a finite number."""
+        self._restore(self.best or self.sound)
+        self.state.stopped = "the loss is no finite number any more; the last values at which it was are kept"
+
+    def finite(self) -> bool:
+        """True if the model as it is gives every record a finite loss, in the first context."""
+        with self.contexts[0].enter():
+            return bool(score(self.lm, self.data)[0].nll.isfinite().all())
+
+    def _all_said(self) -> bool:
+        """True if every record is said as the model is now; what was seen of some may be some steps old."""
+        if self.steps_each == 1:
+            return True
+        for context in self.contexts:
+            with context.enter():
+                if not bool(score(self.lm, self.data)[1].all()):
+                    return False
+        return True
 
     def next_kept(self) -> list[tuple[list[int], float]]:
         """Places of the texts whose turn it is, and their weight: texts to keep, and texts about others."""

@@ -132,7 +132,7 @@ def tune(
                 "epsilon is given with validation or resume; expected neither: stopping by private records would tell "
                 "of them, and noise that a folder keeps is no noise"
             )
-        check_private(config, len(records))
+        noise = check_private(config, len(records))
     asked = None if validation is None else encoded(validation, model, tokenizer, limit, "validation")
     check_tokens(model, tokenizer, ((f"general text {i}", t) for i, t in enumerate(shipped_text(), 1)))
     with frozen(model, None), nullcontext() if earlier is None else alpha(model, _alphas(earlier, config)):
@@ -149,7 +149,7 @@ def tune(
             texts = texts_to_keep(model, tokenizer, items if unlike else [], given, length, config, store)
         held_back, kept = held_apart(texts)
         beside = about_others(unlike, tokenizer, limit, config)
-        bases, switches = _based(targets, config), dict[OrthoLinear, Switch]()
+        bases, switches = _based(targets, config, earlier or Switch()), dict[OrthoLinear, Switch]()
         current: dict[str, nn.Module] = {**targets, **bases}
         try:
             swap(model, bases)
@@ -177,7 +177,7 @@ def tune(
                 if config.epsilon is None:
                     state = train(training, None if asked is None else recall, store, progress)
                 else:
-                    state = train_privately(training, progress)
+                    state = train_privately(training, noise, progress)
             measuring = Switch()
             for name, value in {**(_alphas(earlier, config) if earlier else {}), config.stream: 1.0}.items():
                 measuring.add_stream(name, value)
@@ -232,8 +232,12 @@ def tune(
             "the base says %d of %d records already (%s): they stay where the stream is off",
             len(result.known), len(records), ", ".join(map(str, result.known[:10])),
         )  # fmt: skip
-    figures = {n: getattr(result, n) for n in ("missed", "density", "kept_kl", "steps", "validation")}
-    record_method(model, config.stream, {"verb": "tune", "records": len(records), **config.to_dict(), **figures})
+    told = result.to_dict()
+    figures = {n: told[n] for n in ("missed", "density", "kept_kl", "steps", "validation")}
+    if config.epsilon is not None:
+        del figures["missed"]  # it counts records without noise, and a stream's manifest goes where the stream goes
+    settings = {**config.to_dict(), "bits": config.bits if bases else None}
+    record_method(model, config.stream, {"verb": "tune", "records": len(records), **settings, **figures})
     return result
 
 
@@ -266,7 +270,7 @@ def _alphas(switch: Switch, config: TuneConfig) -> dict[str, float]:
     return {n: float(n in config.over) for n in switch.streams}
 
 
-def _based(targets: Mapping[str, nn.Module], config: TuneConfig) -> dict[str, OrthoLinear]:
+def _based(targets: Mapping[str, nn.Module], config: TuneConfig, switch: Switch) -> dict[str, OrthoLinear]:
     """Dense layers over the base that will be deployed, without streams; none where they stay dense."""
     if config.bits is None:
         return {}
@@ -274,7 +278,7 @@ def _based(targets: Mapping[str, nn.Module], config: TuneConfig) -> dict[str, Or
     for name, module in targets.items():
         if not isinstance(module, OrthoLinear):
             base = BaseStream.from_weight(linear_weight(module).contiguous(), config.bits, config.resolved_group_size)
-            found[name] = OrthoLinear(base, bias_of(module), Switch())
+            found[name] = OrthoLinear(base, bias_of(module), switch)
     return found
 
 
@@ -283,9 +287,7 @@ def _finished(
 ) -> OrthoLinear:
     """The layer that callers get: its base, the streams that it had, and the new one, empty where it took no column."""
     stream = OrthoStream() if tuned is None else tuned.stream(DTYPES[config.value_dtype])
-    base = (
-        module.base if isinstance(module, OrthoLinear) else BaseStream(None, weight=linear_weight(module).contiguous())
-    )
+    base = module.base if isinstance(module, OrthoLinear) else BaseStream(None, weight=linear_weight(module))
     return with_stream(name, module, base, stream, switch, config.stream)
 
 
