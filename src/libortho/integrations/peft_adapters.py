@@ -152,7 +152,7 @@ def _loras(
 ) -> dict[str, Lora]:
     """Pair the factors up and multiply the scales in: those given, or those of the configuration."""
     sides: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
+    for key, tensor in sorted(tensors.items()):
         if (match := _FACTOR.fullmatch(key)) is None:
             raise ConfigError(
                 f"{where} holds the tensor {key!r:.120}; expected lora_A and lora_B of linear layers and nothing else"
