@@ -139,7 +139,7 @@ REFUSED = {
     "lora_bias": ({"lora_bias": True, "target_modules": ["c_fc"]}, "lora_bias=True"),
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     "tokens": ({"trainable_token_indices": [3]}, "trainable_token_indices"),
-    "embedding": ({"target_modules": ["embed_tokens", "wte"]}, "lora_embedding_A"),
+    "embedding": ({"target_modules": ["embed_tokens", "wte"]}, "holds the tensor .*embed_tokens|lora_embedding"),
     "alora": ({"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"}, "alora_invocation_tokens"),
     "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa"),
     "parameters": ({"target_parameters": ["mlp.up_proj.weight"], "target_modules": []}, "target_parameters"),

@@ -244,7 +244,7 @@ def test_columns_avoid_every_column_of_which_an_entry_is_taken(planted, tokenize
 
 def test_what_is_taken_counts_for_no_record(once, tokenizer, monkeypatch):
     """Records are balanced by the columns that they can have."""
-    module = sys.modules["libortho.isolation.support"]
+    module = sys.modules["libortho.selection.columns"]
     real, seen = module.balanced_weights, []
     monkeypatch.setattr(
         module, "balanced_weights", lambda saliency, keep: seen.append(saliency) or real(saliency, keep)
