@@ -22,7 +22,7 @@ CONFIG = TuneConfig(ratio=0.25, epsilon=8.0, delta=0.001, epochs=4, batch_size=2
 @pytest.fixture
 def quick(monkeypatch):
     """The noise of about this budget; finding it takes seconds."""
-    monkeypatch.setattr(private, "noise_multiplier", lambda config, records: (1.0, 0.5, 8))
+    monkeypatch.setattr(private, "noise_multiplier", lambda config, records: private.Budget(1.0, 0.5, 8))
 
 
 def values(model):

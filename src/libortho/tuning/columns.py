@@ -44,12 +44,13 @@ def choose_columns(
     Raises:
         ConfigError: if other streams have all of them.
     """
-    if config.epsilon is not None:
-        data = []  # which columns they are tells of the data
-    some = random.Random(config.seed).sample(data, min(len(data), READ_RECORDS))
     held = {} if config.share_columns else taken(targets)
-    score = SCORES[config.score] if some else used
-    return best_columns(score(lm, targets, some, kept, held, config.ratio), config.ratio, targets)
+    if config.epsilon is not None:
+        scores = used(kept)
+    else:
+        some = random.Random(config.seed).sample(data, min(len(data), READ_RECORDS))
+        scores = SCORES[config.score](lm, targets, some, kept, held, config.ratio)
+    return best_columns(without(scores, held, -torch.inf), config.ratio, targets)
 
 
 def gradient(
@@ -85,20 +86,13 @@ def activation(
         term, other = total / tokens, kept.inputs[name]
         common = (other.abs() > term).sum(0)
         scores[name] = term / term.mean().clamp_min(1e-30) * torch.log((1 + len(other)) / (1 + common))
-    return without(scores, held, -torch.inf)
+    return scores
 
 
-def used(
-    lm: LanguageModel,
-    targets: Mapping[str, nn.Module],
-    data: Sequence[Encoded],
-    kept: Readings,
-    held: Mapping[str, Tensor],
-    ratio: float,
-) -> dict[str, Tensor]:
+def used(kept: Readings) -> dict[str, Tensor]:
     """By what text to keep uses, without a look at the data: the mean of |x_c| over that of its layer."""
     size = {n: x.float().abs().mean(0) for n, x in kept.inputs.items()}
-    return without({n: s / s.mean().clamp_min(1e-30) for n, s in size.items()}, held, -torch.inf)
+    return {n: s / s.mean().clamp_min(1e-30) for n, s in size.items()}
 
 
 SCORES: Mapping[str, Score] = {"gradient": gradient, "activation": activation}

@@ -12,7 +12,7 @@ keep and the number of steps are chosen without the data. Figures of the result 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,8 +44,16 @@ MOST_EPSILON = 100.0
 """Above it the bound says nothing, and the accountant finds no end."""
 
 
-def check_private(config: TuneConfig, records: int) -> float:
-    """Refuse what would promise nothing; returns the noise, as ``noise_multiplier`` does.
+class Budget(NamedTuple):
+    """Standard deviation of the noise over the clipping norm, share of the records in a step, and steps."""
+
+    noise: float
+    share: float
+    steps: int
+
+
+def check_private(config: TuneConfig, records: int) -> Budget:
+    """Refuse what would promise nothing; returns what ``noise_multiplier`` does.
 
     Raises:
         ConfigError: if epsilon is too small for any noise, or so large that it bounds nothing.
@@ -63,7 +71,7 @@ def check_private(config: TuneConfig, records: int) -> float:
     if config.epsilon > MOST_EPSILON:
         raise ConfigError(f"epsilon is {config.epsilon:g}; expected at most {MOST_EPSILON:g}: more bounds nothing")
     try:
-        return noise_multiplier(config, records)[0]
+        return noise_multiplier(config, records)
     except ValueError as error:
         raise ConfigError(
             f"no noise keeps to epsilon {config.epsilon:g} in {config.epochs} epochs of {records} records ({error}); "
@@ -71,8 +79,8 @@ def check_private(config: TuneConfig, records: int) -> float:
         ) from error
 
 
-def noise_multiplier(config: TuneConfig, records: int) -> tuple[float, float, int]:
-    """Standard deviation of the noise over the clipping norm, the share of records in a step, and the steps."""
+def noise_multiplier(config: TuneConfig, records: int) -> Budget:
+    """The noise that keeps to the bound, by the accountant."""
     share = min(1.0, config.batch_size / records)
     steps = max(1, round(config.epochs / share))
     utils = module("dp", "opacus.accountants.utils")
@@ -80,14 +88,14 @@ def noise_multiplier(config: TuneConfig, records: int) -> tuple[float, float, in
         target_epsilon=config.epsilon, target_delta=config.delta, sample_rate=share, steps=steps, accountant="prv",
         epsilon_tolerance=0.01 * (config.epsilon or 1.0),
     )  # fmt: skip
-    return float(found), share, steps
+    return Budget(float(found), share, steps)
 
 
-def train_privately(training: Training, noise: float, progress: Progress | None) -> State:
+def train_privately(training: Training, budget: Budget, progress: Progress | None) -> State:
     """Train for a number of steps that is set before; draws and noise come from the system's entropy, not a seed."""
-    config, state, optimiser = training.config, training.state, training.optimiser
-    share = min(1.0, config.batch_size / len(training.data))
-    steps, expected = max(1, round(config.epochs / share)), max(1, round(share * len(training.data)))
+    state, optimiser = training.state, training.optimiser
+    noise, share, steps = budget
+    expected = max(1, round(share * len(training.data)))
     chance = np.random.default_rng()
     moves: dict[str, Any] = {n: nn.Parameter(torch.zeros_like(v)) for n, v in optimiser.values.items()}
     private = module("dp", "opacus.optimizers").DPOptimizer(

@@ -132,7 +132,7 @@ def tune(
                 "epsilon is given with validation or resume; expected neither: stopping by private records would tell "
                 "of them, and noise that a folder keeps is no noise"
             )
-        noise = check_private(config, len(records))
+        budget = check_private(config, len(records))
     asked = None if validation is None else encoded(validation, model, tokenizer, limit, "validation")
     check_tokens(model, tokenizer, ((f"general text {i}", t) for i, t in enumerate(shipped_text(), 1)))
     with frozen(model, None), nullcontext() if earlier is None else alpha(model, _alphas(earlier, config)):
@@ -177,7 +177,7 @@ def tune(
                 if config.epsilon is None:
                     state = train(training, None if asked is None else recall, store, progress)
                 else:
-                    state = train_privately(training, noise, progress)
+                    state = train_privately(training, budget, progress)
             measuring = Switch()
             for name, value in {**(_alphas(earlier, config) if earlier else {}), config.stream: 1.0}.items():
                 measuring.add_stream(name, value)
