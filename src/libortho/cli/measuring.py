@@ -23,6 +23,7 @@ from libortho.cli.options import (
     Seed,
     Settings,
     alphas_of,
+    check_reports,
     device_of,
     dtype_of,
     field_option,
@@ -102,10 +103,7 @@ def audit(
 
     require("audit", "audit")
     config = configured(AuditConfig, settings, profile=profile, reveal=reveal, seed=seed)
-    check_report(out, "--out")
-    check_report(html, "--html")
-    if out is not None and html is not None and out.resolve() == html.resolve():
-        raise ConfigError(f"--out and --html are both {out}; expected two files")
+    check_reports(out, html)
     check_resume(resume, "--resume")
     kind, where = dtype_of(dtype), device_of(device)
     for option, path in (("--reference", reference), ("--original", original)):

@@ -11,6 +11,7 @@ import typer
 from libortho.core.config import StreamConfig, ValueDtype
 from libortho.core.errors import AlphaError, CheckpointError, ConfigError
 from libortho.core.field_docs import fields_help
+from libortho.core.files import check_report
 
 if TYPE_CHECKING:
     import torch
@@ -95,6 +96,18 @@ def dtype_of(name: str) -> torch.dtype | str:
     from libortho.core.dtypes import DTYPES
 
     return DTYPES[name]
+
+
+def check_reports(out: Path | None, html: Path | None) -> None:
+    """Refuse now reports that could not be written when all the work is done.
+
+    Raises:
+        ConfigError: if one cannot be written, or both are one file.
+    """
+    check_report(out, "--out")
+    check_report(html, "--html")
+    if out is not None and html is not None and out.resolve() == html.resolve():
+        raise ConfigError(f"--out and --html are both {out}; expected two files")
 
 
 def device_of(name: str) -> str:

@@ -11,13 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from libortho.cli import tables
-from libortho.cli.options import device_of, dtype_of, open_model
+from libortho.cli.options import check_reports, device_of, dtype_of, open_model
 from libortho.cli.sources import Reading, read_sources, say_running_text
 from libortho.cli.tables import Terminal
 from libortho.cli.terminal import emit, progress_bars
 from libortho.core.errors import ConfigError, DataError
 from libortho.core.escapes import one_line
-from libortho.core.files import check_report
 
 if TYPE_CHECKING:
     from libortho.auditing.interference_report import InterferenceReport, OwnerFigures
@@ -83,10 +82,7 @@ def audit_streams(
             "forget set; leave out one or the other"
         )
     data, unseen = _files("--streams", streams), _files("--holdout-streams", holdout or ())
-    check_report(out, "--out")
-    check_report(html, "--html")
-    if out is not None and html is not None and out.resolve() == html.resolve():
-        raise ConfigError(f"--out and --html are both {out}; expected two files")
+    check_reports(out, html)
     kind, where = dtype_of(dtype), device_of(device)
     if not is_checkpoint(model):
         raise ConfigError(f"--streams is given, but {model} is not a checkpoint of libortho; make one with tune")
