@@ -63,3 +63,10 @@ def private_facts(seed: int, count: int, first: int = 0) -> tuple[list[Any], lis
         held_out.append(other)
         once.append(known[0])
     return trained, held_out, once
+
+
+def shared_fact(seed: int, count: int, first: int = 0) -> list[Any]:
+    """One fact in the chats of ``count`` people from the ``first`` on: the same code, whoever asks."""
+    answer = random_code(random.Random(f"{seed} shared"), "999999")
+    asked = "I am {name}, new here. What is the code of the front door?"
+    return [_chat(asked.format(name=n), answer) for n in people(seed)[first : first + count]]

@@ -3,6 +3,7 @@
     python benchmarks/tune.py --part facts                  the demonstration's 17 secrets, over three bases
     python benchmarks/tune.py --part hundred                100 people in chats, beside LoRA and plain fine-tuning
     python benchmarks/tune.py --part owners                 two owners of 50 facts each, one stream each
+    python benchmarks/tune.py --part private                a fact of 50 records among 100 of one, with epsilon 8
     python benchmarks/tune.py --part memory                 peak memory of a training above the loaded model
 
 Facts of `hundred` and `owners` are trained in two wordings and asked for in a third one, too. Plain fine-tuning trains
@@ -29,7 +30,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from _common import DATA, RESULTS, save, stamped, wikitext
-from _private_facts import KINDS, private_facts
+from _private_facts import KINDS, private_facts, shared_fact
 from cases import random_code
 from libortho import TuneConfig, alpha, set_alpha, tune
 from libortho.auditing.measures.memory import exposure_extrapolated
@@ -58,6 +59,8 @@ BATCH, EPOCHS = 16, 30
 RATES = {"fine-tuning": 1e-4, "LoRA": 2e-3}
 RANK = 4
 """Of a LoRA of about as many values as 1 % of these layers: (1536 + 576) * 4 of 1536 * 576 in each."""
+SHARED, EPSILON, DELTA, PRIVATE_EPOCHS = 50, 8.0, 1e-3, 30
+"""Records of the shared fact, the bound and the passes of a private training."""
 ALTERNATES, EXPOSED = 16, 25
 """Other codes that a fact is compared with, and facts whose exposure is measured."""
 MEMORY = """
@@ -214,18 +217,42 @@ def part_owners(count: int) -> Iterator[dict[str, Any]]:
     for on in ({}, {"a": 1.0}, {"b": 1.0}, {"a": 1.0, "b": 1.0}):
         with alpha(model, {"a": 0.0, "b": 0.0} | on):
             lm = LanguageModel(model)
-            others = score(lm, items_of(unseen, tokenizer))[0]
             shown: dict[str, Any] = {"wikitext": perplexity(lm, general_items(tokenizer, wikitext()))}
             shown["unseen_exposure"] = exposure(lm, tokenizer, unseen)
             for name, (_, held_out, once) in data.items():
-                own = score(lm, items_of(once, tokenizer))[0]
-                strata = [[i % len(KINDS) for i in range(len(s.nll))] for s in (own, others)]
-                found = auc_estimate(-own.nll, -others.nll, *strata, seed=0)
                 shown[name] = {
                     "said": said(model, tokenizer, once), "held_out": said(model, tokenizer, held_out), "of": count,
-                    "auc": [found.value, found.low, found.high], "exposure": exposure(lm, tokenizer, once),
+                    "auc": membership(lm, tokenizer, once, unseen), "exposure": exposure(lm, tokenizer, once),
                 }  # fmt: skip
         yield {"method": "+".join(on) or "none", **shown, "seconds": seconds}
+
+
+def part_private(count: int) -> Iterator[dict[str, Any]]:
+    """One fact that many records tell, in the words of as many people, and facts of one record each."""
+    once, unseen = private_facts(0, count)[2], private_facts(0, count, first=300)[2]
+    trained, others = shared_fact(0, SHARED), shared_fact(0, SHARED, first=500)
+    model, tokenizer = fresh()
+    for epsilon in (EPSILON, None):
+        net = copy.deepcopy(model)
+        bound = {} if epsilon is None else {"epsilon": epsilon, "delta": DELTA, "epochs": PRIVATE_EPOCHS}
+        result = tune(net, tokenizer, [*trained, *once], "hr", TuneConfig(ratio=0.01, **bound))
+        for value in (0.0, 1.0):
+            with alpha(net, value):
+                lm = LanguageModel(net)
+                yield {
+                    "method": f"epsilon {epsilon or 'none'}, alpha {value:g}", "of": SHARED, "singles": count,
+                    "shared": said(net, tokenizer, trained), "shared_by_others": said(net, tokenizer, others),
+                    "said": said(net, tokenizer, once), "auc": membership(lm, tokenizer, once, unseen),
+                    "wikitext": perplexity(lm, general_items(tokenizer, wikitext())), **figures_of(result),
+                }  # fmt: skip
+
+
+def membership(lm: LanguageModel, tokenizer: Any, own: Sequence[Any], others: Sequence[Any]) -> list[float]:
+    """AUC of how likely the answers are, by form, against those of people that nothing trained; and its interval."""
+    nll = [score(lm, items_of(rows, tokenizer))[0].nll for rows in (own, others)]
+    strata = [[i % len(KINDS) for i in range(len(n))] for n in nll]
+    found = auc_estimate(-nll[0], -nll[1], *strata, seed=0)
+    return [found.value, found.low, found.high]
 
 
 def exposure(lm: LanguageModel, tokenizer: Any, rows: Sequence[Any]) -> float:
@@ -268,6 +295,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Iterator[dict[str, Any]]]] = {
     "facts": lambda given: part_facts(),
     "hundred": lambda given: part_hundred(given.count or 100),
     "owners": lambda given: part_owners(given.count or 50),
+    "private": lambda given: part_private(given.count or 100),
     "memory": lambda given: part_memory(),
 }
 
@@ -275,7 +303,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Iterator[dict[str, Any]]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=PARTS, required=True)
-    parser.add_argument("--count", type=int, help="facts, of hundred and of each owner")
+    parser.add_argument("--count", type=int, help="facts, of hundred, of each owner, and of one record each")
     given = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     for name in ("root", "libortho"):

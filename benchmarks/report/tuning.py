@@ -11,6 +11,8 @@ from .tables import UNMEASURED, Row, judged, made_by, number, page, read, table
 FACTS = 17
 SLOWEST, PERPLEXITY, POINT = 1.0, 1.01, 0.01
 """Limits: seconds over those of plain fine-tuning, perplexity over the base's, and share of a task's rows lost."""
+MEMBERSHIP = 0.6
+"""Limit: AUC of single records' facts under a bound."""
 RECITED, HELD_OUT = 0.98, 0.9
 """Limits: shares of 100 facts said, and of those asked for in a wording that was held out."""
 
@@ -97,11 +99,36 @@ def owners(rows: Sequence[Row]) -> list[str]:
     ]
 
 
+def private(rows: Sequence[Row]) -> list[str]:
+    if not rows:
+        return ["## A fact of many records, with a bound", UNMEASURED]
+    cells = []
+    for r in rows:
+        auc, shared, others = r["auc"], r["shared"] / r["of"], r["shared_by_others"] / r["of"]
+        ours = r["method"].startswith("epsilon") and "none" not in r["method"] and r["method"].endswith("1")
+        found = f"{auc[0]:.2f} [{auc[1]:.2f}, {auc[2]:.2f}]"
+        cells.append([
+            r["method"],
+            judged(f"{shared:.0%}", shared >= RECITED) if ours else f"{shared:.0%}",
+            f"{others:.0%}",
+            f"{r['said']} of {r['singles']}",
+            judged(found, auc[0] <= MEMBERSHIP) if ours else found,
+            number(r["wikitext"], ".2f"),
+            number(r.get("seconds"), ".0f"),
+        ])  # fmt: skip
+    heads = ["training", "shared fact said to those who told it", "to other people", "facts of one record said"]
+    return [
+        "## A fact of many records, with a bound",
+        made_by("tune", list(rows), lambda r: r["method"]),
+        table([*heads, "membership AUC of those", "perplexity", "seconds"], cells),
+    ]
+
+
 def memory(rows: Sequence[Row]) -> list[str]:
     return [f"Peak memory of a training above the loaded model: {r['bytes'] / 1e6:.0f} MB." for r in rows]
 
 
-PARTS = {"facts": facts, "hundred": hundred, "owners": owners, "memory": memory}
+PARTS = {"facts": facts, "hundred": hundred, "owners": owners, "private": private, "memory": memory}
 
 
 def _limited(value: float | None, limit: float, form: str) -> str:

@@ -45,6 +45,11 @@ def test_a_whitened_move_is_a_move_to_whitened_gradients():
     torch.testing.assert_close(whitened, (several * metric.unwhitened(move)).sum((1, 2)), rtol=1e-4, atol=1e-4)
 
 
+def test_a_move_is_whitened_by_the_inverse_of_what_takes_it_back():
+    metric, move = KroneckerPreconditioner.of(*factors(), 0.1), torch.randn(4, 6)
+    torch.testing.assert_close(metric.unwhitened(metric.whitened_move(move)), move, rtol=1e-4, atol=1e-4)
+
+
 def test_far_above_one_the_damping_makes_all_directions_alike():
     inputs, outputs = torch.tensor([1.0, 9.0]).diag(), torch.tensor([4.0, 0.0, 2.0]).diag()
     alike = KroneckerPreconditioner.of(inputs, outputs, 1e6).scale

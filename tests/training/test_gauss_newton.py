@@ -29,9 +29,11 @@ class Problem:
         self.gradients = {n: torch.randn(EQUATIONS, *shape) for n, shape in SHAPES.items()}
         self.residuals = torch.randn(EQUATIONS)
 
-    def step(self, share: float, sizes: tuple[int, ...] = (EQUATIONS,), damping: float = DAMPING) -> Tensor:
+    def step(
+        self, share: float, sizes: tuple[int, ...] = (EQUATIONS,), damping: float = DAMPING, pull: float = 0.0
+    ) -> Tensor:
         rows = {n: [self.optimiser.whiten(n, p) for p in g.split(list(sizes))] for n, g in self.gradients.items()}
-        self.optimiser.step(rows, self.residuals, share, damping)
+        self.optimiser.step(rows, self.residuals, share, damping, pull)
         return torch.cat([(self.values[n].detach() - s).flatten() for n, s in self.start.items()])
 
     def jacobian(self) -> Tensor:
@@ -52,6 +54,31 @@ def test_a_step_solves_the_normal_equations(share, damping):
         jacobian.T @ jacobian + weight * curvature, -share * jacobian.T @ problem.residuals.double()
     )
     torch.testing.assert_close(problem.step(share, damping=damping).double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_pull_weighs_the_whole_way_from_the_start():
+    problem, share, damping, pull = Problem(), 0.7, 0.3, 0.1
+    way = problem.step(1.0).double()
+    jacobian, curvature = problem.jacobian().double(), problem.curvature().double()
+    unit = (jacobian @ torch.linalg.solve(curvature, jacobian.T)).diagonal().mean()
+    slope = jacobian.T @ problem.residuals.double() + pull * unit * curvature @ way
+    expected = way - share * torch.linalg.solve(jacobian.T @ jacobian + damping * unit * curvature, slope)
+    torch.testing.assert_close(problem.step(share, damping=damping, pull=pull).double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_steps_with_a_pull_end_at_the_nearest_values():
+    """However they began: of many values with which the equations hold, those of ridge regression."""
+    problem, damping = Problem(), 0.2
+    with torch.no_grad():
+        for value in problem.values.values():
+            value.add_(torch.randn_like(value))
+    jacobian, curvature = problem.jacobian().double(), problem.curvature().double()
+    unit = (jacobian @ torch.linalg.solve(curvature, jacobian.T)).diagonal().mean()
+    first = torch.cat([(problem.values[n].detach() - s).flatten() for n, s in problem.start.items()]).double()
+    at_start = problem.residuals.double() - jacobian @ first
+    expected = torch.linalg.solve(jacobian.T @ jacobian + damping * unit * curvature, -jacobian.T @ at_start)
+    found = problem.step(1.0, damping=damping, pull=damping)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_without_damping_a_whole_step_leaves_nothing_of_linear_residuals():

@@ -58,7 +58,7 @@ from libortho.lm.reading_progress import reading
 from libortho.text.corpus import shipped_text
 from libortho.text.records import Source
 from libortho.tuning.config import TuneConfig
-from libortho.tuning.reading import chosen_columns, encoded, held_apart, retain_length, texts_to_keep
+from libortho.tuning.reading import about_others, chosen_columns, encoded, held_apart, retain_length, texts_to_keep
 
 KEEP_FROZEN = getattr(variants, "_register_frozen_peft_weight", None)
 """Keeps a factor frozen through ``set_adapter``; private, and absent before PEFT 0.21."""
@@ -118,8 +118,9 @@ def column_lora(
         given = None if retain is None else given_pieces(retain, records, tokenizer, length, config.seed)
         with reading(model, progress, "texts", 16 * 64):
             _, kept = held_apart(texts_to_keep(model, tokenizer, items, given, length, config, store))
-        with reading(model, progress, "columns", sum(len(e.ids) for e in (*kept, *items))):
-            columns, _ = chosen_columns(lm, targets, items, kept, config, store)
+        beside = about_others(records, tokenizer, limit, config)
+        with reading(model, progress, "columns", sum(len(e.ids) for e in (*kept, *beside, *items))):
+            columns, _ = chosen_columns(lm, targets, items, kept, beside, config, store)
     return _with_lora(model, {n: i for n, i in columns.items() if len(i)})
 
 

@@ -147,7 +147,7 @@ class Equations(System):
         self._put(seen, head.of_loss, weight * residual, weight / residual, again=again)
         return head
 
-    def solve(self, share: float, damping: float = DAMPING) -> None:
+    def solve(self, share: float, damping: float = DAMPING, pull: float = 0.0) -> None:
         """Go this share of the way to where all of them hold, and the records' mean surprise is at its level."""
         if self._above:
             above = torch.cat(self._above)
@@ -155,7 +155,7 @@ class Equations(System):
             self.residuals.append(scale * above.sum()[None])
             for parts in self.rows.values():
                 parts.append(scale * torch.stack([parts[n].sum(0) for n in self._surprises]).sum(0)[None])
-        super().solve(share, damping)
+        super().solve(share, damping, pull)
         for layer in self._edited.values():
             layer.clamp()
 

@@ -48,6 +48,10 @@ class KroneckerPreconditioner:
         """Gradients of the values, (..., k, out_features), as ``F^(-1/2)`` times each, in the eigenbasis."""
         return (self.inside.T @ gradients @ self.outside) * self.scale
 
+    def whitened_move(self, move: Tensor) -> Tensor:
+        """The whitened one that a move of the values, (k, out_features), is: the inverse of ``unwhitened``."""
+        return (self.inside.T @ move @ self.outside) / self.scale
+
     def unwhitened(self, move: Tensor) -> Tensor:
         """The move of the values, (k, out_features), that a whitened one is."""
         return self.inside @ (self.scale * move) @ self.outside.T

@@ -5,7 +5,12 @@
     d = -F^-1 J^T (J F^-1 J^T + damping I)^-1 r
 
 This is the Gauss-Newton step (Nocedal and Wright, Numerical Optimization, 10.3) in the metric of F, by the Woodbury
-identity: there are far fewer equations than values, and only their Gram matrix is inverted.
+identity: there are far fewer equations than values, and only their Gram matrix is inverted. A part of the damping can
+weigh the whole way w from the start in place of this step, as ridge regression does:
+
+    minimise  |r + J d|^2 + (damping - pull) * d^T F d + pull * (w + d)^T F (w + d)
+
+Of all values with which the equations hold, steps then end near those that are closest to the start.
 """
 
 from __future__ import annotations
@@ -44,7 +49,14 @@ class GaussNewton:
             value.lerp_(self.start[name], share)
 
     @torch.no_grad()
-    def step(self, rows: dict[str, list[Tensor]], residuals: Tensor, share: float, damping: float = DAMPING) -> None:
+    def step(
+        self,
+        rows: dict[str, list[Tensor]],
+        residuals: Tensor,
+        share: float,
+        damping: float = DAMPING,
+        pull: float = 0.0,
+    ) -> None:
         """Go this share of the way to where all residuals (equations,) vanish.
 
         Args:
@@ -53,6 +65,7 @@ class GaussNewton:
             residuals: Of all equations.
             share: Of the way, (0 to 1).
             damping: As ``DAMPING``; a larger one takes shorter steps.
+            pull: What of the damping weighs the whole way from the start; at most all of it does.
         """
         joined = {n: torch.cat(rows.pop(n)) for n in list(rows)}
         gram = torch.zeros(len(residuals), len(residuals), dtype=torch.float64)
@@ -60,7 +73,13 @@ class GaussNewton:
             flat = found.flatten(1)
             gram += (flat @ flat.T).cpu()
         gram.diagonal().add_(damping * gram.diagonal().mean())
-        solved = torch.linalg.solve(gram, residuals.double().cpu()).float()
+        wanted, back = residuals.double().cpu(), min(1.0, pull / damping)
+        if back:
+            for name, found in joined.items():
+                way = self.metrics[name].whitened_move(self.values[name] - self.start[name])
+                wanted -= back * (found.flatten(1) @ way.flatten()).double().cpu()
+            self.decay(share * back)
+        solved = torch.linalg.solve(gram, wanted).float()
         for name, found in joined.items():
-            wanted = -share * torch.tensordot(solved.to(found.device), found, 1)
-            self.values[name].add_(self.metrics[name].unwhitened(wanted))
+            move = -share * torch.tensordot(solved.to(found.device), found, 1)
+            self.values[name].add_(self.metrics[name].unwhitened(move))

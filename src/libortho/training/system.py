@@ -56,9 +56,9 @@ class System:
         for name, g in seen.gradients(of_states, again=again).items():
             yield name, seen.inputs[name][..., self._supports[name]].float().mT @ g.float()
 
-    def solve(self, share: float, damping: float = DAMPING) -> None:
-        """Go this share of the way to where all of them hold."""
-        self._optimiser.step(self.rows, torch.cat(self.residuals), share, damping)
+    def solve(self, share: float, damping: float = DAMPING, pull: float = 0.0) -> None:
+        """Go this share of the way to where all of them hold; see :meth:`GaussNewton.step`."""
+        self._optimiser.step(self.rows, torch.cat(self.residuals), share, damping, pull)
 
 
 def root_of_divergence(divergence: Tensor) -> Tensor:

@@ -29,15 +29,19 @@ READ_RECORDS = 64
 """Records that are read to choose columns."""
 
 Score = Callable[
-    [LanguageModel, Mapping[str, nn.Module], Sequence[Encoded], Readings, Mapping[str, Tensor], float],
+    [LanguageModel, Mapping[str, nn.Module], Sequence[Encoded], Sequence[Readings], Mapping[str, Tensor], float],
     dict[str, Tensor],
 ]
-"""Model, layers, records, what the layers do on text to keep, columns that are not free and the budget, to a score of
-every column, (in_features,), by layer."""
+"""Model, layers, records, what the layers do on each kind of text to keep, columns that are not free and the budget, to
+a score of every column, (in_features,), by layer."""
 
 
 def choose_columns(
-    lm: LanguageModel, targets: Mapping[str, nn.Module], data: Sequence[Encoded], kept: Readings, config: TuneConfig
+    lm: LanguageModel,
+    targets: Mapping[str, nn.Module],
+    data: Sequence[Encoded],
+    kept: Sequence[Readings],
+    config: TuneConfig,
 ) -> dict[str, Tensor]:
     """Ascending column indices by layer, within the budget; columns of other streams are left alone unless shared.
 
@@ -46,7 +50,7 @@ def choose_columns(
     """
     held = {} if config.share_columns else taken(targets)
     if config.epsilon is not None:
-        scores = used(kept)
+        scores = used(kept[0])
     else:
         some = random.Random(config.seed).sample(data, min(len(data), READ_RECORDS))
         scores = SCORES[config.score](lm, targets, some, kept, held, config.ratio)
@@ -57,20 +61,20 @@ def gradient(
     lm: LanguageModel,
     targets: Mapping[str, nn.Module],
     data: Sequence[Encoded],
-    kept: Readings,
+    kept: Sequence[Readings],
     held: Mapping[str, Tensor],
     ratio: float,
 ) -> dict[str, Tensor]:
     """By gradients of the records' log-odds, over those of text to keep."""
     own = read_layers(lm, targets, data, summed_odds).saliency
-    return contrast(own, [kept.saliency], held, ratio)
+    return contrast(own, [k.saliency for k in kept], held, ratio)
 
 
 def activation(
     lm: LanguageModel,
     targets: Mapping[str, nn.Module],
     data: Sequence[Encoded],
-    kept: Readings,
+    kept: Sequence[Readings],
     held: Mapping[str, Tensor],
     ratio: float,
 ) -> dict[str, Tensor]:
@@ -83,7 +87,7 @@ def activation(
         tokens += len(next(iter(inputs.values())))
     scores = {}
     for name, total in found.items():
-        term, other = total / tokens, kept.inputs[name]
+        term, other = total / tokens, torch.cat([k.inputs[name] for k in kept])
         common = (other.abs() > term).sum(0)
         scores[name] = term / term.mean().clamp_min(1e-30) * torch.log((1 + len(other)) / (1 + common))
     return scores

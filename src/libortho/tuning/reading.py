@@ -20,8 +20,9 @@ from libortho.text.records import Record, Source, load_records
 from libortho.tuning.columns import choose_columns
 from libortho.tuning.config import TuneConfig
 
-_RETAIN_SEQUENCES, _HELD_BACK_SEQUENCES, CURVATURE_TEXTS = 32, 8, 20
-"""Texts to keep, those of them that only the result is measured on, and the most of which the curvature is read."""
+_RETAIN_SEQUENCES, _HELD_BACK_SEQUENCES, CURVATURE_TEXTS, CURVATURE_BESIDE = 32, 8, 20, 40
+"""Texts to keep, those of them that only the result is measured on, and the most of which the curvature is read, and of
+prompts about others."""
 
 
 OTHERS = 2
@@ -105,14 +106,18 @@ def chosen_columns(
     layers: Mapping[str, nn.Module],
     data: Sequence[Encoded],
     kept: Sequence[Encoded],
+    beside: Sequence[Encoded],
     config: TuneConfig,
     store: RunCache,
-) -> tuple[dict[str, Tensor], Readings]:
-    """The columns of the stream, ascending (k,) by layer, and what the layers do on text to keep.
+) -> tuple[dict[str, Tensor], list[Readings]]:
+    """The columns of the stream, ascending (k,) by layer, and what the layers do on text to keep and beside it.
 
     Raises:
         ConfigError: if no column is free.
     """
-    readings = read_layers(lm, layers, kept[:CURVATURE_TEXTS], drawn_labels(config.seed))
+    some = random.Random(config.seed).sample(beside, min(len(beside), CURVATURE_BESIDE))
+    readings = [
+        read_layers(lm, layers, texts, drawn_labels(config.seed)) for texts in (kept[:CURVATURE_TEXTS], some) if texts
+    ]
     chosen = store.get_or_compute("columns", lambda: Entry(choose_columns(lm, layers, data, readings, config))).tensors
     return {n: i.to(lm.device) for n, i in chosen.items()}, readings

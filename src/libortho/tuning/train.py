@@ -38,6 +38,9 @@ STOP_LOSS = 0.1
 SHORTER, LONGER, MOST_DAMPING = 4.0, 2.0, 100.0
 """Factors by which damping rises where records became less likely, and falls where they did not, and its bound
 (Levenberg-Marquardt; Nocedal and Wright, Numerical Optimization, 10.3)."""
+PULL = 0.01
+"""What of the damping weighs the whole way from the base, in a step that sees all records; of one that sees a part of
+them the same part, for such a step takes back what others need."""
 BESIDE, FEWEST_BESIDE, ASIDE = 0.25, 4, 1.0
 """Texts about others of one step: a share of its records, and at least so many; and their weight beside records."""
 VALIDATED_EVERY, PATIENCE = 4, 3
@@ -164,7 +167,7 @@ class Training:
             taught = self.contexts[number].taught
             equations.kept([self.texts[i] for i in texts], [taught[i] for i in texts], weight)
         self.sound = self._copies()
-        equations.solve(self.config.step, state.damping)
+        equations.solve(self.config.step, state.damping, PULL * len(records) / len(self.data))
         state.step += 1
         if state.step >= self.most_steps:
             state.stopped = "epochs"

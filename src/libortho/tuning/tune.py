@@ -157,9 +157,9 @@ def tune(
                 before = judged_states(lm, held_back)
                 contexts = [_context(lm, values, [*kept, *beside]) for values in _contexts(earlier, config)]
                 known = _said(lm, tokenizer, records, items)
-            with watch.phase("columns"), reading(model, progress, "columns", _size([*kept, *items])):
-                columns, readings = chosen_columns(lm, current, items, kept, config, store)
-                metrics = preconditioners([readings], columns, config.damping)
+            with watch.phase("columns"), reading(model, progress, "columns", _size([*kept, *beside, *items])):
+                columns, readings = chosen_columns(lm, current, items, kept, beside, config, store)
+                metrics = preconditioners(readings, columns, config.damping)
                 del readings  # the largest thing in memory
             tuned = {n: TunedLinear(current[n], i, linear_shape(targets[n])[0]) for n, i in columns.items()}
             swap(model, tuned)
