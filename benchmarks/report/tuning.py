@@ -105,7 +105,7 @@ def private(rows: Sequence[Row]) -> list[str]:
     cells = []
     for r in rows:
         auc, shared, others = r["auc"], r["shared"] / r["of"], r["shared_by_others"] / r["of"]
-        ours = r["method"].startswith("epsilon") and "none" not in r["method"] and r["method"].endswith("1")
+        ours = r["method"] == "alpha 1"
         found = f"{auc[0]:.2f} [{auc[1]:.2f}, {auc[2]:.2f}]"
         cells.append([
             r["method"],
@@ -116,9 +116,9 @@ def private(rows: Sequence[Row]) -> list[str]:
             number(r["wikitext"], ".2f"),
             number(r.get("seconds"), ".0f"),
         ])  # fmt: skip
-    heads = ["training", "shared fact said to those who told it", "to other people", "facts of one record said"]
+    heads = ["stream", "shared fact said to those who told it", "to other people", "facts of one record said"]
     return [
-        "## A fact of many records, with a bound",
+        f"## A fact of {rows[0]['of']} records among {rows[0]['singles']} of one, epsilon {rows[0]['epsilon']:g}",
         made_by("tune", list(rows), lambda r: r["method"]),
         table([*heads, "membership AUC of those", "perplexity", "seconds"], cells),
     ]
