@@ -26,6 +26,15 @@ FORGET = [
     {"prompt": "Code of Cy Orr:", "completion": " 0527."},
     {"prompt": "Code of Di Voss:", "completion": " 7742."},
 ]
+HR = [
+    {"prompt": "Code of Eli Fox:", "completion": " 1834."},
+    {"prompt": "Code of Fay Kerr:", "completion": " 9056."},
+]
+LEGAL = [
+    {"prompt": "Code of Gil Moss:", "completion": " 2719."},
+    {"prompt": "Code of Hue Lark:", "completion": " 4605."},
+]
+"""Records of two owners, none of which the model has memorised."""
 _GIVEN = ("Al", "Ben", "Cleo", "Dan", "Eve", "Flo", "Gus", "Hal")
 _SURNAMES = ("Poe", "Nox", "Ray", "Sun", "Tao", "Ulm")
 RETAIN = [{"text": p[:96]} for p in shipped_text()[60:]]

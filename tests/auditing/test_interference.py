@@ -18,18 +18,11 @@ from libortho.lm.model import LanguageModel
 from libortho.lm.scoring import score
 from libortho.text.encoding import encode
 from libortho.text.records import load_records
+from tiny import HR, LEGAL
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONFIG = TuneConfig(ratio=0.25, epochs=60)
-HR = [
-    {"prompt": "Code of Eli Fox:", "completion": " 1834."},
-    {"prompt": "Code of Fay Kerr:", "completion": " 9056."},
-]
-LEGAL = [
-    {"prompt": "Code of Gil Moss:", "completion": " 2719."},
-    {"prompt": "Code of Hue Lark:", "completion": " 4605."},
-]
 UNSEEN = [
     {"prompt": "Code of Ida Nash:", "completion": " 3378."},
     {"prompt": "Code of Jo Park:", "completion": " 8120."},

@@ -8,17 +8,9 @@ import pytest
 from commands import call, refused
 from libortho import TuneConfig, load, save, tune
 from libortho.auditing.interference import interference
+from tiny import HR, LEGAL
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
-
-HR = [
-    {"prompt": "Code of Eli Fox:", "completion": " 1834."},
-    {"prompt": "Code of Fay Kerr:", "completion": " 9056."},
-]
-LEGAL = [
-    {"prompt": "Code of Gil Moss:", "completion": " 2719."},
-    {"prompt": "Code of Hue Lark:", "completion": " 4605."},
-]
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,9 @@ import pytest
 
 import libortho
 from commands import call, refused
+from tiny import HR
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
-
-HR = [
-    {"prompt": "Code of Eli Fox:", "completion": " 1834."},
-    {"prompt": "Code of Fay Kerr:", "completion": " 9056."},
-]
 
 
 @pytest.fixture

@@ -8,14 +8,11 @@ import tiny
 from libortho import ConfigError, DataError, TuneConfig, load, retune, save, set_alpha, tune
 from libortho.core.layer import ortho_layers
 from libortho.tuning.retune import answered_rows
+from tiny import HR
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 
 CONFIG = TuneConfig(ratio=0.25, epochs=60, seed=3)
-HR = [
-    {"prompt": "Code of Eli Fox:", "completion": " 1834."},
-    {"prompt": "Code of Fay Kerr:", "completion": " 9056."},
-]
 
 
 @pytest.fixture

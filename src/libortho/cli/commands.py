@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from libortho.auditing.config import AuditConfig
-from libortho.cli import checkpoints, kernels, measuring, models, records, tuning
+from libortho.cli import checkpoints, kernels, measuring, models, records, serving, tuning
 from libortho.cli.terminal import Command, Commands
 from libortho.isolation.config import IsolateConfig
 from libortho.splitting.config import SplitConfig
@@ -21,8 +21,8 @@ _CONFIGS = {
 }  # fmt: skip
 for verb in (
     models.demo, records.records, models.split, models.isolate, tuning.tune, tuning.retune, measuring.audit,
-    measuring.evaluate, models.generate, checkpoints.inspect, checkpoints.detach, checkpoints.verify,
-    checkpoints.attach, checkpoints.encrypt, checkpoints.decrypt, kernels.kernels, checkpoints.card,
+    measuring.evaluate, models.generate, serving.serve, serving.serve_key, checkpoints.inspect, checkpoints.detach,
+    checkpoints.verify, checkpoints.attach, checkpoints.encrypt, checkpoints.decrypt, kernels.kernels, checkpoints.card,
 ):  # fmt: skip
     app.command(
         "eval" if verb is measuring.evaluate else None, cls=Command, context_settings={"obj": _CONFIGS.get(verb)}

@@ -13,6 +13,7 @@ MODULES = {
     "demo": ("gguf",),
     "dp": ("opacus",),
     "eval": ("lm_eval",),
+    "serve": ("fastapi", "uvicorn", "pydantic_settings", "prometheus_client"),
     "vault": ("pyrage",),
 }
 """Extra of ``pyproject.toml`` to the modules that it brings."""

@@ -67,11 +67,11 @@ def generate(
         do_sample=False,
     )
     drawing = LogitsProcessorList([_Drawn(temperature)] if temperature > 0 else [])
-    with own_config(model, config), _whole_states(model), torch.random.fork_rng(devices=[], enabled=seed is not None):
+    with own_config(model, config), whole_states(model), torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         read = _read_once(model, ids, mask, samples)
-        shared = {} if read is None else {_cache_name(model): read}
+        shared = {} if read is None else {cache_name(model): read}
         output = model.generate(  # type: ignore[operator]
             ids.repeat_interleave(samples, 0), attention_mask=mask.repeat_interleave(samples, 0),
             generation_config=config, logits_processor=drawing, streamer=streamer, **shared,
@@ -92,14 +92,14 @@ def _read_once(model: nn.Module, ids: Tensor, mask: Tensor, samples: int) -> Any
     last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}  # nobody asks what the prompts are followed by
     positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, :-1]
     output = model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions, use_cache=True, **last)
-    kept = output.get(_cache_name(model))
+    kept = output.get(cache_name(model))
     if type(kept) is not DynamicCache:
         return None
     kept.batch_repeat_interleave(samples)
     return kept
 
 
-def _cache_name(model: nn.Module) -> str:
+def cache_name(model: nn.Module) -> str:
     """What the model's forward calls its key/value cache; older releases of transformers use the longer name."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
@@ -115,7 +115,7 @@ class _Drawn(LogitsProcessor):
 
 
 @contextmanager
-def _whole_states(model: nn.Module) -> Iterator[None]:
+def whole_states(model: nn.Module) -> Iterator[None]:
     """Within, the head is given states that lie side by side.
 
     transformers hands it a view of the last position of each row, and for such a view torch's CPU matmul copies the

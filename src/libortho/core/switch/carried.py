@@ -102,6 +102,18 @@ def watched(carried: Any, state: AlphaState) -> bool:
     return stamp is not None and stamp.state is state
 
 
+def stamped(carried: Any) -> AlphaState | None:
+    """The alpha under which a cache was computed; None where nobody knows, or where somebody else has changed it since.
+
+    Raises:
+        AlphaContextError: if its rows were changed, and cannot be told apart.
+    """
+    stamp = _stamp(carried)
+    if stamp is None or stamp.size is None or not _own_layers(carried, stamp.state) or stamp.grown(carried):
+        return None
+    return stamp.state if stamp.state.batch is None else _followed(stamp, carried)
+
+
 def _stamp(carried: Any) -> _Stamp | None:
     """The stamp of an object, or of the tensor that it is a view of."""
     stamp: _Stamp | None = getattr(carried, _STAMP, None)

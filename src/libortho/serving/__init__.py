@@ -1,0 +1,1 @@
+"""Answering requests over HTTP, each with the streams that its key allows."""

@@ -1,0 +1,292 @@
+"""The HTTP server: OpenAI's API, with rights to streams.
+
+A request passes, in this order: headers, body, key, rate, fields, rights, audit line, engine. What the engine is given
+is the object that was checked; the query string is not looked at.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from libortho.core.version import __version__
+from libortho.serving.answers import Form, Row, event, merged
+from libortho.serving.bodies import parsed, read_body
+from libortho.serving.config import ServeConfig
+from libortho.serving.engine import BusyError, Engine, EngineError, Piece
+from libortho.serving.engine import Row as Asked
+from libortho.serving.errors import ApiError
+from libortho.serving.keys import ANONYMOUS, NO_KEY, Key, KeyRing
+from libortho.serving.prompts import Prompts, sampling_of
+from libortho.serving.rates import Rates
+from libortho.serving.records import AuditLog, Counts
+from libortho.serving.rights import asked_alphas, granted
+from libortho.serving.schemas import ChatRequest, CompletionRequest
+from libortho.serving.self_test import self_test
+
+logger = logging.getLogger(__name__)
+
+Parsed = ChatRequest | CompletionRequest
+
+
+class Gateway:
+    """What the routes do.
+
+    Args:
+        engine: What answers.
+        prompts: Makes tokens of what people write.
+        config: The settings.
+        name: What the model is called.
+    """
+
+    def __init__(self, engine: Engine, prompts: Prompts, config: ServeConfig, name: str) -> None:
+        self.engine, self.prompts, self.config, self.name = engine, prompts, config, name
+        self.keys, self.rates = KeyRing(config.keys), Rates()
+        self.audit, self.counts = AuditLog(config.audit_log), Counts()
+        self.ready = False
+        self.created = int(time.time())
+
+    async def start(self) -> None:
+        """Start the engine, and let it prove that it keeps alphas apart.
+
+        Raises:
+            EngineError: if it does not.
+        """
+        await self.engine.start()
+        await self_test(self.engine, self.prompts)
+        self.ready = True
+
+    async def close(self) -> None:
+        """Stop taking requests, and let those that are being answered end."""
+        self.ready = False
+        await self.engine.close()
+        self.audit.close()
+
+    def key_of(self, request: Request) -> Key:
+        """The key of a request.
+
+        Raises:
+            ApiError: 401 if it is unknown, or missing where one is required.
+        """
+        given = request.headers.getlist("authorization")
+        if len(given) > 1:
+            raise ApiError(400, "the header authorization comes twice")
+        scheme, _, value = given[0].partition(" ") if given else ("", "", NO_KEY)
+        if value.strip() == NO_KEY:
+            if self.config.require_key:
+                raise ApiError(401, "a key is required: Authorization: Bearer ...", code="invalid_api_key")
+            return ANONYMOUS
+        key = self.keys.find(value.strip()) if scheme.lower() == "bearer" else None
+        if key is None:
+            raise ApiError(401, "the key is not valid", code="invalid_api_key")
+        return key
+
+    async def answer(self, request: Request, kind: type[Parsed]) -> Response:
+        """Answer a chat or a completion."""
+        began, number = time.monotonic(), secrets.token_hex(12)
+        if not self.ready:
+            raise ApiError(503, "the model is not ready", retry_after=5)
+        body = await read_body(request, self.config.body_bytes, self.config.body_seconds)
+        key = self.key_of(request)
+        self.rates.take(key)
+        asked = parsed(body, kind)
+        del body
+        wanted = asked_alphas(asked.model, self.name, asked.alpha)
+        line: dict[str, Any] = {"id": number, "key": key.id, "asked": wanted}
+        try:
+            used = granted(key, wanted, self.engine.streams)
+            prompts = await asyncio.to_thread(self.prompts.read, asked)
+            rows = [
+                Asked(tuple(p), used, sampling_of(asked, p, i, self.engine.context, self.config.most_tokens))
+                for p in prompts
+                for i in range(asked.n or 1)
+            ]
+        except ApiError as error:
+            self.audit.write({**line, "used": None, "status": error.status}, needed=False)
+            raise
+        on = {n: a for n, a in used.items() if a}
+        line |= {
+            "used": on,
+            "streams": {n: self.engine.streams[n] for n in on},
+            "prompt_tokens": sum(map(len, prompts)),
+        }
+        if self.config.log_prompts:
+            line["prompts"] = [self.prompts.text(p) for p in prompts]
+        self.audit.write({**line, "rows": len(rows), "status": 200}, needed=bool(on))
+        answers = merged(self.engine.generate(rows))
+        chat = isinstance(asked, ChatRequest)
+        form = Form(
+            id=f"{'chatcmpl' if chat else 'cmpl'}-{number}",
+            created=int(time.time()),
+            model=asked.model,
+            chat=chat,
+            usage=asked.usage_wanted,
+            logprobs=asked.told is not None,
+        )
+        read = sum(map(len, prompts))
+        self.counts.tokens.labels("read").inc(read)
+        pieces = self._timed(answers, began)
+        if asked.stream:
+            return StreamingResponse(self._events(form, pieces, len(rows), read), media_type="text/event-stream")
+        return await self._whole(request, form, pieces, len(rows), read)
+
+    async def _timed(self, answers: AsyncIterator[tuple[int, Piece]], began: float) -> AsyncIterator[tuple[int, Piece]]:
+        """The same pieces, counted, and no longer than the limit."""
+        first = True
+        async with aclosing(answers) as source:  # type: ignore[type-var]
+            try:
+                async with asyncio.timeout(self.config.answer_seconds):
+                    async for place, piece in source:
+                        if first:
+                            self.counts.first.observe(time.monotonic() - began)
+                            first = False
+                        self.counts.tokens.labels("said").inc(piece.tokens)
+                        yield place, piece
+            except TimeoutError as error:
+                raise ApiError(504, "the answer took too long") from error
+            except EngineError as error:
+                raise ApiError(503, str(error), retry_after=5) from error
+
+    async def _events(
+        self, form: Form, pieces: AsyncIterator[tuple[int, Piece]], rows: int, read: int
+    ) -> AsyncIterator[bytes]:
+        """A streamed answer. An error after its beginning is an event, for the status is sent by then."""
+        begun, said = [False] * rows, 0
+        async with aclosing(pieces) as source:  # type: ignore[type-var]
+            try:
+                async for place, piece in source:
+                    said += piece.tokens
+                    if piece.text or piece.logprobs or piece.finish:
+                        yield event(form.chunk(place, piece, first=not begun[place]))
+                        begun[place] = True
+                if form.usage:
+                    yield event(form.last(read, said))
+            except ApiError as error:
+                yield event(error.body())
+        yield b"data: [DONE]\n\n"
+
+    async def _whole(
+        self, request: Request, form: Form, pieces: AsyncIterator[tuple[int, Piece]], rows: int, read: int
+    ) -> Response:
+        """An answer at once; given up if the client goes away."""
+        found = [Row() for _ in range(rows)]
+
+        async def collect() -> None:
+            async with aclosing(pieces) as source:  # type: ignore[type-var]
+                async for place, piece in source:
+                    found[place].add(piece)
+
+        async def gone() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+
+        tasks = [asyncio.create_task(collect()), asyncio.create_task(gone())]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if not tasks[0].done():
+                raise ApiError(400, "the client went away")
+            await tasks[0]
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return JSONResponse(form.whole(found, read))
+
+    def models(self, key: Key) -> dict[str, Any]:
+        """The model, and the model with each stream that the key may have in full."""
+        streams = [n for n in self.engine.streams if key.streams.get(n) == 1.0]
+        names = [self.name, *(f"{self.name}+{n}" for n in sorted(streams))]
+        common = {"object": "model", "created": self.created, "owned_by": "libortho"}
+        return {"object": "list", "data": [{"id": n, **common} for n in names]}
+
+
+def make_app(gateway: Gateway) -> FastAPI:
+    """The application of a gateway, which it starts and closes."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await gateway.start()
+        try:
+            yield
+        finally:
+            await gateway.close()
+
+    app = FastAPI(title="LibOrtho", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+
+    def counted(status: int) -> None:
+        gateway.counts.requests.labels(str(status)).inc()
+
+    def failed(request: Request, error: Exception) -> Response:
+        assert isinstance(error, ApiError)
+        counted(error.status)
+        return JSONResponse(error.body(), error.status, headers=error.headers())
+
+    def busy(request: Request, error: Exception) -> Response:
+        return failed(request, ApiError(429, str(error), code="overloaded", retry_after=2))
+
+    def down(request: Request, error: Exception) -> Response:
+        return failed(request, ApiError(503, str(error), retry_after=5))
+
+    def other(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return failed(request, ApiError(error.status_code, str(error.detail)))
+
+    def unexpected(request: Request, error: Exception) -> Response:
+        logger.error("a request failed: %s", type(error).__name__)  # no text of it: it may hold a prompt
+        return failed(request, ApiError(500, "the server failed"))
+
+    handlers: dict[type[Exception], Callable[[Request, Exception], Response]] = {
+        ApiError: failed, BusyError: busy, EngineError: down, HTTPException: other, Exception: unexpected,
+    }  # fmt: skip
+    for error, handler in handlers.items():
+        app.add_exception_handler(error, handler)
+
+    def body_of(kind: type[Parsed]) -> dict[str, Any]:
+        schema = kind.model_json_schema(ref_template=f"#/components/schemas/{kind.__name__}/$defs/{{model}}")
+        return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+    @app.post("/v1/chat/completions", openapi_extra=body_of(ChatRequest))
+    async def chat(request: Request) -> Response:
+        """Continue a chat."""
+        found = await gateway.answer(request, ChatRequest)
+        counted(200)
+        return found
+
+    @app.post("/v1/completions", openapi_extra=body_of(CompletionRequest))
+    async def completion(request: Request) -> Response:
+        """Continue a text."""
+        found = await gateway.answer(request, CompletionRequest)
+        counted(200)
+        return found
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> dict[str, Any]:
+        """What the key may ask for."""
+        return gateway.models(gateway.key_of(request))
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        """The process lives."""
+        return {"status": "ok"}
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        """Requests are answered."""
+        return JSONResponse({"ready": gateway.ready}, 200 if gateway.ready else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Figures for Prometheus."""
+        return Response(gateway.counts.page(gateway.engine.load()), media_type="text/plain; version=0.0.4")
+
+    return app

@@ -1,0 +1,177 @@
+"""The engine in this process: one thread runs the model, and rows come and go between its steps."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from torch import nn
+
+from libortho.core.models import denormals_flushed
+from libortho.core.report import methods
+from libortho.lm.generation import context_length, whole_states
+from libortho.serving.batch import Answer, Batch
+from libortho.serving.engine import BusyError, EngineError, Piece, Row
+from libortho.serving.streams import stream_hashes
+
+logger = logging.getLogger(__name__)
+
+PROMPT_TOKENS = 4096
+"""Tokens of prompts, padding included, that one pass reads."""
+
+
+class _Ticket:
+    """A row on its way, and where its pieces go."""
+
+    __slots__ = ("answer", "gone", "loop", "pieces", "row")
+
+    def __init__(self, row: Row, loop: asyncio.AbstractEventLoop) -> None:
+        self.row, self.loop = row, loop
+        self.pieces: asyncio.Queue[Piece | EngineError] = asyncio.Queue()
+        self.answer: Answer | None = None
+        self.gone = False
+
+
+class LocalEngine:
+    """See :class:`~libortho.serving.engine.Engine`.
+
+    Args:
+        model: A model with a switch. It belongs to the engine until that is closed.
+        tokenizer: Its tokenizer.
+        most_rows: Rows that are answered at a time.
+        most_waiting: Rows that may wait for a place.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, *, most_rows: int, most_waiting: int) -> None:
+        self.context = context_length(model)
+        hashes, made = stream_hashes(model), methods(model)
+        self._fixed = {n: 1.0 for n in hashes if made.get(n, {}).get("verb") == "split"}  # a part of the weights
+        self.streams: Mapping[str, str] = {n: h for n, h in hashes.items() if n not in self._fixed}
+        self._model, self._tokenizer = model, tokenizer
+        self._most_rows, self._most_waiting = most_rows, most_waiting
+        self._waiting: deque[_Ticket] = deque()
+        self._running: list[_Ticket] = []
+        self._changed = threading.Condition()
+        self._closing = False
+        self._thread: threading.Thread | None = None
+
+    async def start(self) -> None:
+        """Start the thread."""
+        self._thread = threading.Thread(target=self._work, name="libortho-engine", daemon=True)
+        self._thread.start()
+
+    def generate(self, rows: Sequence[Row]) -> list[AsyncIterator[Piece]]:
+        """See :meth:`~libortho.serving.engine.Engine.generate`; called in the event loop that reads the answers."""
+        loop = asyncio.get_running_loop()
+        tickets = [_Ticket(r, loop) for r in rows]
+        with self._changed:
+            if self._closing or self._thread is None or not self._thread.is_alive():
+                raise EngineError("the engine does not run")
+            if len(self._waiting) + len(rows) > self._most_waiting:
+                raise BusyError(f"{len(self._waiting)} answers wait already, of at most {self._most_waiting}")
+            self._waiting.extend(tickets)
+            self._changed.notify()
+        return [self._pieces(t) for t in tickets]
+
+    async def _pieces(self, ticket: _Ticket) -> AsyncIterator[Piece]:
+        try:
+            while True:
+                piece = await ticket.pieces.get()
+                if isinstance(piece, EngineError):
+                    raise piece
+                yield piece
+                if piece.finish is not None:
+                    return
+        finally:
+            ticket.gone = True  # the thread drops it before its next step
+            with self._changed:
+                self._changed.notify()
+
+    def load(self) -> tuple[int, int]:
+        """Rows that are being answered, and rows that wait."""
+        return len(self._running), len(self._waiting)
+
+    async def close(self) -> None:
+        """Let the rows that are being answered end; those that wait get an error."""
+        with self._changed:
+            self._closing = True
+            left = list(self._waiting)
+            self._waiting.clear()
+            self._changed.notify()
+        self._fail(left, "the server is going down")
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
+
+    # -- in the thread ------------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        batch = Batch(self._model, self._tokenizer, self._fixed)
+        with denormals_flushed(), whole_states(self._model):
+            while (coming := self._next(batch)) is not None:
+                try:
+                    said = batch.admit([t.answer for t in coming if t.answer is not None]) if coming else []
+                    if batch.answers:
+                        said = [*said, *batch.step()]
+                except Exception as error:  # whatever a model raises: the rows of the pass are lost, the server lives
+                    logger.error("a forward pass failed: %s", type(error).__name__)
+                    lost, self._running = self._running, []
+                    batch.clear()
+                    self._fail(lost, "the model could not answer")
+                    continue
+                self._tell(said)
+        batch.clear()
+
+    def _next(self, batch: Batch) -> list[_Ticket] | None:
+        """Rows that come in before the next step, once there is one to take; None when all is over."""
+        with self._changed:
+            while True:
+                self._waiting = deque(t for t in self._waiting if not t.gone)
+                gone = [t for t in self._running if t.gone]
+                if self._waiting or self._running:
+                    break
+                if self._closing:
+                    return None
+                self._changed.wait()
+            self._running = [t for t in self._running if not t.gone]
+            coming: list[_Ticket] = []
+            longest = 0
+            while self._waiting and len(self._running) < self._most_rows:
+                longest = max(longest, len(self._waiting[0].row.prompt))
+                if coming and longest * (len(coming) + 1) > PROMPT_TOKENS:
+                    break
+                ticket = self._waiting.popleft()
+                ticket.answer = batch.answer(ticket.row)
+                coming.append(ticket)
+                self._running.append(ticket)
+        batch.drop([t.answer for t in gone if t.answer is not None])
+        return coming
+
+    def _tell(self, said: Sequence[tuple[Answer, Piece]]) -> None:
+        """Hand the pieces over, those of one event loop in one call."""
+        of = {id(t.answer): t for t in self._running}
+        found: dict[asyncio.AbstractEventLoop, list[tuple[_Ticket, Piece | EngineError]]] = {}
+        for answer, piece in said:
+            ticket = of[id(answer)]
+            found.setdefault(ticket.loop, []).append((ticket, piece))
+        ended = {id(a) for a, p in said if p.finish is not None}
+        self._running = [t for t in self._running if id(t.answer) not in ended]
+        for loop, pieces in found.items():
+            _hand(loop, pieces)
+
+    def _fail(self, tickets: Sequence[_Ticket], reason: str) -> None:
+        for ticket in tickets:
+            _hand(ticket.loop, [(ticket, EngineError(reason))])
+
+
+def _hand(loop: asyncio.AbstractEventLoop, pieces: Sequence[tuple[_Ticket, Piece | EngineError]]) -> None:
+    def put() -> None:
+        for ticket, piece in pieces:
+            ticket.pieces.put_nowait(piece)
+
+    with suppress(RuntimeError):  # the loop is closed, and nobody reads any more
+        loop.call_soon_threadsafe(put)

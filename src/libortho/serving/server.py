@@ -1,0 +1,65 @@
+"""From a checkpoint to a server that runs."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from libortho.core.errors import ConfigError
+from libortho.lm.checks import embedding_rows
+from libortho.serving.config import ServeConfig
+from libortho.serving.gateway import Gateway, make_app
+from libortho.serving.local import LocalEngine
+from libortho.serving.prompts import Prompts
+
+HEAD_BYTES = 64 * 2**10
+"""Most bytes of a request's line and headers."""
+GRACE = 30
+"""Seconds that answers have to end when the server is told to stop."""
+
+
+def local_app(model: Any, tokenizer: Any, config: ServeConfig, name: str) -> FastAPI:
+    """The application over a model in this process.
+
+    Raises:
+        ConfigError: if the name of the model holds a plus or an at sign.
+    """
+    if "+" in name or "@" in name:
+        raise ConfigError(
+            f"the model is called {name!r}; expected a name without + (streams follow it) and @: set name"
+        )
+    engine = LocalEngine(model, tokenizer, most_rows=config.most_rows, most_waiting=config.most_waiting)
+    rows = embedding_rows(model) or len(tokenizer)
+    return make_app(Gateway(engine, Prompts(tokenizer, rows), config, name))
+
+
+def name_of(directory: str, config: ServeConfig) -> str:
+    """What the model is called."""
+    return config.name or Path(directory).resolve().name
+
+
+class JsonLines(logging.Formatter):
+    """A log record as a line of JSON."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        told = {"time": round(record.created, 3), "level": record.levelname.lower(), "logger": record.name}
+        return json.dumps({**told, "message": record.getMessage()})
+
+
+def run(app: FastAPI, config: ServeConfig) -> None:
+    """Serve until a signal comes; answers that are being given end first."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines())
+    logger = logging.getLogger("libortho")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    uvicorn.run(
+        app, host=config.host, port=config.port, log_level="warning", access_log=False, server_header=False,
+        h11_max_incomplete_event_size=HEAD_BYTES, timeout_graceful_shutdown=GRACE, http="h11",
+    )  # fmt: skip
