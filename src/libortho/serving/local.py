@@ -14,6 +14,7 @@ from torch import nn
 
 from libortho.core.models import denormals_flushed
 from libortho.core.report import methods
+from libortho.core.switch.alpha import get_switch
 from libortho.lm.generation import context_length, whole_states
 from libortho.serving.batch import Answer, Batch
 from libortho.serving.engine import BusyError, EngineError, Piece, Row
@@ -45,9 +46,13 @@ class LocalEngine:
         tokenizer: Its tokenizer.
         most_rows: Rows that are answered at a time.
         most_waiting: Rows that may wait for a place.
+        constant: Whether streams that are off are computed all the same, so that time does not tell an alpha.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, *, most_rows: int, most_waiting: int) -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, *, most_rows: int, most_waiting: int, constant: bool = False
+    ) -> None:
+        get_switch(model).constant = constant
         self.context = context_length(model)
         hashes, made = stream_hashes(model), methods(model)
         self._fixed = {n: 1.0 for n in hashes if made.get(n, {}).get("verb") == "split"}  # a part of the weights
@@ -61,7 +66,12 @@ class LocalEngine:
         self._thread: threading.Thread | None = None
 
     async def start(self) -> None:
-        """Start the thread."""
+        """Start the thread.
+
+        Raises:
+            TargetError: if the model cannot answer several rows at a time.
+        """
+        self._batch = Batch(self._model, self._tokenizer, self._fixed)
         self._thread = threading.Thread(target=self._work, name="libortho-engine", daemon=True)
         self._thread.start()
 
@@ -110,7 +120,7 @@ class LocalEngine:
     # -- in the thread ------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        batch = Batch(self._model, self._tokenizer, self._fixed)
+        batch = self._batch
         with denormals_flushed(), whole_states(self._model):
             while (coming := self._next(batch)) is not None:
                 try:

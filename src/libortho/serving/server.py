@@ -33,7 +33,10 @@ def local_app(model: Any, tokenizer: Any, config: ServeConfig, name: str) -> Fas
         raise ConfigError(
             f"the model is called {name!r}; expected a name without + (streams follow it) and @: set name"
         )
-    engine = LocalEngine(model, tokenizer, most_rows=config.most_rows, most_waiting=config.most_waiting)
+    engine = LocalEngine(
+        model, tokenizer, most_rows=config.most_rows, most_waiting=config.most_waiting,
+        constant=config.timing == "constant",
+    )  # fmt: skip
     rows = embedding_rows(model) or len(tokenizer)
     return make_app(Gateway(engine, Prompts(tokenizer, rows), config, name))
 

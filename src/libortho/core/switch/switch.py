@@ -76,7 +76,11 @@ class Switch:
     Attributes:
         number: What compiled graphs know it by: random, so that another process has none of this number. A copy has
             another.
+        constant: Whether streams that are off for all sequences of a batch are computed all the same, where a context
+            names a value for each sequence. A server sets it, so that the time of an answer does not tell its alpha.
     """
+
+    constant = False
 
     def __init__(self) -> None:
         self._persistent: dict[str, float | tuple[float, ...]] = {}
@@ -142,7 +146,7 @@ class Switch:
         lengths = {len(v) for v in values.values() if isinstance(v, tuple)}
         if len(lengths) > 1:
             raise AlphaError(f"per-sequence alphas of different lengths {sorted(lengths)}; one value per sequence each")
-        return AlphaState(values, lengths.pop() if lengths else None)
+        return AlphaState(values, lengths.pop() if lengths else None, constant=self.constant)
 
     def set(self, spec: AlphaSpec, *, extrapolate: bool) -> None:
         """Change the persistent value."""
