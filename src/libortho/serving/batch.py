@@ -54,7 +54,7 @@ class Batch:
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, fixed: Mapping[str, float] | None = None) -> None:
-        self._model, self._tokenizer, self._fixed = model, tokenizer, dict(fixed or {})
+        self._model, self._tokenizer, self._fixed = model, tokenizer, {} if fixed is None else fixed
         self._takes = inspect.signature(model.forward).parameters
         self._cache_name = cache_name(model)
         self._ends = frozenset(end_tokens(model, tokenizer))

@@ -6,12 +6,14 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from torch import nn
 
+from libortho.core.errors import LibOrthoError
 from libortho.core.models import denormals_flushed
 from libortho.core.report import methods
 from libortho.core.switch.alpha import get_switch
@@ -24,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 PROMPT_TOKENS = 4096
 """Tokens of prompts, padding included, that one pass reads."""
+
+
+_Change = tuple[Callable[[nn.Module], None], asyncio.AbstractEventLoop, "asyncio.Future[None]"]
 
 
 class _Ticket:
@@ -54,13 +59,14 @@ class LocalEngine:
     ) -> None:
         get_switch(model).constant = constant
         self.context = context_length(model)
-        hashes, made = stream_hashes(model), methods(model)
-        self._fixed = {n: 1.0 for n in hashes if made.get(n, {}).get("verb") == "split"}  # a part of the weights
-        self.streams: Mapping[str, str] = {n: h for n, h in hashes.items() if n not in self._fixed}
+        self.streams: Mapping[str, str] = {}
         self._model, self._tokenizer = model, tokenizer
+        self._fixed: dict[str, float] = {}
+        self._read_streams()
         self._most_rows, self._most_waiting = most_rows, most_waiting
         self._waiting: deque[_Ticket] = deque()
         self._running: list[_Ticket] = []
+        self._changes: deque[_Change] = deque()
         self._changed = threading.Condition()
         self._closing = False
         self._thread: threading.Thread | None = None
@@ -82,7 +88,7 @@ class LocalEngine:
         with self._changed:
             if self._closing or self._thread is None or not self._thread.is_alive():
                 raise EngineError("the engine does not run")
-            if len(self._waiting) + len(rows) > self._most_waiting:
+            if len(self._running) + len(self._waiting) + len(rows) > self._most_rows + self._most_waiting:
                 raise BusyError(f"{len(self._waiting)} answers wait already, of at most {self._most_waiting}")
             self._waiting.extend(tickets)
             self._changed.notify()
@@ -105,6 +111,25 @@ class LocalEngine:
     def load(self) -> tuple[int, int]:
         """Rows that are being answered, and rows that wait."""
         return len(self._running), len(self._waiting)
+
+    async def change(self, work: Callable[[nn.Module], None]) -> None:
+        """Change the model's streams: rows that are being answered end as they began, others wait until it is done.
+
+        Args:
+            work: Is given the model, in the engine's thread.
+
+        Raises:
+            EngineError: if the engine does not run.
+            LibOrthoError: what ``work`` raises.
+        """
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+        with self._changed:
+            if self._closing or self._thread is None or not self._thread.is_alive():
+                raise EngineError("the engine does not run")
+            self._changes.append((work, loop, done))
+            self._changed.notify()
+        await done
 
     async def close(self) -> None:
         """Let the rows that are being answered end; those that wait get an error."""
@@ -142,6 +167,8 @@ class LocalEngine:
             while True:
                 self._waiting = deque(t for t in self._waiting if not t.gone)
                 gone = [t for t in self._running if t.gone]
+                if self._changes and not self._running:
+                    self._apply()
                 if self._waiting or self._running:
                     break
                 if self._closing:
@@ -150,7 +177,7 @@ class LocalEngine:
             self._running = [t for t in self._running if not t.gone]
             coming: list[_Ticket] = []
             longest = 0
-            while self._waiting and len(self._running) < self._most_rows:
+            while self._waiting and not self._changes and len(self._running) < self._most_rows:
                 longest = max(longest, len(self._waiting[0].row.prompt))
                 if coming and longest * (len(coming) + 1) > PROMPT_TOKENS:
                     break
@@ -160,6 +187,25 @@ class LocalEngine:
                 self._running.append(ticket)
         batch.drop([t.answer for t in gone if t.answer is not None])
         return coming
+
+    def _apply(self) -> None:
+        """Make the changes that wait."""
+        while self._changes:
+            work, loop, done = self._changes.popleft()
+            try:
+                work(self._model)
+            except LibOrthoError as error:
+                _call(loop, partial(done.set_exception, error))
+            else:
+                self._read_streams()
+                _call(loop, partial(done.set_result, None))
+
+    def _read_streams(self) -> None:
+        hashes, made = stream_hashes(self._model), methods(self._model)
+        fixed = {n: 1.0 for n in hashes if made.get(n, {}).get("verb") == "split"}  # a part of the weights
+        self.streams = {n: h for n, h in hashes.items() if n not in fixed}
+        self._fixed.clear()
+        self._fixed.update(fixed)
 
     def _tell(self, said: Sequence[tuple[Answer, Piece]]) -> None:
         """Hand the pieces over, those of one event loop in one call."""
@@ -183,5 +229,9 @@ def _hand(loop: asyncio.AbstractEventLoop, pieces: Sequence[tuple[_Ticket, Piece
         for ticket, piece in pieces:
             ticket.pieces.put_nowait(piece)
 
-    with suppress(RuntimeError):  # the loop is closed, and nobody reads any more
-        loop.call_soon_threadsafe(put)
+    _call(loop, put)
+
+
+def _call(loop: asyncio.AbstractEventLoop, work: Callable[[], None]) -> None:
+    with suppress(RuntimeError):  # the loop is closed, and nobody waits any more
+        loop.call_soon_threadsafe(work)

@@ -128,6 +128,12 @@ class Switch:
         self._persistent[name] = alpha
         self._state = AlphaState(dict(self._persistent), self._batch)
 
+    def drop_stream(self, name: str) -> None:
+        """Forget a stream."""
+        self._persistent.pop(name, None)
+        self._batch = next((len(v) for v in self._persistent.values() if isinstance(v, tuple)), None)
+        self._state = AlphaState(dict(self._persistent), self._batch)
+
     # -- what callers set ---------------------------------------------------------------------------------------------
 
     def build(self, spec: AlphaSpec, *, base: Mapping[str, Any] | None, extrapolate: bool) -> AlphaState:
