@@ -1,8 +1,8 @@
 """A server under load: whether every answer has its own alpha, and what serving costs.
 
-    python benchmarks/serve.py --part load          32 clients, 10,000 requests of mixed alphas and keys, a fifth cancelled
+    python benchmarks/serve.py --part load          32 clients, 10,000 requests, a fifth of them given up
     python benchmarks/serve.py --part throughput    mixed alphas, one alpha, and batched model.generate, in turn
-    python benchmarks/serve.py --part gateway       what the gateway costs a request, over an engine that answers at once
+    python benchmarks/serve.py --part gateway       what the gateway costs, over an engine that answers at once
     python benchmarks/serve.py --part timing        whether times tell alpha 0 from 1, with timing="constant"
 
 The model is SmolLM2 in fp32 with two streams of eight facts each, and clients speak HTTP. Under load the server is
