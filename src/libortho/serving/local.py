@@ -6,8 +6,10 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -15,6 +17,7 @@ from torch import nn
 from libortho.core.models import denormals_flushed
 from libortho.core.report import methods
 from libortho.lm.generation import context_length, whole_states
+from libortho.serving.acts import Shares, shares
 from libortho.serving.batch import Answer, Batch
 from libortho.serving.engine import BusyError, EngineError, Piece, Row
 from libortho.serving.streams import stream_hashes
@@ -37,6 +40,25 @@ class _Ticket:
         self.gone = False
 
 
+class _Aside:
+    """Work that the thread does between two steps, and its result."""
+
+    __slots__ = ("found", "work")
+
+    def __init__(self, work: Callable[[], Shares]) -> None:
+        self.work, self.found = work, Future[Shares]()
+
+    def do(self) -> None:
+        """Do it, unless nobody waits any more."""
+        if not self.found.set_running_or_notify_cancel():
+            return
+        try:
+            self.found.set_result(self.work())
+        except Exception as error:  # whatever a model raises: its text may hold a prompt
+            logger.error("a forward pass failed: %s", type(error).__name__)
+            self.found.set_exception(EngineError("the model could not tell which layers act"))
+
+
 class LocalEngine:
     """See :class:`~libortho.serving.engine.Engine`.
 
@@ -47,6 +69,8 @@ class LocalEngine:
         most_waiting: Rows that may wait for a place.
     """
 
+    forces = True
+
     def __init__(self, model: nn.Module, tokenizer: Any, *, most_rows: int, most_waiting: int) -> None:
         self.context = context_length(model)
         hashes, made = stream_hashes(model), methods(model)
@@ -55,6 +79,7 @@ class LocalEngine:
         self._model, self._tokenizer = model, tokenizer
         self._most_rows, self._most_waiting = most_rows, most_waiting
         self._waiting: deque[_Ticket] = deque()
+        self._asides: deque[_Aside] = deque()
         self._running: list[_Ticket] = []
         self._changed = threading.Condition()
         self._closing = False
@@ -70,13 +95,27 @@ class LocalEngine:
         loop = asyncio.get_running_loop()
         tickets = [_Ticket(r, loop) for r in rows]
         with self._changed:
-            if self._closing or self._thread is None or not self._thread.is_alive():
-                raise EngineError("the engine does not run")
+            self._check_runs()
             if len(self._waiting) + len(rows) > self._most_waiting:
                 raise BusyError(f"{len(self._waiting)} answers wait already, of at most {self._most_waiting}")
             self._waiting.extend(tickets)
             self._changed.notify()
         return [self._pieces(t) for t in tickets]
+
+    def _check_runs(self) -> None:
+        if self._closing or self._thread is None or not self._thread.is_alive():
+            raise EngineError("the engine does not run")
+
+    async def acts(self, ids: Sequence[int], alpha: Mapping[str, float]) -> Shares:
+        """See :meth:`~libortho.serving.engine.Engine.acts`."""
+        aside = _Aside(partial(shares, self._model, tuple(ids), {**self._fixed, **alpha}, tuple(self.streams)))
+        with self._changed:
+            self._check_runs()
+            if len(self._asides) >= self._most_waiting:
+                raise BusyError(f"{len(self._asides)} requests wait already, of at most {self._most_waiting}")
+            self._asides.append(aside)
+            self._changed.notify()
+        return await asyncio.wrap_future(aside.found)
 
     async def _pieces(self, ticket: _Ticket) -> AsyncIterator[Piece]:
         try:
@@ -124,7 +163,13 @@ class LocalEngine:
                     self._fail(lost, "the model could not answer")
                     continue
                 self._tell(said)
+                self._do_asides()
         batch.clear()
+
+    def _do_asides(self) -> None:
+        """Do what was asked for meanwhile; another pass goes between two of them."""
+        if self._asides:
+            self._asides.popleft().do()
 
     def _next(self, batch: Batch) -> list[_Ticket] | None:
         """Rows that come in before the next step, once there is one to take; None when all is over."""
@@ -132,7 +177,7 @@ class LocalEngine:
             while True:
                 self._waiting = deque(t for t in self._waiting if not t.gone)
                 gone = [t for t in self._running if t.gone]
-                if self._waiting or self._running:
+                if self._waiting or self._running or self._asides:
                     break
                 if self._closing:
                     return None
