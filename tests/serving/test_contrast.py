@@ -11,6 +11,7 @@ from server import served
 import libortho
 from libortho.core.layer import ortho_layers
 from libortho.serving.acts import shares
+from libortho.serving.answers import merged
 from libortho.serving.batch import Batch
 from libortho.serving.config import ServeConfig
 from libortho.serving.contrast import contrast, paired
@@ -227,6 +228,25 @@ def test_an_engine_that_cannot_force_rows_answers_without_comparing(two_streams,
     events = asyncio.run(main())
     assert sum("token" in e for e in events) >= 2
     assert not any("other" in e or "layers" in e for e in events)
+
+
+def test_tokens_are_told_as_they_are_said_and_an_answer_that_nobody_reads_ends(two_streams, tokenizer):
+    async def main():
+        engine = LocalEngine(two_streams, tokenizer, most_rows=2, most_waiting=4)
+        await engine.start()
+        sampling = Sampling(max_tokens=60, temperature=0.0, logprobs=0)
+        rows = paired([Row(tuple(tokenizer("Once")["input_ids"]), OFF, sampling)] * 2)
+        events = contrast(engine, rows, merged(engine.generate(rows)))
+        first = await anext(events)
+        running = engine.load()
+        await events.aclose()
+        await asyncio.wait_for(engine.close(), 20)
+        return first, running, engine.load()
+
+    first, running, left = asyncio.run(main())
+    assert {"side", "token", "text", "logprob"} == set(first)
+    assert running == (2, 0)
+    assert left == (0, 0)
 
 
 def test_a_forced_row_says_what_it_is_given_even_an_end(two_streams, tokenizer):
