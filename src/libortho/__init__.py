@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from libortho.auditing.config import AuditConfig
     from libortho.auditing.report import AuditReport
     from libortho.checkpoint.detaching import attach, detach
+    from libortho.checkpoint.live import add_stream, remove_stream
     from libortho.checkpoint.reading import load
     from libortho.checkpoint.vault import decrypt, encrypt
     from libortho.checkpoint.writing import save
@@ -59,6 +60,7 @@ _PLACES = {
     "TargetError": "core.errors",
     "TuneConfig": "tuning.config",
     "TuneResult": "tuning.result",
+    "add_stream": "checkpoint.live",
     "alpha": "core.switch.alpha",
     "attach": "checkpoint.detaching",
     "audit": "auditing.audit",
@@ -70,6 +72,7 @@ _PLACES = {
     "load": "checkpoint.reading",
     "quantise_activations": "core.layer",
     "read_records": "text.patterns",
+    "remove_stream": "checkpoint.live",
     "replace_linear_layers": "splitting.split",
     "retune": "tuning.retune",
     "save": "checkpoint.writing",
@@ -95,6 +98,7 @@ __all__ = [
     "TargetError",
     "TuneConfig",
     "TuneResult",
+    "add_stream",
     "alpha",
     "attach",
     "audit",
@@ -106,6 +110,7 @@ __all__ = [
     "load",
     "quantise_activations",
     "read_records",
+    "remove_stream",
     "replace_linear_layers",
     "retune",
     "save",

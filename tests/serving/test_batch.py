@@ -4,13 +4,16 @@ import random
 
 import pytest
 import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, MambaConfig, MambaForCausalLM
 
 import libortho
-from libortho import AlphaContextError
+from libortho import AlphaContextError, SplitConfig, TargetError, split
+from libortho.core.streams import OrthoStream
 from libortho.core.switch.rows import RowCache
 from libortho.lm.generation import generate
 from libortho.serving.batch import Batch
 from libortho.serving.engine import Row, Sampling
+from tiny import byte_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -111,3 +114,45 @@ def test_rows_cannot_be_continued_under_another_alpha(model, tokenizer):
     answer.row = Row(row.prompt, {"hr": 0.0, "legal": 0.0}, row.sampling)
     with pytest.raises(AlphaContextError, match="one request, one alpha"):
         batch.step()
+
+
+def test_streams_that_are_off_can_be_computed_all_the_same(model, tokenizer, monkeypatch):
+    """The same logits to the bit, and as many products as where the streams are on."""
+    ids, counts = torch.tensor([tokenizer("Code of Eli Fox:")["input_ids"]] * 2), []
+    switch = libortho.core.switch.alpha.get_switch(model)
+    forward = OrthoStream.forward
+    monkeypatch.setattr(OrthoStream, "forward", lambda *args: counts.append(1) or forward(*args))
+
+    def run(value):
+        counts.clear()
+        with torch.no_grad(), libortho.alpha(model, {"hr": [value] * 2, "legal": [0.0, 0.0]}):
+            return model(input_ids=ids).logits, len(counts)
+
+    plain, none = run(0.0)
+    monkeypatch.setattr(switch, "constant", True)
+    off, as_many = run(0.0)
+    on, many = run(1.0)
+    assert torch.equal(plain, off)
+    assert not torch.equal(plain, on)
+    assert none == 0
+    assert as_many == many > 0
+
+
+def test_rows_of_a_model_that_keeps_something_else_are_refused():
+    config = MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4)
+    mamba = MambaForCausalLM(config).eval()
+    split(mamba, SplitConfig(target_modules=["out_proj"], group_size=None))
+    with pytest.raises(TargetError, match="Mamba"):
+        Batch(mamba, byte_tokenizer())
+
+
+def test_rows_of_a_model_with_sliding_windows(tokenizer):
+    config = Gemma3TextConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, sliding_window=6, layer_types=["sliding_attention", "full_attention"] * 2,
+        initializer_range=0.3,
+    )  # fmt: skip
+    gemma = split(Gemma3ForCausalLM(config).eval(), SplitConfig(group_size=None, stream="hr"))
+    asked = [Row(r.prompt, {"hr": r.alpha["hr"]}, r.sampling) for r in rows(tokenizer, 12)]
+    for row, said, _ in drained(Batch(gemma, tokenizer), asked):
+        assert [t for t in said if t != tokenizer.eos_token_id] == alone(gemma, tokenizer, row)

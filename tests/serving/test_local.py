@@ -32,7 +32,7 @@ def test_rows_wait_for_a_place_and_more_are_refused(two_streams, tokenizer):
         await found.start()
         answers = found.generate([row(tokenizer, 3 + i) for i in range(4)])
         with pytest.raises(BusyError, match="wait already"):
-            found.generate([row(tokenizer)] * 5)
+            found.generate([row(tokenizer)] * 3)
         texts = await asyncio.gather(*map(text, answers))
         assert all(texts[-1].startswith(t) for t in texts)
         assert found.load() == (0, 0)

@@ -39,7 +39,7 @@ def serve(
         config, keys=keys, name=name, host=host, port=port, audit_log=audit_log, require_key=require_key, timing=timing
     )
     net, tokenizer = open_model(model, dtype_of(dtype), device_of(device))
-    app = local_app(net, tokenizer, settings, name_of(model, settings))
+    app = local_app(net, tokenizer, settings, name_of(model, settings), Path(model))
     note(f"http://{settings.host}:{settings.port}/v1 serves {name_of(model, settings)!r} once its self-test has passed")
     run(app, settings)
 

@@ -96,3 +96,8 @@ def record_method(model: nn.Module, stream: str, method: Mapping[str, Any]) -> N
 def methods(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Stream name to what :func:`record_method` noted about it."""
     return dict(getattr(model, _METHODS, {}))
+
+
+def forget_method(model: nn.Module, stream: str) -> None:
+    """Note that a stream is gone."""
+    setattr(model, _METHODS, {n: m for n, m in methods(model).items() if n != stream})

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from libortho.core.errors import TargetError
 from libortho.core.switch.alpha import alpha
 from libortho.core.switch.rows import RowCache
 from libortho.lm.generation import cache_name, end_tokens, pad_token
@@ -47,10 +48,13 @@ class Batch:
         model: A model with a switch.
         tokenizer: Its tokenizer.
         fixed: Alpha of streams that no row names.
+
+    Raises:
+        TargetError: if the model keeps something else from token to token than keys and values.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, fixed: Mapping[str, float] | None = None) -> None:
-        self._model, self._tokenizer, self._fixed = model, tokenizer, dict(fixed or {})
+        self._model, self._tokenizer, self._fixed = model, tokenizer, {} if fixed is None else fixed
         self._takes = inspect.signature(model.forward).parameters
         self._cache_name = cache_name(model)
         self._ends = frozenset(end_tokens(model, tokenizer))
@@ -58,6 +62,21 @@ class Batch:
         self._device = next(model.parameters()).device
         self.answers: list[Answer] = []
         self._cache = RowCache()
+        self._check()
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        """Read two tokens, and see what the model keeps of them."""
+        cache, ids = DynamicCache(), torch.ones(1, 2, dtype=torch.long, device=self._device)
+        try:
+            with alpha(self._model, {}):
+                self._model(input_ids=ids, use_cache=True, **{self._cache_name: cache})
+        except (TypeError, LookupError, AttributeError, ValueError) as error:
+            raise TargetError(
+                f"{type(self._model).__name__} does not take a cache of keys and values ({type(error).__name__}), "
+                "without which rows of several requests cannot be put together"
+            ) from error
+        RowCache().change([], cache, {0: 2})
 
     def answer(self, row: Row) -> Answer:
         """What ``admit`` takes."""

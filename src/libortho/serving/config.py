@@ -32,7 +32,7 @@ class ServeConfig(BaseSettings):
     """Write prompts into the audit lines."""
     most_rows: Count = 32
     """Answers that are given at a time."""
-    most_waiting: Count = 256
+    most_waiting: Annotated[int, Field(ge=2)] = 256
     """Answers that may wait for their turn; more are refused with 429."""
     most_tokens: Count = 1024
     """Most tokens of one answer."""

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -80,11 +80,14 @@ class Gateway:
         self.created = int(time.time())
 
     async def start(self) -> None:
-        """Start the engine, and let it prove that it keeps alphas apart.
+        """Start the engine, and let it prove that it keeps alphas apart, unless that is done.
 
         Raises:
             EngineError: if it does not.
+            TargetError: if the model cannot answer several rows at a time.
         """
+        if self.ready:
+            return
         await self.engine.start()
         await self_test(self.engine, self.prompts)
         self.ready = True
@@ -279,18 +282,22 @@ async def _told(events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
     yield b"data: [DONE]\n\n"
 
 
-def make_app(gateway: Gateway) -> FastAPI:
-    """The application of a gateway, which it starts and closes."""
+def make_app(gateway: Gateway, background: Callable[[], Coroutine[Any, Any, None]] | None = None) -> FastAPI:
+    """The application of a gateway, which it starts and closes; ``background`` runs as long as it does."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await gateway.start()
+        task = None if background is None else asyncio.create_task(background())
         try:
             yield
         finally:
+            if task is not None:
+                task.cancel()
             await gateway.close()
 
     app = FastAPI(title="LibOrtho", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.gateway = gateway
 
     def counted(status: int) -> None:
         gateway.counts.requests.labels(str(status)).inc()

@@ -14,8 +14,10 @@ from typing import Any
 
 from torch import nn
 
+from libortho.core.errors import LibOrthoError
 from libortho.core.models import denormals_flushed
 from libortho.core.report import methods
+from libortho.core.switch.alpha import get_switch
 from libortho.lm.generation import context_length, whole_states
 from libortho.serving.acts import Shares, shares
 from libortho.serving.batch import Answer, Batch
@@ -26,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 PROMPT_TOKENS = 4096
 """Tokens of prompts, padding included, that one pass reads."""
+
+
+_Change = tuple[Callable[[nn.Module], None], asyncio.AbstractEventLoop, "asyncio.Future[None]"]
 
 
 class _Ticket:
@@ -67,26 +72,36 @@ class LocalEngine:
         tokenizer: Its tokenizer.
         most_rows: Rows that are answered at a time.
         most_waiting: Rows that may wait for a place.
+        constant: Whether streams that are off are computed all the same, so that time does not tell an alpha.
     """
 
     forces = True
 
-    def __init__(self, model: nn.Module, tokenizer: Any, *, most_rows: int, most_waiting: int) -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, *, most_rows: int, most_waiting: int, constant: bool = False
+    ) -> None:
+        get_switch(model).constant = constant
         self.context = context_length(model)
-        hashes, made = stream_hashes(model), methods(model)
-        self._fixed = {n: 1.0 for n in hashes if made.get(n, {}).get("verb") == "split"}  # a part of the weights
-        self.streams: Mapping[str, str] = {n: h for n, h in hashes.items() if n not in self._fixed}
+        self.streams: Mapping[str, str] = {}
         self._model, self._tokenizer = model, tokenizer
+        self._fixed: dict[str, float] = {}
+        self._read_streams()
         self._most_rows, self._most_waiting = most_rows, most_waiting
         self._waiting: deque[_Ticket] = deque()
         self._asides: deque[_Aside] = deque()
         self._running: list[_Ticket] = []
+        self._changes: deque[_Change] = deque()
         self._changed = threading.Condition()
         self._closing = False
         self._thread: threading.Thread | None = None
 
     async def start(self) -> None:
-        """Start the thread."""
+        """Start the thread.
+
+        Raises:
+            TargetError: if the model cannot answer several rows at a time.
+        """
+        self._batch = Batch(self._model, self._tokenizer, self._fixed)
         self._thread = threading.Thread(target=self._work, name="libortho-engine", daemon=True)
         self._thread.start()
 
@@ -96,7 +111,7 @@ class LocalEngine:
         tickets = [_Ticket(r, loop) for r in rows]
         with self._changed:
             self._check_runs()
-            if len(self._waiting) + len(rows) > self._most_waiting:
+            if len(self._running) + len(self._waiting) + len(rows) > self._most_rows + self._most_waiting:
                 raise BusyError(f"{len(self._waiting)} answers wait already, of at most {self._most_waiting}")
             self._waiting.extend(tickets)
             self._changed.notify()
@@ -135,6 +150,24 @@ class LocalEngine:
         """Rows that are being answered, and rows that wait."""
         return len(self._running), len(self._waiting)
 
+    async def change(self, work: Callable[[nn.Module], None]) -> None:
+        """Change the model's streams: rows that are being answered end as they began, others wait until it is done.
+
+        Args:
+            work: Is given the model, in the engine's thread.
+
+        Raises:
+            EngineError: if the engine does not run.
+            LibOrthoError: what ``work`` raises.
+        """
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+        with self._changed:
+            self._check_runs()
+            self._changes.append((work, loop, done))
+            self._changed.notify()
+        await done
+
     async def close(self) -> None:
         """Let the rows that are being answered end; those that wait get an error."""
         with self._changed:
@@ -149,7 +182,7 @@ class LocalEngine:
     # -- in the thread ------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        batch = Batch(self._model, self._tokenizer, self._fixed)
+        batch = self._batch
         with denormals_flushed(), whole_states(self._model):
             while (coming := self._next(batch)) is not None:
                 try:
@@ -177,6 +210,8 @@ class LocalEngine:
             while True:
                 self._waiting = deque(t for t in self._waiting if not t.gone)
                 gone = [t for t in self._running if t.gone]
+                if self._changes and not self._running:
+                    self._apply()
                 if self._waiting or self._running or self._asides:
                     break
                 if self._closing:
@@ -185,7 +220,7 @@ class LocalEngine:
             self._running = [t for t in self._running if not t.gone]
             coming: list[_Ticket] = []
             longest = 0
-            while self._waiting and len(self._running) < self._most_rows:
+            while self._waiting and not self._changes and len(self._running) < self._most_rows:
                 longest = max(longest, len(self._waiting[0].row.prompt))
                 if coming and longest * (len(coming) + 1) > PROMPT_TOKENS:
                     break
@@ -195,6 +230,25 @@ class LocalEngine:
                 self._running.append(ticket)
         batch.drop([t.answer for t in gone if t.answer is not None])
         return coming
+
+    def _apply(self) -> None:
+        """Make the changes that wait."""
+        while self._changes:
+            work, loop, done = self._changes.popleft()
+            try:
+                work(self._model)
+            except LibOrthoError as error:
+                _call(loop, partial(done.set_exception, error))
+            else:
+                self._read_streams()
+                _call(loop, partial(done.set_result, None))
+
+    def _read_streams(self) -> None:
+        hashes, made = stream_hashes(self._model), methods(self._model)
+        fixed = {n: 1.0 for n in hashes if made.get(n, {}).get("verb") == "split"}  # a part of the weights
+        self.streams = {n: h for n, h in hashes.items() if n not in fixed}
+        self._fixed.clear()
+        self._fixed.update(fixed)
 
     def _tell(self, said: Sequence[tuple[Answer, Piece]]) -> None:
         """Hand the pieces over, those of one event loop in one call."""
@@ -218,5 +272,9 @@ def _hand(loop: asyncio.AbstractEventLoop, pieces: Sequence[tuple[_Ticket, Piece
         for ticket, piece in pieces:
             ticket.pieces.put_nowait(piece)
 
-    with suppress(RuntimeError):  # the loop is closed, and nobody reads any more
-        loop.call_soon_threadsafe(put)
+    _call(loop, put)
+
+
+def _call(loop: asyncio.AbstractEventLoop, work: Callable[[], None]) -> None:
+    with suppress(RuntimeError):  # the loop is closed, and nobody waits any more
+        loop.call_soon_threadsafe(work)

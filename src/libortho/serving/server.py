@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from libortho.serving.config import ServeConfig
 from libortho.serving.gateway import Gateway, make_app
 from libortho.serving.local import LocalEngine
 from libortho.serving.prompts import Prompts
+from libortho.serving.watching import watch
 
 HEAD_BYTES = 64 * 2**10
 """Most bytes of a request's line and headers."""
@@ -23,8 +26,8 @@ GRACE = 30
 """Seconds that answers have to end when the server is told to stop."""
 
 
-def local_app(model: Any, tokenizer: Any, config: ServeConfig, name: str) -> FastAPI:
-    """The application over a model in this process.
+def local_app(model: Any, tokenizer: Any, config: ServeConfig, name: str, directory: Path | None = None) -> FastAPI:
+    """The application over a model in this process, which follows the streams of ``directory``.
 
     Raises:
         ConfigError: if the name of the model holds a plus or an at sign.
@@ -33,9 +36,13 @@ def local_app(model: Any, tokenizer: Any, config: ServeConfig, name: str) -> Fas
         raise ConfigError(
             f"the model is called {name!r}; expected a name without + (streams follow it) and @: set name"
         )
-    engine = LocalEngine(model, tokenizer, most_rows=config.most_rows, most_waiting=config.most_waiting)
+    engine = LocalEngine(
+        model, tokenizer, most_rows=config.most_rows, most_waiting=config.most_waiting,
+        constant=config.timing == "constant",
+    )  # fmt: skip
     rows = embedding_rows(model) or len(tokenizer)
-    return make_app(Gateway(engine, Prompts(tokenizer, rows), config, name))
+    gateway = Gateway(engine, Prompts(tokenizer, rows), config, name)
+    return make_app(gateway, None if directory is None else partial(watch, directory, engine))
 
 
 def name_of(directory: str, config: ServeConfig) -> str:
@@ -53,13 +60,33 @@ class JsonLines(logging.Formatter):
 
 
 def run(app: FastAPI, config: ServeConfig) -> None:
-    """Serve until a signal comes; answers that are being given end first."""
+    """Serve until a signal comes; answers that are being given end first.
+
+    Raises:
+        EngineError: if the engine fails its self-test; nothing is served then.
+        TargetError: if the model cannot answer several rows at a time.
+    """
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     logger = logging.getLogger("libortho")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    uvicorn.run(
-        app, host=config.host, port=config.port, log_level="warning", access_log=False, server_header=False,
-        h11_max_incomplete_event_size=HEAD_BYTES, timeout_graceful_shutdown=GRACE, http="h11",
-    )  # fmt: skip
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            host=config.host,
+            port=config.port,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            h11_max_incomplete_event_size=HEAD_BYTES,
+            timeout_graceful_shutdown=GRACE,
+            http="h11",
+        )
+    )
+
+    async def main() -> None:
+        await app.state.gateway.start()  # before uvicorn, which would bury an error in a traceback
+        await server.serve()
+
+    asyncio.run(main())

@@ -159,6 +159,8 @@ class RowCache(Cache):
                     "rows of a KV cache whose alpha is unknown were to be put beside others; run the split model"
                 )
             plain = [_plain(layer) for layer in coming.layers]
+            if not plain:
+                raise TargetError("the model has put nothing into its cache; it keeps what it has read elsewhere")
             if not self.layers:
                 self.layers = [RowLayer(*p) for p in plain]
             alphas = alphas.rows(list(which)) if alphas.batch is not None else alphas

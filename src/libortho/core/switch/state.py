@@ -28,11 +28,14 @@ class AlphaState:
         batch: Number of sequences that the per-sequence values (or the caller's list) name; None for scalars.
         tokens: Tokens of each sequence in the forward pass that runs under this state; None where that is not known.
             States that differ in it alone are equal: one alpha.
+        constant: Whether per-sequence values are applied even where all of them are 0, which takes the time that others
+            take and changes no output. Such states are equal to those that stop after the base.
     """
 
     values: Mapping[str, float | tuple[float, ...]]
     batch: int | None = None
     tokens: int | None = field(default=None, compare=False)
+    constant: bool = field(default=False, compare=False)
 
     @cached_property
     def off(self) -> bool:
@@ -41,7 +44,7 @@ class AlphaState:
 
     @cached_property
     def _on(self) -> dict[str, float | tuple[float, ...]]:
-        return {n: v for n, v in self.values.items() if not is_off(v)}
+        return {n: v for n, v in self.values.items() if not is_off(v) or (self.constant and isinstance(v, tuple))}
 
     @cached_property
     def _tensors(self) -> dict[str, tuple[tuple[int, torch.device], torch.Tensor]]:

@@ -76,7 +76,11 @@ class Switch:
     Attributes:
         number: What compiled graphs know it by: random, so that another process has none of this number. A copy has
             another.
+        constant: Whether streams that are off for all sequences of a batch are computed all the same, where a context
+            names a value for each sequence. A server sets it, so that the time of an answer does not tell its alpha.
     """
+
+    constant = False
 
     def __init__(self) -> None:
         self._persistent: dict[str, float | tuple[float, ...]] = {}
@@ -124,6 +128,12 @@ class Switch:
         self._persistent[name] = alpha
         self._state = AlphaState(dict(self._persistent), self._batch)
 
+    def drop_stream(self, name: str) -> None:
+        """Forget a stream."""
+        self._persistent.pop(name, None)
+        self._batch = next((len(v) for v in self._persistent.values() if isinstance(v, tuple)), None)
+        self._state = AlphaState(dict(self._persistent), self._batch)
+
     # -- what callers set ---------------------------------------------------------------------------------------------
 
     def build(self, spec: AlphaSpec, *, base: Mapping[str, Any] | None, extrapolate: bool) -> AlphaState:
@@ -142,7 +152,7 @@ class Switch:
         lengths = {len(v) for v in values.values() if isinstance(v, tuple)}
         if len(lengths) > 1:
             raise AlphaError(f"per-sequence alphas of different lengths {sorted(lengths)}; one value per sequence each")
-        return AlphaState(values, lengths.pop() if lengths else None)
+        return AlphaState(values, lengths.pop() if lengths else None, constant=self.constant)
 
     def set(self, spec: AlphaSpec, *, extrapolate: bool) -> None:
         """Change the persistent value."""
