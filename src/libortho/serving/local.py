@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 PROMPT_TOKENS = 4096
 """Tokens of prompts, padding included, that one pass reads."""
+STALE = "the streams of the model have changed; ask again"
 
 
 _Change = tuple[Callable[[nn.Module], None], asyncio.AbstractEventLoop, "asyncio.Future[None]"]
@@ -111,11 +112,17 @@ class LocalEngine:
         tickets = [_Ticket(r, loop) for r in rows]
         with self._changed:
             self._check_runs()
+            if not all(self._fits(r) for r in rows):
+                raise EngineError(STALE)
             if len(self._running) + len(self._waiting) + len(rows) > self._most_rows + self._most_waiting:
                 raise BusyError(f"{len(self._waiting)} answers wait already, of at most {self._most_waiting}")
             self._waiting.extend(tickets)
             self._changed.notify()
         return [self._pieces(t) for t in tickets]
+
+    def _fits(self, row: Row) -> bool:
+        """Whether the streams of a row are those that there are: rows of one pass name the same."""
+        return row.alpha.keys() == self.streams.keys()
 
     def _check_runs(self) -> None:
         if self._closing or self._thread is None or not self._thread.is_alive():
@@ -235,13 +242,19 @@ class LocalEngine:
         """Make the changes that wait."""
         while self._changes:
             work, loop, done = self._changes.popleft()
+            outcome = partial(done.set_result, None)
             try:
                 work(self._model)
             except LibOrthoError as error:
-                _call(loop, partial(done.set_exception, error))
-            else:
-                self._read_streams()
-                _call(loop, partial(done.set_result, None))
+                outcome = partial(done.set_exception, error)
+            except Exception as error:  # whatever a file holds: the thread lives on
+                logger.error("a change of streams failed: %s", type(error).__name__)
+                outcome = partial(done.set_exception, EngineError("the streams could not be changed"))
+            self._read_streams()  # work that fails may have changed some of them
+            _call(loop, outcome)
+        stale = [t for t in self._waiting if not self._fits(t.row)]
+        self._waiting = deque(t for t in self._waiting if self._fits(t.row))
+        self._fail(stale, STALE)
 
     def _read_streams(self) -> None:
         hashes, made = stream_hashes(self._model), methods(self._model)
