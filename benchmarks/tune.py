@@ -200,7 +200,7 @@ def part_hundred(count: int) -> Iterator[dict[str, Any]]:
         return {"method": method, **recall, **ability(net, tokenizer, neighbours), **more}
 
     tuned = copy.deepcopy(model)
-    result = tune(tuned, tokenizer, trained, "hr", TuneConfig(ratio=0.01))
+    result = tune(tuned, tokenizer, trained, "hr", TuneConfig(ratio=0.01, batch_size=len(trained)))
     set_alpha(tuned, 1.0)
     yield row("tune", tuned, **figures_of(result))
     del tuned

@@ -91,6 +91,8 @@ def main() -> None:
         (("attach", base, out / "ortho/default", "--name", "again"), None),
         (("card", out), None),
         (("audit", streams, "--forget", forget), "audit"),
+        (("serve", tuned), "serve"),
+        (("serve-key", "payroll", "--stream", "hr=1", "--keys", work / "keys.toml"), None),
         (("encrypt", out / "ortho/default", "--out", work / "locked"), "vault"),
         (("decrypt", work / "locked", "--out", work / "opened"), "vault"),
         (("demo",), "demo"),

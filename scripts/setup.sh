@@ -9,7 +9,7 @@ PYTHON="${PYTHON:-python3}"
   exit 1
 }
 . scripts/install.sh
-all="audit,demo,dev,dp,eval,vault"
+all="audit,demo,dev,dp,eval,serve,vault"
 extras="${LIBORTHO_EXTRAS:-$all}"
 made="$(cat pyproject.toml constraints.txt scripts/setup.sh scripts/install.sh | cksum)"
 case "$(cat "$VENV/.libortho" 2>/dev/null || true)" in "$made $extras" | "$made $all") there=1 ;; *) there=0 ;; esac
