@@ -1,10 +1,12 @@
 """The engine in this process: rows that wait, that go away, and passes that fail."""
 
 import asyncio
+import copy
 from contextlib import aclosing
 
 import pytest
 
+from libortho import ConfigError, remove_stream
 from libortho.serving.engine import BusyError, EngineError, Row, Sampling
 from libortho.serving.local import LocalEngine
 from libortho.serving.prompts import Prompts
@@ -76,6 +78,44 @@ def test_a_pass_that_fails_loses_its_rows_and_nothing_else(two_streams, tokenize
             assert "1834" not in str(caught.value)
         assert calls
         assert await text(found.generate([row(tokenizer)])[0]) == expected
+        await found.close()
+
+    asyncio.run(main())
+
+
+def test_rows_that_were_granted_other_streams_than_there_are_now_are_refused(two_streams, tokenizer):
+    async def main():
+        found = engine(copy.deepcopy(two_streams), tokenizer, rows=1)
+        await found.start()
+        running, stale = found.generate([row(tokenizer, 30, prompt="Once"), row(tokenizer)])
+        await anext(running)
+        changing = asyncio.create_task(found.change(lambda model: remove_stream(model, "legal")))
+        await text(running)
+        await changing
+        with pytest.raises(EngineError, match="have changed"):
+            await asyncio.wait_for(text(stale), 20)
+        with pytest.raises(EngineError, match="have changed"):
+            found.generate([row(tokenizer)])
+        assert await text(found.generate([row(tokenizer, alpha={"hr": 0.0})])[0])
+        await found.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("error", "kind"), [(ConfigError("no"), ConfigError), (RuntimeError("1834"), EngineError)])
+def test_a_change_that_fails_half_way_leaves_the_streams_that_there_are(two_streams, tokenizer, error, kind):
+    def work(model):
+        remove_stream(model, "legal")
+        raise error
+
+    async def main():
+        found = engine(copy.deepcopy(two_streams), tokenizer)
+        await found.start()
+        with pytest.raises(kind) as caught:
+            await asyncio.wait_for(found.change(work), 20)
+        assert "1834" not in str(caught.value)
+        assert list(found.streams) == ["hr"]
+        assert await text(found.generate([row(tokenizer, alpha={"hr": 0.0})])[0])
         await found.close()
 
     asyncio.run(main())

@@ -142,7 +142,7 @@ class Batch:
     def _piece(self, answer: Answer, token: int, logits: Tensor) -> Piece:
         sampling, decoder = answer.row.sampling, answer.decoder
         answer.said.append(token)
-        if token in self._ends:
+        if token in self._ends and len(answer.said) > len(sampling.forced):
             return Piece(decoder.rest(), 1, (), "stop")
         text = decoder.add(token)
         logprobs: tuple[TokenLogprob, ...] = ()
@@ -150,11 +150,11 @@ class Batch:
             own, top = told(logits, token, sampling.logprobs)
             logprobs = (TokenLogprob(self._text(token), own, tuple((self._text(t), p) for t, p in top)),)
         if decoder.stopped:
-            return Piece(text, 1, logprobs, "stop")
+            return Piece(text, 1, logprobs, "stop", (token,))
         if len(answer.said) >= sampling.max_tokens:
             text += decoder.rest()
-            return Piece(text, 1, logprobs, "stop" if decoder.stopped else "length")
-        return Piece(text, 1, logprobs)
+            return Piece(text, 1, logprobs, "stop" if decoder.stopped else "length", (token,))
+        return Piece(text, 1, logprobs, None, (token,))
 
     def _text(self, token: int) -> str:
         return str(self._tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))

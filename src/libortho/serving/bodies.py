@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -12,6 +13,9 @@ from starlette.requests import ClientDisconnect, Request
 from libortho.serving.errors import ApiError, invalid
 
 Model = TypeVar("Model", bound=BaseModel)
+
+_KINDS = re.compile(r"(constrained-)?str|(list|function-\w+)\[.*")
+"""What pydantic puts between the names of fields where one can be of several kinds."""
 
 
 async def read_body(request: Request, most: int, seconds: float) -> bytes:
@@ -57,7 +61,7 @@ def parsed(body: bytes, kind: type[Model]) -> Model:
         return kind.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(str(p)[:64] for p in first["loc"] if not str(p).startswith(("list[", "str", "function-")))
+        where = ".".join(str(p)[:64] for p in first["loc"] if not _KINDS.fullmatch(str(p)))
         raise invalid(where or None, f"{where or 'the body'}: {first['msg']}") from error
 
 

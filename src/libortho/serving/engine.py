@@ -34,6 +34,7 @@ class Sampling:
         seed: Of the draws of this row alone; None draws one from the system.
         stop: Texts before which the answer ends.
         logprobs: Likeliest other tokens that are told with each; None tells no probabilities.
+        forced: Tokens that the row says first, instead of drawing them; none of them ends it.
     """
 
     max_tokens: int
@@ -42,6 +43,7 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    forced: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,21 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of an answer: text that is certain by now, tokens that were said, and why it ended, in the last one."""
+    """A part of an answer.
+
+    Attributes:
+        text: What is certain by now.
+        tokens: How many were said, the one that ended the answer included.
+        logprobs: Of these tokens, where they are wanted, but for the one that ended the answer.
+        finish: Why the answer ended; None before the last piece.
+        ids: Of these tokens, but for the one that ended the answer.
+    """
 
     text: str = ""
     tokens: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
     finish: Finish | None = None
+    ids: tuple[int, ...] = ()
 
 
 class Engine(Protocol):
@@ -84,10 +95,12 @@ class Engine(Protocol):
     Attributes:
         streams: Names of the streams that requests can ask for, and a hash of what each holds.
         context: Most tokens of a prompt with its answer; None for no limit.
+        forces: Whether rows can be forced and ``acts`` answers.
     """
 
     streams: Mapping[str, str]
     context: int | None
+    forces: bool
 
     async def start(self) -> None:
         """Be ready for rows.
@@ -102,6 +115,17 @@ class Engine(Protocol):
         Raises:
             BusyError: if too many rows wait.
             EngineError: if the engine is down; so do the iterators.
+        """
+
+    async def acts(self, ids: Sequence[int], alpha: Mapping[str, float]) -> Mapping[str, Mapping[str, float]]:
+        """For each stream and layer, how large the stream's part of the output is beside the base's, over these tokens.
+
+        Both are norms, the stream's as at alpha 1; what goes into a layer is what the layers before it give under
+        ``alpha``.
+
+        Raises:
+            BusyError: if too many requests wait.
+            EngineError: if the engine is down, or cannot tell.
         """
 
     def load(self) -> tuple[int, int]:

@@ -12,7 +12,8 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import aclosing, asynccontextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -23,20 +24,42 @@ from libortho.core.version import __version__
 from libortho.serving.answers import Form, Row, event, merged
 from libortho.serving.bodies import parsed, read_body
 from libortho.serving.config import ServeConfig
+from libortho.serving.contrast import contrast, paired
 from libortho.serving.engine import BusyError, Engine, EngineError, Piece
-from libortho.serving.engine import Row as Asked
+from libortho.serving.engine import Row as EngineRow
 from libortho.serving.errors import ApiError
 from libortho.serving.keys import ANONYMOUS, NO_KEY, Key, KeyRing
+from libortho.serving.page import page
 from libortho.serving.prompts import Prompts, sampling_of
 from libortho.serving.rates import Rates
 from libortho.serving.records import AuditLog, Counts
 from libortho.serving.rights import asked_alphas, granted
-from libortho.serving.schemas import ChatRequest, CompletionRequest
+from libortho.serving.schemas import Asked, ChatRequest, CompletionRequest, ContrastRequest
 from libortho.serving.self_test import self_test
 
 logger = logging.getLogger(__name__)
 
-Parsed = ChatRequest | CompletionRequest
+Kind = TypeVar("Kind", bound=Asked)
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Passed(Generic[Kind]):
+    """A request that may be answered.
+
+    Attributes:
+        id: Of the request.
+        began: When it came.
+        asked: What it holds.
+        rows: What the engine is to answer, by alpha, prompt and answer.
+        read: Tokens of its prompts.
+    """
+
+    id: str
+    began: float
+    asked: Kind
+    rows: list[EngineRow]
+    read: int
 
 
 class Gateway:
@@ -94,8 +117,12 @@ class Gateway:
             raise ApiError(401, "the key is not valid", code="invalid_api_key")
         return key
 
-    async def answer(self, request: Request, kind: type[Parsed]) -> Response:
-        """Answer a chat or a completion."""
+    async def passed(self, request: Request, kind: type[Kind]) -> Passed[Kind]:
+        """What a request holds, once it may be answered.
+
+        Raises:
+            ApiError: if it may not.
+        """
         began, number = time.monotonic(), secrets.token_hex(12)
         if not self.ready:
             raise ApiError(503, "the model is not ready", retry_after=5)
@@ -104,57 +131,87 @@ class Gateway:
         self.rates.take(key)
         asked = parsed(body, kind)
         del body
-        wanted = asked_alphas(asked.model, self.name, asked.alpha)
-        line: dict[str, Any] = {"id": number, "key": key.id, "asked": wanted}
+        wanted = {f: asked_alphas(asked.model, self.name, a, f) for f, a in asked.alphas.items()}
+        lines: list[dict[str, Any]] = [{"id": number, "key": key.id, "asked": a} for a in wanted.values()]
         try:
-            used = granted(key, wanted, self.engine.streams)
+            used = [granted(key, a, self.engine.streams, f) for f, a in wanted.items()]
             prompts = await asyncio.to_thread(self.prompts.read, asked)
-            rows = [
-                Asked(tuple(p), used, sampling_of(asked, p, i, self.engine.context, self.config.most_tokens))
-                for p in prompts
-                for i in range(asked.n or 1)
-            ]
+            rows = [self._rows(asked, prompts, a) for a in used]
         except ApiError as error:
-            self.audit.write({**line, "used": None, "status": error.status}, needed=False)
+            for line in lines:
+                self.audit.write({**line, "used": None, "status": error.status}, needed=False)
             raise
-        on = {n: a for n, a in used.items() if a}
-        line |= {
-            "used": on,
-            "streams": {n: self.engine.streams[n] for n in on},
-            "prompt_tokens": sum(map(len, prompts)),
-        }
+        read = sum(map(len, prompts))
+        for line, alpha, own in zip(lines, used, rows, strict=True):
+            self._record({**line, "prompt_tokens": read}, alpha, prompts, len(own))
+        return Passed(number, began, asked, [r for own in rows for r in own], read)
+
+    def _rows(self, asked: Asked, prompts: list[list[int]], alpha: dict[str, float]) -> list[EngineRow]:
+        context, most = self.engine.context, self.config.most_tokens
+        return [
+            EngineRow(tuple(p), alpha, sampling_of(asked, p, i, context, most))
+            for p in prompts
+            for i in range(asked.answers)
+        ]
+
+    def _record(self, line: dict[str, Any], alpha: dict[str, float], prompts: list[list[int]], rows: int) -> None:
+        """Write the audit line of one alpha under which a request is answered."""
+        on = {n: a for n, a in alpha.items() if a}
+        line |= {"used": on, "streams": {n: self.engine.streams[n] for n in on}}
         if self.config.log_prompts:
             line["prompts"] = [self.prompts.text(p) for p in prompts]
-        self.audit.write({**line, "rows": len(rows), "status": 200}, needed=bool(on))
-        answers = merged(self.engine.generate(rows))
+        self.audit.write({**line, "rows": rows, "status": 200}, needed=bool(on))
+
+    async def answer(self, request: Request, kind: type[ChatRequest] | type[CompletionRequest]) -> Response:
+        """Answer a chat or a completion."""
+        passed = await self.passed(request, kind)
+        asked, read, rows = passed.asked, passed.read, len(passed.rows)
+        pieces = self._pieces(passed)
         chat = isinstance(asked, ChatRequest)
         form = Form(
-            id=f"{'chatcmpl' if chat else 'cmpl'}-{number}",
+            id=f"{'chatcmpl' if chat else 'cmpl'}-{passed.id}",
             created=int(time.time()),
             model=asked.model,
             chat=chat,
             usage=asked.usage_wanted,
             logprobs=asked.told is not None,
         )
-        read = sum(map(len, prompts))
-        self.counts.tokens.labels("read").inc(read)
-        pieces = self._timed(answers, began)
         if asked.stream:
-            return StreamingResponse(self._events(form, pieces, len(rows), read), media_type="text/event-stream")
-        return await self._whole(request, form, pieces, len(rows), read)
+            return StreamingResponse(self._events(form, pieces, rows, read), media_type="text/event-stream")
+        return await self._whole(request, form, pieces, rows, read)
+
+    async def contrast(self, request: Request) -> Response:
+        """Answer one prompt under two alphas."""
+        passed = await self.passed(request, ContrastRequest)
+        first, second = paired(passed.rows)
+        pieces = self._pieces(Passed(passed.id, passed.began, passed.asked, [first, second], passed.read))
+        told = self._bounded(contrast(self.engine, (first, second), pieces))
+        return StreamingResponse(_told(told), media_type="text/event-stream")
+
+    def _pieces(self, passed: Passed[Any]) -> AsyncIterator[tuple[int, Piece]]:
+        """What the engine answers, counted; the request waits for its turn from now on."""
+        answers = merged(self.engine.generate(passed.rows))
+        self.counts.tokens.labels("read").inc(passed.read)
+        return self._timed(answers, passed.began)
 
     async def _timed(self, answers: AsyncIterator[tuple[int, Piece]], began: float) -> AsyncIterator[tuple[int, Piece]]:
         """The same pieces, counted, and no longer than the limit."""
         first = True
-        async with aclosing(answers) as source:  # type: ignore[type-var]
+        async with aclosing(self._bounded(answers)) as source:  # type: ignore[type-var]
+            async for place, piece in source:
+                if first:
+                    self.counts.first.observe(time.monotonic() - began)
+                    first = False
+                self.counts.tokens.labels("said").inc(piece.tokens)
+                yield place, piece
+
+    async def _bounded(self, items: AsyncIterator[Item]) -> AsyncIterator[Item]:
+        """The same items, no longer than the limit; what goes wrong in the engine is told as an error of the API."""
+        async with aclosing(items) as source:  # type: ignore[type-var]
             try:
                 async with asyncio.timeout(self.config.answer_seconds):
-                    async for place, piece in source:
-                        if first:
-                            self.counts.first.observe(time.monotonic() - began)
-                            first = False
-                        self.counts.tokens.labels("said").inc(piece.tokens)
-                        yield place, piece
+                    async for item in source:
+                        yield item
             except TimeoutError as error:
                 raise ApiError(504, "the answer took too long") from error
             except EngineError as error:
@@ -206,11 +263,23 @@ class Gateway:
         return JSONResponse(form.whole(found, read))
 
     def models(self, key: Key) -> dict[str, Any]:
-        """The model, and the model with each stream that the key may have in full."""
+        """The model, and the model with each stream that the key may have in full; ``alpha`` is the largest of each."""
         streams = [n for n in self.engine.streams if key.streams.get(n) == 1.0]
         names = [self.name, *(f"{self.name}+{n}" for n in sorted(streams))]
-        common = {"object": "model", "created": self.created, "owned_by": "libortho"}
+        common: dict[str, Any] = {"object": "model", "created": self.created, "owned_by": "libortho"}
+        common["alpha"] = {n: key.streams[n] for n in sorted(self.engine.streams) if n in key.streams}
         return {"object": "list", "data": [{"id": n, **common} for n in names]}
+
+
+async def _told(events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
+    """Events as they are sent. An error is one of them, for the status is sent by then."""
+    async with aclosing(events) as source:  # type: ignore[type-var]
+        try:
+            async for found in source:
+                yield event(found)
+        except ApiError as error:
+            yield event(error.body())
+    yield b"data: [DONE]\n\n"
 
 
 def make_app(gateway: Gateway, background: Callable[[], Coroutine[Any, Any, None]] | None = None) -> FastAPI:
@@ -258,7 +327,7 @@ def make_app(gateway: Gateway, background: Callable[[], Coroutine[Any, Any, None
     for error, handler in handlers.items():
         app.add_exception_handler(error, handler)
 
-    def body_of(kind: type[Parsed]) -> dict[str, Any]:
+    def body_of(kind: type[Asked]) -> dict[str, Any]:
         schema = kind.model_json_schema(ref_template=f"#/components/schemas/{kind.__name__}/$defs/{{model}}")
         return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
@@ -275,6 +344,18 @@ def make_app(gateway: Gateway, background: Callable[[], Coroutine[Any, Any, None
         found = await gateway.answer(request, CompletionRequest)
         counted(200)
         return found
+
+    @app.post("/v1/contrast", openapi_extra=body_of(ContrastRequest))
+    async def contrasted(request: Request) -> Response:
+        """Answer one prompt under two alphas, token by token."""
+        found = await gateway.contrast(request)
+        counted(200)
+        return found
+
+    @app.get("/", include_in_schema=False)
+    async def root() -> Response:
+        """The page for people."""
+        return page()
 
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:

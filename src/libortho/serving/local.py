@@ -7,6 +7,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from libortho.core.models import denormals_flushed
 from libortho.core.report import methods
 from libortho.core.switch.alpha import get_switch
 from libortho.lm.generation import context_length, whole_states
+from libortho.serving.acts import Shares, shares
 from libortho.serving.batch import Answer, Batch
 from libortho.serving.engine import BusyError, EngineError, Piece, Row
 from libortho.serving.streams import stream_hashes
@@ -26,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 PROMPT_TOKENS = 4096
 """Tokens of prompts, padding included, that one pass reads."""
+STALE = "the streams of the model have changed; ask again"
 
 
 _Change = tuple[Callable[[nn.Module], None], asyncio.AbstractEventLoop, "asyncio.Future[None]"]
@@ -43,6 +46,25 @@ class _Ticket:
         self.gone = False
 
 
+class _Aside:
+    """Work that the thread does between two steps, and its result."""
+
+    __slots__ = ("found", "work")
+
+    def __init__(self, work: Callable[[], Shares]) -> None:
+        self.work, self.found = work, Future[Shares]()
+
+    def do(self) -> None:
+        """Do it, unless nobody waits any more."""
+        if not self.found.set_running_or_notify_cancel():
+            return
+        try:
+            self.found.set_result(self.work())
+        except Exception as error:  # whatever a model raises: its text may hold a prompt
+            logger.error("a forward pass failed: %s", type(error).__name__)
+            self.found.set_exception(EngineError("the model could not tell which layers act"))
+
+
 class LocalEngine:
     """See :class:`~libortho.serving.engine.Engine`.
 
@@ -53,6 +75,8 @@ class LocalEngine:
         most_waiting: Rows that may wait for a place.
         constant: Whether streams that are off are computed all the same, so that time does not tell an alpha.
     """
+
+    forces = True
 
     def __init__(
         self, model: nn.Module, tokenizer: Any, *, most_rows: int, most_waiting: int, constant: bool = False
@@ -65,6 +89,7 @@ class LocalEngine:
         self._read_streams()
         self._most_rows, self._most_waiting = most_rows, most_waiting
         self._waiting: deque[_Ticket] = deque()
+        self._asides: deque[_Aside] = deque()
         self._running: list[_Ticket] = []
         self._changes: deque[_Change] = deque()
         self._changed = threading.Condition()
@@ -86,13 +111,33 @@ class LocalEngine:
         loop = asyncio.get_running_loop()
         tickets = [_Ticket(r, loop) for r in rows]
         with self._changed:
-            if self._closing or self._thread is None or not self._thread.is_alive():
-                raise EngineError("the engine does not run")
+            self._check_runs()
+            if not all(self._fits(r) for r in rows):
+                raise EngineError(STALE)
             if len(self._running) + len(self._waiting) + len(rows) > self._most_rows + self._most_waiting:
                 raise BusyError(f"{len(self._waiting)} answers wait already, of at most {self._most_waiting}")
             self._waiting.extend(tickets)
             self._changed.notify()
         return [self._pieces(t) for t in tickets]
+
+    def _fits(self, row: Row) -> bool:
+        """Whether the streams of a row are those that there are: rows of one pass name the same."""
+        return row.alpha.keys() == self.streams.keys()
+
+    def _check_runs(self) -> None:
+        if self._closing or self._thread is None or not self._thread.is_alive():
+            raise EngineError("the engine does not run")
+
+    async def acts(self, ids: Sequence[int], alpha: Mapping[str, float]) -> Shares:
+        """See :meth:`~libortho.serving.engine.Engine.acts`."""
+        aside = _Aside(partial(shares, self._model, tuple(ids), {**self._fixed, **alpha}, tuple(self.streams)))
+        with self._changed:
+            self._check_runs()
+            if len(self._asides) >= self._most_waiting:
+                raise BusyError(f"{len(self._asides)} requests wait already, of at most {self._most_waiting}")
+            self._asides.append(aside)
+            self._changed.notify()
+        return await asyncio.wrap_future(aside.found)
 
     async def _pieces(self, ticket: _Ticket) -> AsyncIterator[Piece]:
         try:
@@ -125,8 +170,7 @@ class LocalEngine:
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
         with self._changed:
-            if self._closing or self._thread is None or not self._thread.is_alive():
-                raise EngineError("the engine does not run")
+            self._check_runs()
             self._changes.append((work, loop, done))
             self._changed.notify()
         await done
@@ -159,7 +203,13 @@ class LocalEngine:
                     self._fail(lost, "the model could not answer")
                     continue
                 self._tell(said)
+                self._do_asides()
         batch.clear()
+
+    def _do_asides(self) -> None:
+        """Do what was asked for meanwhile; another pass goes between two of them."""
+        if self._asides:
+            self._asides.popleft().do()
 
     def _next(self, batch: Batch) -> list[_Ticket] | None:
         """Rows that come in before the next step, once there is one to take; None when all is over."""
@@ -169,7 +219,7 @@ class LocalEngine:
                 gone = [t for t in self._running if t.gone]
                 if self._changes and not self._running:
                     self._apply()
-                if self._waiting or self._running:
+                if self._waiting or self._running or self._asides:
                     break
                 if self._closing:
                     return None
@@ -192,13 +242,19 @@ class LocalEngine:
         """Make the changes that wait."""
         while self._changes:
             work, loop, done = self._changes.popleft()
+            outcome = partial(done.set_result, None)
             try:
                 work(self._model)
             except LibOrthoError as error:
-                _call(loop, partial(done.set_exception, error))
-            else:
-                self._read_streams()
-                _call(loop, partial(done.set_result, None))
+                outcome = partial(done.set_exception, error)
+            except Exception as error:  # whatever a file holds: the thread lives on
+                logger.error("a change of streams failed: %s", type(error).__name__)
+                outcome = partial(done.set_exception, EngineError("the streams could not be changed"))
+            self._read_streams()  # work that fails may have changed some of them
+            _call(loop, outcome)
+        stale = [t for t in self._waiting if not self._fits(t.row)]
+        self._waiting = deque(t for t in self._waiting if self._fits(t.row))
+        self._fail(stale, STALE)
 
     def _read_streams(self) -> None:
         hashes, made = stream_hashes(self._model), methods(self._model)

@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 
 from libortho.serving.engine import Sampling
 from libortho.serving.errors import invalid
-from libortho.serving.schemas import ChatRequest, CompletionRequest
+from libortho.serving.schemas import Asked
 
 
 class Prompts:
@@ -25,15 +25,15 @@ class Prompts:
         self._tokenizer, self._vocabulary = tokenizer, vocabulary
         self._lock = threading.Lock()  # tokenizers share their state
 
-    def read(self, asked: ChatRequest | CompletionRequest) -> list[list[int]]:
+    def read(self, asked: Asked) -> list[list[int]]:
         """The prompts of a request.
 
         Raises:
             ApiError: 400 if the model has no chat template or it refuses the turns, or a token does not exist.
         """
         with self._lock:
-            if isinstance(asked, ChatRequest):
-                return [self._chat([{"role": m.role, "content": m.text} for m in asked.messages])]
+            if asked.turns is not None:
+                return [self._chat([{"role": m.role, "content": m.text} for m in asked.turns])]
             found = [p if isinstance(p, list) else self._tokenizer(p)["input_ids"] for p in asked.prompts]
         for ids in found:
             if not ids:
@@ -44,7 +44,9 @@ class Prompts:
 
     def _chat(self, turns: Sequence[dict[str, str]]) -> list[int]:
         if not getattr(self._tokenizer, "chat_template", None):
-            raise invalid("messages", "the model has no chat template; ask /v1/completions")
+            raise invalid(
+                "messages", "the model has no chat template; send a prompt instead of messages (/v1/completions)"
+            )
         try:
             text = self._tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
         except TemplateError as error:
@@ -62,9 +64,7 @@ class Prompts:
             return list(self._tokenizer(text)["input_ids"])
 
 
-def sampling_of(
-    asked: ChatRequest | CompletionRequest, prompt: Sequence[int], place: int, context: int | None, most: int
-) -> Sampling:
+def sampling_of(asked: Asked, prompt: Sequence[int], place: int, context: int | None, most: int) -> Sampling:
     """How the tokens of the answer in this place are drawn.
 
     Raises:
@@ -83,7 +83,7 @@ def sampling_of(
     return Sampling(
         max_tokens=min(left, most) if wanted is None else wanted,
         temperature=1.0 if asked.temperature is None else asked.temperature,
-        top_p=1.0 if asked.top_p is None else asked.top_p,
+        top_p=asked.share,
         seed=None if asked.seed is None else asked.seed + place,
         stop=asked.stops,
         logprobs=asked.told,

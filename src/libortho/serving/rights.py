@@ -10,8 +10,8 @@ from libortho.serving.errors import ApiError, invalid
 from libortho.serving.keys import Key
 
 
-def asked_alphas(model: str, name: str, alpha: Any) -> dict[str, float]:
-    """The streams of a request, by the name of its model (``name+hr+legal``: each at 1) or by its field ``alpha``.
+def asked_alphas(model: str, name: str, alpha: Any, field: str = "alpha") -> dict[str, float]:
+    """The streams of a request, by the name of its model (``name+hr+legal``: each at 1) or by this field.
 
     Raises:
         ApiError: 404 for another model; 400 for alphas that are no numbers in [0, 1].
@@ -23,17 +23,17 @@ def asked_alphas(model: str, name: str, alpha: Any) -> dict[str, float]:
     if alpha is None:
         return found
     if found:
-        raise invalid("alpha", f"both the model and alpha name streams; ask for {name!r} with alpha")
+        raise invalid(field, f"both the model and {field} name streams; ask for {name!r} with {field}")
     if not isinstance(alpha, Mapping):
-        raise invalid("alpha", 'alpha is no object; expected {"stream": number in [0, 1]}')
+        raise invalid(field, f'{field} is no object; expected {{"stream": number in [0, 1]}}')
     for stream, value in alpha.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not math.isfinite(value) or not 0 <= value <= 1:
-            raise invalid("alpha", f"alpha of {stream[:64]!r} is no number in [0, 1]")
+            raise invalid(field, f"{field} of {stream[:64]!r} is no number in [0, 1]")
     return {str(n): float(v) for n, v in alpha.items()}
 
 
-def granted(key: Key, asked: Mapping[str, float], streams: Iterable[str]) -> dict[str, float]:
+def granted(key: Key, asked: Mapping[str, float], streams: Iterable[str], field: str = "alpha") -> dict[str, float]:
     """The alpha of every stream of the model: what was asked for, and 0.
 
     Raises:
@@ -43,5 +43,5 @@ def granted(key: Key, asked: Mapping[str, float], streams: Iterable[str]) -> dic
     for name, value in asked.items():
         # A share of 0 is refused like any other: it would tell that the stream exists.
         if name not in known or name not in key.streams or value > key.streams[name]:
-            raise ApiError(403, "this key may not ask for these streams", param="alpha", code="stream_not_allowed")
+            raise ApiError(403, "this key may not ask for these streams", param=field, code="stream_not_allowed")
     return {n: asked.get(n, 0.0) for n in known}

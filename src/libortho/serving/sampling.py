@@ -16,10 +16,18 @@ class Drawer:
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
+        self._said = 0
         self._rng: torch.Generator | None = None
         if sampling.temperature > 0:
             seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
             self._rng = torch.Generator().manual_seed(seed)
+
+    def next(self, likeliest: int, logits: Tensor) -> int:
+        """The next token: a forced one, the likeliest at temperature 0, or one that is drawn."""
+        place, self._said = self._said, self._said + 1
+        if place < len(self.sampling.forced):
+            return self.sampling.forced[place]
+        return likeliest if self.sampling.temperature == 0 else self.draw(logits.cpu())
 
     def draw(self, logits: Tensor) -> int:
         """A token from logits, (vocabulary,) fp32 on the CPU."""
@@ -37,7 +45,7 @@ class Drawer:
 def next_tokens(logits: Tensor, drawers: Sequence[Drawer]) -> list[int]:
     """The next token of every row, from logits (rows, vocabulary) fp32."""
     likeliest = logits.argmax(-1).tolist()
-    return [likeliest[i] if d.sampling.temperature == 0 else d.draw(logits[i].cpu()) for i, d in enumerate(drawers)]
+    return [d.next(likeliest[i], logits[i]) for i, d in enumerate(drawers)]
 
 
 def told(logits: Tensor, token: int, count: int) -> tuple[float, list[tuple[int, float]]]:
