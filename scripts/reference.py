@@ -66,7 +66,8 @@ def pages() -> dict[str, str]:
 def command_line() -> str:
     """All commands, in the order of ``libortho --help``."""
     group: Any = typer.main.get_command(app)
-    functions = {c.name or c.callback.__name__.replace("_", "-"): c.callback for c in app.registered_commands if c.callback}
+    registered = [(c.name, c.callback) for c in app.registered_commands if c.callback]
+    functions = {name or callback.__name__.replace("_", "-"): callback for name, callback in registered}
     parts = [
         GENERATED,
         "# Command line",
