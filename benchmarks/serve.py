@@ -42,9 +42,10 @@ from libortho.checkpoint.dense import load_model
 from libortho.core.cache import cache_directory
 from libortho.demo.model import packaged_model
 from libortho.lm.generation import generate
+from libortho.serving.app import make_app
 from libortho.serving.config import ServeConfig
 from libortho.serving.engine import Piece, Row
-from libortho.serving.gateway import Gateway, make_app
+from libortho.serving.gateway import Gateway
 from libortho.serving.keys import entry, new_key
 from libortho.serving.local import LocalEngine
 from libortho.serving.prompts import Prompts

@@ -147,3 +147,9 @@ def test_no_count_tells_a_stream_an_alpha_or_a_key(address):
     text = httpx.get(f"{address}/metrics").text
     assert "libortho_tokens_total" in text
     assert not any(word in text for word in ("hr", "legal", "alpha", "both"))
+
+
+def test_a_request_for_another_model_leaves_a_line_too(address, place):
+    assert ask(address, model="other").status_code == 404
+    *_, line = map(json.loads, (place / "audit.jsonl").read_text().splitlines())
+    assert (line["key"], line["asked"], line["used"], line["status"]) == ("both", None, None, 404)

@@ -1,4 +1,4 @@
-"""The HTTP server: OpenAI's API, with rights to streams.
+"""What the server does with a request: OpenAI's API, with rights to streams.
 
 A request passes, in this order: headers, body, key, rate, fields, rights, audit line, engine. What the engine is given
 is the object that was checked; the query string is not looked at.
@@ -7,37 +7,30 @@ is the object that was checked; the query string is not looked at.
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from fastapi import FastAPI
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from libortho.core.version import __version__
 from libortho.serving.answers import Form, Row, event, merged
 from libortho.serving.bodies import parsed, read_body
 from libortho.serving.config import ServeConfig
 from libortho.serving.contrast import contrast, paired
-from libortho.serving.engine import BusyError, Engine, EngineError, Piece
+from libortho.serving.engine import Engine, EngineError, Piece
 from libortho.serving.engine import Row as EngineRow
 from libortho.serving.errors import ApiError
 from libortho.serving.keys import ANONYMOUS, NO_KEY, Key, KeyRing
-from libortho.serving.page import page
 from libortho.serving.prompts import Prompts, sampling_of
 from libortho.serving.rates import Rates
 from libortho.serving.records import AuditLog, Counts
 from libortho.serving.rights import asked_alphas, granted
 from libortho.serving.schemas import Asked, ChatRequest, CompletionRequest, ContrastRequest
 from libortho.serving.self_test import self_test
-
-logger = logging.getLogger(__name__)
 
 Kind = TypeVar("Kind", bound=Asked)
 Item = TypeVar("Item")
@@ -131,9 +124,10 @@ class Gateway:
         self.rates.take(key)
         asked = parsed(body, kind)
         del body
-        wanted = {f: asked_alphas(asked.model, self.name, a, f) for f, a in asked.alphas.items()}
-        lines: list[dict[str, Any]] = [{"id": number, "key": key.id, "asked": a} for a in wanted.values()]
+        lines: list[dict[str, Any]] = [{"id": number, "key": key.id, "asked": None}]
         try:
+            wanted = {f: asked_alphas(asked.model, self.name, a, f) for f, a in asked.alphas.items()}
+            lines = [{**lines[0], "asked": a} for a in wanted.values()]
             used = [granted(key, a, self.engine.streams, f) for f, a in wanted.items()]
             prompts = await asyncio.to_thread(self.prompts.read, asked)
             rows = [self._rows(asked, prompts, a) for a in used]
@@ -207,11 +201,14 @@ class Gateway:
 
     async def _bounded(self, items: AsyncIterator[Item]) -> AsyncIterator[Item]:
         """The same items, no longer than the limit; what goes wrong in the engine is told as an error of the API."""
+        until = time.monotonic() + self.config.answer_seconds
         async with aclosing(items) as source:  # type: ignore[type-var]
             try:
-                async with asyncio.timeout(self.config.answer_seconds):
-                    async for item in source:
-                        yield item
+                while True:  # no timeout stands around a yield: it would end whoever reads
+                    item = await asyncio.wait_for(anext(source), until - time.monotonic())
+                    yield item
+            except StopAsyncIteration:
+                return
             except TimeoutError as error:
                 raise ApiError(504, "the answer took too long") from error
             except EngineError as error:
@@ -280,101 +277,3 @@ async def _told(events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
         except ApiError as error:
             yield event(error.body())
     yield b"data: [DONE]\n\n"
-
-
-def make_app(gateway: Gateway, background: Callable[[], Coroutine[Any, Any, None]] | None = None) -> FastAPI:
-    """The application of a gateway, which it starts and closes; ``background`` runs as long as it does."""
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await gateway.start()
-        task = None if background is None else asyncio.create_task(background())
-        try:
-            yield
-        finally:
-            if task is not None:
-                task.cancel()
-            await gateway.close()
-
-    app = FastAPI(title="LibOrtho", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.state.gateway = gateway
-
-    def counted(status: int) -> None:
-        gateway.counts.requests.labels(str(status)).inc()
-
-    def failed(request: Request, error: Exception) -> Response:
-        assert isinstance(error, ApiError)
-        counted(error.status)
-        return JSONResponse(error.body(), error.status, headers=error.headers())
-
-    def busy(request: Request, error: Exception) -> Response:
-        return failed(request, ApiError(429, str(error), code="overloaded", retry_after=2))
-
-    def down(request: Request, error: Exception) -> Response:
-        return failed(request, ApiError(503, str(error), retry_after=5))
-
-    def other(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        return failed(request, ApiError(error.status_code, str(error.detail)))
-
-    def unexpected(request: Request, error: Exception) -> Response:
-        logger.error("a request failed: %s", type(error).__name__)  # no text of it: it may hold a prompt
-        return failed(request, ApiError(500, "the server failed"))
-
-    handlers: dict[type[Exception], Callable[[Request, Exception], Response]] = {
-        ApiError: failed, BusyError: busy, EngineError: down, HTTPException: other, Exception: unexpected,
-    }  # fmt: skip
-    for error, handler in handlers.items():
-        app.add_exception_handler(error, handler)
-
-    def body_of(kind: type[Asked]) -> dict[str, Any]:
-        schema = kind.model_json_schema(ref_template=f"#/components/schemas/{kind.__name__}/$defs/{{model}}")
-        return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-    @app.post("/v1/chat/completions", openapi_extra=body_of(ChatRequest))
-    async def chat(request: Request) -> Response:
-        """Continue a chat."""
-        found = await gateway.answer(request, ChatRequest)
-        counted(200)
-        return found
-
-    @app.post("/v1/completions", openapi_extra=body_of(CompletionRequest))
-    async def completion(request: Request) -> Response:
-        """Continue a text."""
-        found = await gateway.answer(request, CompletionRequest)
-        counted(200)
-        return found
-
-    @app.post("/v1/contrast", openapi_extra=body_of(ContrastRequest))
-    async def contrasted(request: Request) -> Response:
-        """Answer one prompt under two alphas, token by token."""
-        found = await gateway.contrast(request)
-        counted(200)
-        return found
-
-    @app.get("/", include_in_schema=False)
-    async def root() -> Response:
-        """The page for people."""
-        return page()
-
-    @app.get("/v1/models")
-    async def models(request: Request) -> dict[str, Any]:
-        """What the key may ask for."""
-        return gateway.models(gateway.key_of(request))
-
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        """The process lives."""
-        return {"status": "ok"}
-
-    @app.get("/ready")
-    async def ready() -> Response:
-        """Requests are answered."""
-        return JSONResponse({"ready": gateway.ready}, 200 if gateway.ready else 503)
-
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        """Figures for Prometheus."""
-        return Response(gateway.counts.page(gateway.engine.load()), media_type="text/plain; version=0.0.4")
-
-    return app

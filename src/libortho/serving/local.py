@@ -240,6 +240,7 @@ class LocalEngine:
 
     def _apply(self) -> None:
         """Make the changes that wait."""
+        before = self.streams
         while self._changes:
             work, loop, done = self._changes.popleft()
             outcome = partial(done.set_result, None)
@@ -252,8 +253,9 @@ class LocalEngine:
                 outcome = partial(done.set_exception, EngineError("the streams could not be changed"))
             self._read_streams()  # work that fails may have changed some of them
             _call(loop, outcome)
-        stale = [t for t in self._waiting if not self._fits(t.row)]
-        self._waiting = deque(t for t in self._waiting if self._fits(t.row))
+        changed = {n for n in before if before[n] != self.streams.get(n)}
+        stale = [t for t in self._waiting if not self._fits(t.row) or any(t.row.alpha[n] for n in changed)]
+        self._waiting = deque(t for t in self._waiting if t not in stale)
         self._fail(stale, STALE)
 
     def _read_streams(self) -> None:

@@ -14,8 +14,9 @@ from fastapi import FastAPI
 
 from libortho.core.errors import ConfigError
 from libortho.lm.checks import embedding_rows
+from libortho.serving.app import make_app
 from libortho.serving.config import ServeConfig
-from libortho.serving.gateway import Gateway, make_app
+from libortho.serving.gateway import Gateway
 from libortho.serving.local import LocalEngine
 from libortho.serving.prompts import Prompts
 from libortho.serving.watching import watch

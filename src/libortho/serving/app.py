@@ -1,0 +1,121 @@
+"""The routes of the server, and how errors become answers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from libortho.core.version import __version__
+from libortho.serving.engine import BusyError, EngineError
+from libortho.serving.errors import ApiError
+from libortho.serving.gateway import Gateway
+from libortho.serving.page import page
+from libortho.serving.schemas import Asked, ChatRequest, CompletionRequest, ContrastRequest
+
+logger = logging.getLogger(__name__)
+
+
+def make_app(gateway: Gateway, background: Callable[[], Coroutine[Any, Any, None]] | None = None) -> FastAPI:
+    """The application of a gateway, which it starts and closes; ``background`` runs as long as it does."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await gateway.start()
+        task = None if background is None else asyncio.create_task(background())
+        try:
+            yield
+        finally:
+            if task is not None:
+                task.cancel()
+            await gateway.close()
+
+    app = FastAPI(title="LibOrtho", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.gateway = gateway
+
+    def counted(status: int) -> None:
+        gateway.counts.requests.labels(str(status)).inc()
+
+    def failed(request: Request, error: Exception) -> Response:
+        assert isinstance(error, ApiError)
+        counted(error.status)
+        return JSONResponse(error.body(), error.status, headers=error.headers())
+
+    def busy(request: Request, error: Exception) -> Response:
+        return failed(request, ApiError(429, str(error), code="overloaded", retry_after=2))
+
+    def down(request: Request, error: Exception) -> Response:
+        return failed(request, ApiError(503, str(error), retry_after=5))
+
+    def other(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return failed(request, ApiError(error.status_code, str(error.detail)))
+
+    def unexpected(request: Request, error: Exception) -> Response:
+        logger.error("a request failed: %s", type(error).__name__)  # no text of it: it may hold a prompt
+        return failed(request, ApiError(500, "the server failed"))
+
+    handlers: dict[type[Exception], Callable[[Request, Exception], Response]] = {
+        ApiError: failed, BusyError: busy, EngineError: down, HTTPException: other, Exception: unexpected,
+    }  # fmt: skip
+    for error, handler in handlers.items():
+        app.add_exception_handler(error, handler)
+
+    def body_of(kind: type[Asked]) -> dict[str, Any]:
+        schema = kind.model_json_schema(ref_template=f"#/components/schemas/{kind.__name__}/$defs/{{model}}")
+        return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+    @app.post("/v1/chat/completions", openapi_extra=body_of(ChatRequest))
+    async def chat(request: Request) -> Response:
+        """Continue a chat."""
+        found = await gateway.answer(request, ChatRequest)
+        counted(200)
+        return found
+
+    @app.post("/v1/completions", openapi_extra=body_of(CompletionRequest))
+    async def completion(request: Request) -> Response:
+        """Continue a text."""
+        found = await gateway.answer(request, CompletionRequest)
+        counted(200)
+        return found
+
+    @app.post("/v1/contrast", openapi_extra=body_of(ContrastRequest))
+    async def contrasted(request: Request) -> Response:
+        """Answer one prompt under two alphas, token by token."""
+        found = await gateway.contrast(request)
+        counted(200)
+        return found
+
+    @app.get("/", include_in_schema=False)
+    async def root() -> Response:
+        """The page for people."""
+        return page()
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> dict[str, Any]:
+        """What the key may ask for."""
+        return gateway.models(gateway.key_of(request))
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        """The process lives."""
+        return {"status": "ok"}
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        """Requests are answered."""
+        return JSONResponse({"ready": gateway.ready}, 200 if gateway.ready else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Figures for Prometheus."""
+        return Response(gateway.counts.page(gateway.engine.load()), media_type="text/plain; version=0.0.4")
+
+    return app
