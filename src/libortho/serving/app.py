@@ -68,25 +68,21 @@ def make_app(gateway: Gateway, background: Callable[[], Coroutine[Any, Any, None
     for error, handler in handlers.items():
         app.add_exception_handler(error, handler)
 
-    def body_of(kind: type[Asked]) -> dict[str, Any]:
-        schema = kind.model_json_schema(ref_template=f"#/components/schemas/{kind.__name__}/$defs/{{model}}")
-        return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-    @app.post("/v1/chat/completions", openapi_extra=body_of(ChatRequest))
+    @app.post("/v1/chat/completions", openapi_extra=_body_of(ChatRequest))
     async def chat(request: Request) -> Response:
         """Continue a chat."""
         found = await gateway.answer(request, ChatRequest)
         counted(200)
         return found
 
-    @app.post("/v1/completions", openapi_extra=body_of(CompletionRequest))
+    @app.post("/v1/completions", openapi_extra=_body_of(CompletionRequest))
     async def completion(request: Request) -> Response:
         """Continue a text."""
         found = await gateway.answer(request, CompletionRequest)
         counted(200)
         return found
 
-    @app.post("/v1/contrast", openapi_extra=body_of(ContrastRequest))
+    @app.post("/v1/contrast", openapi_extra=_body_of(ContrastRequest))
     async def contrasted(request: Request) -> Response:
         """Answer one prompt under two alphas, token by token."""
         found = await gateway.contrast(request)
@@ -119,3 +115,21 @@ def make_app(gateway: Gateway, background: Callable[[], Coroutine[Any, Any, None
         return Response(gateway.counts.page(gateway.engine.load()), media_type="text/plain; version=0.0.4")
 
     return app
+
+
+def _body_of(kind: type[Asked]) -> dict[str, Any]:
+    """How the description of the API shows a body; its parts stand inside of it."""
+    schema = kind.model_json_schema()
+    parts = schema.pop("$defs", {})
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": _inlined(schema, parts)}}}}
+
+
+def _inlined(schema: Any, parts: dict[str, Any]) -> Any:
+    """A schema with its parts in the place of references to them; none of them holds itself."""
+    if isinstance(schema, list):
+        return [_inlined(item, parts) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _inlined(parts[schema["$ref"].rpartition("/")[2]], parts)
+    return {k: _inlined(v, parts) for k, v in schema.items()}
