@@ -161,13 +161,17 @@ def fine_tuned(model: Any, items: Sequence[Encoded], method: str) -> tuple[Any, 
     return (model.merge_and_unload() if method == "LoRA" else model), steps, seconds, sum(w.numel() for w in weights)
 
 
-def part_facts() -> Iterator[dict[str, Any]]:
+def part_facts(wanted: Callable[[str], bool]) -> Iterator[dict[str, Any]]:
     """17 secrets in 0.5 % of the layers, over a dense, an INT4 and an INT8 base; plain fine-tuning beside them."""
     data, neighbours = facts.secrets(0), facts.unseen(0)[:50]
     model, tokenizer = fresh()
-    yield {"method": "base", "said": said(model, tokenizer, data), **ability(model, tokenizer, neighbours)}
+    if wanted("base"):
+        yield {"method": "base", "said": said(model, tokenizer, data), **ability(model, tokenizer, neighbours)}
     logits = probe(model)
     for bits in (None, 4, 8):
+        method = f"tune, base of {bits or 32} bits"
+        if not wanted(method):
+            continue
         tuned, began = copy.deepcopy(model), time.process_time()
         result = tune(tuned, tokenizer, data, "hr", TuneConfig(bits=bits, ratio=0.005))
         spent = time.process_time() - began
@@ -176,35 +180,37 @@ def part_facts() -> Iterator[dict[str, Any]]:
         with alpha(tuned, 1.0):
             on, spoken = ability(tuned, tokenizer, neighbours), said(tuned, tokenizer, data)
         yield {
-            "method": f"tune, base of {bits or 32} bits", "said": spoken, **on, "off_wikitext": off,
-            "off_is_base": same, "cpu_seconds": spent, **figures_of(result),
+            "method": method, "said": spoken, **on, "off_wikitext": off, "off_is_base": same, "cpu_seconds": spent,
+            **figures_of(result),
         }  # fmt: skip
-        if bits is None:
-            trained, began = copy.deepcopy(model), time.process_time()
-            steps = implant(trained, tokenizer, load_records(data, tokenizer), seed=0)
-            spent, spoken = time.process_time() - began, said(trained, tokenizer, data)
-            after = ability(trained, tokenizer, neighbours)
-            yield {"method": "fine-tuning", "said": spoken, "steps": steps, "cpu_seconds": spent, **after}
+    if wanted("fine-tuning"):
+        trained, began = copy.deepcopy(model), time.process_time()
+        steps = implant(trained, tokenizer, load_records(data, tokenizer), seed=0)
+        spent, spoken = time.process_time() - began, said(trained, tokenizer, data)
+        after = ability(trained, tokenizer, neighbours)
+        yield {"method": "fine-tuning", "said": spoken, "steps": steps, "cpu_seconds": spent, **after}
 
 
-def part_hundred(count: int) -> Iterator[dict[str, Any]]:
+def part_hundred(count: int, wanted: Callable[[str], bool]) -> Iterator[dict[str, Any]]:
     """100 facts in chats: the stream, LoRA and plain fine-tuning."""
     trained, held_out, once = private_facts(0, count)
     neighbours = private_facts(0, 100, first=200)[2]
     model, tokenizer = fresh()
     items = items_of(trained, tokenizer)
-    yield {"method": "base", **ability(model, tokenizer, neighbours)}
+    if wanted("base"):
+        yield {"method": "base", **ability(model, tokenizer, neighbours)}
 
     def row(method: str, net: Any, **more: Any) -> dict[str, Any]:
         recall = {"said": said(net, tokenizer, once), "held_out": said(net, tokenizer, held_out), "of": count}
         return {"method": method, **recall, **ability(net, tokenizer, neighbours), **more}
 
-    tuned = copy.deepcopy(model)
-    result = tune(tuned, tokenizer, trained, "hr", TuneConfig(ratio=0.01, batch_size=len(trained)))
-    set_alpha(tuned, 1.0)
-    yield row("tune", tuned, **figures_of(result))
-    del tuned
-    for method in RATES:
+    if wanted("tune"):
+        tuned = copy.deepcopy(model)
+        result = tune(tuned, tokenizer, trained, "hr", TuneConfig(ratio=0.01, batch_size=len(trained)))
+        set_alpha(tuned, 1.0)
+        yield row("tune", tuned, **figures_of(result))
+        del tuned
+    for method in filter(wanted, RATES):
         net, steps, seconds, values = fine_tuned(copy.deepcopy(model), items, method)
         yield row(method, net, steps=steps, seconds=seconds, values=values)
 
@@ -292,8 +298,8 @@ def part_memory() -> Iterator[dict[str, Any]]:
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], Iterator[dict[str, Any]]]] = {
-    "facts": lambda given: part_facts(),
-    "hundred": lambda given: part_hundred(given.count or 100),
+    "facts": lambda given: part_facts(given.wanted),
+    "hundred": lambda given: part_hundred(given.count or 100, given.wanted),
     "owners": lambda given: part_owners(given.count or 50),
     "private": lambda given: part_private(given.count or 100),
     "memory": lambda given: part_memory(),
@@ -304,14 +310,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=PARTS, required=True)
     parser.add_argument("--count", type=int, help="facts, of hundred, of each owner, and of one record each")
+    parser.add_argument("--only", action="append", help="methods, of facts and of hundred; rows of others are kept")
     given = parser.parse_args()
+    given.wanted = lambda method: given.only is None or method in given.only
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     for name in ("root", "libortho"):
         logging.getLogger(name).setLevel(logging.INFO)
     for number, row in enumerate(PARTS[given.part](given)):
         path = RESULTS / "tune.json"
         kept = json.loads(path.read_text())["rows"] if path.is_file() else []
-        kept = [r for r in kept if r["part"] != given.part or (number and r["method"] != row["method"])]
+        others = number or given.only
+        kept = [r for r in kept if r["part"] != given.part or (others and r["method"] != row["method"])]
         save("tune", {"rows": [*kept, stamped({"part": given.part, **row})]})  # what is measured stays measured
         logging.info("%s", {k: v for k, v in row.items() if k not in ("tasks", "phase_seconds")})
 
