@@ -206,7 +206,7 @@ def part_hundred(count: int, wanted: Callable[[str], bool]) -> Iterator[dict[str
 
     if wanted("tune"):
         tuned = copy.deepcopy(model)
-        result = tune(tuned, tokenizer, trained, "hr", TuneConfig(ratio=0.01, batch_size=len(trained)))
+        result = tune(tuned, tokenizer, trained, "hr", TuneConfig(ratio=0.01))
         set_alpha(tuned, 1.0)
         yield row("tune", tuned, **figures_of(result))
         del tuned
