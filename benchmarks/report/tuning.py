@@ -55,7 +55,7 @@ def facts(rows: Sequence[Row]) -> list[str]:
 
 
 def hundred(rows: Sequence[Row]) -> list[str]:
-    if not rows:
+    if not any("of" in r for r in rows):
         return ["## 100 facts in chats", UNMEASURED]
     base = next((r for r in rows if r["method"] == "base"), None)
     cells = []
