@@ -9,14 +9,13 @@ import typer
 
 from libortho.cli.options import Device, Dtype, device_of, dtype_of, open_model
 from libortho.cli.terminal import note, say
-from libortho.core.errors import ConfigError
+from libortho.core.errors import CheckpointError, ConfigError
 from libortho.core.extras import require
 from libortho.core.files import write_atomically
-from libortho.core.switch.state import parse_alpha
 
 
 def serve(
-    model: Annotated[str, typer.Argument(help="A checkpoint of LibOrtho, or any causal language model.")],
+    model: Annotated[str, typer.Argument(help="A checkpoint, as save, isolate and tune write it.")],
     keys: Annotated[Path | None, typer.Option(help="File of API keys; without it every stream stays off.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of settings; see the page on serving.")] = None,
     name: Annotated[str | None, typer.Option(help="What the model is called; the directory's name by default.")] = None,
@@ -32,16 +31,21 @@ def serve(
 ) -> None:
     """Answer requests as OpenAI's API does, each with the streams that its key allows."""
     require("serve", "serve")
+    from libortho.checkpoint import is_checkpoint
     from libortho.serving.config import read_config
-    from libortho.serving.server import local_app, name_of, run
+    from libortho.serving.server import check_port, local_app, name_of, run
+
+    if not is_checkpoint(model):
+        raise CheckpointError(f"{model} is no checkpoint; expected a directory that isolate, tune or split has written")
 
     settings = read_config(
         config, keys=keys, name=name, host=host, port=port, audit_log=audit_log, require_key=require_key, timing=timing
     )
+    check_port(settings)
     net, tokenizer = open_model(model, dtype_of(dtype), device_of(device))
     app = local_app(net, tokenizer, settings, name_of(model, settings), Path(model))
-    note(f"http://{settings.host}:{settings.port}/v1 serves {name_of(model, settings)!r} once its self-test has passed")
-    run(app, settings)
+    told = f"http://{settings.host}:{settings.port}/v1 serves {name_of(model, settings)!r}; Ctrl-C ends it"
+    run(app, settings, lambda: say(told))
 
 
 def serve_key(
@@ -53,6 +57,7 @@ def serve_key(
     keys: Annotated[Path | None, typer.Option(help="File that gets the entry; printed without it.")] = None,
 ) -> None:
     """Make an API key. It is printed once; the file keeps its hash alone."""
+    from libortho.core.switch.state import parse_alpha
     from libortho.serving.keys import entry, new_key, parse_keys
 
     allowed: dict[str, float] = {}
@@ -65,11 +70,13 @@ def serve_key(
     text = entry(name, sha256, allowed, requests_per_minute)
     if keys is None:
         parse_keys(text, "the entry")
-        say(text)
+        note(text)
     else:
         before = keys.read_text(encoding="utf-8") if keys.exists() else ""
+        if any(k.id == name for k in (parse_keys(before, str(keys)) if before.strip() else [])):
+            raise ConfigError(f"{keys} has a key of the name {name!r} already; give another, or delete its entry first")
         whole = f"{before.rstrip()}\n\n{text}".lstrip()
         parse_keys(whole, str(keys))  # before anything is written
         write_atomically(keys, whole)
-        note(f"{keys} has an entry for {name}")
-    say(key)
+        say(f"{keys} has an entry for {name}; the key itself is printed this once")
+    note(key)

@@ -130,7 +130,7 @@ async def merged(rows: Sequence[AsyncIterator[Piece]]) -> AsyncIterator[tuple[in
 
 
 def _entry(token: str, logprob: float) -> dict[str, Any]:
-    return {"token": token, "logprob": max(logprob, -9999.0), "bytes": list(token.encode())}
+    return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
 
 
 def _top(told: TokenLogprob) -> list[dict[str, Any]]:

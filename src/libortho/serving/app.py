@@ -12,15 +12,43 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from libortho.core.version import __version__
 from libortho.serving.engine import BusyError, EngineError
 from libortho.serving.errors import ApiError
 from libortho.serving.gateway import Gateway
 from libortho.serving.page import page
+from libortho.serving.records import Counts
 from libortho.serving.schemas import Asked, ChatRequest, CompletionRequest, ContrastRequest
 
 logger = logging.getLogger(__name__)
+
+
+class Unexpected:
+    """Answers 500 where nothing else does, and keeps what happened out of the log: it may hold a prompt."""
+
+    def __init__(self, app: ASGIApp, counts: Counts) -> None:
+        self._app, self._counts = app, counts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        begun = False
+
+        async def sending(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, sending)
+        except Exception as error:
+            if scope["type"] != "http":
+                raise
+            logger.error("a request failed: %s", type(error).__name__)
+            self._counts.requests.labels("500").inc()
+            if not begun:
+                await JSONResponse(ApiError(500, "the server failed").body(), 500)(scope, receive, send)
 
 
 def make_app(gateway: Gateway, background: Callable[[], Coroutine[Any, Any, None]] | None = None) -> FastAPI:
@@ -39,6 +67,7 @@ def make_app(gateway: Gateway, background: Callable[[], Coroutine[Any, Any, None
 
     app = FastAPI(title="LibOrtho", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.gateway = gateway
+    app.add_middleware(Unexpected, counts=gateway.counts)
 
     def counted(status: int) -> None:
         gateway.counts.requests.labels(str(status)).inc()
@@ -58,12 +87,8 @@ def make_app(gateway: Gateway, background: Callable[[], Coroutine[Any, Any, None
         assert isinstance(error, HTTPException)
         return failed(request, ApiError(error.status_code, str(error.detail)))
 
-    def unexpected(request: Request, error: Exception) -> Response:
-        logger.error("a request failed: %s", type(error).__name__)  # no text of it: it may hold a prompt
-        return failed(request, ApiError(500, "the server failed"))
-
     handlers: dict[type[Exception], Callable[[Request, Exception], Response]] = {
-        ApiError: failed, BusyError: busy, EngineError: down, HTTPException: other, Exception: unexpected,
+        ApiError: failed, BusyError: busy, EngineError: down, HTTPException: other,
     }  # fmt: skip
     for error, handler in handlers.items():
         app.add_exception_handler(error, handler)
@@ -99,6 +124,14 @@ def make_app(gateway: Gateway, background: Callable[[], Coroutine[Any, Any, None
         """What the key may ask for."""
         return gateway.models(gateway.key_of(request))
 
+    @app.get("/v1/models/{name}")
+    async def model(request: Request, name: str) -> dict[str, Any]:
+        """One of them."""
+        data = gateway.models(gateway.key_of(request))["data"]
+        if not (found := [m for m in data if m["id"] == name]):
+            raise ApiError(404, "the model does not exist", param="model", code="model_not_found")
+        return dict(found[0])
+
     @app.get("/health")
     async def health() -> dict[str, str]:
         """The process lives."""
@@ -107,7 +140,8 @@ def make_app(gateway: Gateway, background: Callable[[], Coroutine[Any, Any, None
     @app.get("/ready")
     async def ready() -> Response:
         """Requests are answered."""
-        return JSONResponse({"ready": gateway.ready}, 200 if gateway.ready else 503)
+        found = gateway.ready and gateway.engine.alive()
+        return JSONResponse({"ready": found}, 200 if found else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:

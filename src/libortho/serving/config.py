@@ -65,11 +65,11 @@ def read_config(path: Path | None = None, **given: Any) -> ServeConfig:
         ConfigError: if the file cannot be read, or a setting is unknown or out of range.
     """
     direct = {n: v for n, v in given.items() if v is not None}
+    if path is not None and not path.is_file():
+        raise ConfigError(f"{path} is no file; expected a TOML file of settings")
     try:
         if path is None:
             return ServeConfig(**direct)
-        if not path.is_file():
-            raise ConfigError(f"{path} is no file; expected a TOML file of settings")
 
         class FromFile(ServeConfig):
             @classmethod
@@ -83,6 +83,9 @@ def read_config(path: Path | None = None, **given: Any) -> ServeConfig:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(ServeConfig.model_fields)
+            raise ConfigError(f"unknown setting {where}; the settings are {known}") from error
         raise ConfigError(f"setting {where}: {first['msg']}, given {first['input']!r}") from error
     except ValueError as error:  # TOML
         raise ConfigError(f"{path} cannot be read as TOML ({error})") from error

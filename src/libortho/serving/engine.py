@@ -128,6 +128,9 @@ class Engine(Protocol):
             EngineError: if the engine is down, or cannot tell.
         """
 
+    def alive(self) -> bool:
+        """True while rows are answered."""
+
     def load(self) -> tuple[int, int]:
         """Rows that are being answered, and rows that wait."""
 

@@ -23,7 +23,7 @@ from libortho.serving.config import ServeConfig
 from libortho.serving.contrast import contrast, paired
 from libortho.serving.engine import Engine, EngineError, Piece
 from libortho.serving.engine import Row as EngineRow
-from libortho.serving.errors import ApiError
+from libortho.serving.errors import ApiError, invalid
 from libortho.serving.keys import ANONYMOUS, NO_KEY, Key, KeyRing
 from libortho.serving.prompts import Prompts, sampling_of
 from libortho.serving.rates import Rates
@@ -135,6 +135,9 @@ class Gateway:
             for line in lines:
                 self.audit.write({**line, "used": None, "status": error.status}, needed=False)
             raise
+        count, most = sum(map(len, rows)), self.config.most_rows + self.config.most_waiting
+        if count > most:
+            raise invalid("n", f"the request has {count} answers; this server holds at most {most}")
         read = sum(map(len, prompts))
         for line, alpha, own in zip(lines, used, rows, strict=True):
             self._record({**line, "prompt_tokens": read}, alpha, prompts, len(own))
@@ -201,11 +204,12 @@ class Gateway:
 
     async def _bounded(self, items: AsyncIterator[Item]) -> AsyncIterator[Item]:
         """The same items, no longer than the limit; what goes wrong in the engine is told as an error of the API."""
-        until = time.monotonic() + self.config.answer_seconds
+        until = asyncio.get_running_loop().time() + self.config.answer_seconds
         async with aclosing(items) as source:  # type: ignore[type-var]
             try:
-                while True:  # no timeout stands around a yield: it would end whoever reads
-                    item = await asyncio.wait_for(anext(source), until - time.monotonic())
+                while True:
+                    async with asyncio.timeout_at(until):  # around no yield: it would end whoever reads
+                        item = await anext(source)
                     yield item
             except StopAsyncIteration:
                 return

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -81,7 +82,10 @@ class LocalEngine:
     def __init__(
         self, model: nn.Module, tokenizer: Any, *, most_rows: int, most_waiting: int, constant: bool = False
     ) -> None:
-        get_switch(model).constant = constant
+        switch = get_switch(model)
+        switch.constant = constant
+        if not switch.streams:  # alphas of a base alone are looked at, too: streams may come
+            switch.attach(model)
         self.context = context_length(model)
         self.streams: Mapping[str, str] = {}
         self._model, self._tokenizer = model, tokenizer
@@ -109,9 +113,10 @@ class LocalEngine:
     def generate(self, rows: Sequence[Row]) -> list[AsyncIterator[Piece]]:
         """See :meth:`~libortho.serving.engine.Engine.generate`; called in the event loop that reads the answers."""
         loop = asyncio.get_running_loop()
-        tickets = [_Ticket(r, loop) for r in rows]
         with self._changed:
             self._check_runs()
+            rows = [self._fitted(r) for r in rows]
+            tickets = [_Ticket(r, loop) for r in rows]
             if not all(self._fits(r) for r in rows):
                 raise EngineError(STALE)
             if len(self._running) + len(self._waiting) + len(rows) > self._most_rows + self._most_waiting:
@@ -120,12 +125,20 @@ class LocalEngine:
             self._changed.notify()
         return [self._pieces(t) for t in tickets]
 
+    def _fitted(self, row: Row) -> Row:
+        """A row that asks for no stream, whatever the streams are now; any other as it is."""
+        return row if any(row.alpha.values()) else replace(row, alpha=dict.fromkeys(self.streams, 0.0))
+
+    def alive(self) -> bool:
+        """True while rows are answered."""
+        return not self._closing and self._thread is not None and self._thread.is_alive()
+
     def _fits(self, row: Row) -> bool:
         """Whether the streams of a row are those that there are: rows of one pass name the same."""
         return row.alpha.keys() == self.streams.keys()
 
     def _check_runs(self) -> None:
-        if self._closing or self._thread is None or not self._thread.is_alive():
+        if not self.alive():
             raise EngineError("the engine does not run")
 
     async def acts(self, ids: Sequence[int], alpha: Mapping[str, float]) -> Shares:
@@ -190,6 +203,17 @@ class LocalEngine:
 
     def _work(self) -> None:
         batch = self._batch
+        try:
+            self._answer(batch)
+        finally:  # also where something is wrong with this thread: nobody waits for ever
+            batch.clear()
+            with self._changed:
+                self._closing = True
+                left, self._running = [*self._running, *self._waiting], []
+                self._waiting.clear()
+            self._fail(left, "the engine has stopped")
+
+    def _answer(self, batch: Batch) -> None:
         with denormals_flushed(), whole_states(self._model):
             while (coming := self._next(batch)) is not None:
                 try:
@@ -204,7 +228,6 @@ class LocalEngine:
                     continue
                 self._tell(said)
                 self._do_asides()
-        batch.clear()
 
     def _do_asides(self) -> None:
         """Do what was asked for meanwhile; another pass goes between two of them."""
@@ -253,8 +276,10 @@ class LocalEngine:
                 outcome = partial(done.set_exception, EngineError("the streams could not be changed"))
             self._read_streams()  # work that fails may have changed some of them
             _call(loop, outcome)
+        for ticket in self._waiting:
+            ticket.row = self._fitted(ticket.row)
         changed = {n for n in before if before[n] != self.streams.get(n)}
-        stale = [t for t in self._waiting if not self._fits(t.row) or any(t.row.alpha[n] for n in changed)]
+        stale = [t for t in self._waiting if not self._fits(t.row) or any(t.row.alpha.get(n) for n in changed)]
         self._waiting = deque(t for t in self._waiting if t not in stale)
         self._fail(stale, STALE)
 

@@ -12,6 +12,9 @@ from libortho.serving.engine import Sampling
 from libortho.serving.errors import invalid
 from libortho.serving.schemas import Asked
 
+COLD = 1e-4
+"""Temperature below which the likeliest token is taken: logits over it would overflow."""
+
 
 class Prompts:
     """Makes tokens of prompts.
@@ -31,15 +34,17 @@ class Prompts:
         Raises:
             ApiError: 400 if the model has no chat template or it refuses the turns, or a token does not exist.
         """
+        field = "prompt" if asked.turns is None else "messages"
         with self._lock:
             if asked.turns is not None:
-                return [self._chat([{"role": m.role, "content": m.text} for m in asked.turns])]
-            found = [p if isinstance(p, list) else self._tokenizer(p)["input_ids"] for p in asked.prompts]
+                found = [self._chat([{"role": m.role, "content": m.text} for m in asked.turns])]
+            else:
+                found = [p if isinstance(p, list) else self._tokenizer(p)["input_ids"] for p in asked.prompts]
         for ids in found:
             if not ids:
-                raise invalid("prompt", "a prompt is empty")
+                raise invalid(field, "a prompt is empty")
             if max(ids) >= self._vocabulary:
-                raise invalid("prompt", f"token {max(ids)} does not exist; the model has {self._vocabulary}")
+                raise invalid(field, f"token {max(ids)} does not exist; the model has {self._vocabulary}")
         return found
 
     def _chat(self, turns: Sequence[dict[str, str]]) -> list[int]:
@@ -82,7 +87,7 @@ def sampling_of(asked: Asked, prompt: Sequence[int], place: int, context: int | 
                       f"{context} in all", "context_length_exceeded")  # fmt: skip
     return Sampling(
         max_tokens=min(left, most) if wanted is None else wanted,
-        temperature=1.0 if asked.temperature is None else asked.temperature,
+        temperature=1.0 if asked.temperature is None else asked.temperature if asked.temperature >= COLD else 0.0,
         top_p=asked.share,
         seed=None if asked.seed is None else asked.seed + place,
         stop=asked.stops,

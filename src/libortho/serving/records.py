@@ -10,11 +10,13 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from errno import ENOSPC
 from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from libortho.core.errors import ConfigError
 from libortho.serving.errors import ApiError
 
 logger = logging.getLogger("libortho.serving.audit")
@@ -25,10 +27,18 @@ class AuditLog:
 
     Args:
         path: The file; None for the log of the process.
+
+    Raises:
+        ConfigError: if it cannot be opened.
     """
 
     def __init__(self, path: Path | None) -> None:
-        self._file = None if path is None else os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        self._file, self._cut = None, False
+        if path is not None:
+            try:
+                self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            except OSError as error:
+                raise ConfigError(f"audit_log {path} cannot be opened: {error.strerror}") from error
 
     def write(self, line: Mapping[str, Any], *, needed: bool) -> None:
         """Write one line.
@@ -44,8 +54,12 @@ class AuditLog:
         if self._file is None:
             logger.info("%s", text)
             return
+        data = (b"\n" if self._cut else b"") + text.encode() + b"\n"
         try:
-            os.write(self._file, text.encode() + b"\n")
+            written = os.write(self._file, data)
+            self._cut = written < len(data)
+            if self._cut:
+                raise OSError(ENOSPC, "a part of a line was written")
         except OSError as error:
             logger.error("an audit line cannot be written: %s", error)
             if needed:

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from libortho.serving.engine import Sampling
 
+LEAST = -9999.0
+"""What OpenAI's API gives for a token that is impossible, in nats."""
+
 
 class Drawer:
     """Draws the tokens of one row; what it draws does not depend on other rows."""
@@ -50,7 +53,7 @@ def next_tokens(logits: Tensor, drawers: Sequence[Drawer]) -> list[int]:
 
 def told(logits: Tensor, token: int, count: int) -> tuple[float, list[tuple[int, float]]]:
     """The log-probability of a token, and the ``count`` likeliest with theirs, of logits (vocabulary,) fp32."""
-    found = torch.log_softmax(logits, -1)
+    found = torch.log_softmax(logits, -1).clamp_min(LEAST)
     top = found.topk(count) if count else None
     pairs = [] if top is None else list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
     return float(found[token]), pairs

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from functools import partial
+import socket
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from libortho.serving.config import ServeConfig
 from libortho.serving.gateway import Gateway
 from libortho.serving.local import LocalEngine
 from libortho.serving.prompts import Prompts
-from libortho.serving.watching import watch
+from libortho.serving.watching import Watch
 
 HEAD_BYTES = 64 * 2**10
 """Most bytes of a request's line and headers."""
@@ -43,7 +45,7 @@ def local_app(model: Any, tokenizer: Any, config: ServeConfig, name: str, direct
     )  # fmt: skip
     rows = embedding_rows(model) or len(tokenizer)
     gateway = Gateway(engine, Prompts(tokenizer, rows), config, name)
-    return make_app(gateway, None if directory is None else partial(watch, directory, engine))
+    return make_app(gateway, None if directory is None else Watch(directory, engine).run)
 
 
 def name_of(directory: str, config: ServeConfig) -> str:
@@ -60,8 +62,30 @@ class JsonLines(logging.Formatter):
         return json.dumps({**told, "message": record.getMessage()})
 
 
-def run(app: FastAPI, config: ServeConfig) -> None:
+def check_port(config: ServeConfig) -> None:
+    """Refuse an address that cannot be listened at, before a model is loaded.
+
+    Raises:
+        ConfigError: then.
+    """
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as found:
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            found.bind(place)
+    except OSError as error:
+        raise ConfigError(
+            f"{config.host}:{config.port} cannot be listened at ({error.strerror}); give another --port or --host"
+        ) from error
+
+
+def run(app: FastAPI, config: ServeConfig, on_ready: Callable[[], None]) -> None:
     """Serve until a signal comes; answers that are being given end first.
+
+    Args:
+        app: What ``local_app`` makes.
+        config: The settings.
+        on_ready: Called once the engine has passed its self-test.
 
     Raises:
         EngineError: if the engine fails its self-test; nothing is served then.
@@ -72,6 +96,7 @@ def run(app: FastAPI, config: ServeConfig) -> None:
     logger = logging.getLogger("libortho")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    logger.propagate = False  # the command line has a handler of its own
     server = uvicorn.Server(
         uvicorn.Config(
             app,
@@ -88,6 +113,8 @@ def run(app: FastAPI, config: ServeConfig) -> None:
 
     async def main() -> None:
         await app.state.gateway.start()  # before uvicorn, which would bury an error in a traceback
+        on_ready()
         await server.serve()
 
-    asyncio.run(main())
+    with suppress(KeyboardInterrupt):  # uvicorn raises it again once all is closed
+        asyncio.run(main())

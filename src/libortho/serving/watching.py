@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 from torch import nn
 
-from libortho.checkpoint import is_checkpoint
-from libortho.checkpoint.files import STREAMS, stream_folders
+from libortho.checkpoint.files import STREAMS
 from libortho.checkpoint.live import add_stream, remove_stream
 from libortho.checkpoint.stream_files import MANIFEST
 from libortho.core.errors import LibOrthoError
@@ -23,57 +22,69 @@ logger = logging.getLogger(__name__)
 SECONDS = 1.0
 """From one look at the directory to the next."""
 
-Seen = dict[str, tuple[int, int]]
+Stamp = tuple[tuple[str, int, int, int], ...]
+"""Name, size, time and inode of every file of a folder."""
 
 
-async def watch(directory: Path, engine: LocalEngine) -> None:
-    """Follow the stream folders of a checkpoint until cancelled: a folder that is gone takes its stream out of memory.
+class Watch:
+    """Follows the stream folders of a checkpoint: a folder that is gone takes its stream out of memory.
 
-    A folder that cannot be read is told in the log, and looked at again when it changes.
+    A folder that cannot be read is told in the log, and looked at again when one of its files changes. What else lies
+    beside the folders does not matter here.
+
+    Args:
+        directory: The checkpoint.
+        engine: What serves it.
     """
-    if not is_checkpoint(str(directory)):
-        return
-    seen = _look(directory)
-    while True:
-        await asyncio.sleep(SECONDS)
-        try:
-            now = await asyncio.to_thread(_look, directory)
-            changed = {n for n in now.keys() | seen.keys() if now.get(n) != seen.get(n)}
-            seen = now
-            if changed:
-                await engine.change(partial(follow, directory=directory, changed=changed, there=set(now)))
-        except LibOrthoError as error:
-            logger.error("streams were not changed: %s", error)
 
+    def __init__(self, directory: Path, engine: LocalEngine) -> None:
+        self._directory, self._engine = directory, engine
+        self._held: dict[str, Stamp | None] | None = None
+        self._failed: dict[str, Stamp] = {}
 
-def follow(model: nn.Module, directory: Path, changed: Collection[str], there: Collection[str]) -> None:
-    """Take streams out whose folders have changed, and those in that are there.
+    async def run(self) -> None:
+        """Look again and again until cancelled."""
+        while True:
+            there = await asyncio.to_thread(folders, self._directory)
+            if self._changed(there):
+                try:
+                    await self._engine.change(partial(self._follow, there=there))
+                except LibOrthoError as error:
+                    logger.error("streams were not changed: %s", error)
+            await asyncio.sleep(SECONDS)
 
-    Raises:
-        LibOrthoError: if one cannot be read; it stays out, and others are taken in all the same.
-    """
-    failed: list[LibOrthoError] = []
-    for name in sorted(changed):
-        if name in stream_names(model):
+    def _changed(self, there: Mapping[str, Stamp]) -> bool:
+        return self._held is None or {**self._held, **self._failed} != there
+
+    def _follow(self, model: nn.Module, there: Mapping[str, Stamp]) -> None:
+        """Take streams out whose folders have changed or gone, and those in that are there."""
+        if self._held is None:  # a folder that went while the server started is gone, too
+            self._held = {n: there.get(n) for n in stream_names(model)}
+        self._failed = {n: s for n, s in self._failed.items() if there.get(n) == s}
+        for name in [n for n, stamp in self._held.items() if stamp is None or there.get(n) != stamp]:
             remove_stream(model, name)
+            del self._held[name]
             logger.info("stream %s: taken out", name)
-        if name in there:
+        for name in sorted(there.keys() - self._held.keys() - self._failed.keys()):
             try:
-                add_stream(model, directory, name)
+                add_stream(model, self._directory, name)
+                self._held[name] = there[name]
                 logger.info("stream %s: taken in", name)
             except LibOrthoError as error:
-                failed.append(error)
-    if failed:
-        raise failed[0]
+                self._failed[name] = there[name]
+                logger.error("stream %s: %s", name, error)
 
 
-def _look(directory: Path) -> Seen:
-    """When the manifest of each stream was written, and its size."""
-    found: Seen = {}
-    for name in stream_folders(directory):
-        try:
-            stat = (directory / STREAMS / name / MANIFEST).stat()
-        except OSError:  # not whole yet, or no more
+def folders(directory: Path) -> dict[str, Stamp]:
+    """The folders of streams that have a manifest, with what their files look like."""
+    found: dict[str, Stamp] = {}
+    for manifest in (directory / STREAMS).glob(f"*/{MANIFEST}"):
+        folder = manifest.parent
+        if folder.is_symlink() or folder.name.startswith("."):
             continue
-        found[name] = (stat.st_mtime_ns, stat.st_ino)
+        try:
+            files = [(p.relative_to(folder).as_posix(), p.stat()) for p in sorted(folder.rglob("*"))]
+        except OSError:  # it changes at the moment
+            continue
+        found[folder.name] = tuple((n, s.st_size, s.st_mtime_ns, s.st_ino) for n, s in files)
     return found
