@@ -48,6 +48,7 @@ for stream in (sys.stdout, sys.stderr):
     print("then", file=stream, flush=True)
 """
 IMPORTS = """
+SERVER = {"fastapi", "uvicorn", "pydantic", "pydantic_settings", "prometheus_client", "starlette"}
 import importlib, pkgutil, libortho
 for found in pkgutil.walk_packages(libortho.__path__, "libortho."):
     if found.name == "libortho.integrations.lm_eval":
@@ -55,6 +56,12 @@ for found in pkgutil.walk_packages(libortho.__path__, "libortho."):
             importlib.import_module(found.name)
         except libortho.LibOrthoError as error:
             print(error)
+    elif found.name.startswith("libortho.serving."):  # the command asks for the extra before it imports these
+        try:
+            importlib.import_module(found.name)
+        except ModuleNotFoundError as error:
+            if error.name.partition(".")[0] not in SERVER:
+                raise
     elif not found.name.endswith("__main__"):
         importlib.import_module(found.name)
 import torch
@@ -76,6 +83,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, list[s
         ("vault", ["encrypt", "absent", "--out", str(place / "locked")]),
         ("vault", ["decrypt", "absent", "--out", str(place / "opened")]),
         ("demo", ["isolate", str(gguf), "--forget", str(forget), "--out", str(place / "out")]),
+        ("serve", ["serve", "absent"]),
         ("eval", None),
     ]
 

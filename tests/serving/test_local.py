@@ -87,15 +87,17 @@ def test_rows_that_were_granted_other_streams_than_there_are_now_are_refused(two
     async def main():
         found = engine(copy.deepcopy(two_streams), tokenizer, rows=1)
         await found.start()
-        running, stale = found.generate([row(tokenizer, 30, prompt="Once"), row(tokenizer)])
+        on = row(tokenizer, alpha={"hr": 1.0, "legal": 0.0})
+        running, stale, off = found.generate([row(tokenizer, 30, prompt="Once"), on, row(tokenizer)])
         await anext(running)
         changing = asyncio.create_task(found.change(lambda model: remove_stream(model, "legal")))
         await text(running)
         await changing
         with pytest.raises(EngineError, match="have changed"):
             await asyncio.wait_for(text(stale), 20)
+        assert await asyncio.wait_for(text(off), 20)  # it asked for none of them
         with pytest.raises(EngineError, match="have changed"):
-            found.generate([row(tokenizer)])
+            found.generate([on])
         assert await text(found.generate([row(tokenizer, alpha={"hr": 0.0})])[0])
         await found.close()
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -97,11 +98,29 @@ def test_a_stream_whose_folder_goes_is_gone_and_comes_back_with_it(address, plac
     assert says(answer, LEGAL[0])
 
 
+def test_what_lies_beside_the_streams_does_not_keep_one_that_is_gone(address, place, tmp_path):
+    (place / "model" / "ortho" / "note.txt").write_text("stray")
+    shutil.move(place / "model" / "ortho" / "hr", tmp_path / "hr")
+    eventually(lambda: ask(address, HR[0], {"hr": 1.0}).status_code == 403)
+    folder = place / "model" / "ortho" / "hr"
+    folder.mkdir()
+    for name in ("manifest.json", "adapter_config.json", "adapter_model.safetensors"):  # a slow copy
+        shutil.copy(tmp_path / "hr" / name, folder / name)
+        time.sleep(1.2)
+    (place / "model" / "ortho" / "note.txt").unlink()
+    assert says(eventually(lambda: (a := ask(address, HR[0], {"hr": 1.0})).status_code == 200 and a), HR[0])
+
+
 def test_more_than_the_server_holds_is_refused_for_now(address):
-    found = ask(address, n=5)
-    assert found.status_code == 429
-    assert found.json()["error"]["code"] == "overloaded"
-    assert int(found.headers["retry-after"]) > 0
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda tokens: ask(address, n=3, max_tokens=tokens), [60, 60, 60]))
+    refused = [f for f in found if f.status_code != 200]
+    assert refused
+    for answer in refused:
+        assert answer.status_code == 429
+        assert answer.json()["error"]["code"] == "overloaded"
+        assert int(answer.headers["retry-after"]) > 0
+    assert ask(address, n=5).status_code == 400  # it never could be answered
 
 
 def raw(address, data, read=True):
@@ -153,3 +172,47 @@ def test_a_request_for_another_model_leaves_a_line_too(address, place):
     assert ask(address, model="other").status_code == 404
     *_, line = map(json.loads, (place / "audit.jsonl").read_text().splitlines())
     assert (line["key"], line["asked"], line["used"], line["status"]) == ("both", None, None, 404)
+
+
+def test_a_stream_that_goes_while_the_server_starts_is_gone(directory, tmp_path):
+    shutil.copytree(directory, tmp_path / "model")
+    model, tokenizer = load(tmp_path / "model")
+    shutil.rmtree(tmp_path / "model" / "ortho" / "hr")
+    (tmp_path / "keys.toml").write_text(entry("both", digest(KEY), {"hr": 1.0, "legal": 1.0}, None))
+    app = local_app(model, tokenizer, ServeConfig(keys=tmp_path / "keys.toml"), "tiny", tmp_path / "model")
+    with served(app) as address:
+        eventually(lambda: ask(address, HR[0], {"hr": 1.0}).status_code == 403)
+        assert says(ask(address, LEGAL[0], {"legal": 1.0}), LEGAL[0])
+        shutil.rmtree(tmp_path / "model" / "ortho" / "legal")
+        eventually(lambda: ask(address, LEGAL[0], {"legal": 1.0}).status_code == 403)
+        assert ask(address).status_code == 200
+    bare, tokenizer = load(tmp_path / "model")
+    with served(local_app(bare, tokenizer, ServeConfig(), "tiny", tmp_path / "model")) as address:
+        assert ask(address, key="none").status_code == 200
+
+
+def test_readers_that_leave_a_stream_leave_no_trace_in_the_log(address, caplog, capfd):
+    for _ in range(4):
+        body = {"model": "tiny", "prompt": "Once", "max_tokens": 80, "temperature": 0, "stream": True}
+        with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=60) as answer:
+            next(answer.iter_bytes())
+    assert ask(address).status_code == 200
+    assert not [r for r in caplog.records if r.levelname == "ERROR"]
+    assert "Traceback" not in capfd.readouterr().err
+    assert 'status="500"' not in httpx.get(f"{address}/metrics").text
+
+
+def test_a_number_that_no_float_holds_is_no_alpha(address):
+    data = json.dumps({"model": "tiny", "prompt": "a"})[:-1] + ', "alpha": {"hr": 1' + "0" * 400 + "}}"
+    found = httpx.post(f"{address}/v1/completions", content=data, headers={"content-type": "application/json"})
+    assert found.status_code == 400
+    assert found.json()["error"]["param"] == "alpha"
+
+
+def test_a_line_that_was_cut_off_stops_streams(address, place, monkeypatch):
+    whole = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda file, data: whole(file, data[:20]))
+        assert ask(address, alpha={"hr": 1.0}).status_code == 503
+    assert ask(address, alpha={"hr": 1.0}).status_code == 200
+    json.loads((place / "audit.jsonl").read_text().splitlines()[-1])

@@ -29,7 +29,10 @@ def serve(
     device: Device = "cpu",
     dtype: Dtype = "auto",
 ) -> None:
-    """Answer requests as OpenAI's API does, each with the streams that its key allows."""
+    """Answer requests over HTTP, with rights to streams by key.
+
+    The API is OpenAI's, with a field alpha.
+    """
     require("serve", "serve")
     from libortho.checkpoint import is_checkpoint
     from libortho.serving.config import read_config

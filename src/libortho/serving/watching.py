@@ -29,8 +29,8 @@ Stamp = tuple[tuple[str, int, int, int], ...]
 class Watch:
     """Follows the stream folders of a checkpoint: a folder that is gone takes its stream out of memory.
 
-    A folder that cannot be read is told in the log, and looked at again when one of its files changes. What else lies
-    beside the folders does not matter here.
+    A folder that cannot be read is told in the log, and tried again when one of its files changes, or what lies beside
+    it. Nothing that lies there keeps a stream whose folder is gone.
 
     Args:
         directory: The checkpoint.
@@ -41,11 +41,15 @@ class Watch:
         self._directory, self._engine = directory, engine
         self._held: dict[str, Stamp | None] | None = None
         self._failed: dict[str, Stamp] = {}
+        self._beside: list[str] = []
 
     async def run(self) -> None:
         """Look again and again until cancelled."""
         while True:
             there = await asyncio.to_thread(folders, self._directory)
+            beside = sorted(p.name for p in (self._directory / STREAMS).glob("*"))
+            if beside != self._beside:
+                self._failed, self._beside = {}, beside
             if self._changed(there):
                 try:
                     await self._engine.change(partial(self._follow, there=there))
