@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import audits, forgetting, others, pictures, readme, serving, storage, targets, tuning
+from . import audits, forgetting, others, pictures, readme, server, serving, storage, targets, tuning
 from .tables import page
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +23,7 @@ PAGES = {
     "audit": (audits.audit, "verdicts on the demonstration's model"),
     "isolating": (others.isolating, "seconds and memory of `isolate` beside planting"),
     "tuning": (tuning.tuning, "private facts in a stream, beside LoRA and plain fine-tuning"),
+    "server": (server.server, "requests of mixed alphas under load, and what serving costs"),
     "speed": (others.speed, "what the switch costs in decode and prefill"),
     "rounding": (others.rounding, "what the base loses by rounding"),
     "known-support": (others.known_support, "whether scores find the columns that secrets lie in"),
