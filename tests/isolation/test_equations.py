@@ -170,7 +170,7 @@ class Recorded:
     def __init__(self, real: GaussNewton) -> None:
         self.whiten = real.whiten
 
-    def step(self, rows: dict[str, list[Tensor]], residuals: Tensor, share: float, damping: float) -> None:
+    def step(self, rows: dict[str, list[Tensor]], residuals: Tensor, share: float, damping: float, pull: float) -> None:
         self.rows = {n: torch.cat(parts) for n, parts in rows.items()}
         self.residuals, self.share = residuals, share
 

@@ -15,7 +15,7 @@ def served(app) -> Iterator[str]:
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300
     while not server.started:
         assert thread.is_alive(), "the server did not start"
         assert time.monotonic() < until
