@@ -98,7 +98,7 @@ def main() -> None:
         (("demo",), "demo"),
         (("kernels",), None),
     ]
-    names = [c.name or c.callback.__name__.replace("_", "-") for c in cli.app.registered_commands]
+    names = [c.name or c.callback.__name__ for c in cli.app.registered_commands]
     untried = set(names) - {arguments[0] for arguments, _ in cases}
     assert not untried, f"commands that this script does not run: {sorted(untried)}"
     for name in names:

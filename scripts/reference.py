@@ -66,8 +66,7 @@ def pages() -> dict[str, str]:
 def command_line() -> str:
     """All commands, in the order of ``libortho --help``."""
     group: Any = typer.main.get_command(app)
-    registered = [(c.name, c.callback) for c in app.registered_commands if c.callback]
-    functions = {name or callback.__name__.replace("_", "-"): callback for name, callback in registered}
+    functions = {c.name: c.callback for c in app.registered_commands}
     parts = [
         GENERATED,
         "# Command line",

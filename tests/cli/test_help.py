@@ -12,7 +12,7 @@ from libortho import AuditConfig, IsolateConfig, SplitConfig
 from libortho.cli.commands import app
 from libortho.core.field_docs import fields_help
 
-VERBS = [c.name or c.callback.__name__.replace("_", "-") for c in app.registered_commands]
+VERBS = [c.name or c.callback.__name__ for c in app.registered_commands]
 CONFIGS = {"split": SplitConfig, "isolate": IsolateConfig, "audit": AuditConfig}
 HEAVY = ("torch", "transformers", "numpy", "peft", "safetensors")
 ASK = """

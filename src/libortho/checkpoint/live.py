@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,15 +67,12 @@ def remove_stream(model: nn.Module, name: str) -> None:
     """
     if name not in (known := stream_names(model)):
         raise ConfigError(f"the model has no stream {name!r}; its streams are {known}")
-    switches: dict[int, Any] = {}
     for layer in ortho_layers(model).values():
-        switches[id(layer.switch)] = layer.switch
+        layer.switch.drop_stream(name)
         if name in layer.streams:
             with torch.no_grad():
                 for tensor in layer.streams.pop(name).buffers():
                     tensor.zero_()
-    for switch in switches.values():
-        switch.drop_stream(name)
     forget_method(model, name)
 
 
@@ -88,4 +84,4 @@ def _base_hash(model: nn.Module, base: BaseManifest) -> str:
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         tensors |= encode_base(name, layer.base)
-    return str(sha256_of((n, tensors[n].cpu()) for n in sorted(base.scheme.hashed_names(base.shapes))))
+    return sha256_of((n, tensors[n]) for n in sorted(base.scheme.hashed_names(base.shapes)))

@@ -25,5 +25,7 @@ for verb in (
     checkpoints.verify, checkpoints.attach, checkpoints.encrypt, checkpoints.decrypt, kernels.kernels, checkpoints.card,
 ):  # fmt: skip
     app.command(
-        "eval" if verb is measuring.evaluate else None, cls=Command, context_settings={"obj": _CONFIGS.get(verb)}
+        "eval" if verb is measuring.evaluate else verb.__name__.replace("_", "-"),
+        cls=Command,
+        context_settings={"obj": _CONFIGS.get(verb)},
     )(verb)

@@ -47,7 +47,7 @@ class Form:
         found |= {"logprobs": self._logprobs(piece.logprobs), "finish_reason": piece.finish}
         return {**self._object(True), "choices": [found], **({"usage": None} if self.usage else {})}
 
-    def whole(self, rows: Sequence[Row], prompt_tokens: int) -> dict[str, Any]:
+    def whole(self, rows: Sequence[Collected], prompt_tokens: int) -> dict[str, Any]:
         """The answer at once."""
         choices = []
         for index, row in enumerate(rows):
@@ -76,7 +76,7 @@ class Form:
 
 
 @dataclass
-class Row:
+class Collected:
     """What was said of one answer so far."""
 
     text: str = ""

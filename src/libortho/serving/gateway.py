@@ -17,12 +17,11 @@ from typing import Any, Generic, TypeVar
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from libortho.serving.answers import Form, Row, event, merged
+from libortho.serving.answers import Collected, Form, event, merged
 from libortho.serving.bodies import parsed, read_body
 from libortho.serving.config import ServeConfig
 from libortho.serving.contrast import contrast, paired
-from libortho.serving.engine import Engine, EngineError, Piece
-from libortho.serving.engine import Row as EngineRow
+from libortho.serving.engine import Engine, EngineError, Piece, Row
 from libortho.serving.errors import ApiError, invalid
 from libortho.serving.keys import ANONYMOUS, NO_KEY, Key, KeyRing
 from libortho.serving.prompts import Prompts, sampling_of
@@ -51,7 +50,7 @@ class Passed(Generic[Kind]):
     id: str
     began: float
     asked: Kind
-    rows: list[EngineRow]
+    rows: list[Row]
     read: int
 
 
@@ -143,12 +142,10 @@ class Gateway:
             self._record({**line, "prompt_tokens": read}, alpha, prompts, len(own))
         return Passed(number, began, asked, [r for own in rows for r in own], read)
 
-    def _rows(self, asked: Asked, prompts: list[list[int]], alpha: dict[str, float]) -> list[EngineRow]:
+    def _rows(self, asked: Asked, prompts: list[list[int]], alpha: dict[str, float]) -> list[Row]:
         context, most = self.engine.context, self.config.most_tokens
         return [
-            EngineRow(tuple(p), alpha, sampling_of(asked, p, i, context, most))
-            for p in prompts
-            for i in range(asked.answers)
+            Row(tuple(p), alpha, sampling_of(asked, p, i, context, most)) for p in prompts for i in range(asked.answers)
         ]
 
     def _record(self, line: dict[str, Any], alpha: dict[str, float], prompts: list[list[int]], rows: int) -> None:
@@ -174,7 +171,8 @@ class Gateway:
             logprobs=asked.told is not None,
         )
         if asked.stream:
-            return StreamingResponse(self._events(form, pieces, rows, read), media_type="text/event-stream")
+            told = _told(_chunks(form, pieces, rows, read))
+            return StreamingResponse(told, media_type="text/event-stream")
         return await self._whole(request, form, pieces, rows, read)
 
     async def contrast(self, request: Request) -> Response:
@@ -218,29 +216,11 @@ class Gateway:
             except EngineError as error:
                 raise ApiError(503, str(error), retry_after=5) from error
 
-    async def _events(
-        self, form: Form, pieces: AsyncIterator[tuple[int, Piece]], rows: int, read: int
-    ) -> AsyncIterator[bytes]:
-        """A streamed answer. An error after its beginning is an event, for the status is sent by then."""
-        begun, said = [False] * rows, 0
-        async with aclosing(pieces) as source:  # type: ignore[type-var]
-            try:
-                async for place, piece in source:
-                    said += piece.tokens
-                    if piece.text or piece.logprobs or piece.finish:
-                        yield event(form.chunk(place, piece, first=not begun[place]))
-                        begun[place] = True
-                if form.usage:
-                    yield event(form.last(read, said))
-            except ApiError as error:
-                yield event(error.body())
-        yield b"data: [DONE]\n\n"
-
     async def _whole(
         self, request: Request, form: Form, pieces: AsyncIterator[tuple[int, Piece]], rows: int, read: int
     ) -> Response:
         """An answer at once; given up if the client goes away."""
-        found = [Row() for _ in range(rows)]
+        found = [Collected() for _ in range(rows)]
 
         async def collect() -> None:
             async with aclosing(pieces) as source:  # type: ignore[type-var]
@@ -270,6 +250,21 @@ class Gateway:
         common: dict[str, Any] = {"object": "model", "created": self.created, "owned_by": "libortho"}
         common["alpha"] = {n: key.streams[n] for n in sorted(self.engine.streams) if n in key.streams}
         return {"object": "list", "data": [{"id": n, **common} for n in names]}
+
+
+async def _chunks(
+    form: Form, pieces: AsyncIterator[tuple[int, Piece]], rows: int, read: int
+) -> AsyncIterator[dict[str, Any]]:
+    """The events of a streamed answer."""
+    begun, said = [False] * rows, 0
+    async with aclosing(pieces) as source:  # type: ignore[type-var]
+        async for place, piece in source:
+            said += piece.tokens
+            if piece.text or piece.logprobs or piece.finish:
+                yield form.chunk(place, piece, first=not begun[place])
+                begun[place] = True
+    if form.usage:
+        yield form.last(read, said)
 
 
 async def _told(events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:

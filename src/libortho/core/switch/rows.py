@@ -38,7 +38,7 @@ class RowLayer(DynamicLayer):
         self._see(0, 0, 0)
 
     def _see(self, rows: int, start: int, end: int) -> tuple[Tensor, Tensor]:
-        self.start, self.end, self.rows = start, end, rows
+        self.start, self.end = start, end
         keys, values = (b[:rows, :, start:end] for b in self._buffers)
         self.keys, self.values = keys, values
         return keys, values
@@ -65,7 +65,7 @@ class RowLayer(DynamicLayer):
             longest: Columns that are seen from now on.
             room: Columns that follow before the next call.
         """
-        held, (keys, values) = self.rows, self._buffers
+        keys, values = self._buffers
         rows = len(kept) + (len(new[0]) if new else 0)
         fits = longest <= self.end and self.end + room <= keys.shape[2] and rows <= keys.shape[0]
         end = self.end if fits else longest
@@ -75,7 +75,7 @@ class RowLayer(DynamicLayer):
                 found = buffer.new_empty(
                     max(rows, buffer.shape[0]), buffer.shape[1], end + room + ROOM, buffer.shape[3]
                 )
-            if not fits or list(kept) != list(range(held))[: len(kept)]:
+            if not fits or list(kept) != list(range(len(kept))):
                 old = buffer[list(kept), :, self.end - tokens : self.end]  # a copy
                 found[: len(kept), :, end - tokens : end] = old
             if new:
