@@ -65,7 +65,7 @@ def serve_key(
 
     allowed: dict[str, float] = {}
     for given in stream or []:
-        parsed = parse_alpha(given)
+        parsed = parse_alpha(given) if "=" in given else None
         if not isinstance(parsed, dict):
             raise ConfigError(f"--stream is {given!r}; expected NAME=ALPHA, such as hr=1")
         allowed |= parsed
